@@ -1,0 +1,1 @@
+"""What a good completion is: the grammar and the rewards; standard library only."""

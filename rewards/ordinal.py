@@ -1,0 +1,30 @@
+"""Part of the reward for a near miss, where labels have an order."""
+
+from __future__ import annotations
+
+from vidreason.rewards.base import RewardFn, RewardInput
+from vidreason.rewards.completion import match_label
+
+_LARGEST_GAP = 2
+
+
+class OrdinalReward(RewardFn):
+    """1 for the label, 1/2 for a neighbour, 1/3 for the next but one, else 0; an answer that is no label is 0.
+
+    The order is that of the task's classes, so the task should say ``ordinal: true``.
+    """
+
+    def __call__(self, item: RewardInput) -> float:
+        """Returns 1.0, 0.5, 1/3 or 0.0.
+
+        Raises:
+            ValueError: The clip's label is none of the task's labels.
+        """
+        truth = match_label(item.label, item.label_names)
+        if truth is None:
+            raise ValueError(f"label {item.label!r} is none of {', '.join(item.label_names)}: check the task's classes")
+        guess = match_label(item.parsed.answer, item.label_names)
+        if guess is None:
+            return 0.0
+        gap = abs(item.label_names.index(guess) - item.label_names.index(truth))
+        return 1.0 / (gap + 1) if gap <= _LARGEST_GAP else 0.0
