@@ -1,0 +1,1 @@
+"""Pure tensor functions; nothing here imports anything but torch."""

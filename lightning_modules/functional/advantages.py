@@ -1,0 +1,67 @@
+"""Group-relative advantages (DeepIntuit, arXiv 2603.10300; GRPO, arXiv 2402.03300).
+
+Shape letters: B prompts, G completions per prompt.
+
+Deviation from the paper's formula:
+    1. A group whose rewards are all equal gets exactly 0. In float32 eight rewards of 1.2 have a mean that is off by
+       one rounding step and a standard deviation of the same size, so that the formula gives 0.1 instead of 0.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def group_relative_advantages(
+    rewards: Tensor, *, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-6
+) -> Tensor:
+    """How much better each completion is than its siblings.
+
+    ``A = (R - mean of the group) / (std + eps)``, in float64, standard deviations with ddof 1.
+
+    Args:
+        rewards: [B, G].
+        scale: Whose standard deviation divides: that of the ``group``, that of all B x G rewards given (``batch``), or
+            ``none``.
+        eps: Added to the standard deviation.
+
+    Returns:
+        [B, G] in the type of the rewards (float32 for integers); exactly 0 in dead groups.
+
+    Raises:
+        ValueError: The rewards are not [B, G], not finite, or the scale is unknown.
+    """
+    dead = dead_groups(rewards)
+    if not bool(torch.isfinite(rewards).all()):
+        raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
+    exact = rewards.detach().double()
+    centred = exact - exact.mean(dim=1, keepdim=True)
+    if scale == "group":
+        # One completion has no ddof-1 deviation; its group is dead and overwritten below.
+        centred = centred / (exact.std(dim=1, keepdim=True, correction=min(1, rewards.shape[1] - 1)) + eps)
+    elif scale == "batch":
+        centred = centred / (exact.std(correction=min(1, rewards.numel() - 1)) + eps)
+    elif scale != "none":
+        raise ValueError(f"scale must be group, batch or none, got {scale!r}")
+    advantages = centred.masked_fill(dead.unsqueeze(1), 0.0)
+    return advantages.to(rewards.dtype if rewards.is_floating_point() else torch.float32)
+
+
+def dead_groups(rewards: Tensor) -> Tensor:
+    """Which groups teach the policy nothing because all their rewards are equal.
+
+    Args:
+        rewards: [B, G].
+
+    Returns:
+        [B] bool; True also for groups of one.
+
+    Raises:
+        ValueError: The rewards are not [B, G] with G >= 1.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 1:
+        raise ValueError(f"rewards must be [B, G] with G >= 1, got {tuple(rewards.shape)}")
+    return rewards.amax(dim=1) == rewards.amin(dim=1)

@@ -1,0 +1,235 @@
+"""The losses of all stages.
+
+Shape letters: N texts, L tokens. Masks are True where tokens count. Every loss is a sum over the tokens it is given,
+divided by a count it is given: a mean over the whole optimizer step, whatever the micro-batches and ranks. On several
+ranks, whose gradients are averaged, the count is that of all ranks divided by their number.
+
+GRPO follows DeepIntuit (arXiv 2603.10300). Deviations from the paper:
+    1. The log-ratios of the KL term and of the importance weights are clamped like that of the policy term.
+
+Text fine-tuning follows RB-FT (arXiv 2511.15923) and DeepIntuit's cold start. Deviations from the papers:
+    1. Reasoning and answer are averaged apart, then added: behind a long trace a mean over all tokens leaves the few
+       tokens of the answer untrained. ``answer_weight=None`` gives the papers' mean.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidreason.lightning_modules.functional.reductions import masked_sum
+
+
+class GRPOLoss(NamedTuple):
+    """Loss and statistics of one micro-batch.
+
+    Every field is a sum over the tokens that count, divided by the normalizer: added up over the micro-batches of an
+    optimizer step, each is the mean over its tokens. All are [] and, but for ``loss``, without gradient.
+    """
+
+    loss: Tensor
+    """policy + kl_coef * kl - entropy_coef * entropy"""
+    policy: Tensor
+    kl: Tensor
+    """k3 estimate of KL(policy, reference); 0 without a reference"""
+    entropy: Tensor
+    """0 without entropies"""
+    clip_low: Tensor
+    """Share of tokens with a negative advantage whose ratio fell below 1 - clip_eps_low"""
+    clip_high: Tensor
+    """Share of tokens with a positive advantage whose ratio rose above 1 + clip_eps_high"""
+    clip_region: Tensor
+    """clip_low + clip_high: tokens whose policy gradient is clipped away"""
+    dual_clip: Tensor
+    """Share of tokens with a negative advantage whose ratio rose above dual_clip"""
+    importance: Tensor
+    """Mean truncated importance weight; 1 without rollout_logprobs"""
+    rollout_gap: Tensor
+    """Mean |old_logprobs - rollout_logprobs|, how far trainer and sampler disagree; 0 without rollout_logprobs"""
+
+
+class TextLoss(NamedTuple):
+    """Loss of one micro-batch of texts; fields add up over micro-batches. All [], only ``loss`` has a gradient."""
+
+    loss: Tensor
+    reasoning: Tensor
+    """Mean negative log-probability of the tokens outside the answer; 0 where there are none"""
+    answer: Tensor
+    """Mean negative log-probability of the answer's tokens; 0 where there are none"""
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    normalizer: float | Tensor,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.28,
+    dual_clip: float | None = 3.0,
+    importance_cap: float | None = 2.0,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    log_ratio_clamp: float = 20.0,
+) -> GRPOLoss:
+    """The clipped policy objective, its KL term and its entropy term.
+
+    With r = policy / old per token, the policy term is ``-min(r A, clip(r, 1 - low, 1 + high) A)``, for A < 0 at most
+    ``-dual_clip A``, times ``min(old / rollout, importance_cap)``. The KL term is ``rho - log rho - 1`` with
+    rho = reference / policy.
+
+    Args:
+        logprobs: [N, L] of the policy that is trained.
+        advantages: [N], one for all tokens of a completion.
+        completion_mask: [N, L] bool. What it leaves out may hold anything.
+        normalizer: Number of tokens the loss is a mean over: those of the optimizer step, not of this micro-batch.
+        old_logprobs: [N, L] of the trainer at the time of the rollout. None: ``logprobs`` without gradient, which is
+            the same thing where each rollout batch makes one optimizer step.
+        rollout_logprobs: [N, L] as the sampler saw them, for truncated importance sampling. None: no correction.
+        ref_logprobs: [N, L] of the policy at the start of the stage. None: no KL.
+        entropy: [N, L]. None: no entropy.
+        clip_eps_low: The ratio is clipped below 1 - this.
+        clip_eps_high: The ratio is clipped above 1 + this.
+        dual_clip: Largest ratio that counts against a token with a negative advantage. None: unlimited.
+        importance_cap: Largest importance weight. None: unlimited.
+        kl_coef: Weight of the KL term.
+        entropy_coef: Weight of the entropy, which is rewarded.
+        log_ratio_clamp: Log-ratios are clamped to plus or minus this before they are exponentiated.
+
+    Returns:
+        The loss, ready for ``backward``, and statistics.
+
+    Raises:
+        ValueError: Shapes do not fit, a coefficient makes no sense, or one is set without the tensor it needs.
+    """
+    _check_shapes(completion_mask, logprobs, old_logprobs, rollout_logprobs, ref_logprobs, entropy)
+    _check_grpo(advantages, completion_mask, normalizer, dual_clip, importance_cap)
+    if kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(
+            f"kl_coef is {kl_coef} but there are no ref_logprobs: score the reference policy or set it to 0"
+        )
+    if entropy_coef != 0 and entropy is None:
+        raise ValueError(f"entropy_coef is {entropy_coef} but there is no entropy: score with entropy or set it to 0")
+
+    def log_ratio(upper: Tensor, lower: Tensor) -> Tensor:
+        # Masked here as well as in the sums, so that no padding reaches exp: its gradient at infinity is NaN.
+        return torch.where(completion_mask, upper - lower, 0.0).clamp(-log_ratio_clamp, log_ratio_clamp)
+
+    def mean(values: Tensor) -> Tensor:
+        return masked_sum(values, completion_mask) / normalizer
+
+    old = logprobs.detach() if old_logprobs is None else old_logprobs.detach()
+    advantage = advantages.detach().to(logprobs.dtype).unsqueeze(-1)
+    ratio = log_ratio(logprobs, old).exp()
+    policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high) * advantage)
+    if dual_clip is not None:
+        policy = torch.where(advantage < 0, torch.minimum(policy, -dual_clip * advantage), policy)
+    importance, gap = torch.ones_like(ratio), torch.zeros_like(ratio)
+    if rollout_logprobs is not None:
+        mismatch = log_ratio(old, rollout_logprobs.detach())
+        importance, gap = mismatch.exp(), mismatch.abs()
+        if importance_cap is not None:
+            importance = importance.clamp(max=importance_cap)
+        policy = policy * importance
+
+    zero = logprobs.new_zeros(())
+    policy_mean, kl_mean, entropy_mean = mean(policy), zero, zero
+    if ref_logprobs is not None:
+        log_rho = log_ratio(ref_logprobs.detach(), logprobs)
+        kl_mean = mean(log_rho.exp() - log_rho - 1)
+    if entropy is not None:
+        entropy_mean = mean(entropy)
+
+    with torch.no_grad():
+        low = mean(((ratio < 1 - clip_eps_low) & (advantage < 0)).to(ratio.dtype))
+        high = mean(((ratio > 1 + clip_eps_high) & (advantage > 0)).to(ratio.dtype))
+        dual = zero if dual_clip is None else mean(((ratio > dual_clip) & (advantage < 0)).to(ratio.dtype))
+    return GRPOLoss(
+        loss=policy_mean + kl_coef * kl_mean - entropy_coef * entropy_mean,
+        policy=policy_mean.detach(),
+        kl=kl_mean.detach(),
+        entropy=entropy_mean.detach(),
+        clip_low=low,
+        clip_high=high,
+        clip_region=low + high,
+        dual_clip=dual,
+        importance=mean(importance),
+        rollout_gap=mean(gap),
+    )
+
+
+def weighted_text_loss(
+    logprobs: Tensor,
+    loss_mask: Tensor,
+    answer_mask: Tensor,
+    *,
+    answer_weight: float | None,
+    reasoning_count: float | Tensor,
+    answer_count: float | Tensor,
+) -> TextLoss:
+    """Negative log-likelihood of target texts.
+
+    ``mean over reasoning tokens + answer_weight * mean over answer tokens``. A step without any answer block (labels,
+    rationales) has the first mean only.
+
+    Args:
+        logprobs: [N, L].
+        loss_mask: [N, L] bool, tokens that count. What it leaves out may hold anything.
+        answer_mask: [N, L] bool, tokens from ``<answer>`` to the end of turn.
+        answer_weight: Weight of the answer's mean; None: one plain mean over all tokens.
+        reasoning_count: Tokens outside answers in the whole optimizer step; 0 where there are none.
+        answer_count: Tokens in answers in the whole optimizer step; 0 where there are none.
+
+    Returns:
+        The loss, ready for ``backward``, and its two means.
+
+    Raises:
+        ValueError: Shapes do not fit.
+    """
+    _check_shapes(loss_mask, logprobs, answer_mask)
+    reasoning_sum = -masked_sum(logprobs, loss_mask & ~answer_mask)
+    answer_sum = -masked_sum(logprobs, loss_mask & answer_mask)
+    reasoning = reasoning_sum / _nonzero(reasoning_count, logprobs)
+    answer = answer_sum / _nonzero(answer_count, logprobs)
+    if answer_weight is None:
+        loss = (reasoning_sum + answer_sum) / _nonzero(reasoning_count + answer_count, logprobs)
+    else:
+        loss = reasoning + answer_weight * answer
+    return TextLoss(loss, reasoning.detach(), answer.detach())
+
+
+def _nonzero(count: float | Tensor, like: Tensor) -> Tensor:
+    """The count, or 1 where it is 0: nothing was summed there, so the term is 0 and not NaN."""
+    tensor = torch.as_tensor(count, dtype=like.dtype, device=like.device)
+    return torch.where(tensor > 0, tensor, torch.ones_like(tensor))
+
+
+def _check_shapes(mask: Tensor, *tensors: Tensor | None) -> None:
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(f"the mask must be bool [N, L], got {mask.dtype} {tuple(mask.shape)}")
+    for tensor in tensors:
+        if tensor is not None and tensor.shape != mask.shape:
+            raise ValueError(f"expected {tuple(mask.shape)} as the mask, got {tuple(tensor.shape)}")
+
+
+def _check_grpo(
+    advantages: Tensor,
+    completion_mask: Tensor,
+    normalizer: float | Tensor,
+    dual_clip: float | None,
+    importance_cap: float | None,
+) -> None:
+    if advantages.shape != completion_mask.shape[:1]:
+        raise ValueError(f"advantages must be [{completion_mask.shape[0]}], got {tuple(advantages.shape)}")
+    if not isinstance(normalizer, Tensor) and not normalizer > 0:
+        raise ValueError(f"normalizer must be positive, got {normalizer}: the step has no completion tokens")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip must be greater than 1 (or null), got {dual_clip}")
+    if importance_cap is not None and importance_cap <= 0:
+        raise ValueError(f"importance_cap must be positive (or null), got {importance_cap}")

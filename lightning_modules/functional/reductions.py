@@ -1,0 +1,143 @@
+"""Sums, counts and averages: tokens to sequences, labels to probabilities, traces to one decision per clip.
+
+Shape letters: B clips, N texts, L tokens, C classes. Masks are True where things count, and what a mask leaves out may
+hold anything, NaN included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """How many tokens a loss is a mean over; counts of micro-batches add up."""
+
+    reasoning: Tensor
+    """[] int64, tokens that count and lie outside the answer"""
+    answer: Tensor
+    """[] int64, tokens that count and lie in the answer"""
+
+    @property
+    def total(self) -> Tensor:
+        """[] int64, all tokens that count."""
+        return self.reasoning + self.answer
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.reasoning + other.reasoning, self.answer + other.answer)
+
+
+def count_tokens(loss_mask: Tensor, answer_mask: Tensor) -> TokenCounts:
+    """Counts the tokens of one micro-batch.
+
+    Args:
+        loss_mask: [N, L] bool.
+        answer_mask: [N, L] bool.
+    """
+    answer = (loss_mask & answer_mask).sum()
+    return TokenCounts(loss_mask.sum() - answer, answer)
+
+
+def sum_counts(counts: Iterable[TokenCounts]) -> TokenCounts:
+    """Adds the counts of several micro-batches.
+
+    Raises:
+        ValueError: There are none.
+    """
+    total: TokenCounts | None = None
+    for count in counts:
+        total = count if total is None else total + count
+    if total is None:
+        raise ValueError("no counts to add: an optimizer step needs at least one micro-batch")
+    return total
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the values that count.
+
+    Args:
+        values: [...].
+        mask: [...] bool.
+
+    Returns:
+        [] sum; 0 where nothing counts.
+    """
+    return torch.where(mask, values, 0.0).sum()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the values that count; 0 where nothing counts.
+
+    For logs. A loss divides ``masked_sum`` by a count over the whole optimizer step instead.
+
+    Args:
+        values: [...].
+        mask: [...] bool.
+    """
+    return masked_sum(values, mask) / mask.sum().clamp(min=1)
+
+
+def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Log-likelihood of each text.
+
+    Args:
+        logprobs: [N, L].
+        mask: [N, L] bool, tokens of the text, end of turn included.
+
+    Returns:
+        [N]; 0 for a text without tokens.
+    """
+    return torch.where(mask, logprobs, 0.0).sum(-1)
+
+
+def label_log_probabilities(scores: Tensor) -> Tensor:
+    """Closed-set log-probabilities from the log-likelihood of each label's string.
+
+    Args:
+        scores: [..., C] sequence log-likelihoods. They are summed over tokens, not averaged: a label's probability is
+            that of its whole string, however many tokens it has.
+
+    Returns:
+        [..., C] at least float32; exponentials add up to 1.
+    """
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
+
+
+def label_probabilities(scores: Tensor) -> Tensor:
+    """Closed-set probabilities [..., C] from the log-likelihood [..., C] of each label's string."""
+    return label_log_probabilities(scores).exp()
+
+
+def average_over_traces(log_probabilities: Tensor, owner: Tensor, batch_size: int) -> Tensor:
+    """Averages the probabilities of a clip's traces, in log space.
+
+    Probabilities are averaged, not their logarithms: one trace that misreads the video cannot veto a class.
+
+    Args:
+        log_probabilities: [N, C], one row per trace.
+        owner: [N] int64, the clip of each trace; clips may have different numbers of traces, in any order.
+        batch_size: Number of clips, B.
+
+    Returns:
+        [B, C] logarithm of the mean probabilities.
+
+    Raises:
+        ValueError: A clip has no trace.
+    """
+    traces = torch.zeros(batch_size, dtype=torch.int64, device=owner.device).index_add(0, owner, torch.ones_like(owner))
+    if bool((traces == 0).any()):
+        empty = (traces == 0).nonzero().flatten().tolist()
+        raise ValueError(f"clips {empty} of the batch have no trace to average: sample at least one per clip")
+    classes = log_probabilities.shape[-1]
+    # The maximum is subtracted before exp, as in logsumexp. It cancels, so it takes no part in the gradient.
+    top = log_probabilities.new_full((batch_size, classes), -torch.inf)
+    rows = owner.unsqueeze(-1).expand_as(log_probabilities)
+    top = top.scatter_reduce(0, rows, log_probabilities.detach(), "amax")
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    scaled = (log_probabilities - top[owner]).exp()
+    total = scaled.new_zeros(batch_size, classes).index_add(0, owner, scaled)
+    return total.log() + top - traces.unsqueeze(-1).log()
