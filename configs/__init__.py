@@ -1,0 +1,1 @@
+"""Shipped YAML files, a package so that an installed wheel finds them."""

@@ -1,0 +1,203 @@
+"""The records that travel from files to batches.
+
+Shape letters: B clips (prompts) in a batch, N texts behind them, L tokens of the longest text, T frames, C channels
+(always 3), H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One labelled row of a data set, before anything is decoded."""
+
+    path: Path
+    label: str | None
+    video_id: str
+    split: str = "train"
+    group: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Metadata columns by name; only those that the task lists may enter a prompt."""
+    where: str = ""
+    """Where the row stands (``manifest.csv, row 12``), for error messages."""
+
+
+@dataclass(frozen=True)
+class FrameTiming:
+    """When the frames of a clip were taken."""
+
+    fps: float
+    """Frames per second of the file, not of the sample."""
+    total_frames: int
+    indices: tuple[int, ...]
+    """[T] positions of the sampled frames in the file."""
+
+    @property
+    def duration(self) -> float:
+        """Length of the file in seconds."""
+        return self.total_frames / self.fps if self.fps > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class VideoSample:
+    """One clip before the processor."""
+
+    video_id: str
+    frames: Tensor
+    """[T, C, H, W] uint8"""
+    label: str | None
+    timing: FrameTiming
+    clip: Clip
+
+    def __post_init__(self) -> None:
+        if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[1] != 3:
+            raise ValueError(
+                f"{self.video_id}: frames must be uint8 [T, 3, H, W], got {self.frames.dtype} {tuple(self.frames.shape)}"
+            )
+        if self.frames.shape[0] != len(self.timing.indices):
+            raise ValueError(f"{self.video_id}: {self.frames.shape[0]} frames but {len(self.timing.indices)} indices")
+
+
+@dataclass(frozen=True)
+class FailedClip:
+    """A clip that could not be read: reported and counted wrong, never replaced."""
+
+    clip: Clip
+    error: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is shown: the video, then this text, in one user turn."""
+
+    text: str
+    open: bool = False
+    """True leaves the user's turn open, so that context texts may continue it (calibration: one review per trace)."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text behind a prompt, or behind another text of the same prompt."""
+
+    text: str
+    role: Literal["assistant", "context"] = "assistant"
+    """``assistant``: the model's own words up to and with the end of its turn; they count in the loss.
+    ``context``: goes on with the user's open turn; nothing of it counts."""
+    parent: int = -1
+    """Index of the text it continues within the same prompt's texts; -1 is the prompt itself."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One clip with what is asked and what is said about it."""
+
+    sample: VideoSample
+    prompt: Prompt
+    texts: tuple[Text, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Texts behind prompts as right-padded token rows; masks are True where a token counts."""
+
+    ids: Tensor
+    """[N, L] int64"""
+    mask: Tensor
+    """[N, L] bool, real tokens (not padding)"""
+    loss_mask: Tensor
+    """[N, L] bool, tokens that count in a loss or a score; a subset of ``mask``"""
+    answer_mask: Tensor
+    """[N, L] bool, tokens from ``<answer>`` to the end of turn; a subset of ``loss_mask``, all False without an answer"""
+    owner: Tensor
+    """[N] int64, index of the prompt"""
+    parent: Tensor
+    """[N] int64, row it continues, -1 = the prompt; a parent stands before its children"""
+
+    def __post_init__(self) -> None:
+        n, length = self.ids.shape
+        for name in ("mask", "loss_mask", "answer_mask"):
+            mask: Tensor = getattr(self, name)
+            if mask.shape != (n, length) or mask.dtype != torch.bool:
+                raise ValueError(f"TextBatch.{name} must be bool {(n, length)}, got {mask.dtype} {tuple(mask.shape)}")
+        for name in ("owner", "parent"):
+            index: Tensor = getattr(self, name)
+            if index.shape != (n,):
+                raise ValueError(f"TextBatch.{name} must be [{n}], got {tuple(index.shape)}")
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TextBatch:
+        """Returns a copy on ``device``."""
+        return TextBatch(
+            *(
+                getattr(self, name).to(device, non_blocking=non_blocking)
+                for name in ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")
+            )
+        )
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Processor outputs of B prompts, left-padded; opaque to stages, read by the VLM family that made them."""
+
+    inputs: Mapping[str, Tensor]
+    batch_size: int
+    turn_end: Tensor
+    """[K] int64, tokens that close an open user turn and open the assistant's (empty where prompts are closed)"""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> EncodedPrompts:
+        """Returns a copy on ``device``."""
+        inputs = {k: v.to(device, non_blocking=non_blocking) for k, v in self.inputs.items()}
+        return EncodedPrompts(inputs, self.batch_size, self.turn_end.to(device))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a BatchEncoder returns: B prompts and the N texts behind them."""
+
+    prompts: EncodedPrompts
+    texts: TextBatch
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """A collated batch of B readable clips and the clips that could not be read."""
+
+    prompts: EncodedPrompts | None
+    """None only where every clip of the batch failed"""
+    texts: TextBatch | None
+    labels: Tensor
+    """[B] int64, index into the data module's ``label_names``; -1 where unlabelled"""
+    clips: tuple[Clip, ...]
+    """[B]"""
+    failed: tuple[FailedClip, ...] = ()
+    decode_ms: float = 0.0
+    """Mean milliseconds spent decoding one clip of this batch"""
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @property
+    def video_ids(self) -> tuple[str, ...]:
+        """[B] ids in batch order."""
+        return tuple(clip.video_id for clip in self.clips)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> VideoBatch:
+        """Returns a copy on ``device``; Lightning calls this to move a batch."""
+        return VideoBatch(
+            None if self.prompts is None else self.prompts.to(device, non_blocking),
+            None if self.texts is None else self.texts.to(device, non_blocking),
+            self.labels.to(device, non_blocking=non_blocking),
+            self.clips,
+            self.failed,
+            self.decode_ms,
+        )

@@ -1,0 +1,1 @@
+"""TinyVLM, the embedded default: a small video VLM in the hub's own format."""

@@ -1,0 +1,128 @@
+"""TinyVLM's processor: frames resized to one size, one placeholder per visual token, and a byte-level tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_utils import PILImageResampling
+from transformers.video_processing_utils import BaseVideoProcessor
+
+PAD, END, USER, ASSISTANT, VIDEO = SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|video|>")
+VOCABULARY = 768
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %}<|video|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+class TinyVLMVideoProcessor(BaseVideoProcessor):
+    """Resizes every frame to 96 × 64 pixels and scales it to -1..1."""
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = (0.5, 0.5, 0.5)
+    image_std = (0.5, 0.5, 0.5)
+    size = {"height": 64, "width": 96}
+    rescale_factor = 1 / 255
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    do_sample_frames = False
+    model_input_names = ["pixel_values_videos"]
+
+
+class TinyVLMProcessor(ProcessorMixin):
+    """Puts ``tokens_per_frame`` placeholders per frame in the place of each ``<|video|>`` of a text.
+
+    Args:
+        video_processor: A TinyVLMVideoProcessor.
+        tokenizer: The byte-level tokenizer.
+        chat_template: Jinja template of a conversation.
+        tokens_per_frame: Visual tokens of one frame.
+    """
+
+    def __init__(
+        self,
+        video_processor: TinyVLMVideoProcessor,
+        tokenizer: PreTrainedTokenizerFast,
+        chat_template: str | None = None,
+        tokens_per_frame: int = 6,
+        **kwargs: Any,
+    ) -> None:
+        self.tokens_per_frame = tokens_per_frame
+        super().__init__(video_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(  # type: ignore[override]
+        self,
+        text: str | list[str],
+        videos: list[Any] | None = None,
+        padding: bool = True,
+        return_tensors: str = "pt",
+        add_special_tokens: bool = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Encodes texts and the videos in them.
+
+        Args:
+            text: One or several texts with one ``<|video|>`` per video.
+            videos: uint8 frames [T, 3, H, W] per video, all of the same T.
+            padding: Pad the token rows (on the left) to one length.
+            return_tensors: As transformers names it.
+            add_special_tokens: Passed to the tokenizer, which has none to add.
+            **kwargs: Passed to the video processor (``video_metadata``, ``do_sample_frames``).
+
+        Raises:
+            ValueError: The number of videos or of their frames does not fit.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        data: dict[str, Any] = {}
+        if videos is not None:
+            counts = {len(video) for video in videos}
+            if len(counts) > 1:
+                raise ValueError(f"TinyVLM needs clips of one length in a batch, got {sorted(counts)} frames; sample uniformly")
+            if [t.count(VIDEO) for t in texts] != [1] * len(videos):
+                raise ValueError(f"{len(videos)} videos do not match the {VIDEO} marks in {len(texts)} texts")
+            pixels = self.video_processor(videos, return_tensors=return_tensors, **kwargs)
+            data["pixel_values_videos"] = pixels["pixel_values_videos"]
+            texts = [
+                t.replace(VIDEO, VIDEO * (self.tokens_per_frame * len(video)))
+                for t, video in zip(texts, videos, strict=True)
+            ]
+        rows = self.tokenizer(texts, padding=padding, add_special_tokens=add_special_tokens, return_tensors=return_tensors)
+        data.update(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
+        return BatchFeature(data)
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Trains the byte-level BPE of TinyVLM on ``texts``; it encodes any other text too, in more pieces."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT, VIDEO],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def make_processor(texts: Iterable[str]) -> TinyVLMProcessor:
+    """A processor whose tokenizer is trained on ``texts``."""
+    return TinyVLMProcessor(TinyVLMVideoProcessor(), train_tokenizer(texts), chat_template=CHAT_TEMPLATE)

@@ -1,0 +1,84 @@
+"""TinyVLM as a model family: the embedded base, one from scratch, or a folder of another."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration, scratch_config
+
+
+def embedded_folder() -> Path:
+    """Folder of the base that comes with the package."""
+    return Path(str(files("vidreason.lightning_modules.vlms.tiny") / "weights"))
+
+
+class TinyVLM(VLM):
+    """A video VLM of 1.7 M parameters that runs anywhere; it describes what a doorbell camera sees.
+
+    Args:
+        path: ``embedded`` is the base that comes with the package, ``scratch`` the same with random weights (for
+            pretraining), anything else a folder.
+        lora: LoRA adapter to train; null trains the weights themselves.
+        quantize: ``nf4`` holds the base in 4 bits (needs ``lora``).
+        freeze_vision: Keep the vision tower as it is.
+        dtype: Of the base's weights.
+        attn_implementation: As transformers names it.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        route: See VLM.
+        seed: Seed of the random weights of ``scratch``.
+    """
+
+    vision_modules = ("model.visual",)
+
+    def __init__(
+        self,
+        path: str = "embedded",
+        lora: LoRAOptions | None = None,
+        quantize: Literal["none", "nf4"] = "none",
+        freeze_vision: bool = True,
+        dtype: Literal["float32", "bfloat16", "auto"] = "float32",
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        route: Literal["auto", "expand", "naive"] = "auto",
+        seed: int = 0,
+    ) -> None:
+        self.scratch = path == "scratch"
+        self.seed = seed
+        folder = str(embedded_folder()) if path in {"embedded", "scratch"} else path
+        super().__init__(
+            folder, lora, quantize, freeze_vision, dtype, attn_implementation, gradient_checkpointing, None, route
+        )
+
+    @cached_property
+    def _scratch_model(self) -> TinyVLMForConditionalGeneration:
+        tokenizer = self.tokenizer
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return TinyVLMForConditionalGeneration(
+                scratch_config(
+                    len(tokenizer),
+                    tokenizer.convert_tokens_to_ids("<|video|>"),
+                    tokenizer.pad_token_id,
+                    tokenizer.eos_token_id,
+                )
+            )
+
+    def build(self, adapter_path: str | None = None) -> nn.Module:
+        """As VLM.build; from scratch there is nothing to load."""
+        if not self.scratch:
+            return super().build(adapter_path)
+        if adapter_path is not None or self.lora is not None:
+            raise ValueError("vlm.path: scratch is for pretraining; adapters need a trained base")
+        return self._scratch_model.train()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the random model behind as well."""
+        return {k: v for k, v in super().__getstate__().items() if k != "_scratch_model"}
