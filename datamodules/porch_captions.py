@@ -97,6 +97,7 @@ class PorchCaptionDataModule(VideoDataModule):
 
     def setup(self, stage: str) -> None:
         """Nothing to read."""
+        self._clips = {}
 
     def train_dataloader(self) -> DataLoader[LoadedClip]:
         """New clips in every epoch."""

@@ -1,0 +1,341 @@
+"""VLM: how one model family encodes clips, is built, scores texts and generates them.
+
+Letters: B prompts, G completions of each, N texts, L tokens of the longest text.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from vidreason.datamodules.types import Encoded, EncodedPrompts, Example, TextBatch
+from vidreason.lightning_modules.functional.logprobs import chunked_token_logprobs
+from vidreason.lightning_modules.vlms import building, chat, generation
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.shared_prefix import (
+    TargetLogits,
+    expand_logits,
+    naive_logits,
+    would_checkpoint,
+)
+
+__all__ = ["VLM", "Generated", "Sampling", "Scores"]
+
+logger = logging.getLogger(__name__)
+
+VISUAL_TOKEN = re.compile(r"image|img|video|vision|audio|<row_\d+_col_\d+>", re.IGNORECASE)
+
+
+class Scores(NamedTuple):
+    """What a model says about texts."""
+
+    logprobs: Tensor
+    """[N, L] fp32, 0 outside ``texts.loss_mask``"""
+    entropy: Tensor | None
+    """[N, L] fp32 of the distribution that predicts each token, 0 outside ``texts.loss_mask``; None unless asked"""
+
+
+class Generated(NamedTuple):
+    """N = B·G completions in the order b0g0, b0g1 and so on."""
+
+    ids: Tensor
+    """[N, L] int64, right-padded, end of turn included"""
+    mask: Tensor
+    """[N, L] bool"""
+    logprobs: Tensor
+    """[N, L] fp32 of the sampler under its temperature, before top-p and top-k (greedy: at temperature 1)"""
+    finish_reason: tuple[Literal["stop", "length"], ...]
+    """[N] ``length``: cut at max_new_tokens"""
+    owner: Tensor
+    """[N] int64, index of the prompt"""
+    texts: tuple[str, ...]
+    """[N] decoded without the end-of-turn token; other special tokens stay visible"""
+
+
+class VLM(ABC):
+    """A picklable recipe for one model: where it is and how it is built; it holds no weights.
+
+    A family says where its vision tower is, and overrides what differs from a decoder with one position per token.
+
+    Args:
+        path: Folder of a model in the hub's format, or a hub id.
+        lora: LoRA adapter to train; null trains the weights themselves.
+        quantize: ``nf4`` holds the base in 4 bits (needs ``lora``).
+        freeze_vision: Keep the vision tower as it is.
+        dtype: Of the base's weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+        attn_implementation: As transformers names it.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, no shared prefix.
+        max_pixels: Most pixels of a frame, for families whose processor takes a budget.
+        route: ``expand`` runs each prompt once, ``naive`` once per text; ``auto`` expands unless gradient checkpointing
+            forbids it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        lora: LoRAOptions | None = None,
+        quantize: Literal["none", "nf4"] = "none",
+        freeze_vision: bool = True,
+        dtype: Literal["float32", "bfloat16", "auto"] = "auto",
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        max_pixels: int | None = None,
+        route: Literal["auto", "expand", "naive"] = "auto",
+    ) -> None:
+        if quantize != "none" and lora is None:
+            raise ValueError("vlm.quantize: nf4 weights cannot be trained themselves; set vlm.lora")
+        self.path = path
+        self.lora = lora
+        self.quantize = quantize
+        self.freeze_vision = freeze_vision
+        self.dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_pixels = max_pixels
+        self.route = route
+        self.video_options()  # a budget the family cannot keep is refused here
+        self._processor: Any = None
+        self._warned = False
+
+    # -- what a family says ------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def vision_modules(self) -> tuple[str, ...]:
+        """Dotted names of the modules that are frozen, and left without adapters, with ``freeze_vision``."""
+
+    @property
+    def unquantised(self) -> tuple[str, ...]:
+        """Dotted names of the modules that stay in full precision under ``quantize``."""
+        return (*self.vision_modules, "lm_head")
+
+    def video_options(self) -> dict[str, Any]:
+        """Keyword arguments of the processor call that apply ``max_pixels``."""
+        if self.max_pixels is not None:
+            raise ValueError(
+                f"vlm.max_pixels: the processor of {type(self).__name__} takes no pixel budget; "
+                "set data.init_args.frames.max_pixels"
+            )
+        return {}
+
+    def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Positions [B, P] (or [A, B, P] for A rotary axes) of left-padded inputs."""
+        return (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+
+    def text_position_ids(self, positions: Tensor) -> Tensor:
+        """Turns positions [n, L] of text tokens into what the decoder takes."""
+        return positions
+
+    def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+        """Inputs of the prompts ``index`` [n], for inputs whose first axis is the prompts."""
+        return {name: value.index_select(0, index) for name, value in inputs.items()}
+
+    # -- processor and tokens ----------------------------------------------------------------------------------------
+
+    @property
+    def processor(self) -> Any:
+        """The family's processor, loaded on first use in each process."""
+        if self._processor is None:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # short texts; silences warnings after a fork
+            with building.readable(self.path):
+                self._processor = AutoProcessor.from_pretrained(self.path)
+            self._processor.tokenizer.padding_side = "left"
+        return self._processor
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leaves the processor and what was derived from it behind; a worker loads its own."""
+        cached = {"chat_frame", "stop_ids", "suppressed_ids"}
+        return {k: v for k, v in self.__dict__.items() if k not in cached} | {"_processor": None}
+
+    @cached_property
+    def chat_frame(self) -> chat.ChatFrame:
+        """What the chat template puts around words."""
+        return chat.chat_frame(self.processor, self._model_stop_ids())
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a completion: the model's, the tokenizer's and the chat template's."""
+        return frozenset({*self._model_stop_ids(), self.chat_frame.end_of_turn[-1]})
+
+    def _model_stop_ids(self) -> set[int]:
+        ids = {self.tokenizer.eos_token_id}
+        if cached_file(self.path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+            eos = GenerationConfig.from_pretrained(self.path).eos_token_id
+            ids |= set(eos) if isinstance(eos, list) else {eos}
+        return ids - {None}
+
+    @cached_property
+    def suppressed_ids(self) -> frozenset[int]:
+        """Placeholder and other visual special tokens: never sampled, probability 0 in scoring."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(i for i, t in added if t.special and VISUAL_TOKEN.search(t.content)) - self.stop_ids
+
+    # -- batches -----------------------------------------------------------------------------------------------------
+
+    def encode(self, examples: Sequence[Example]) -> Encoded:
+        """Turns B clips, their prompts and texts into one batch; runs in data workers.
+
+        Raises:
+            ValueError: Open and closed prompts are mixed, or a text does not fit where it stands.
+        """
+        if len({example.prompt.open for example in examples}) != 1:
+            raise ValueError(f"a batch needs prompts that are all open or all closed, got {len(examples)} examples")
+        inputs = chat.encode_prompts(self.processor, examples, self.video_options())
+        frame, is_open = self.chat_frame, examples[0].prompt.open
+        turn_end = chat.tokens(self.processor, frame.turn_end) if is_open else []
+        prompts = EncodedPrompts(inputs, len(examples), torch.tensor(turn_end, dtype=torch.long))
+        return Encoded(prompts, chat.encode_texts(self.processor, frame, examples, self.suppressed_ids))
+
+    def texts_from(self, generated: Generated) -> TextBatch:
+        """Completions as texts behind their prompts, exactly the sampled tokens."""
+        answers = torch.zeros_like(generated.mask)
+        for row, length in enumerate(generated.mask.sum(1).tolist()):
+            answers[row, :length] = chat.answer_tokens(self.processor, generated.ids[row, :length].tolist())
+        parent = torch.full_like(generated.owner, -1)
+        return TextBatch(generated.ids, generated.mask, generated.mask, answers, generated.owner, parent)
+
+    # -- model -------------------------------------------------------------------------------------------------------
+
+    def build(self, adapter_path: str | None = None) -> nn.Module:
+        """Loads the base, freezes, quantises and attaches the ``policy`` adapter.
+
+        Args:
+            adapter_path: An adapter folder to go on from, or a folder of full weights that replaces the base (on which
+                ``lora``, where set, starts afresh).
+
+        Raises:
+            ValueError: The path holds no model, or the adapter does not belong to this base or to ``lora``.
+        """
+        return building.build(
+            self.path,
+            adapter_path,
+            lora=self.lora,
+            nf4=self.quantize == "nf4",
+            frozen=self.vision_modules if self.freeze_vision else (),
+            unquantised=self.unquantised,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            gradient_checkpointing=self.gradient_checkpointing,
+            base_sha=self.base_sha,
+        )
+
+    def score(
+        self,
+        model: nn.Module,
+        prompts: EncodedPrompts,
+        texts: TextBatch,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> Scores:
+        """Log-probs of the tokens in ``texts.loss_mask``; differentiable in everything that takes gradients.
+
+        Args:
+            model: What ``build`` returned.
+            prompts: B prompts.
+            texts: N texts behind them; each prompt, and each text that others continue, is forwarded once.
+            temperature: Divides the logits.
+            with_entropy: Also the entropy of the predicting distributions.
+        """
+        banned = torch.tensor(sorted(self.suppressed_ids), dtype=torch.long, device=texts.ids.device)
+        rows, cols, logprobs, entropies = [], [], [], []
+        for piece in self._route(model)(self, model, prompts, texts):
+            scored = chunked_token_logprobs(
+                piece.logits,
+                texts.ids[piece.rows, piece.cols],
+                lambda logits: logits,
+                temperature=temperature,
+                suppressed=banned,
+                with_entropy=with_entropy,
+            )
+            rows.append(piece.rows)
+            cols.append(piece.cols)
+            logprobs.append(scored.logprobs)
+            if scored.entropy is not None:
+                entropies.append(scored.entropy)
+        blank = torch.zeros(texts.ids.shape, dtype=torch.float32, device=texts.ids.device)
+        if not rows:
+            return Scores(blank, blank if with_entropy else None)
+        index = (torch.cat(rows), torch.cat(cols))
+        entropy = blank.index_put(index, torch.cat(entropies).float()) if with_entropy else None
+        return Scores(blank.index_put(index, torch.cat(logprobs).float()), entropy)
+
+    def _route(self, model: nn.Module) -> Callable[..., Iterator[TargetLogits]]:
+        if self.route == "auto" and would_checkpoint(model):
+            if not self._warned:
+                logger.warning("gradient checkpointing drops the shared prefix: every text repeats its video")
+                self._warned = True
+            return naive_logits
+        return naive_logits if self.route == "naive" else expand_logits
+
+    def generate(
+        self,
+        model: nn.Module,
+        prompts: EncodedPrompts,
+        group_size: int,
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]] | None = None,
+    ) -> Generated:
+        """Samples completions; each prompt is prefilled once.
+
+        Args:
+            model: What ``build`` returned; sampled in eval mode, its modes come back.
+            prompts: B closed prompts.
+            group_size: G.
+            sampling: How to draw.
+            seeds: [B][G] ints; a row's noise depends on its seed and the token's position only. None draws them from
+                torch's global generator.
+
+        Raises:
+            ValueError: The prompts are open, or ``seeds`` is not [B][G].
+        """
+        if prompts.turn_end.numel():
+            raise ValueError("cannot generate behind an open prompt: the assistant's turn has not begun")
+        noise = None
+        if sampling.temperature > 0:
+            if seeds is None:
+                seeds = torch.randint(2**62, (prompts.batch_size, group_size)).tolist()
+            if [len(row) for row in seeds] != [group_size] * prompts.batch_size:
+                raise ValueError(f"seeds must be [{prompts.batch_size}][{group_size}], got {[len(r) for r in seeds]}")
+            noise = generation.draw_noise([seed for row in seeds for seed in row], sampling.max_new_tokens)
+        made = generation.sample(
+            self,
+            model,
+            prompts,
+            group_size,
+            sampling,
+            noise,
+            sorted(self.stop_ids),
+            sorted(self.suppressed_ids),
+            chat.pad_id(self.processor),
+        )
+        texts = []
+        stopped = made.stopped.tolist()
+        for row, length in enumerate(made.mask.sum(1).tolist()):
+            texts.append(chat.decode(self.processor, made.ids[row, : length - stopped[row]].tolist()))
+        owner = torch.arange(prompts.batch_size, device=made.ids.device).repeat_interleave(group_size)
+        reasons: tuple[Literal["stop", "length"], ...] = tuple("stop" if s else "length" for s in stopped)
+        return Generated(made.ids, made.mask, made.logprobs, reasons, owner, tuple(texts))
+
+    def base_sha(self) -> str:
+        """SHA-256 of the base checkpoint's files."""
+        return self._base_sha
+
+    @cached_property
+    def _base_sha(self) -> str:
+        return building.checkpoint_sha(self.path)

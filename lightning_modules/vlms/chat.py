@@ -1,0 +1,199 @@
+"""Clips, prompts and texts as tensors, for any family's chat template.
+
+The template is rendered around a sentinel, which shows what it puts in front of and behind a user's and an assistant's
+words; nothing about a particular template is written here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.video_utils import VideoMetadata
+
+from vidreason.datamodules.types import Example, Prompt, Text, TextBatch
+from vidreason.rewards.completion import answer_start
+
+SENTINEL = "VIDREASONSENTINEL"
+
+
+@dataclass(frozen=True)
+class ChatFrame:
+    """What a chat template puts around words."""
+
+    turn_end: str
+    """closes the user's turn and opens the assistant's"""
+    lead: str
+    """between the opened turn and the assistant's first word (a space in some families); the model writes it too"""
+    end_of_turn: tuple[int, ...]
+    """tokens that end the assistant's turn; the last one is a stop token"""
+
+
+@dataclass(frozen=True)
+class _Row:
+    ids: list[int]
+    counts: list[bool]
+    answers: list[bool]
+    owner: int
+    parent: int
+
+
+def render(processor: Any, text: str, assistant: str | None = None) -> str:
+    """The conversation as a string: one user turn with the video first, then the assistant's words or its opening."""
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}]
+    if assistant is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": assistant}]})
+    rendered: str = processor.apply_chat_template(messages, add_generation_prompt=assistant is None, tokenize=False)
+    return rendered
+
+
+def tokens(processor: Any, text: str) -> list[int]:
+    """Token ids of ``text`` alone, without anything the tokenizer would add."""
+    ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
+    """Finds the frame of the processor's chat template.
+
+    Args:
+        processor: A processor with a chat template.
+        stop_ids: Tokens on which the model stops, as its generation config and tokenizer name them.
+
+    Raises:
+        ValueError: The template opens the assistant's turn in another way than it renders one, or ends it with no
+            special token.
+    """
+    opened = render(processor, SENTINEL)
+    whole = render(processor, SENTINEL, assistant=SENTINEL * 2)
+    before, _, after = whole.partition(SENTINEL * 2)
+    if opened.count(SENTINEL) != 1 or not before.startswith(opened) or not after:
+        raise ValueError(
+            "the chat template renders an assistant's turn differently from the generation prompt that opens it: "
+            f"{opened!r} is not the beginning of {whole!r}; give the model folder a template where it is"
+        )
+    ids = tokens(processor, after)
+    ends = [i for i, token in enumerate(ids) if token in stop_ids]
+    if not ends:
+        ends = [i for i, token in enumerate(ids) if token in processor.tokenizer.all_special_ids][:1]
+    if not ends:
+        raise ValueError(f"the chat template ends an assistant's turn with {after!r}, which holds no stop token")
+    return ChatFrame(opened.partition(SENTINEL)[2], before[len(opened) :], tuple(ids[: ends[0] + 1]))
+
+
+def prompt_text(processor: Any, prompt: Prompt) -> str:
+    """The rendered prompt: up to the opened assistant's turn, or, left open, up to the last word of the user's."""
+    if not prompt.open:
+        return render(processor, prompt.text)
+    return render(processor, prompt.text + SENTINEL).partition(SENTINEL)[0]
+
+
+def encode_prompts(processor: Any, examples: Sequence[Example], options: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The processor's tensors for the prompts of all examples, all of them, padded as its tokenizer pads."""
+    samples = [example.sample for example in examples]
+    metadata = [
+        VideoMetadata(
+            total_num_frames=sample.timing.total_frames,
+            fps=sample.timing.fps,
+            duration=sample.timing.duration,
+            frames_indices=list(sample.timing.indices),
+        )
+        for sample in samples
+    ]
+    made = processor(
+        text=[prompt_text(processor, example.prompt) for example in examples],
+        videos=[sample.frames for sample in samples],
+        video_metadata=metadata,
+        do_sample_frames=False,
+        padding=True,
+        add_special_tokens=False,
+        return_tensors="pt",
+        **options,
+    )
+    return {name: torch.as_tensor(value) for name, value in made.items() if name != "video_metadata"}
+
+
+def encode_texts(processor: Any, frame: ChatFrame, examples: Sequence[Example], banned: frozenset[int]) -> TextBatch:
+    """The texts of all examples as one right-padded TextBatch.
+
+    Raises:
+        ValueError: A text does not fit where it stands (a context behind a closed prompt or an answer, an answer behind
+            an answer), is empty, or holds a placeholder token such as the video's.
+    """
+    rows: list[_Row] = []
+    for owner, example in enumerate(examples):
+        offset = len(rows)
+        for number, text in enumerate(example.texts):
+            where = f"{example.sample.video_id}: text {number} ({text.text[:40]!r})"
+            _check_place(where, example, text, number)
+            row = _encode_text(processor, frame, text, example.prompt.open, owner, offset)
+            if not row.ids:
+                raise ValueError(f"{where} is empty: leave it out")
+            if found := banned.intersection(row.ids):
+                names = processor.tokenizer.convert_ids_to_tokens(sorted(found))
+                raise ValueError(f"{where} holds the placeholder token {names[0]}: remove it from the text")
+            rows.append(row)
+    length = max((len(row.ids) for row in rows), default=0)
+    pad = pad_id(processor)
+
+    def padded(values: Sequence[Sequence[int | bool]], fill: int, dtype: torch.dtype) -> torch.Tensor:
+        table = [[*value, *[fill] * (length - len(value))] for value in values]
+        return torch.tensor(table, dtype=dtype).reshape(len(rows), length)
+
+    return TextBatch(
+        ids=padded([row.ids for row in rows], pad, torch.long),
+        mask=padded([[True] * len(row.ids) for row in rows], 0, torch.bool),
+        loss_mask=padded([row.counts for row in rows], 0, torch.bool),
+        answer_mask=padded([row.answers for row in rows], 0, torch.bool),
+        owner=torch.tensor([row.owner for row in rows], dtype=torch.long),
+        parent=torch.tensor([row.parent for row in rows], dtype=torch.long),
+    )
+
+
+def pad_id(processor: Any) -> int:
+    """The padding token, or the end token where a tokenizer has none."""
+    tokenizer = processor.tokenizer
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def decode(processor: Any, ids: Sequence[int]) -> str:
+    """Text of tokens, special tokens included."""
+    text: str = processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def answer_tokens(processor: Any, ids: Sequence[int]) -> torch.Tensor:
+    """[L] bool, the tokens from ``<answer>`` to the end of sampled tokens; all False without one."""
+    mask = torch.zeros(len(ids), dtype=torch.bool)
+    start = answer_start(decode(processor, ids))
+    if start is not None:  # from the first token that ends behind the tag's first character
+        mask[bisect_right(range(len(ids)), start, key=lambda last: len(decode(processor, ids[: last + 1]))) :] = True
+    return mask
+
+
+def _check_place(where: str, example: Example, text: Text, number: int) -> None:
+    if not -1 <= text.parent < number:
+        raise ValueError(f"{where}: parent {text.parent} must be an earlier text of the same clip, or -1")
+    behind_answer = text.parent >= 0 and example.texts[text.parent].role == "assistant"
+    if behind_answer:
+        raise ValueError(f"{where} continues text {text.parent}, where the assistant's turn has ended")
+    if text.role == "context" and not example.prompt.open:
+        raise ValueError(f"{where}: a context text needs an open prompt (Prompt(open=True))")
+
+
+def _encode_text(processor: Any, frame: ChatFrame, text: Text, opened: bool, owner: int, offset: int) -> _Row:
+    parent = text.parent + offset if text.parent >= 0 else -1
+    if text.role == "context":
+        ids = tokens(processor, text.text)
+        return _Row(ids, [False] * len(ids), [False] * len(ids), owner, parent)
+    words = frame.lead + text.text
+    encoded = processor.tokenizer(words, add_special_tokens=False, return_offsets_mapping=True)
+    start = answer_start(text.text)
+    first = len(words) if start is None else start + len(frame.lead)
+    answers = [end > first for _, end in encoded["offset_mapping"]] + [start is not None] * len(frame.end_of_turn)
+    head = tokens(processor, frame.turn_end) if opened else []
+    ids = [*encoded["input_ids"], *frame.end_of_turn]
+    return _Row([*head, *ids], [False] * len(head) + [True] * len(ids), [False] * len(head) + answers, owner, parent)

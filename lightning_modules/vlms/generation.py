@@ -1,0 +1,167 @@
+"""Sampling completions: each prompt is prefilled once, each row draws its own noise, rows that ended stop costing.
+
+Letters: B prompts, G completions of each, N = B·G rows, L tokens of the longest, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vidreason.datamodules.types import EncodedPrompts
+from vidreason.lightning_modules.vlms.shared_prefix import PromptLayout, extend, prefill
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        max_new_tokens: Longest completion in tokens, end of turn included.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Keeps the likeliest tokens that together reach this probability; 1 keeps all.
+        top_k: Keeps this many of the likeliest tokens; 0 keeps all.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampling.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature must not be negative (0 is greedy), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.top_k must not be negative (0 keeps all), got {self.top_k}")
+
+
+class Sampled(NamedTuple):
+    """Sampled rows in the order b0g0, b0g1, …, as tokens."""
+
+    ids: Tensor
+    """[N, L] int64, padded on the right"""
+    mask: Tensor
+    """[N, L] bool"""
+    logprobs: Tensor
+    """[N, L] fp32 of the sampler under its temperature, before top-p and top-k"""
+    stopped: Tensor
+    """[N] bool, ended by a stop token"""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module in eval mode and gives each its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def draw_noise(seeds: Sequence[int], steps: int) -> Tensor:
+    """Uniforms [N, steps] float64; row i depends on ``seeds[i]`` and the position only, never on the batch."""
+    rows = [np.random.Generator(np.random.PCG64(seed)).random(steps) for seed in seeds]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, steps, dtype=torch.float64)
+
+
+def keep_likeliest(probs: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Sets the probabilities [n, V] outside top-k and top-p to 0; at least the likeliest token stays."""
+    if top_p >= 1 and not 0 < top_k < probs.shape[-1]:
+        return probs
+    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+    drop = torch.zeros_like(ordered, dtype=torch.bool)
+    if top_k > 0:
+        drop[:, top_k:] = True
+        ordered = ordered.masked_fill(drop, 0)
+    share = ordered / ordered.sum(-1, keepdim=True)
+    drop |= share.cumsum(-1) - share >= top_p
+    drop[:, 0] = False
+    return probs.masked_fill(drop.scatter(-1, index, drop), 0)
+
+
+def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens [n] at the quantiles ``uniforms`` [n] of the unnormalised distributions ``probs`` [n, V]."""
+    cdf = probs.double().cumsum(-1)
+    total = cdf[:, -1:]
+    token = torch.searchsorted(cdf, uniforms[:, None] * total, right=True)
+    return torch.minimum(token, (cdf < total).sum(-1, keepdim=True))[:, 0]  # rounding never leaves the support
+
+
+@torch.no_grad()
+def sample(
+    layout: PromptLayout,
+    model: nn.Module,
+    prompts: EncodedPrompts,
+    group_size: int,
+    sampling: Sampling,
+    noise: Tensor | None,
+    stop_ids: Sequence[int],
+    suppressed_ids: Sequence[int],
+    pad_id: int,
+) -> Sampled:
+    """Samples ``group_size`` completions behind every prompt.
+
+    Args:
+        layout: The family.
+        model: The model; its modes are as before when this returns.
+        prompts: B prompts.
+        group_size: G.
+        sampling: How to draw.
+        noise: [N, max_new_tokens] uniforms in [0, 1); may be None where the temperature is 0.
+        stop_ids: Tokens that end a completion (and belong to it).
+        suppressed_ids: Tokens of probability 0.
+        pad_id: Fills ``ids`` behind the end.
+    """
+    device = prompts.inputs["input_ids"].device
+    batch, steps = prompts.batch_size, sampling.max_new_tokens
+    n = batch * group_size
+    ids = torch.full((n, steps), pad_id, dtype=torch.long, device=device)
+    mask = torch.zeros(n, steps, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(n, steps, device=device)
+    stopped = torch.zeros(n, dtype=torch.bool, device=device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    banned = torch.tensor(sorted(suppressed_ids), dtype=torch.long, device=device)
+    noise = None if noise is None else noise.to(device)
+    with evaluating(model):
+        everyone = torch.arange(batch, device=device)
+        logits, prefix = prefill(layout, model, prompts, everyone)
+        owner = everyone.repeat_interleave(group_size)
+        logits, prefix = logits[owner], prefix.select(owner)
+        alive = torch.arange(n, device=device)
+        for step in range(steps):
+            scores = logits.float() / (sampling.temperature or 1.0)
+            scores[:, banned] = -torch.inf
+            logp = scores.log_softmax(-1)
+            if sampling.temperature == 0:
+                token = logp.argmax(-1)
+            else:
+                assert noise is not None, "sampling at a temperature needs noise"
+                token = inverse_cdf(keep_likeliest(logp.exp(), sampling.top_p, sampling.top_k), noise[alive, step])
+            ids[alive, step], mask[alive, step] = token, True
+            logprobs[alive, step] = logp.gather(-1, token[:, None])[:, 0]
+            ended = torch.isin(token, stops)
+            stopped[alive] = ended
+            if step + 1 == steps or bool(ended.all()):
+                break
+            if bool(ended.any()):
+                rest = (~ended).nonzero()[:, 0]
+                alive, token, prefix = alive[rest], token[rest], prefix.select(rest)
+            rows = torch.arange(len(alive), device=device)
+            logits, prefix = extend(
+                layout, model, prefix, token[:, None], torch.ones_like(token[:, None], dtype=torch.bool),
+                rows, torch.zeros_like(rows),
+            )  # fmt: skip
+    length = int(mask.sum(1).max()) if n else 0
+    return Sampled(ids[:, :length], mask[:, :length], logprobs[:, :length], stopped)

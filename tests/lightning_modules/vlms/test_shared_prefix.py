@@ -1,0 +1,203 @@
+"""The shared prefix against the naive route and against transformers' own forward: values, gradients, work done."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vidreason.datamodules.types import EncodedPrompts, TextBatch
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.shared_prefix import unwrap
+
+MakeVLM = Callable[..., VLM]
+LORA = LoRAOptions(r=4, alpha=8)
+PROMPTS = ("what happens?", "describe the video, step by step, and say who arrives at the door", "who?")
+# (owner, parent, length): unequal counts and lengths, one token, parents that are any earlier row, three levels
+FAN = [(0, -1, 5), (0, -1, 1), (2, -1, 7), (0, -1, 3), (1, -1, 4)]
+TREE = [*FAN, (0, 0, 2), (2, 2, 4), (0, 0, 1), (0, 3, 6), (0, 5, 3), (0, 5, 1), (1, 4, 1)]
+
+
+def make_prompts(vlm: VLM, builders: ModuleType, seed: int = 0) -> EncodedPrompts:
+    examples = [builders.make_example(prompt=p, seed=seed + i) for i, p in enumerate(PROMPTS)]
+    return vlm.encode(examples).prompts
+
+
+def words(vlm: VLM) -> list[int]:
+    return sorted(set(range(10, 500)) - vlm.suppressed_ids)
+
+
+def gradients(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, route: Any) -> dict[str, Tensor]:
+    vlm.route = route
+    model.zero_grad()
+    scores = vlm.score(model, prompts, texts, temperature=0.8, with_entropy=True)
+    assert scores.entropy is not None
+    weights = torch.randn(scores.logprobs.shape, generator=torch.Generator().manual_seed(1))
+    (scores.logprobs * weights + scores.entropy * weights.flip(0)).sum().backward()
+    out = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    out["logprobs"], out["entropy"] = scores.logprobs.detach(), scores.entropy.detach()
+    return out
+
+
+@pytest.mark.parametrize("rows", [FAN, TREE], ids=["fan", "tree"])
+@pytest.mark.parametrize("options", [{"freeze_vision": False}, {"lora": LORA}], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["qwen", "qwen2", "smolvlm"])
+def test_expand_equals_naive(
+    make_vlm: MakeVLM, builders: ModuleType, family: str, options: dict[str, Any], rows: Any
+) -> None:
+    vlm = make_vlm(family, **options)
+    model = vlm.build()
+    builders.randomise_lora(model)
+    prompts, texts = make_prompts(vlm, builders), builders.text_rows(rows, words(vlm))
+    expand = gradients(vlm, model, prompts, texts, "expand")
+    naive = gradients(vlm, model, prompts, texts, "naive")
+
+    for name in ("logprobs", "entropy"):
+        a, b = expand.pop(name), naive.pop(name)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        assert (b[texts.loss_mask] != 0).all()
+        assert (a[~texts.loss_mask] == 0).all()
+    assert expand.keys() == naive.keys()
+    assert any(("visual" in n or "vision" in n) for n in expand) == ("lora" not in options)
+    total = torch.stack([g.norm() for g in naive.values()]).norm()
+    gap = torch.stack([(expand[n] - naive[n]).norm() for n in naive]).norm()
+    assert gap / total < 1e-5
+    for name, g in naive.items():
+        assert (expand[name] - g).norm() < 1e-4 * g.norm() + 1e-6 * total, name
+
+
+def test_scores_equal_transformers_own_forward(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+    """Every row alone, without padding, cache or explicit positions; the model works out its own."""
+    vlm = make_vlm(family)
+    model = vlm.build()
+    prompts, texts = make_prompts(vlm, builders), builders.text_rows(FAN, words(vlm))
+    with torch.no_grad():
+        ours = vlm.score(model, prompts, texts, temperature=0.7).logprobs
+        for row, (owner, _, length) in enumerate(FAN):
+            alone = dict(vlm.encode([builders.make_example(prompt=PROMPTS[owner], seed=owner)]).prompts.inputs)
+            tail = texts.ids[row : row + 1, :length]
+            start = alone["input_ids"].shape[1]
+            alone["input_ids"] = torch.cat([alone["input_ids"], tail], 1)
+            alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+            if "mm_token_type_ids" in alone:
+                kinds = alone["mm_token_type_ids"]
+                alone["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(tail)], 1)
+            logits = model(**alone).logits[0, start - 1 : -1].float() / 0.7
+            logits[:, sorted(vlm.suppressed_ids)] = -torch.inf
+            theirs = logits.log_softmax(-1).gather(-1, tail[0, :, None])[:, 0]
+            counted = texts.loss_mask[row, :length]
+            torch.testing.assert_close(ours[row, :length][counted], theirs[counted], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("route", ["expand", "naive"])
+def test_the_video_matters(make_vlm: MakeVLM, builders: ModuleType, family: str, route: Any) -> None:
+    vlm = make_vlm(family, route=route)
+    model = vlm.build()
+    texts = builders.text_rows(TREE, words(vlm))
+    one, other = (vlm.score(model, make_prompts(vlm, builders, seed), texts).logprobs for seed in (0, 50))
+    changed = (one - other).abs() > 1e-4
+    assert changed[texts.loss_mask].float().mean() > 0.9
+
+
+def test_the_tower_sees_each_video_once(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+    vlm = make_vlm(family, lora=LORA)
+    model = vlm.build()
+    prompts, texts = make_prompts(vlm, builders), builders.text_rows(TREE, words(vlm))
+    seen: list[int] = []
+    tower = unwrap(model).get_submodule(vlm.vision_modules[0])
+    pixels = "hidden_states" if family == "qwen" else "pixel_values"
+    tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs[pixels])), with_kwargs=True
+    )
+    vlm.score(model, prompts, texts)
+    once = sum(seen)
+    assert len(seen) == 1
+    assert once == (len(prompts.inputs["pixel_values_videos"]) if family == "qwen" else 3 * 4)
+    vlm.route = "naive"
+    vlm.score(model, prompts, texts)
+    assert sum(seen) - once == once * 7 // 3, "the naive route repeats the video for each of the 7 paths"
+
+
+def test_context_rows_cost_no_head(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+    vlm = make_vlm(family)
+    model = vlm.build()
+    texts = builders.text_rows([(0, -1, 6), (0, 0, 2), (0, 0, 3), (1, -1, 4)], words(vlm))
+    counts = texts.mask.clone()
+    counts[[0, 3]] = False
+    scored: list[int] = []
+    unwrap(model).lm_head.register_forward_hook(lambda module, args, out: scored.append(out[..., 0].numel()))
+    prompts = vlm.encode([builders.make_example(seed=i) for i in range(2)]).prompts
+    logprobs = vlm.score(model, prompts, replace(texts, loss_mask=counts)).logprobs
+    assert sum(scored) == 1 + (1 + 2), "one distribution behind the context for both children, three inside them"
+    assert (logprobs[[0, 3]] == 0).all()
+
+
+def test_nothing_to_score(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+    vlm = make_vlm(family)
+    encoded = vlm.encode([builders.make_example()])
+    assert vlm.score(vlm.build(), encoded.prompts, encoded.texts, with_entropy=True).logprobs.shape == (0, 0)
+
+
+def test_expand_refuses_checkpointing_and_auto_avoids_it(
+    make_vlm: MakeVLM, builders: ModuleType, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    vlm = make_vlm(family, lora=LORA, gradient_checkpointing=True)
+    model = vlm.build()
+    builders.randomise_lora(model)
+    prompts, texts = make_prompts(vlm, builders), builders.text_rows(TREE, words(vlm))
+    vlm.route = "expand"
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        vlm.score(model, prompts, texts)
+    with caplog.at_level(logging.WARNING):
+        auto = gradients(vlm, model, prompts, texts, "auto")
+        gradients(vlm, model, prompts, texts, "auto")
+    assert len([r for r in caplog.records if "shared prefix" in r.message]) == 1
+
+    plain = make_vlm(family, lora=LORA)
+    other = plain.build()
+    builders.randomise_lora(other)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        b.data.copy_(a.data)
+    expand = gradients(plain, other, prompts, texts, "expand")
+    for name, value in expand.items():
+        torch.testing.assert_close(auto[name], value, rtol=1e-3, atol=1e-4)
+
+    model.eval()  # nothing is recomputed in eval mode: the prefix can be shared
+    assert gradients(vlm, model, prompts, texts, "expand")["logprobs"].sub(expand["logprobs"]).abs().max() < 1e-5
+
+
+def test_refuses_rows_in_the_wrong_place(make_vlm: MakeVLM, builders: ModuleType) -> None:
+    vlm = make_vlm("qwen")
+    model, prompts = vlm.build(), make_prompts(vlm, builders)
+    for rows, message in (
+        ([(0, 1, 2), (0, -1, 2)], "text row 0: parent 1 must be an earlier row"),
+        ([(0, -1, 2), (1, 0, 2)], "text row 1: parent 0 must be an earlier row of the same prompt 1"),
+        ([(0, -1, 2), (0, -1, 0)], "text row 1 has no token"),
+    ):
+        texts = builders.text_rows(rows, words(vlm))
+        for vlm.route in ("expand", "naive"):
+            with pytest.raises(ValueError, match=message):
+                vlm.score(model, prompts, texts)
+
+
+def test_expand_does_a_fraction_of_the_work(builders: ModuleType, tmp_path: Any) -> None:
+    """G = 8 texts of 16 tokens behind 64 visual tokens, tower frozen: forward and backward."""
+    from vidreason.lightning_modules.vlms.qwen import QwenVL
+
+    folder = builders.write_qwen(tmp_path, hidden_size=128, num_attention_heads=8, num_hidden_layers=3)
+    vlm = QwenVL(str(folder), lora=LORA)
+    model = vlm.build()
+    prompts = vlm.encode([builders.make_example(frames=8, size=(112, 112))]).prompts
+    texts = builders.text_rows([(0, -1, 16)] * 8, words(vlm))
+    flops = {}
+    for vlm.route in ("naive", "expand"):
+        with FlopCounterMode(display=False) as counter:
+            vlm.score(model, prompts, texts).logprobs.sum().backward()
+        flops[vlm.route] = counter.get_total_flops()
+    assert flops["naive"] / flops["expand"] > 3.5, flops
