@@ -1,0 +1,350 @@
+"""The data module every data set subclasses: from clips to batches, with whatever prompt the stage asks for.
+
+A data set says which labels there are and which clips a split has; decoding, prompts, encoding and shuffling are here.
+A stage says what it shows of a clip by a ``ClipView``; the model family says how that becomes tensors by a
+``BatchEncoder``. Both travel into the loader's workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from vidreason.datamodules.decoding import DecodeError, FrameOptions, read_frames
+from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.splits import (
+    DEFAULT_FRACTIONS,
+    STANDARD_SPLITS,
+    check_disjoint,
+    complete_splits,
+    first_five,
+    write_splits,
+)
+from vidreason.datamodules.task import Task
+from vidreason.datamodules.types import Clip, Encoded, Example, FailedClip, VideoBatch, VideoSample
+
+_LOG = logging.getLogger(__name__)
+
+DEFAULT_FRAMES = FrameOptions()
+
+
+class BatchEncoder(Protocol):
+    """Turns examples into tensors; implemented by every model family. It is pickled into worker processes."""
+
+    def encode(self, examples: Sequence[Example]) -> Encoded:
+        """Encodes B clips with their prompts and the N texts behind them."""
+        ...
+
+
+class ClipKey(NamedTuple):
+    """What the training sampler asks for: a clip, and the epoch that its jitter depends on."""
+
+    position: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class LoadedClip:
+    """One clip out of the dataset, or the reason why there is none."""
+
+    content: Example | FailedClip
+    decode_ms: float
+
+
+class ClipDataset(Dataset[LoadedClip]):
+    """Clips, decoded one at a time and joined with what the view shows of them.
+
+    Args:
+        clips: what to read.
+        view: prompt and texts of a clip.
+        frames: which frames to take.
+        seed: of the jitter in training.
+        train: jitters segment sampling, and raises where a clip cannot be read instead of passing the failure on.
+    """
+
+    def __init__(self, clips: Sequence[Clip], view: ClipView, frames: FrameOptions, seed: int, train: bool) -> None:
+        self.clips = tuple(clips)
+        self.view = view
+        self.frames = frames
+        self.seed = seed
+        self.train = train
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, key: int | ClipKey) -> LoadedClip:
+        """Reads a clip.
+
+        Raises:
+            DecodeError: in training, if the clip cannot be read.
+        """
+        position, epoch = key if isinstance(key, ClipKey) else (key, 0)
+        clip = self.clips[position]
+        start = time.perf_counter()
+        try:
+            video = read_frames(clip.path, self.frames, self._jitter(clip, epoch) if self.train else None)
+        except DecodeError as error:
+            if self.train:
+                raise DecodeError(f"{error} (from {clip.where or clip.video_id}); mend or remove the clip") from error
+            return LoadedClip(FailedClip(clip, str(error)), 1000 * (time.perf_counter() - start))
+        pixels = video.frames if self.view.shows_video else torch.zeros_like(video.frames)
+        sample = VideoSample(clip.video_id, pixels, clip.label, video.timing, clip)
+        example = Example(sample, self.view.prompt(clip), self.view.texts(clip))
+        return LoadedClip(example, 1000 * (time.perf_counter() - start))
+
+    def _jitter(self, clip: Clip, epoch: int) -> torch.Generator:
+        """A generator of its own for each seed, epoch and clip, so that workers and resuming change nothing."""
+        digest = hashlib.blake2b(f"{self.seed}/{epoch}/{clip.video_id}".encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+class BatchCollator:
+    """Encodes the readable clips of a batch and sets the unreadable ones beside them.
+
+    Args:
+        encoder: the model family's.
+        label_names: index of a label is its place here.
+    """
+
+    def __init__(self, encoder: BatchEncoder, label_names: Sequence[str]) -> None:
+        self.encoder = encoder
+        self.label_index = {name: index for index, name in enumerate(label_names)}
+
+    def __call__(self, items: Sequence[LoadedClip]) -> VideoBatch:
+        """Collates a batch; ``prompts`` and ``texts`` are None where every clip failed."""
+        examples = [item.content for item in items if isinstance(item.content, Example)]
+        failed = tuple(item.content for item in items if isinstance(item.content, FailedClip))
+        encoded = self.encoder.encode(examples) if examples else None
+        labels = [-1 if e.sample.label is None else self.label_index[e.sample.label] for e in examples]
+        return VideoBatch(
+            prompts=encoded.prompts if encoded else None,
+            texts=encoded.texts if encoded else None,
+            labels=torch.tensor(labels, dtype=torch.int64),
+            clips=tuple(example.sample.clip for example in examples),
+            failed=failed,
+            decode_ms=sum(item.decode_ms for item in items) / max(len(items), 1),
+        )
+
+
+class SeededSampler(DistributedSampler[Any]):
+    """Shuffles by seed and epoch alone, on one process or many; Lightning calls its ``set_epoch``.
+
+    The epoch travels with each index, since workers that live on would not see it change on the dataset.
+    """
+
+    def __iter__(self) -> Iterator[ClipKey]:
+        """Yields this rank's clips in the order of this epoch."""
+        return (ClipKey(index, self.epoch) for index in super().__iter__())
+
+
+class VideoDataModule(L.LightningDataModule, ABC):
+    """Labelled videos; a data set subclasses it with ``label_names`` and ``samples``.
+
+    Args:
+        encoder: turns examples into tensors; the command line hands in the ``vlm`` section.
+        frames: which frames of a clip are taken, and how large.
+        batch_size: clips per training batch.
+        eval_batch_size: clips per batch elsewhere; None takes ``batch_size``.
+        num_workers: processes that decode; 0 decodes in the main one.
+        seed: of shuffling and of the jitter of segment sampling.
+        predict_splits: what ``predict`` runs over.
+        test_splits: what ``test`` runs over; None takes every split whose name begins with "test".
+        split_seed: of the splits that have to be made; apart from ``seed``, so that seeds see the same splits.
+    """
+
+    def __init__(
+        self,
+        encoder: BatchEncoder | None = None,
+        frames: FrameOptions = DEFAULT_FRAMES,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        predict_splits: Sequence[str] = ("train",),
+        test_splits: Sequence[str] | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+            raise ValueError(f"batch sizes must be at least 1, got {batch_size} and {eval_batch_size}")
+        self.encoder = encoder
+        self.frames = frames
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.predict_splits = tuple(predict_splits)
+        self.test_splits = None if test_splits is None else tuple(test_splits)
+        self.split_seed = split_seed
+        self.view: ClipView | None = None
+        self._eval_view: ClipView | None = None
+        self._clips: dict[str, tuple[Clip, ...]] | None = None
+        self._made: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def label_names(self) -> tuple[str, ...]:
+        """[C] class names; a label's index is its place here."""
+
+    @abstractmethod
+    def samples(self, split: str) -> Sequence[Clip]:
+        """The clips of a split as the data bring them; empty where there is no such split."""
+
+    @property
+    def task(self) -> Task:
+        """Classes and prompts; by default the label names and a plain question."""
+        return Task.from_labels(type(self).__name__, self.label_names)
+
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that ``samples`` knows."""
+        return STANDARD_SPLITS
+
+    def setup(self, stage: str) -> None:
+        """Collects the clips, completes the splits and writes those that were made into the run folder."""
+        if self._clips is None:
+            given = {
+                name: tuple(clip if clip.split == name else replace(clip, split=name) for clip in self.samples(name))
+                for name in self.splits()
+            }
+            self._check_labels(given)
+            check_disjoint(given)
+            self._clips, made = complete_splits(given, DEFAULT_FRACTIONS, self.split_seed)
+            self._made = (*self._made, *made)
+            sizes = ", ".join(f"{name} {len(clips)}" for name, clips in self._clips.items())
+            _LOG.info("clips: %s", sizes)
+        if self._made and self.trainer is not None and self.trainer.is_global_zero:
+            path = Path(self.trainer.default_root_dir) / "splits.csv"
+            write_splits(path, self._clips)
+            _LOG.info("%s made by seed %d, written to %s", ", ".join(self._made), self.split_seed, path)
+
+    def clips(self, split: str) -> tuple[Clip, ...]:
+        """The clips of a split after completion; what stages use.
+
+        Args:
+            split: a split's name; standard splits may be empty.
+
+        Raises:
+            ValueError: for a name that is no split of these data.
+        """
+        if self._clips is None:
+            self.setup("")
+        assert self._clips is not None
+        if split not in self._clips and split not in STANDARD_SPLITS:
+            raise ValueError(f"there is no split {split!r}; the data have {', '.join(self._clips)}")
+        return self._clips.get(split, ())
+
+    @property
+    def test_split_names(self) -> tuple[str, ...]:
+        """The splits that ``test`` runs over, in the order of its loaders."""
+        if self.test_splits is not None:
+            return self.test_splits
+        if self._clips is None:
+            self.setup("")
+        assert self._clips is not None
+        return tuple(name for name in self._clips if name.startswith("test"))
+
+    def set_view(self, view: ClipView) -> None:
+        """Sets what is shown in training, and elsewhere unless ``set_eval_view`` says otherwise."""
+        self.view = view
+
+    def set_eval_view(self, view: ClipView) -> None:
+        """Sets what is shown in validation, test and prediction."""
+        self._eval_view = view
+
+    def train_dataloader(self) -> DataLoader[LoadedClip]:
+        """Training clips that have a target, shuffled anew in each epoch."""
+        return self.loader("train", self._shown(self.view), train=True)
+
+    def val_dataloader(self) -> list[DataLoader[LoadedClip]]:
+        """The validation loader, in a list that is empty where there is no such split."""
+        return [self._eval_loader(("val",))] if self.clips("val") else []
+
+    def test_dataloader(self) -> list[DataLoader[LoadedClip]]:
+        """One loader per test split, in the order of ``test_split_names``."""
+        if not self.test_split_names:
+            raise ValueError("the data have no test split: name one with test_splits")
+        return [self._eval_loader((split,)) for split in self.test_split_names]
+
+    def predict_dataloader(self) -> DataLoader[LoadedClip]:
+        """One loader over all ``predict_splits``."""
+        return self._eval_loader(self.predict_splits)
+
+    def loader(
+        self, split: str, view: ClipView, batch_size: int | None = None, train: bool = False
+    ) -> DataLoader[LoadedClip]:
+        """Loads one split with a view of the caller's choice.
+
+        Args:
+            split: its name.
+            view: what is shown of a clip.
+            batch_size: clips per batch; None takes the configured one.
+            train: shuffles, jitters, leaves out clips without a target, and stops at a clip that cannot be read.
+                Without it the order is fixed, every clip appears, and unreadable ones are in ``VideoBatch.failed``.
+
+        Raises:
+            ValueError: if the split is empty or unknown, or no clip of it has a target.
+        """
+        clips = self._of((split,))
+        if train:
+            kept = tuple(clip for clip in clips if view.keep(clip))
+            if len(kept) < len(clips):
+                _LOG.warning(
+                    "%s: %d of %d clips have no target and are left out", split, len(clips) - len(kept), len(clips)
+                )
+            if not kept:
+                raise ValueError(f"no clip of split {split!r} has a target to train on")
+            clips = kept
+        return self._loader(clips, view, batch_size, train)
+
+    def _check_labels(self, given: Mapping[str, Sequence[Clip]]) -> None:
+        names = (*self.label_names, None)
+        wrong = [clip for clips in given.values() for clip in clips if clip.label not in names]
+        if wrong:
+            rows = [f"{clip.where or clip.video_id}: {clip.label!r}" for clip in wrong]
+            raise ValueError(f"label that label_names ({', '.join(self.label_names)}) lacks: {first_five(rows)}")
+
+    def _eval_loader(self, splits: Sequence[str]) -> DataLoader[LoadedClip]:
+        return self._loader(self._of(splits), self._shown(self._eval_view or self.view), None, train=False)
+
+    def _of(self, splits: Sequence[str]) -> tuple[Clip, ...]:
+        for split in splits:
+            if not self.clips(split):
+                raise ValueError(f"split {split!r} has no clips")
+        return tuple(clip for split in splits for clip in self.clips(split))
+
+    def _shown(self, view: ClipView | None) -> ClipView:
+        if view is None:
+            raise ValueError("nothing says what to show of a clip: call set_view before the loaders are made")
+        return view
+
+    def _loader(
+        self, clips: Sequence[Clip], view: ClipView, batch_size: int | None, train: bool
+    ) -> DataLoader[LoadedClip]:
+        if self.encoder is None:
+            raise ValueError("the data module has no encoder: give it the VLM, as the vlm section of a config does")
+        dataset = ClipDataset(clips, view, self.frames, self.seed, train)
+        return DataLoader(
+            dataset,
+            batch_size=batch_size or (self.batch_size if train else self.eval_batch_size),
+            sampler=self._sampler(dataset) if train else None,
+            num_workers=self.num_workers,
+            collate_fn=BatchCollator(self.encoder, self.label_names),
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _sampler(self, dataset: ClipDataset) -> SeededSampler:
+        """One sampler for any number of processes; Lightning leaves a distributed sampler as it is."""
+        given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        ranks = given or {"num_replicas": 1, "rank": 0}
+        return SeededSampler(dataset, ranks["num_replicas"], ranks["rank"], shuffle=True, seed=self.seed)

@@ -1,0 +1,258 @@
+"""A user's own clips: a CSV or JSONL manifest, or one folder per class."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, VideoDataModule
+from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.rows import Row, Table, read_table
+from vidreason.datamodules.splits import (
+    DEFAULT_FRACTIONS,
+    check_disjoint,
+    complete_splits,
+    first_five,
+    limit_clips,
+    make_splits,
+)
+from vidreason.datamodules.task import Task
+from vidreason.datamodules.types import Clip
+
+KNOWN_COLUMNS = ("path", "label", "split", "group", "video_id")
+"""Columns with a meaning of their own; all others are metadata."""
+
+_ALMOST_SPLITS = {
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "calib": "cal",
+    "calibration": "cal",
+    "testing": "test",
+}
+
+
+class ManifestDataModule(VideoDataModule):
+    """Clips listed in a manifest, or lying in one folder per class.
+
+    A manifest has the columns ``path`` and ``label`` and, if you like, ``split``, ``group``, ``video_id`` and metadata.
+    A folder holds ``<class>/<clip>`` or ``<split>/<class>/<clip>``; names that begin with ``_`` or ``.`` are passed
+    over.
+    Without splits they are made: seeded, stratified, disjoint in ``group``, and written into the run folder.
+
+    Args:
+        manifest: a ``.csv`` or ``.jsonl`` file, or a folder.
+        task: the task file, from the current folder or else from the shipped configs; None takes the labels found.
+        root: what paths in the manifest are relative to; by default its folder.
+        where: keeps the rows whose columns have these values, such as ``{subset: weizmann_silhouettes}``.
+        limit: the most clips of a split, balanced over classes, such as ``{train: 64}``.
+        split_fractions: shares of the splits that have to be made; by default val 0.15, cal 0.15, test 0.2. A split
+            that is taken from train gets this share of train.
+        encoder: turns examples into tensors; the command line hands in the ``vlm`` section.
+        frames: which frames of a clip are taken, and how large.
+        batch_size: clips per training batch.
+        eval_batch_size: clips per batch elsewhere; None takes ``batch_size``.
+        num_workers: processes that decode; 0 decodes in the main one.
+        seed: of shuffling and of the jitter of segment sampling.
+        predict_splits: what ``predict`` runs over.
+        test_splits: what ``test`` runs over; None takes every split whose name begins with "test".
+        split_seed: of the splits that have to be made and of ``limit``.
+    """
+
+    def __init__(
+        self,
+        manifest: str | Path,
+        task: str | Path | None = None,
+        root: str | Path | None = None,
+        where: dict[str, str] | None = None,
+        limit: dict[str, int] | None = None,
+        split_fractions: dict[str, float] | None = None,
+        encoder: BatchEncoder | None = None,
+        frames: FrameOptions = DEFAULT_FRAMES,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        predict_splits: Sequence[str] = ("train",),
+        test_splits: Sequence[str] | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            encoder, frames, batch_size, eval_batch_size, num_workers, seed, predict_splits, test_splits, split_seed
+        )
+        self.manifest = Path(manifest)
+        self.task_file = None if task is None else Path(task)
+        self.root = None if root is None else Path(root)
+        self.where = dict(where or {})
+        self.limit = dict(limit or {})
+        self.split_fractions = dict(DEFAULT_FRACTIONS if split_fractions is None else split_fractions)
+        self._task: Task | None = None
+        self._samples: dict[str, tuple[Clip, ...]] = {}
+
+    @property
+    def task(self) -> Task:
+        """The task file's content, or the labels found in the manifest.
+
+        Raises:
+            ValueError: naming the file and row, if anything in the manifest is wrong.
+        """
+        self._read()
+        assert self._task is not None
+        return self._task
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """[C] class names in the order of the task."""
+        return self.task.label_names
+
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that have clips."""
+        self._read()
+        return tuple(self._samples)
+
+    def samples(self, split: str) -> Sequence[Clip]:
+        """The clips of a split, limited; empty where there is no such split."""
+        self._read()
+        return self._samples.get(split, ())
+
+    def setup(self, stage: str) -> None:
+        """Reads the manifest and makes the splits that are missing.
+
+        Raises:
+            ValueError: naming the file and row, if anything in the manifest is wrong.
+        """
+        self._read()
+        super().setup(stage)
+
+    def _read(self) -> None:
+        """Reads the manifest once; a second call returns what the first found."""
+        if self._task is not None:
+            return
+        table = read_table(self.manifest)
+        rows = self._select(table)
+        self._refuse("no path", [row.place for row in rows if not row.get("path")])
+        self._refuse("no label", [row.place for row in rows if not row.get("label")])
+        task = self._load_task(rows)
+        self._check_against(task, rows, table.columns)
+        clips = [self._clip(row) for row in rows]
+        self._check_clips(clips)
+        splits, self._made = self._split(clips)
+        self._samples = self._limited(splits)
+        self._task = task
+
+    def _select(self, table: Table) -> Sequence[Row]:
+        """Keeps the rows that ``where`` asks for."""
+        rows: Sequence[Row] = table.rows
+        for column, value in self.where.items():
+            if column not in table.columns:
+                raise ValueError(
+                    f"{self.manifest}: where names no column: {column!r}; there are {_list(table.columns)}"
+                )
+            seen = sorted({row.get(column) for row in rows})
+            rows = [row for row in rows if row.get(column) == value]
+            if not rows:
+                raise ValueError(
+                    f"{self.manifest}: where finds no row with {value!r} in {column!r}; it has {_list(seen)}"
+                )
+        return rows
+
+    def _load_task(self, rows: Sequence[Row]) -> Task:
+        if self.task_file is not None:
+            return Task.from_yaml(self.task_file)
+        labels = sorted({row.get("label") for row in rows})
+        try:
+            return Task.from_labels(self.manifest.stem, labels)
+        except ValueError as error:
+            raise ValueError(f"{self.manifest}: without a task file its labels are the classes: {error}") from error
+
+    def _check_against(self, task: Task, rows: Sequence[Row], columns: Sequence[str]) -> None:
+        """Refuses labels that the task lacks, and metadata that the manifest lacks."""
+        names = task.label_names
+        unknown = [row for row in rows if row.get("label") not in names]
+        self._refuse(
+            f"unknown label, the classes of {self.task_file} are {_list(names)}",
+            [f"{row.place}: {row.get('label')!r}{_suggestion(row.get('label'), names)}" for row in unknown],
+        )
+        lacking = [name for name in task.metadata_fields if name not in columns]
+        if lacking:
+            raise ValueError(
+                f"{self.manifest}: no column {_list(lacking)}, named by metadata_fields in {self.task_file}; "
+                f"there are {_list(columns)}"
+            )
+
+    def _clip(self, row: Row) -> Clip:
+        root = self.root or (self.manifest if self.manifest.is_dir() else self.manifest.parent)
+        return Clip(
+            path=root / row.get("path"),
+            label=row.get("label"),
+            video_id=row.get("video_id") or row.get("path"),
+            split=row.get("split"),
+            group=row.get("group"),
+            fields={name: value for name, value in row.values.items() if name not in KNOWN_COLUMNS},
+            where=f"{self.manifest.name}, {row.place}",
+        )
+
+    def _check_clips(self, clips: Sequence[Clip]) -> None:
+        """Refuses ids that occur twice, files that are not there, and split names that are nearly standard ones."""
+        counts = Counter(clip.video_id for clip in clips)
+        twice = [clip for clip in clips if counts[clip.video_id] > 1]
+        self._refuse("duplicate video_id", [f"{self._place(clip)}: {clip.video_id!r}" for clip in twice])
+        missing = [clip for clip in clips if not clip.path.is_file()]
+        self._refuse(
+            f"missing file, looked for from {self.root or self.manifest.parent}",
+            [f"{self._place(clip)}: {clip.path}" for clip in missing],
+        )
+        odd = [clip for clip in clips if clip.split.lower() in _ALMOST_SPLITS]
+        self._refuse(
+            "misnamed split",
+            [f"{self._place(clip)}: call {clip.split!r} {_ALMOST_SPLITS[clip.split.lower()]!r}" for clip in odd],
+        )
+
+    def _split(self, clips: Sequence[Clip]) -> tuple[dict[str, tuple[Clip, ...]], tuple[str, ...]]:
+        """Clips by split, and which splits were made: all where none is given, else val and cal where missing."""
+        try:
+            if not any(clip.split for clip in clips):
+                dealt = make_splits(clips, self.split_fractions, self.split_seed)
+                splits, _ = complete_splits(dealt, self.split_fractions, self.split_seed)
+                return splits, tuple(splits)
+            blank = [clip for clip in clips if not clip.split]
+            self._refuse("no split, though other rows have one", [self._place(clip) for clip in blank])
+            given: dict[str, list[Clip]] = {}
+            for clip in clips:
+                given.setdefault(clip.split, []).append(clip)
+            check_disjoint(given)
+            return complete_splits(given, self.split_fractions, self.split_seed)
+        except ValueError as error:
+            raise ValueError(str(error) if str(self.manifest) in str(error) else f"{self.manifest}: {error}") from error
+
+    def _limited(self, splits: Mapping[str, tuple[Clip, ...]]) -> dict[str, tuple[Clip, ...]]:
+        for split, limit in self.limit.items():
+            if split not in splits or limit < 1:
+                raise ValueError(
+                    f"{self.manifest}: limit {{{split}: {limit}}} is not possible; "
+                    f"it takes numbers from 1 for the splits {_list(list(splits))}"
+                )
+        return {
+            split: limit_clips(clips, self.limit[split], self.split_seed) if split in self.limit else clips
+            for split, clips in splits.items()
+        }
+
+    def _place(self, clip: Clip) -> str:
+        return clip.where.removeprefix(f"{self.manifest.name}, ")
+
+    def _refuse(self, what: str, rows: Sequence[str]) -> None:
+        if rows:
+            raise ValueError(f"{self.manifest}: {what}: {first_five(rows)}")
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:30])
+    return f"{shown} and {len(names) - 30} more" if len(names) > 30 else shown
+
+
+def _suggestion(label: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(label.casefold(), [name.casefold() for name in names], n=1)
+    return f" (did you mean {next(name for name in names if name.casefold() == close[0])!r}?)" if close else ""

@@ -1,0 +1,96 @@
+"""Which frames of a clip are looked at: index arithmetic alone, no files.
+
+Every function returns ascending positions in ``range(total)``. A clip with fewer frames than asked repeats some of them
+instead of failing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def uniform_indices(total: int, n: int) -> tuple[int, ...]:
+    """The middle frames of ``n`` equal stretches of the clip.
+
+    Args:
+        total: frames in the clip.
+        n: frames to take.
+
+    Returns:
+        [n] ascending positions.
+
+    Raises:
+        ValueError: if either number is below one.
+
+    Example:
+        >>> uniform_indices(100, 4)
+        (12, 37, 62, 87)
+        >>> uniform_indices(2, 4)
+        (0, 0, 1, 1)
+    """
+    _check(total, n)
+    return tuple((2 * i + 1) * total // (2 * n) for i in range(n))
+
+
+def segment_indices(total: int, n: int, generator: torch.Generator | None = None) -> tuple[int, ...]:
+    """One frame out of each of ``n`` equal stretches of the clip.
+
+    Args:
+        total: frames in the clip.
+        n: stretches, and frames to take.
+        generator: draws a frame at random within each stretch (training); None takes the middle one.
+
+    Returns:
+        [n] ascending positions.
+
+    Raises:
+        ValueError: if either number is below one.
+
+    Example:
+        >>> segment_indices(100, 4) == uniform_indices(100, 4)
+        True
+    """
+    if generator is None:
+        return uniform_indices(total, n)
+    _check(total, n)
+    draws = torch.rand(n, generator=generator, dtype=torch.float64).tolist()
+    indices = []
+    for i, draw in enumerate(draws):
+        low, high = i * total // n, (i + 1) * total // n
+        indices.append(low + int(draw * max(high - low, 1)))
+    return tuple(indices)
+
+
+def fps_indices(total: int, file_fps: float, fps: float, max_frames: int) -> tuple[int, ...]:
+    """Frames at a fixed rate from the first one on; evenly thinned where that gives more than ``max_frames``.
+
+    Args:
+        total: frames in the clip.
+        file_fps: frames per second of the file.
+        fps: frames per second to take.
+        max_frames: the most frames to take.
+
+    Returns:
+        Between 1 and ``max_frames`` ascending positions.
+
+    Raises:
+        ValueError: if a number is not positive.
+
+    Example:
+        >>> fps_indices(50, file_fps=25.0, fps=2.0, max_frames=8)
+        (0, 12, 25, 37)
+        >>> fps_indices(250, file_fps=25.0, fps=2.0, max_frames=4)
+        (31, 93, 156, 218)
+    """
+    _check(total, max_frames)
+    if not (file_fps > 0 and fps > 0):
+        raise ValueError(f"frame rates must be positive, got {file_fps} for the file and {fps} for the sample")
+    count = max(int(total / file_fps * fps + 1e-6), 1)
+    if count > max_frames:
+        return uniform_indices(total, max_frames)
+    return tuple(min(int(i * file_fps / fps + 1e-6), total - 1) for i in range(count))
+
+
+def _check(total: int, n: int) -> None:
+    if total < 1 or n < 1:
+        raise ValueError(f"cannot take {n} frames out of {total}")

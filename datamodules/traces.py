@@ -1,0 +1,236 @@
+"""Generated rationales and traces on disk, with the identity of what wrote them.
+
+One JSON object per line: the header first, then a completion each. Lines are only ever appended, so that an interrupted
+generation goes on where it was; a last line that was cut in half by a crash is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+_LOG = logging.getLogger(__name__)
+
+_VERSION_KEY = "vidreason_traces"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TraceHeader:
+    """Who wrote a file of traces: weights, prompt, task and sampling."""
+
+    external: bool
+    """Written by another model, a teacher; its weights are not compared with ours."""
+    base_sha: str
+    adapter_sha: str
+    prompt_sha: str
+    task_sha: str
+    sampling: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TraceRecord:
+    """One completion for one clip."""
+
+    video_id: str
+    sample: int
+    """0 to K - 1"""
+    text: str
+    reasoning: str | None
+    answer: str | None
+    finish_reason: Literal["stop", "length"]
+    logprob_sum: float
+    n_tokens: int
+    kept: bool = True
+    reject_reason: str | None = None
+
+
+class TraceStore:
+    """A file of traces: made with ``create``, read with ``open``.
+
+    Args:
+        path: the file.
+        header: its first line.
+    """
+
+    def __init__(self, path: Path, header: TraceHeader) -> None:
+        self.path = path
+        self.header = header
+
+    @classmethod
+    def create(cls, path: str | Path, header: TraceHeader) -> TraceStore:
+        """Starts a file, or goes on with one that the same weights, prompt, task and sampling began.
+
+        Raises:
+            ValueError: if the file was begun by something else.
+        """
+        path = Path(path)
+        header = _header_from(_header_line(header), path)
+        lines = _complete_lines(path, repair=True) if path.exists() else []
+        if lines:
+            found = _header_from(lines[0], path)
+            differing = [f.name for f in fields(TraceHeader) if getattr(found, f.name) != getattr(header, f.name)]
+            if differing:
+                raise ValueError(
+                    f"{path}: was begun with another {', '.join(differing)}; remove it or choose another run folder"
+                )
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _append(path, [_header_line(header)])
+        return cls(path, header)
+
+    @classmethod
+    def open(cls, path: str | Path) -> TraceStore:
+        """Opens a file for reading.
+
+        Raises:
+            ValueError: if there is no such file, or its first line is no header.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file of traces; write it with `vidreason predict`")
+        lines = _complete_lines(path, repair=False)
+        if not lines:
+            raise ValueError(f"{path}: holds no header line, so it is no file of traces")
+        return cls(path, _header_from(lines[0], path))
+
+    def append(self, records: Iterable[TraceRecord]) -> None:
+        """Writes completions behind what is there, each line in one write, and waits for the disk."""
+        _append(self.path, [json.dumps(asdict(record), ensure_ascii=False) for record in records])
+
+    def records(self, kept_only: bool = False) -> list[TraceRecord]:
+        """All completions in file order; of two with the same clip and sample the later one counts.
+
+        Raises:
+            ValueError: naming file and line, if one is malformed.
+        """
+        found: dict[tuple[str, int], TraceRecord] = {}
+        for number, line in enumerate(_complete_lines(self.path, repair=False), start=1):
+            if number > 1:
+                record = _record_from(line, f"{self.path}, line {number}")
+                found[record.video_id, record.sample] = record
+        return [record for record in found.values() if record.kept or not kept_only]
+
+    def by_video(self, kept_only: bool = True) -> dict[str, tuple[TraceRecord, ...]]:
+        """Completions by video id, in the order of their sample numbers; clips without any do not appear."""
+        grouped: dict[str, list[TraceRecord]] = {}
+        for record in self.records(kept_only):
+            grouped.setdefault(record.video_id, []).append(record)
+        return {name: tuple(sorted(group, key=lambda record: record.sample)) for name, group in grouped.items()}
+
+    def missing(self, video_ids: Sequence[str], samples: int) -> dict[str, tuple[int, ...]]:
+        """Sample numbers below ``samples`` that are still to be written, by video id; complete clips do not appear."""
+        written = {(record.video_id, record.sample) for record in self.records()}
+        gaps = {name: tuple(k for k in range(samples) if (name, k) not in written) for name in video_ids}
+        return {name: numbers for name, numbers in gaps.items() if numbers}
+
+    def check(self, expected: TraceHeader, allow_external: bool = True) -> None:
+        """Refuses traces that these weights, this prompt or this task did not write.
+
+        Args:
+            expected: what the stage would write itself.
+            allow_external: takes a teacher's traces, whose weights are not compared; task and prompt still are.
+
+        Raises:
+            ValueError: naming what differs and what to do.
+        """
+        if self.header.external and not allow_external:
+            raise ValueError(
+                f'{self.path}: holds a teacher\'s traces ("external": true), which only cold start takes; '
+                "write traces with the model that this stage starts from"
+            )
+        named = {
+            "base_sha": "weights (base)",
+            "adapter_sha": "weights (adapter)",
+            "prompt_sha": "prompt",
+            "task_sha": "task",
+        }
+        differing = []
+        for key, name in named.items():
+            if self.header.external and key in ("base_sha", "adapter_sha"):
+                continue
+            found, wanted = getattr(self.header, key), getattr(expected, key)
+            if found != wanted:
+                differing.append(f"{name}: {key} is {found or 'empty'}, expected {wanted or 'empty'}")
+        if differing:
+            raise ValueError(
+                f"{self.path}: was written by something else: {'; '.join(differing)}. Write the traces again with "
+                '`vidreason predict`, or, if a teacher wrote them for this task and prompt, set "external": true in '
+                "the file's first line (cold start alone takes such traces)"
+            )
+
+
+def _header_line(header: TraceHeader) -> str:
+    return json.dumps({_VERSION_KEY: _VERSION, **asdict(header), "sampling": dict(header.sampling)}, ensure_ascii=False)
+
+
+def _header_from(line: str, path: Path) -> TraceHeader:
+    content = _object(line, f"{path}, line 1")
+    if content.pop(_VERSION_KEY, None) != _VERSION:
+        raise ValueError(f'{path}, line 1: no header of traces; it begins {{"{_VERSION_KEY}": {_VERSION}, ...}}')
+    return TraceHeader(**_known(content, TraceHeader, f"{path}, line 1", optional=("sampling",)))
+
+
+def _record_from(line: str, where: str) -> TraceRecord:
+    content = _known(_object(line, where), TraceRecord, where, optional=("kept", "reject_reason"))
+    return TraceRecord(**content)
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    return content
+
+
+def _known(content: dict[str, Any], record: type, where: str, optional: Sequence[str]) -> dict[str, Any]:
+    names = [f.name for f in fields(record)]
+    missing = [name for name in names if name not in content and name not in optional]
+    unknown = [name for name in content if name not in names]
+    if missing or unknown:
+        problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
+        raise ValueError(f"{where}: {problem}; the keys are {', '.join(names)}")
+    return content
+
+
+def _complete_lines(path: Path, repair: bool) -> list[str]:
+    """The lines of a file without a last one that was cut in half; ``repair`` cuts it off on disk, too."""
+    content = path.read_bytes()
+    whole, _, rest = content.rpartition(b"\n")
+    try:
+        lines = whole.decode("utf-8").split("\n") if whole else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8: {error}") from error
+    if rest:
+        if _is_json(rest):
+            lines.append(rest.decode("utf-8"))
+            if repair:
+                _append(path, [""])
+        else:
+            _LOG.warning("%s: the last line was cut in half and is dropped", path)
+            if repair:
+                os.truncate(path, len(content) - len(rest))
+    return lines
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    with path.open("ab", buffering=0) as file:
+        for line in lines:
+            file.write(line.encode("utf-8") + b"\n")
+        os.fsync(file.fileno())

@@ -1,0 +1,56 @@
+"""Fixtures that every test may use: clips made on the fly, and the folder of real ones."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+WriteClip = Callable[..., Path]
+
+
+def frame_pattern(index: int, width: int, height: int) -> np.ndarray:
+    """A frame that carries its index as six black or white stripes, most significant first."""
+    bits = [(index >> shift) & 1 for shift in range(5, -1, -1)]
+    row = np.repeat(np.array(bits, dtype=np.uint8) * 200 + 25, -(-width // 6))[:width]
+    return np.broadcast_to(row[None, :, None], (height, width, 3)).copy()
+
+
+def write_video(
+    path: Path,
+    frames: int | Sequence[np.ndarray] = 12,
+    size: tuple[int, int] = (96, 64),
+    fps: int = 10,
+    codec: str = "libx264",
+) -> Path:
+    """Writes a clip of (width, height); a number of frames stands for frames that carry their index."""
+    pictures = [frame_pattern(i, *size) for i in range(frames)] if isinstance(frames, int) else list(frames)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        options = {"crf": "12", "threads": "1"} if codec == "libx264" else {}
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture
+def write_clip() -> WriteClip:
+    """The function ``write_video(path, frames=12, size=(96, 64), fps=10, codec="libx264")``."""
+    return write_video
+
+
+@pytest.fixture
+def test_data() -> Path:
+    """The folder of real clips; skips where the environment does not name one."""
+    folder = os.environ.get("VIDREASON_TEST_DATA")
+    if not folder:
+        pytest.skip("VIDREASON_TEST_DATA is not set: no real clips to test with")
+    if not Path(folder).is_dir():
+        pytest.skip(f"VIDREASON_TEST_DATA is {folder}, which is no folder")
+    return Path(folder)

@@ -1,0 +1,89 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReasonView, ReviewView
+from vidreason.datamodules.task import ClassSpec, Task
+from vidreason.datamodules.types import Clip, Text
+from vidreason.rewards.completion import render_completion
+
+TASK = Task("door", "What happens?", (ClassSpec("theft", "a parcel is taken"), ClassSpec("visit", "someone knocks")))
+CLIP = Clip(Path("a.mp4"), "visit", "a", fields={"note": "secret"})
+OTHER = Clip(Path("b.mp4"), None, "b")
+
+
+def test_prompts_hold_question_classes_and_nothing_of_the_label():
+    for view in (DescribeView(TASK), ReasonView(TASK), LabelView(TASK), LabelScoringView(TASK), ReviewView(TASK, {})):
+        text = view.prompt(CLIP).text
+        assert text.startswith("What happens?")
+        assert "- theft: a parcel is taken\n- visit: someone knocks" in text
+        assert text == view.prompt(replace(CLIP, label="theft")).text
+        assert "secret" not in text
+
+
+def test_only_reason_explains_the_format():
+    assert "<think>" in ReasonView(TASK).prompt(CLIP).text
+    assert "<answer>" in ReasonView(TASK).prompt(CLIP).text
+    assert "<" not in DescribeView(TASK).prompt(CLIP).text + LabelView(TASK).prompt(CLIP).text
+
+
+def test_label_hint_shows_the_label_and_changes_the_hash():
+    hinted = DescribeView(TASK, label_hint=True)
+    assert "The right answer is: visit" in hinted.prompt(CLIP).text
+    assert hinted.sha() != DescribeView(TASK).sha()
+    with pytest.raises(ValueError, match="b .* has no label to show"):
+        hinted.prompt(OTHER)
+
+
+def test_targets_by_video():
+    view = DescribeView(TASK, {"a": ("one", "two")})
+    assert view.texts(CLIP) == (Text("one"), Text("two"))
+    assert view.keep(CLIP)
+    assert not view.keep(OTHER)
+    assert ReasonView(TASK).keep(OTHER)
+    assert ReasonView(TASK).texts(CLIP) == ()
+
+
+def test_label_view():
+    assert LabelView(TASK).texts(CLIP) == (Text("visit"),)
+    assert LabelView(TASK, with_targets=False).texts(CLIP) == ()
+    assert not LabelView(TASK).keep(OTHER)
+    assert LabelScoringView(TASK).texts(OTHER) == (Text("theft"), Text("visit"))
+
+
+def test_review_is_a_tree_of_traces_and_labels():
+    traces = {"a": (render_completion("A man knocks.", "visit"), "gibberish")}
+    view = ReviewView(TASK, traces)
+    assert view.prompt(CLIP).open
+    assert view.texts(CLIP) == (
+        Text("\nAccount: A man knocks.\nConclusion: visit", "context", -1),
+        Text("theft", parent=0),
+        Text("visit", parent=0),
+        Text("\nAccount: gibberish\nConclusion: none", "context", -1),
+        Text("theft", parent=3),
+        Text("visit", parent=3),
+    )
+    assert not view.keep(replace(OTHER, label="visit"))
+    own = ReviewView(TASK, traces, labels="target").texts(CLIP)
+    assert [text.text for text in own if text.role == "assistant"] == ["visit", "visit"]
+
+
+def test_review_inputs():
+    traces = {"a": ("x",)}
+    video = ReviewView(TASK, traces, input="video")
+    assert not video.prompt(CLIP).open
+    assert video.texts(CLIP) == (Text("theft"), Text("visit"))
+    assert video.keep(replace(OTHER, label="visit"))
+    blind = ReviewView(TASK, traces, input="trace")
+    assert (video.shows_video, blind.shows_video) == (True, False)
+    assert blind.texts(CLIP) == ReviewView(TASK, traces).texts(CLIP)
+    assert len({v.sha() for v in (video, blind, ReviewView(TASK, traces))}) == 3
+
+
+def test_hash_follows_the_template_not_the_texts():
+    changed = replace(TASK, prompts={"reason": "{question} Think."})
+    assert ReasonView(TASK).sha() == ReasonView(TASK, {"a": ("x",)}).sha()
+    assert ReasonView(changed).sha() != ReasonView(TASK).sha()
+    assert DescribeView(changed).sha() == DescribeView(TASK).sha()
+    assert ReasonView(TASK).sha() != DescribeView(TASK).sha()
