@@ -1,0 +1,34 @@
+"""vidreason: teach a vision-language model to reason about videos, then to decide.
+
+The names below are loaded on first use, so that ``import vidreason`` stays instant:
+
+    >>> import vidreason
+    >>> sorted(vidreason.__all__)[:3]
+    ['ManifestDataModule', 'RewardFn', 'Task']
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ManifestDataModule": "vidreason.datamodules.manifest",
+    "RewardFn": "vidreason.rewards.base",
+    "Task": "vidreason.datamodules.task",
+    "VLM": "vidreason.lightning_modules.vlms.base",
+    "VLMModule": "vidreason.lightning_modules.base",
+    "VideoDataModule": "vidreason.datamodules.base",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name from its home on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vidreason' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Lists the lazy names too."""
+    return sorted([*globals(), *_HOMES])

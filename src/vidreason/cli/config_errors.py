@@ -1,0 +1,129 @@
+"""The parser's many-line complaints about a command line or a YAML, in one line that names file and remedy."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+import lightning as L
+import yaml
+
+_TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "vlm", "run_dir", "ckpt_path", "config")
+_NOISE = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes:",
+    "Errors:",
+    "- Expected a <class 'NoneType'>",
+    "Given value type:",
+    "full_key:",
+    "object_type=",
+)
+_MAX_CHARS = 400
+
+
+def explain(message: str, files: Sequence[Path]) -> str:
+    """Shortens an error of the parser.
+
+    Args:
+        message: Text of the parser's exception.
+        files: YAML files of the command line, to say which of them is meant.
+
+    Returns:
+        One line.
+    """
+    variable = re.search(r"Environment variable '(\w+)' not found", message)
+    if variable:
+        return _unset_variable(variable[1], files)
+    if "Problems parsing config" in message:
+        return _broken_yaml(files) or _flat(message)
+    missing_file = re.search(r"Expected a path but (\S+) either not accessible|File does not exist: '(.+?)'", message)
+    if missing_file:
+        return _missing_file(missing_file[1] or missing_file[2], files)
+    required = re.search(r"the following arguments are required: (.+)", message)
+    if required:
+        sections = re.sub(r"\w+\.(?=\w)", "", required[1])
+        return f"nothing says what {sections} should be: give --config configs/<stage>.yaml (see `vidreason configs`)"
+    unknown = re.search(r"does not accept option '(\S+)'", message)
+    if unknown:
+        return _unknown_key(unknown[1], files)
+    unknown = re.search(r"unrecognized arguments: --(\S+)", message)
+    if unknown:
+        return _unknown_key(unknown[1].partition("=")[0], ())
+    rejected = re.search(r"Option '(\w+)' is not accepted", message)
+    if rejected:
+        return _rejected_argument(rejected[1], message, () if "NestedArg(" in message else files)
+    return _flat(message)
+
+
+def _unset_variable(name: str, files: Sequence[Path]) -> str:
+    users = [path for path in files if f"oc.env:{name}" in path.read_text(encoding="utf-8")]
+    used_by = f", which {users[0]} uses," if users else ""
+    return f"the environment variable {name}{used_by} is not set: export {name}=..."
+
+
+def _broken_yaml(files: Sequence[Path]) -> str | None:
+    for path in files:
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = f", line {mark.line + 1}" if mark else ""
+            return f"{path}{line}: not valid YAML: {error.problem or error.context}"
+    return None
+
+
+def _missing_file(name: str, files: Sequence[Path]) -> str:
+    name = name.removeprefix(f"{Path.cwd()}/")
+    return f"no such file: {name}{_named_in(name, files)} (`vidreason configs` lists the shipped ones)"
+
+
+def _unknown_key(key: str, files: Sequence[Path]) -> str:
+    section, _, rest = key.partition(".")
+    if section not in _TOP_LEVEL:
+        return f"unknown key {key!r}{_named_in(section, files)}{_did_you_mean(section, _TOP_LEVEL)}"
+    last = rest.rpartition(".")[2] or section
+    known = inspect.signature(L.Trainer.__init__).parameters if section == "trainer" else ()
+    return f"unknown key {key!r}{_named_in(last, files)}{_did_you_mean(last, known)}"
+
+
+def _rejected_argument(name: str, message: str, files: Sequence[Path]) -> str:
+    classes = re.findall(r"class_path(?:=|'?:? )'([\w.]+)'", message)
+    known = [parameter for path in classes for parameter in _parameters(path)]
+    owner = next((path for path in reversed(classes) if _did_you_mean(name, _parameters(path))), None)
+    taker = owner or (classes[0] if classes else "the class")
+    return f"{taker} takes no argument {name!r}{_named_in(name, files)}{_did_you_mean(name, known)}"
+
+
+def _parameters(class_path: str) -> list[str]:
+    """Names of the arguments of a class and its bases; none where it cannot be imported."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name, None)
+    except (ImportError, ValueError):
+        return []
+    bases = inspect.getmro(found) if inspect.isclass(found) else ()
+    return [key for base in bases if "__init__" in vars(base) for key in inspect.signature(base).parameters]
+
+
+def _named_in(word: str, files: Sequence[Path]) -> str:
+    pattern = re.compile(rf"(?<![\w/]){re.escape(word)}(?!\w)")
+    users = [path for path in files if pattern.search(path.read_text(encoding="utf-8"))]
+    return f" in {users[0]}" if users else ""
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f": did you mean {near[0]!r}?" if near and near[0] != name else ""
+
+
+def _flat(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(_NOISE)]
+    if any("Problem with given class_path" in line for line in kept):
+        kept = [line for line in kept if not line.startswith("Given value:")]
+    text = re.sub(r'Parser key "(\S+?)":', r"\1:", " ".join(line.removeprefix("- ") for line in kept))
+    return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 3] + "..."

@@ -1,0 +1,306 @@
+"""``vidreason fit | validate | test | predict``: one stage from a YAML.
+
+What this adds to Lightning's CLI: one ``vlm:`` section that model and data share, a run folder, configs found in the
+installed package, and errors of the user's in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from vidreason.cli.config_errors import explain
+from vidreason.cli.configs import PREFIX, find_config
+from vidreason.cli.main import EXIT_OK, EXIT_USAGE
+from vidreason.lightning_modules.vlms.base import VLM
+
+_FILE_OPTIONS = ("-c", "--config", "--trainer", "--model", "--data", "--vlm")
+_CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes ``config.yaml`` and ``command.txt`` into the run folder when a run starts.
+
+    Args:
+        parser: The parser that made ``config``.
+        config: The parsed configuration.
+        command_line: What the user typed.
+        overwrite: A second run into the same folder replaces the record of the first.
+    """
+
+    def __init__(
+        self, parser: LightningArgumentParser, config: Namespace, command_line: str, overwrite: bool = True
+    ) -> None:
+        super().__init__(parser, config, overwrite=overwrite, save_to_log_dir=False)
+        self.command_line = command_line
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Writes both files; a test into the folder of a training run leaves the training's record alone."""
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = folder / "command.txt"
+        trained_here = command.is_file() and command.read_text(encoding="utf-8").startswith("vidreason fit")
+        name = self.command_line.split()[1]
+        suffix = f"_{name}" if trained_here and name != "fit" else ""
+        (folder / f"command{suffix}.txt").write_text(self.command_line + "\n", encoding="utf-8")
+        self.parser.save(
+            self.config, folder / f"config{suffix}.yaml", skip_unset=False, overwrite=True, multifile=False
+        )
+
+
+class VideoCLI(LightningCLI):
+    """LightningCLI with a shared ``vlm:`` section and a run folder.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        argv: The options behind it.
+        execute: False builds data, model and trainer and stops there; no weights are loaded.
+
+    Attributes:
+        run_dir: The run folder, also ``trainer.default_root_dir``.
+    """
+
+    run_dir: Path
+
+    def __init__(self, command: str, argv: Sequence[str], execute: bool = True) -> None:
+        self.command_line = shlex.join(["vidreason", command, *argv])
+        self.execute = execute
+        arguments, self.first_config = _with_shipped_files(argv)
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"command_line": self.command_line},
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": "vidreason",
+                "description": "Train or run one stage.",
+                "parser_mode": "omegaconf",
+                "allow_abbrev": False,
+                "exit_on_error": False,
+            },
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=[command, *arguments],
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds ``--vlm``, shared by model and data, and ``--run_dir``."""
+        parser.add_subclass_arguments(
+            VLM, "vlm", required=True, help="The vision-language model: data and model get the same object."
+        )
+        parser.link_arguments("vlm", "model.init_args.vlm", apply_on="instantiate")
+        parser.link_arguments("vlm", "data.init_args.encoder", apply_on="instantiate")
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME for NAME.yaml)."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and settles the run folder; ``sys.argv`` does not matter: pipelines come with arguments of their own.
+
+        Raises:
+            ArgumentError: Wrong key or value, two run folders, or a checkpoint that is not there.
+        """
+        self.config = parser.parse_args(args)
+        config: Namespace = self.config[self.config.subcommand]
+        root = config.trainer.default_root_dir
+        if config.run_dir and root and Path(config.run_dir) != Path(root):
+            raise argparse.ArgumentError(
+                None,
+                f"run_dir is {config.run_dir} but trainer.default_root_dir is {root}: they are the same folder, give "
+                "--run_dir alone",
+            )
+        default = Path("runs", Path(self.first_config or self.config.subcommand).stem)
+        config.run_dir = str(config.run_dir or root or default)
+        config.trainer.default_root_dir = None
+        self.run_dir = Path(config.run_dir)
+        checkpoint = config.ckpt_path
+        if checkpoint and checkpoint not in _CKPT_KEYWORDS and not Path(checkpoint).exists():
+            raise argparse.ArgumentError(None, f"--ckpt_path {checkpoint}: no such file")
+        for section in ("model", "data", "vlm"):
+            _point_at_shipped(config.get(section))
+
+    def instantiate_classes(self) -> None:
+        """Builds data, model and trainer; an error of theirs comes out as they raised it.
+
+        Raises:
+            ValueError: A class refused its arguments or its data.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise _cause_of(error) from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Builds the Trainer with its logs and checkpoints in the run folder, unless the YAML puts them elsewhere."""
+        config: Namespace = self.config_init[self.subcommand].trainer
+        kwargs["default_root_dir"] = str(self.run_dir)
+        if config.logger is None or config.logger is True:
+            kwargs["logger"] = TensorBoardLogger(save_dir=self.run_dir, name="tb", version="")
+        listed = [config.callbacks] if isinstance(config.callbacks, L.Callback) else list(config.callbacks or [])
+        checkpoints = [callback for callback in listed if isinstance(callback, ModelCheckpoint)]
+        if self.subcommand == "fit" and not checkpoints and config.enable_checkpointing is not False:
+            checkpoints = [
+                ModelCheckpoint(save_top_k=0, save_last=True, save_on_exception=True, enable_version_counter=False)
+            ]
+            listed += checkpoints
+        for checkpoint in checkpoints:
+            checkpoint.dirpath = checkpoint.dirpath or str((self.run_dir / "checkpoints").absolute())
+        trainer: L.Trainer = super().instantiate_trainer(callbacks=listed, **kwargs)
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.execute:
+            return
+        say(f"run folder: {self.run_dir}")
+        try:
+            with _interrupts_restored():
+                super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            # Lightning shuts down in order, then exits with 1 from inside its `except KeyboardInterrupt`
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                say(self._how_to_resume())
+                raise KeyboardInterrupt from None
+            raise
+
+    def _how_to_resume(self) -> str:
+        if self.subcommand != "fit":
+            return f"interrupted; start again with: {self.command_line}"
+        folders = [
+            Path(c.dirpath) for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath
+        ]
+        saved = [folder / "last.ckpt" for folder in folders if (folder / "last.ckpt").is_file()]
+        if not saved:
+            return f"interrupted before the first checkpoint; start again with: {self.command_line}"
+        path = saved[0]
+        if path.is_relative_to(Path.cwd()):
+            path = path.relative_to(Path.cwd())
+        words = [word for word in shlex.split(self.command_line) if not word.startswith("--ckpt_path=")]
+        if "--ckpt_path" in words:
+            at = words.index("--ckpt_path")
+            del words[at : at + 2]
+        return f"interrupted; resume with: {shlex.join([*words, '--ckpt_path', str(path)])}"
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Runs one of Lightning's subcommands.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        argv: The options behind it.
+
+    Returns:
+        Exit status: 0, or 2 where the command line or a YAML is wrong.
+
+    Raises:
+        ValueError: The run itself cannot go on; the message says why.
+        KeyboardInterrupt: After an orderly shutdown.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Lightning calls the parser by a name that is going away; nothing a user could do about it
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
+            VideoCLI(command, argv)
+    except (argparse.ArgumentError, OmegaConfBaseException) as error:
+        print(f"error: {explain(str(error), config_files(argv))}", file=sys.stderr)
+        return EXIT_USAGE
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    return EXIT_OK
+
+
+def build(command: str, argv: Sequence[str]) -> VideoCLI:
+    """Parses and instantiates everything a command would use, without running it or loading weights."""
+    return VideoCLI(command, argv, execute=False)
+
+
+def say(text: str) -> None:
+    """Prints a line for the user, once however many processes run."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def config_files(argv: Sequence[str]) -> list[Path]:
+    """Returns the YAML files of a command line and, behind each, the files it names."""
+    found: list[Path] = []
+    waiting = [path for _, _, value in _file_options(argv) if (path := find_config(value)) is not None]
+    while waiting:
+        path = waiting.pop(0)
+        found.append(path)
+        for name in re.findall(r"""[:\[\s,]['"]?([\w./-]+\.ya?ml)\b""", path.read_text(encoding="utf-8")):
+            section = path.parent / name
+            if section.is_file() and section not in found + waiting:
+                waiting.append(section)
+    return found
+
+
+def _file_options(argv: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Yields (index of the word that holds the value, text in front of the value, value) of every YAML option."""
+    for index, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option not in _FILE_OPTIONS:
+            continue
+        if equals:
+            yield index, option + "=", value
+        elif index + 1 < len(argv):
+            yield index + 1, "", argv[index + 1]
+
+
+def _with_shipped_files(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """Replaces ``configs/...`` that are not in the current folder by the package's; also returns the first config."""
+    arguments = list(argv)
+    first_config = None
+    for index, front, value in _file_options(argv):
+        path = find_config(value)
+        if path is not None and path != Path(value):
+            say(f"{value}: not in this folder, using the installed package's {path}")
+            arguments[index] = f"{front}{path}"
+        option = front.rstrip("=") or argv[index - 1]
+        if option in ("-c", "--config") and first_config is None:
+            first_config = value
+    return arguments, first_config
+
+
+def _point_at_shipped(section: Namespace | None) -> None:
+    """Resolves values such as ``task: configs/tasks/porch.yaml`` in place where only the package has the file."""
+    if section is None:
+        return
+    for key, value in section.items():
+        if isinstance(value, str) and value.startswith(f"{PREFIX}/") and value.endswith((".yaml", ".yml")):
+            section[key] = str(find_config(value) or value)
+
+
+def _cause_of(error: ValueError) -> ValueError:
+    """Finds what the parser wrapped in "does not validate against any of the Union subtypes"."""
+    cause = error.__cause__
+    return _cause_of(cause) if isinstance(cause, ValueError) else error
+
+
+@contextmanager
+def _interrupts_restored() -> Iterator[None]:
+    """Undoes Lightning's ``signal(SIGINT, SIG_IGN)``, so that Ctrl-C works in whatever this process does next."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,160 @@
+"""The ``vidreason`` command: picks the subcommand and turns errors of the user's into one line.
+
+Standard library only: ``vidreason --help`` answers at once, and what a subcommand needs is imported when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import vidreason
+
+COMMANDS = {
+    "demo": "the whole main job on the embedded default, within minutes",
+    "pipeline": "stages in order: --config configs/pipelines/deepintuit.yaml --run_dir runs/x",
+    "fit": "train one stage: --config configs/sft_label.yaml",
+    "validate": "compute the validation metrics of a stage",
+    "test": "compute the test metrics and write predictions.jsonl",
+    "predict": "generate rationales or traces and write traces.jsonl",
+    "configs": "list the shipped YAML files, or copy them: --copy DIR",
+}
+_TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+EXIT_OK = 0
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+_WORKER_ERROR = re.compile(r"\ACaught \w+ in DataLoader worker process")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; may be called any number of times in one process.
+
+    Args:
+        argv: Command line without the program's name; the process's own by default.
+
+    Returns:
+        Exit status: 0 done, 1 an error of the data or the run, 2 a wrong command line or config, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in arguments or os.environ.get("VIDREASON_TRACEBACK", "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return EXIT_OK
+    if arguments[0] == "--version":
+        print(f"vidreason {vidreason.__version__}")
+        return EXIT_OK
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        near = get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(COMMANDS)}"
+        print(f"error: unknown command {command!r}: {hint}", file=sys.stderr)
+        return EXIT_USAGE
+    _append_current_folder()
+    try:
+        return _dispatch(command, rest)
+    except SystemExit as stop:
+        return _exit_status(stop)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except ValueError as error:
+        if show_traceback or not raised_by_user_code(error):
+            raise
+        print(f"error: {message_of(error)}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def raised_by_user_code(error: ValueError) -> bool:
+    """Tells a mistake in the user's data, YAML or class from a bug inside a library.
+
+    Args:
+        error: The exception, with its traceback; one from a DataLoader worker carries the traceback in its text.
+
+    Returns:
+        True where the innermost frame belongs to vidreason or to code that is not installed (the user's own).
+    """
+    if _WORKER_ERROR.match(str(error)):
+        files = re.findall(r'^  File "(.+?)", line \d+', str(error), flags=re.MULTILINE)
+    else:
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if not files:
+        return False
+    innermost = Path(files[-1])
+    if Path(vidreason.__file__).parent in innermost.parents:
+        return True
+    libraries = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return innermost.is_file() and libraries.isdisjoint(innermost.parents)
+
+
+def message_of(error: ValueError) -> str:
+    """Returns the message of an error, without the traceback that a DataLoader worker puts in front of it."""
+    text = str(error).strip()
+    if _WORKER_ERROR.match(text):
+        text = text.splitlines()[-1].partition(": ")[2]
+    return text
+
+
+def _dispatch(command: str, rest: list[str]) -> int:
+    if command in _TRAINER_COMMANDS:
+        from vidreason.cli import lightning
+
+        return lightning.run(command, rest)
+    if command == "configs":
+        from vidreason.cli import configs
+
+        return configs.main(rest)
+    if command == "demo":
+        from vidreason.cli import demo
+
+        return demo.main(rest)
+    from vidreason.cli import pipeline
+
+    return pipeline.main(rest)
+
+
+def _append_current_folder() -> None:
+    """Lets ``class_path`` find classes in the user's folder; at the end, so that it shadows nothing installed."""
+    folder = str(Path.cwd())
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
+
+
+def _exit_status(stop: SystemExit) -> int:
+    if stop.code is None:
+        return EXIT_OK
+    if isinstance(stop.code, int):
+        return stop.code
+    print(stop.code, file=sys.stderr)
+    return EXIT_ERROR
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: vidreason COMMAND [options]",
+            "",
+            "Teach a vision-language model to reason about videos, then to decide.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "options:",
+            "  --help       after a command: its own options",
+            "  --traceback  show where an error comes from (or set VIDREASON_TRACEBACK=1)",
+            "  --version",
+            "",
+            "`vidreason demo` needs nothing else.",
+        ]
+    )

@@ -1,0 +1,206 @@
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vidreason.cli import configs
+from vidreason.cli.lightning import build
+from vidreason.cli.main import main
+
+FIT = ["fit", "--config", "configs/stage.yaml"]
+
+
+@pytest.fixture
+def module(project):
+    return (project / "module").read_text()
+
+
+def built(*options: str):
+    sys.path.append(str(Path.cwd()))
+    return build("fit", ["--config", "configs/stage.yaml", *options])
+
+
+def test_model_and_data_share_one_vlm(project):
+    cli = built()
+    assert cli.model.vlm is cli.datamodule.encoder
+    assert cli.model.vlm.path == "here"
+    assert cli.model.net is None
+
+
+def test_sections_are_files_and_flags_merge_into_them(project):
+    cli = built(
+        "--data", "configs/data/numbers.yaml", "--vlm", "configs/vlm/other.yaml", "--data.init_args.batch_size=5"
+    )
+    assert cli.datamodule.batch_size == 5
+    assert cli.datamodule.where == {"subset": "a"}
+    assert cli.model.vlm.path == "elsewhere"
+
+
+def test_another_data_class_keeps_what_it_knows(project):
+    cli = built("--data", "configs/data/other.yaml", "--data.init_args.batch_size", "4")
+    assert type(cli.datamodule).__name__ == "OtherNumbers"
+    assert (cli.datamodule.extra, cli.datamodule.batch_size) == (7, 4)
+
+
+def test_an_overlay_merges_and_appends(project):
+    Path("overlay.yaml").write_text(
+        "data: {init_args: {batch_size: 6}}\ntrainer: {callbacks+: [{class_path: lightning.pytorch.callbacks.Timer}]}\n"
+    )
+    cli = built("--config", "overlay.yaml")
+    assert cli.datamodule.batch_size == 6
+    assert [type(callback).__name__ for callback in cli.trainer.callbacks].count("Timer") == 1
+    assert cli.run_dir == Path("runs/stage")
+
+
+def test_a_module_without_vlm_is_left_alone(project, module):
+    cli = built("--model", f"{module}.WithoutVLM")
+    assert cli.datamodule.encoder.path == "here"
+
+
+def test_fit_fills_the_run_folder_and_can_be_repeated(project, capsys):
+    argv = [*FIT, "--run_dir", "runs/x y"]
+    assert main(argv) == 0
+    run = Path("runs/x y")
+    assert (run / "command.txt").read_text() == "vidreason fit --config configs/stage.yaml --run_dir 'runs/x y'\n"
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert list((run / "tb").glob("events*"))
+    assert not Path("lightning_logs").exists()
+    assert main(argv) == 0
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["run_dir"] == "runs/x y"
+    assert main(["fit", "--config", str(run / "config.yaml"), "--run_dir", "runs/again"]) == 0
+    again = yaml.safe_load(Path("runs/again/config.yaml").read_text())
+    assert {**again, "run_dir": None} == {**saved, "run_dir": None}
+
+
+def test_a_test_leaves_the_record_of_training(project):
+    assert main(FIT) == 0
+    before = Path("runs/stage/config.yaml").read_text()
+    assert main(["test", "--config", "configs/stage.yaml"]) == 0
+    assert Path("runs/stage/command.txt").read_text().startswith("vidreason fit")
+    assert Path("runs/stage/command_test.txt").read_text().startswith("vidreason test")
+    assert Path("runs/stage/config.yaml").read_text() == before
+
+
+def test_the_yaml_decides_where_it_says_so(project):
+    path = Path("configs/trainer/cpu.yaml")
+    path.write_text(path.read_text() + "logger: false\nenable_checkpointing: false\ndefault_root_dir: runs/from_yaml\n")
+    assert main(FIT) == 0
+    assert {file.name for file in Path("runs/from_yaml").iterdir()} == {"command.txt", "config.yaml"}
+
+
+def test_interrupted_run_says_how_to_resume_and_does(project, capsys, module):
+    argv = [*FIT, "--run_dir", "runs/i", "--trainer.max_steps", "5"]
+    assert main([*argv, "--model.init_args.interrupt_at", "3"]) == 130
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    assert "--ckpt_path runs/i/checkpoints/last.ckpt" in capsys.readouterr().err
+    import torch
+
+    last = "runs/i/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert main([*argv, "--ckpt_path", last]) == 0
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+
+
+def test_configs_of_the_package_are_found_and_named(project, module, monkeypatch, capsys):
+    package = project / "package"
+    Path("configs").rename(package)
+    (package / "tasks").mkdir()
+    (package / "tasks" / "t.yaml").write_text("name: t\n")
+    monkeypatch.setattr(configs, "shipped_folder", lambda: package)
+    cli = built("--data=configs/data/other.yaml", "--data.init_args.extra=9")
+    assert cli.datamodule.extra == 9
+    error = capsys.readouterr().err
+    assert str(package / "stage.yaml") in error
+    assert str(package / "data" / "other.yaml") in error
+    cli = built("--data.init_args.task", "configs/tasks/t.yaml")
+    assert cli.datamodule.task == str(package / "tasks" / "t.yaml")
+
+
+MISTAKES = {
+    "missing config": (["--config", "configs/nope.yaml"], "no such file: configs/nope.yaml"),
+    "abbreviation": (["--trainer.max_epoch", "3"], "unknown key 'trainer.max_epoch': did you mean 'max_epochs'?"),
+    "unknown option": (["--datum", "3"], "unknown key 'datum': did you mean 'data'?"),
+    "unknown argument": (["--data.init_args.bach_size", "3"], "no argument 'bach_size': did you mean 'batch_size'?"),
+    "wrong type": (["--data.init_args.batch_size", "four"], "batch_size: Expected a <class 'int'>"),
+    "no such class": (["--model", "nowhere.Model"], "nowhere"),
+    "missing section": (["--data", "configs/data/nope.yaml"], "no such file: configs/data/nope.yaml"),
+    "missing checkpoint": (["--ckpt_path", "nope.ckpt"], "--ckpt_path nope.ckpt: no such file"),
+    "two run folders": (["--run_dir", "a", "--trainer.default_root_dir", "b"], "run_dir is a but"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_wrong_command_line_is_one_line(project, capsys, name):
+    options, expected = MISTAKES[name]
+    assert main([*FIT, *options]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+BROKEN_YAML = {
+    "unknown trainer key": ("trainer/cpu.yaml", "max_epoch: 3\n", "max_epoch"),
+    "unknown argument": ("data/numbers.yaml", "init_args: {bach_size: 3}\n", "configs/data/numbers.yaml"),
+    "not YAML": ("stage.yaml", "model: {{\n", "configs/stage.yaml, line"),
+    "unknown section": ("stage.yaml", "trainr: {max_steps: 1}\n", "configs/stage.yaml: did you mean 'trainer'?"),
+    "unset variable": (
+        "stage.yaml",
+        "run_dir: ${oc.env:VIDREASON_NOWHERE}\n",
+        "VIDREASON_NOWHERE, which configs/stage",
+    ),
+    "unset in section": (
+        "data/numbers.yaml",
+        "init_args: {task: '${oc.env:VIDREASON_NOWHERE}/t'}\n",
+        "which configs/data",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_YAML)
+def test_a_wrong_yaml_is_one_line_that_names_it(project, capsys, name, module):
+    file, text, expected = BROKEN_YAML[name]
+    path = Path("configs") / file
+    kept = f"class_path: {module}.Numbers\n" if file.startswith("data/") else path.read_text()
+    path.write_text(kept + text)
+    assert main(FIT) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_without_a_config_the_remedy_is_named(project, capsys):
+    assert main(["fit"]) == 2
+    assert "--config configs/<stage>.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_errors_of_the_data_are_one_line(project, capsys, workers):
+    assert main([*FIT, "--data.init_args.broken", "read", "--data.init_args.num_workers", workers]) == 1
+    assert "error: clip_0.mp4: cannot be read\n" in capsys.readouterr().err
+
+
+def test_errors_on_construction_are_one_line_unless_a_traceback_is_wanted(project, capsys, monkeypatch):
+    argv = [*FIT, "--data.init_args.broken", "init"]
+    assert main(argv) == 1
+    assert "error: clips.csv, row 3: unknown label 'dog'\n" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="row 3"):
+        main([*argv, "--traceback"])
+    monkeypatch.setenv("VIDREASON_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="row 3"):
+        main(argv)
+
+
+def test_trainer_refusals_are_one_line(project, capsys):
+    assert main([*FIT, "--trainer.gradient_clip_algorithm", "nope"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_bugs_of_libraries_keep_their_traceback(project, module):
+    with pytest.raises(json.JSONDecodeError):
+        main([*FIT, "--model", f"{module}.LibraryBug"])

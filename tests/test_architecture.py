@@ -1,0 +1,133 @@
+"""The rules that hold the layout together and that no linter knows."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("rewards", "datamodules", "lightning_modules", "callbacks", "configs")
+SOURCES = sorted(
+    path
+    for folder in (*FOLDERS, "src", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+    if "__pycache__" not in path.parts
+)
+DECODERS = {"decord", "av", "torchcodec"}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or ""))
+    return names
+
+
+def tops(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_there_are_sources():
+    assert len(SOURCES) > 20
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_imports_are_absolute_from_vidreason(path):
+    names = imported(path)
+    assert not [name for name in names if name.startswith(".")], "relative import"
+    assert not tops(path) & set(FOLDERS), "a folder imported under its bare name"
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.parent == ROOT / "rewards"], ids=relative)
+def test_rewards_need_the_standard_library_only(path):
+    assert tops(path) - sys.stdlib_module_names <= {"vidreason"}
+
+
+def test_functions_need_torch_only():
+    for path in (ROOT / "lightning_modules" / "functional").glob("*.py"):
+        assert tops(path) - sys.stdlib_module_names <= {"vidreason", "torch"}, relative(path)
+
+
+def test_one_file_imports_a_decoder():
+    """Writing mp4 files is not decoding: files named for rendering may use PyAV's muxer."""
+    users = {
+        relative(path) for path in SOURCES if tops(path) & DECODERS and not relative(path).startswith("benchmarks")
+    }
+    readers = {name for name in users if "render" not in name and "write" not in name}
+    assert readers == {"datamodules/decoding.py"}
+
+
+def test_the_grammar_is_written_in_one_file():
+    """Strings that begin with a tag build or match completions; sentences about tags are fine."""
+    tag = re.compile(r"\W*</?(think|answer)>")
+    for path in SOURCES:
+        if relative(path) == "rewards/completion.py":
+            continue
+        for node in ast.walk(_without_docstrings(path)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not tag.match(node.value), f"{relative(path)}, line {node.lineno}: use rewards/completion.py"
+
+
+def test_quantisation_is_configured_in_one_folder():
+    users = {relative(path) for path in SOURCES if "bitsandbytes" in tops(path)}
+    assert all(name.startswith("lightning_modules/vlms/") for name in users)
+
+
+def test_the_command_line_starts_without_heavy_imports():
+    for name in ("__init__", "__main__", "cli/__init__", "cli/main", "cli/configs"):
+        path = ROOT / "src" / "vidreason" / f"{name}.py"
+        top_level = ast.parse(path.read_text(encoding="utf-8")).body
+        found = {
+            alias.name.partition(".")[0] for node in top_level if isinstance(node, ast.Import) for alias in node.names
+        } | {(node.module or "").partition(".")[0] for node in top_level if isinstance(node, ast.ImportFrom)}
+        assert found - sys.stdlib_module_names <= {"vidreason"}, name
+
+
+def test_package_folders_start_empty():
+    """Importing a package imports nothing, but for the families: that registers the embedded model's Auto classes."""
+    for path in SOURCES:
+        exempt = (
+            "src/vidreason/__init__.py",
+            "lightning_modules/vlms/__init__.py",
+            "lightning_modules/vlms/tiny/__init__.py",
+        )
+        if path.name == "__init__.py" and relative(path) not in exempt:
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            assert len(body) == 1, f"{relative(path)} should hold its docstring only"
+            assert isinstance(body[0], ast.Expr)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_nothing_swallows_errors_or_saves_hyperparameters(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else ""
+            passes_on = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+            assert passes_on or caught not in ("", "Exception", "BaseException"), f"line {node.lineno}: swallows all"
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".save_hyperparameters"):
+            raise AssertionError(f"line {node.lineno}: with it, --ckpt_path of another stage replaces the model class")
+
+
+def test_no_file_without_an_idea():
+    names = {path.stem for path in SOURCES}
+    assert not names & {"utils", "util", "common", "helpers", "misc", "registry"}
+
+
+def _without_docstrings(path: Path) -> ast.Module:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):  # a bare string is a docstring, of a field too
+            node.body = [c for c in body if not (isinstance(c, ast.Expr) and isinstance(c.value, ast.Constant))]
+    return tree
