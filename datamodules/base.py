@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import lightning as L
 import torch
@@ -190,6 +190,9 @@ class VideoDataModule(L.LightningDataModule, ABC):
         self._eval_view: ClipView | None = None
         self._clips: dict[str, tuple[Clip, ...]] | None = None
         self._made: tuple[str, ...] = ()
+
+    brings_texts: ClassVar[bool] = False
+    """True where batches come with prompts and target texts of their own, so that no view is asked (pretraining)."""
 
     @property
     @abstractmethod

@@ -74,6 +74,8 @@ class PorchCaptionDataModule(VideoDataModule):
         seed: Seed of the stream.
     """
 
+    brings_texts = True
+
     def __init__(
         self,
         encoder: BatchEncoder | None = None,
