@@ -1,10 +1,10 @@
 """What the embedded base says about clips it has never seen: balanced accuracy per fact and level.
 
 Clips with independently drawn facts are rendered at each level's looks, written as mp4, read back and described
-(greedy, generated). A fact that the text does not state, or states in two ways, counts as wrong. Beside each score stands
-the balanced score of always naming the most frequent value.
+(greedy, generated). A fact that the text does not state, or states in two ways, counts as wrong. Beside each score
+stands the balanced score of always naming the most frequent value.
 
-    python benchmarks/base_descriptions.py [--path embedded] [--clips 400] [--levels 0 1 2 3 4] [--camera mono] [--json F]
+    python benchmarks/base_descriptions.py [--path embedded] [--clips 400] [--levels 0 1] [--camera mono] [--json F]
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def main() -> None:
     vlm = TinyVLM(options.path)
     model = vlm.build().eval()
     scores: dict[str, dict[str, float]] = {}
-    print(f"vidreason {vidreason.__version__}, torch {torch.__version__}: {options.clips} clips a level, {options.camera}")
+    versions = f"vidreason {vidreason.__version__}, torch {torch.__version__}"
+    print(f"{versions}: {options.clips} clips a level, {options.camera}")
     for level in options.levels:
         told = describe_level(vlm, model, level, options.clips, options.camera)
         row = {fact: balanced(told, fact)[0] for fact in FACT_VALUES}
@@ -93,7 +94,8 @@ def main() -> None:
             print(f"{'majority':9s}" + "".join(f"{100 * m:13.1f}" for m in majority))
         print(f"{f'L{level}':9s}" + "".join(f"{100 * value:13.1f}" for value in row.values()), flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps({"clips": options.clips, "camera": options.camera, "scores": scores}, indent=1))
+        result = {"clips": options.clips, "camera": options.camera, "scores": scores}
+        options.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

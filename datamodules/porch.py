@@ -1,9 +1,9 @@
 """PorchDataModule: the embedded open-instance world as a data set like any other.
 
 Clips are rendered to mp4 files with a manifest on first use and read back through the path that a user's own clips
-take. Train, val and cal are L0; ``test_L0`` to ``test_L4`` hold twin pairs (the same scene with one event edited so that
-the label flips), which share a group. What happened in each clip stands in ``facts.jsonl``, for scoring alone: it is no
-column of the manifest and cannot enter a prompt.
+take. Train, val and cal are L0; ``test_L0`` to ``test_L4`` hold twin pairs (the same scene with one event edited so
+that the label flips), which share a group. What happened in each clip stands in ``facts.jsonl``, for scoring alone: it
+is no column of the manifest and cannot enter a prompt.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from vidreason.datamodules.porch_scene import FRAMES, HEIGHT, WIDTH, Looks, Scen
 
 Image = NDArray[np.float32]
 Frames = NDArray[np.uint8]
+Colour = NDArray[np.float32]
 DOOR_HALF, DOOR_HEIGHT = 9, 33
 PARCEL_HALF, PARCEL_HEIGHT = 4, 7
 
@@ -50,11 +51,11 @@ def write_mp4(path: Path, frames: Frames, fps: int = 4) -> None:
         container.mux(video.encode())
 
 
-def _rgb(hue: float, saturation: float, value: float) -> NDArray[np.float32]:
+def _rgb(hue: float, saturation: float, value: float) -> Colour:
     return np.array(colorsys.hsv_to_rgb(hue % 1.0, saturation, value), np.float32) * 255
 
 
-def _fill(image: Image, x0: float, y0: float, x1: float, y1: float, colour: NDArray[np.float32]) -> None:
+def _fill(image: Image, x0: float, y0: float, x1: float, y1: float, colour: Colour) -> None:
     """Fills the rectangle [x0, x1) × [y0, y1), clipped to the image."""
     left, right = max(round(x0), 0), min(round(x1), WIDTH)
     top, bottom = max(round(y0), 0), min(round(y1), HEIGHT)
@@ -76,9 +77,10 @@ def _backdrop(looks: Looks, rng: np.random.Generator) -> Image:
     elif looks.wall == "stripes":
         image[:, (np.arange(WIDTH) // 5) % 2 == 0] *= 0.82
     image[looks.ground :] = _rgb(looks.wall_hue + 0.4, 0.12, 0.45) * texture[looks.ground :]
-    _fill(image, looks.door_x - DOOR_HALF - 2, looks.ground - DOOR_HEIGHT - 2, looks.door_x + DOOR_HALF + 2, looks.ground, _rgb(0.1, 0.05, 0.95))
-    _fill(image, looks.door_x - DOOR_HALF, looks.ground - DOOR_HEIGHT, looks.door_x + DOOR_HALF, looks.ground, _rgb(*looks.door))
-    _fill(image, looks.door_x + DOOR_HALF - 4, looks.ground - 16, looks.door_x + DOOR_HALF - 2, looks.ground - 13, _rgb(0.13, 0.7, 0.95))
+    left, right, top = looks.door_x - DOOR_HALF, looks.door_x + DOOR_HALF, looks.ground - DOOR_HEIGHT
+    _fill(image, left - 2, top - 2, right + 2, looks.ground, _rgb(0.1, 0.05, 0.95))
+    _fill(image, left, top, right, looks.ground, _rgb(*looks.door))
+    _fill(image, right - 4, looks.ground - 16, right - 2, looks.ground - 13, _rgb(0.13, 0.7, 0.95))
     _fill(image, looks.post_x - 1, looks.ground - 38, looks.post_x + 1, looks.ground + 2, _rgb(0.6, 0.1, 0.22))
     return image
 
@@ -89,10 +91,12 @@ def _draw_frame(image: Image, scene: Scene, t: int, clutter: NDArray[np.float64]
         image *= np.array([0.42, 0.45, 0.58], np.float32)
     light = np.float32(0.62 if looks.night else 1.0)
     if scene.facts.exits == "door" and (np.isnan(x) or t + 1 < FRAMES and np.isnan(scene.x[t + 1])):
-        _fill(image, looks.door_x - DOOR_HALF, looks.ground - DOOR_HEIGHT, looks.door_x + DOOR_HALF, looks.ground, _rgb(0.1, 0.3, 0.08))
+        left, right, top = looks.door_x - DOOR_HALF, looks.door_x + DOOR_HALF, looks.ground - DOOR_HEIGHT
+        _fill(image, left, top, right, looks.ground, _rgb(0.1, 0.3, 0.08))
     _draw_lamp(image, looks, scene.lamp_on[t])
     if scene.cluttered:
-        _person(image, 10 + 76 * clutter[0], looks.ground + 1, 15, _rgb(clutter[1], 0.6, 0.6) * light, _rgb(clutter[2], 0.4, 0.3) * light, None)
+        shirt, trousers = _rgb(clutter[1], 0.6, 0.6) * light, _rgb(clutter[2], 0.4, 0.3) * light
+        _person(image, 10 + 76 * clutter[0], looks.ground + 1, 15, shirt, trousers, None)
     if scene.parcel_at_door[t]:
         _parcel(image, looks.door_x + looks.parcel_side * (DOOR_HALF + 6), looks.ground + 6, looks, light)
     if not np.isnan(x):
@@ -108,14 +112,16 @@ def _draw_lamp(image: Image, looks: Looks, on: bool) -> None:
     if on:
         glow = image[max(top - 7, 0) : top + 14, max(looks.post_x - 10, 0) : looks.post_x + 10]
         glow += (_rgb(0.14, 0.5, 1.0) - glow) * np.float32(0.42)
-    _fill(image, looks.post_x - 4, top, looks.post_x + 4, top + 7, _rgb(0.14, 0.25, 1.0) if on else _rgb(0.6, 0.2, 0.16))
+    bulb = _rgb(0.14, 0.25, 1.0) if on else _rgb(0.6, 0.2, 0.16)
+    _fill(image, looks.post_x - 4, top, looks.post_x + 4, top + 7, bulb)
 
 
 def _parcel(image: Image, x: float, bottom: float, looks: Looks, light: np.float32) -> None:
     colour = _rgb(*looks.parcel) * light
-    _fill(image, x - PARCEL_HALF - 1, bottom - PARCEL_HEIGHT - 1, x + PARCEL_HALF + 1, bottom + 1, colour * np.float32(0.35))
-    _fill(image, x - PARCEL_HALF, bottom - PARCEL_HEIGHT, x + PARCEL_HALF, bottom, colour)
-    _fill(image, x - 1, bottom - PARCEL_HEIGHT, x + 1, bottom, np.minimum(colour * np.float32(1.45) + 25, 255))
+    left, right, top = x - PARCEL_HALF, x + PARCEL_HALF, bottom - PARCEL_HEIGHT
+    _fill(image, left - 1, top - 1, right + 1, bottom + 1, colour * np.float32(0.35))
+    _fill(image, left, top, right, bottom, colour)
+    _fill(image, x - 1, top, x + 1, bottom, np.minimum(colour * np.float32(1.45) + 25, 255))
 
 
 def _actor(image: Image, scene: Scene, t: int, x: float, light: np.float32) -> None:
@@ -139,19 +145,18 @@ def _actor(image: Image, scene: Scene, t: int, x: float, light: np.float32) -> N
         _parcel(image, x + side * (looks.person * 0.16 + 3), feet - looks.person * 0.36, looks, light)
 
 
-def _person(
-    image: Image, x: float, feet: float, height: float, shirt: NDArray[np.float32], trousers: NDArray[np.float32], t: int | None
-) -> None:
+def _person(image: Image, x: float, feet: float, height: float, shirt: Colour, trousers: Colour, t: int | None) -> None:
     half = height * 0.16
     stride = 0.0 if t is None else (1.5 if t % 2 else -0.5)
     _fill(image, x - half, feet - height * 0.42, x - half * 0.1 - stride * 0.3, feet, trousers)
     _fill(image, x + half * 0.1 + stride * 0.3, feet - height * 0.42, x + half, feet, trousers)
     _fill(image, x - half, feet - height * 0.78, x + half, feet - height * 0.38, shirt)
-    _fill(image, x - half * 0.7, feet - height, x + half * 0.7, feet - height * 0.78, _rgb(0.07, 0.4, 0.85) * (shirt.max() / 217))
+    skin = _rgb(0.07, 0.4, 0.85) * (shirt.max() / 217)
+    _fill(image, x - half * 0.7, feet - height, x + half * 0.7, feet - height * 0.78, skin)
 
 
 def _lying(
-    image: Image, x: float, feet: float, height: float, shirt: NDArray[np.float32], trousers: NDArray[np.float32], light: np.float32
+    image: Image, x: float, feet: float, height: float, shirt: Colour, trousers: Colour, light: np.float32
 ) -> None:
     thick = height * 0.3
     _fill(image, x - height * 0.5, feet - thick, x - height * 0.08, feet, trousers)

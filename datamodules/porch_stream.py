@@ -31,9 +31,7 @@ def pretraining_scene(seed: int, index: int) -> Scene:
 
 def pretraining_frames(seed: int, index: int, scene: Scene) -> Frames:
     """Frames of that scene, [FRAMES, H, W, 3] uint8."""
-    frames = render(
-        scene, stream(seed, "pretrain", 0, index, "sensor"), stream(seed, "pretrain", 0, index, "clutter")
-    )
+    frames = render(scene, stream(seed, "pretrain", 0, index, "sensor"), stream(seed, "pretrain", 0, index, "clutter"))
     return frames if index % 4 == 0 else halve_chroma(frames)
 
 
@@ -51,10 +49,7 @@ def halve_chroma(frames: Frames) -> Frames:
 
 def person_columns(scene: Scene) -> list[int]:
     """Column 0..COLUMNS-1 of the person in each frame; COLUMNS where nobody is in the picture."""
-    return [
-        COLUMNS if np.isnan(x) or not 0 <= x < WIDTH else int(x * COLUMNS / WIDTH)
-        for x in scene.x
-    ]
+    return [COLUMNS if np.isnan(x) or not 0 <= x < WIDTH else int(x * COLUMNS / WIDTH) for x in scene.x]
 
 
 FRAME_TARGETS = {"person": COLUMNS + 1, "at_door": 2, "carried": 2, "lying": 2, "lamp": 2, "door": COLUMNS}
@@ -102,7 +97,9 @@ class _FrameDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         scene = pretraining_scene(self.seed, index)
         frames = pretraining_frames(self.seed, index, scene)
-        chosen = np.sort(stream(self.seed, "pretrain", 0, index, "texts").random(FRAMES).argsort()[: self.frames_per_clip])
+        chosen = np.sort(
+            stream(self.seed, "pretrain", 0, index, "texts").random(FRAMES).argsort()[: self.frames_per_clip]
+        )
         targets = {name: torch.tensor(values)[chosen] for name, values in frame_targets(scene).items()}
         return torch.from_numpy(frames[chosen]).permute(0, 3, 1, 2), targets
 
@@ -134,11 +131,12 @@ class PorchFrameDataModule(L.LightningDataModule):
 
     def _loader(self, seed: int, clips: int, endless: bool) -> DataLoader[FrameBatch]:
         dataset = _FrameDataset(seed, clips, self.frames_per_clip)
-        replicas = {"num_replicas": 1, "rank": 0} if self.trainer is None or self.trainer.world_size == 1 else {}
+        given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        ranks = given or {"num_replicas": 1, "rank": 0}
         return DataLoader(
             dataset,  # type: ignore[arg-type]
             batch_size=self.batch_size,
-            sampler=StreamSampler(dataset, **replicas) if endless else None,
+            sampler=StreamSampler(dataset, ranks["num_replicas"], ranks["rank"]) if endless else None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=_collate,

@@ -76,6 +76,7 @@ class FramePretrainingModule(L.LightningModule):
         """Balanced accuracy per question on unseen clips."""
         for name, logits in self.answer(batch.frames).items():
             metric = self.accuracy[name]
+            assert isinstance(metric, MulticlassAccuracy)
             metric(logits, batch.targets[name].flatten())
             self.log(f"val/{name}", metric, prog_bar=True)
 
@@ -92,5 +93,5 @@ class FramePretrainingModule(L.LightningModule):
         if self.model is not None and self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir) / "weights"
             self.model.to(memory_format=torch.contiguous_format)
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder)  # type: ignore[call-arg]  # its decorator hides the method from mypy
             self.vlm.processor.save_pretrained(folder)

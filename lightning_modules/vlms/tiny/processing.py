@@ -57,9 +57,11 @@ class TinyVLMProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         self.tokens_per_frame = tokens_per_frame
-        super().__init__(video_processor, tokenizer, chat_template=chat_template)
+        super().__init__(  # type: ignore[no-untyped-call]
+            video_processor, tokenizer, chat_template=chat_template
+        )
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         text: str | list[str],
         videos: list[Any] | None = None,
@@ -86,7 +88,9 @@ class TinyVLMProcessor(ProcessorMixin):
         if videos is not None:
             counts = {len(video) for video in videos}
             if len(counts) > 1:
-                raise ValueError(f"TinyVLM needs clips of one length in a batch, got {sorted(counts)} frames; sample uniformly")
+                raise ValueError(
+                    f"TinyVLM needs clips of one length in a batch, got {sorted(counts)} frames; sample uniformly"
+                )
             if [t.count(VIDEO) for t in texts] != [1] * len(videos):
                 raise ValueError(f"{len(videos)} videos do not match the {VIDEO} marks in {len(texts)} texts")
             pixels = self.video_processor(videos, return_tensors=return_tensors, **kwargs)
@@ -95,7 +99,9 @@ class TinyVLMProcessor(ProcessorMixin):
                 t.replace(VIDEO, VIDEO * (self.tokens_per_frame * len(video)))
                 for t, video in zip(texts, videos, strict=True)
             ]
-        rows = self.tokenizer(texts, padding=padding, add_special_tokens=add_special_tokens, return_tensors=return_tensors)
+        rows = self.tokenizer(
+            texts, padding=padding, add_special_tokens=add_special_tokens, return_tensors=return_tensors
+        )
         data.update(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
         return BatchFeature(data)
 

@@ -77,7 +77,8 @@ class TinyVLM(VLM):
             return super().build(adapter_path)
         if adapter_path is not None or self.lora is not None:
             raise ValueError("vlm.path: scratch is for pretraining; adapters need a trained base")
-        return self._scratch_model.train()
+        model: nn.Module = self._scratch_model.train()
+        return model
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the random model behind as well."""

@@ -1,0 +1,65 @@
+"""Writes ``predictions.jsonl``: one line for every clip of every test split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+from vidreason.lightning_modules.predictions import Prediction
+
+PREDICTIONS_FILE = "predictions.jsonl"
+
+
+class PredictionWriter(L.Callback):
+    """Writes the predictions that ``test_step`` returns into the run folder.
+
+    The file appears when the test is complete; one that is interrupted leaves an earlier file as it is.
+    """
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts this rank's part afresh."""
+        path = _part(trainer, trainer.global_rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("", encoding="utf-8")
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Appends the predictions of a batch."""
+        predictions: tuple[Prediction, ...] = outputs["predictions"] if isinstance(outputs, Mapping) else ()
+        with _part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Joins the ranks' parts; a clip that a sampler gave to two ranks appears once."""
+        trainer.strategy.barrier("predictions")
+        if not trainer.is_global_zero:
+            return
+        lines: dict[tuple[str, str], str] = {}
+        parts = [_part(trainer, rank) for rank in range(trainer.world_size)]
+        for part in parts:
+            for line in part.read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                lines.setdefault((record["split"], record["video_id"]), line)
+        whole = parts[0]
+        whole.write_text("".join(line + "\n" for line in lines.values()), encoding="utf-8")
+        whole.replace(whole.with_name(PREDICTIONS_FILE))
+        for part in parts[1:]:
+            part.unlink()
+        rank_zero_info(f"{whole.with_name(PREDICTIONS_FILE)} written ({len(lines)} clips)")
+
+
+def _part(trainer: L.Trainer, rank: int) -> Path:
+    return Path(trainer.default_root_dir) / f"{PREDICTIONS_FILE}.part{rank}"

@@ -1,0 +1,36 @@
+"""Leaves out messages of libraries that ask nothing of the user."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import lightning as L
+from transformers.utils import logging as transformers_logging
+
+_WARNINGS = (
+    r".*does not have many workers which may be a bottleneck.*",
+    r".*Found \d+ module\(s\) in eval mode at the start of training.*",  # frozen parts, on purpose
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*is_gradient_checkpointing.* is deprecated.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+)
+_LINES = ("💡 Tip:", "TPU available:", "Loading `train_dataloader` to estimate number of stepping batches")
+
+
+class Quiet(L.Callback):
+    """Silences known harmless warnings, adverts and sub-second progress bars from the moment it is made."""
+
+    def __init__(self) -> None:
+        for pattern in _WARNINGS:
+            warnings.filterwarnings("ignore", message=pattern)
+        for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch", "lightning.fabric"):
+            logger = logging.getLogger(name)
+            if not any(isinstance(f, _DropLines) for f in logger.filters):
+                logger.addFilter(_DropLines())
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class _DropLines(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_LINES)

@@ -1,0 +1,59 @@
+"""Shows GRPO's completions with their rewards and advantages as text in TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from vidreason.callbacks.tensorboard_text import log_text, markdown_table
+from vidreason.lightning_modules.rollout import RolloutGroup
+
+
+class RolloutLogger(L.Callback):
+    """Writes the groups of a few prompts every so many steps.
+
+    Args:
+        every_n_steps: Batches between two tables.
+        prompts: Groups in a table.
+    """
+
+    def __init__(self, every_n_steps: int = 10, prompts: int = 2) -> None:
+        self.every_n_steps = every_n_steps
+        self.prompts = prompts
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes a table of the step's first groups."""
+        if not trainer.is_global_zero or trainer.fit_loop.total_batch_idx % self.every_n_steps:
+            return
+        if isinstance(outputs, Mapping) and "groups" in outputs:
+            table = rollout_table(outputs["groups"][: self.prompts], outputs["advantages"])
+            log_text(trainer, "train/rollouts", table)
+
+
+def rollout_table(groups: tuple[RolloutGroup, ...], advantages: Tensor) -> str:
+    """Returns a Markdown table, one row per completion.
+
+    Args:
+        groups: [B] groups of G.
+        advantages: [B or more, G].
+    """
+    parts = list(groups[0].rollouts[0].score.parts)
+    rows = [
+        [
+            group.clip.video_id,
+            group.clip.label or "",
+            rollout.score.total,
+            *(rollout.score.parts[name] for name in parts),
+            float(advantages[b, g]),
+            rollout.completion.n_tokens,
+            rollout.completion.text,
+        ]
+        for b, group in enumerate(groups)
+        for g, rollout in enumerate(group.rollouts)
+    ]
+    return markdown_table(["clip", "label", "reward", *parts, "advantage", "tokens", "completion"], rows)

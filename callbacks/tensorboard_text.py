@@ -1,0 +1,43 @@
+"""Tables of text for TensorBoard, whose Markdown would swallow the tags of the grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Returns a Markdown table whose cells show tags and line breaks as they are.
+
+    Example:
+        >>> print(markdown_table(["text"], [["<think>a|b"]]))
+        | text |
+        | --- |
+        | &lt;think&gt;a&#124;b |
+    """
+    lines = [header, ["---"] * len(header), *([_escaped(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def log_text(trainer: L.Trainer, tag: str, text: str) -> None:
+    """Writes a text to every TensorBoard logger of the trainer; to none where there is none."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(tag, text, trainer.global_step)
+
+
+def log_image(trainer: L.Trainer, tag: str, image: torch.Tensor) -> None:
+    """Writes a picture [3, H, W] uint8 to every TensorBoard logger of the trainer."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(tag, image, trainer.global_step)
+
+
+def _escaped(cell: object) -> str:
+    text = f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+    for plain, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("\n", "<br>")):
+        text = text.replace(plain, entity)
+    return text

@@ -1,0 +1,47 @@
+"""Logs where the time of a training step goes: waiting for data, decoding, the step itself."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+
+from vidreason.datamodules.types import VideoBatch
+
+
+class Throughput(L.Callback):
+    """Logs ``train/step_time``, ``data/wait_s``, ``data/decode_ms`` and ``train/clips_per_s`` for every batch."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._ended: float | None = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Does not count what lies between epochs as waiting for data."""
+        self._ended = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Does not count validation as waiting for data."""
+        self._ended = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Starts the clock of a step."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs the step that has just ended."""
+        now = time.perf_counter()
+        clips = len(batch) if isinstance(batch, VideoBatch) else 0
+        values = {"train/step_time": now - self._started}
+        if self._ended is not None:
+            values["data/wait_s"] = self._started - self._ended
+        if isinstance(batch, VideoBatch):
+            values["data/decode_ms"] = batch.decode_ms
+            values["train/clips_per_s"] = clips / max(now - (self._ended or self._started), 1e-9)
+        pl_module.log_dict(values, batch_size=max(1, clips))
+        self._ended = now

@@ -1,0 +1,162 @@
+"""Texts that a stage lets its own starting weights write: rationales and traces, with their lineage.
+
+The same records come out of ``vidreason predict`` (``VLMModule.predict_step``) and of a stage whose ``traces`` are
+null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from vidreason.datamodules.base import LoadedClip, VideoDataModule
+from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
+from vidreason.datamodules.types import Clip, VideoBatch
+from vidreason.lightning_modules.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.rollout import Completion
+from vidreason.lightning_modules.vlms.generation import Sampling
+
+TRACES_FILE = "traces.jsonl"
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """How a stage's own texts are sampled.
+
+    Args:
+        samples: Texts per clip (K).
+        sampling: How each is sampled; temperature 1 keeps traces of training and test alike.
+        label_hint: Show the true label to the writer of a rationale (RB-FT's released code does; off by default).
+        filter: Which rationales are rejected. Traces that end in an answer are all kept, right or wrong.
+    """
+
+    samples: int = 4
+    sampling: Sampling = field(default_factory=Sampling)
+    label_hint: bool = False
+    filter: RationaleFilter = field(default_factory=RationaleFilter)
+
+
+OWN_TRACES = TraceOptions()
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What a stage needs to let its weights write: the view, the sampler and the identity of the weights."""
+
+    view: ClipView
+    options: TraceOptions
+    base_sha: str
+    adapter_sha: str
+    task_sha: str
+    sample: Callable[[VideoBatch, TraceOptions], Sequence[Sequence[Completion]]]
+    """batch, options -> [B][K] completions"""
+
+    @property
+    def header(self) -> TraceHeader:
+        """Identity of the texts that this writer writes."""
+        sampling: dict[str, object] = {**asdict(self.options.sampling), "samples": self.options.samples}
+        return TraceHeader(False, self.base_sha, self.adapter_sha, self.view.sha(), self.task_sha, sampling)
+
+    def records(self, batch: VideoBatch, label_names: tuple[str, ...]) -> list[TraceRecord]:
+        """Writes K texts for every readable clip of a batch."""
+        if not len(batch):
+            return []
+        groups = self.sample(batch, self.options)
+        return [
+            self._record(clip, k, completion, label_names)
+            for clip, group in zip(batch.clips, groups, strict=True)
+            for k, completion in enumerate(group)
+        ]
+
+    def _record(self, clip: Clip, k: int, completion: Completion, label_names: tuple[str, ...]) -> TraceRecord:
+        parsed = completion.parsed
+        reasoning, reason = parsed.reasoning, None
+        if self.view.kind == "describe":
+            reasoning = completion.text.strip() if parsed.reasoning is None else parsed.reasoning
+            options = self.options
+            cut = completion.finish_reason == "length"
+            reason = options.filter.reject_reason(completion.text, clip.label, label_names, options.label_hint, cut)
+        return TraceRecord(
+            video_id=clip.video_id,
+            sample=k,
+            text=completion.text,
+            reasoning=reasoning,
+            answer=parsed.answer,
+            finish_reason=completion.finish_reason,
+            logprob_sum=float(completion.logprobs.sum()),
+            n_tokens=completion.n_tokens,
+            kept=reason is None,
+            reject_reason=reason,
+        )
+
+
+def write_missing(
+    path: Path,
+    writer: Writer,
+    data: VideoDataModule,
+    splits: Sequence[str],
+    device: torch.device,
+    known: Collection[str] = (),
+) -> TraceStore:
+    """Writes the texts that the file at ``path`` lacks of the clips of ``splits``; what it holds already is kept.
+
+    Args:
+        path: The trace file, created where it does not exist.
+        writer: Who writes.
+        data: Where the clips are.
+        splits: Names of the splits.
+        device: Where the model is.
+        known: Ids of clips whose texts are elsewhere; they are passed over.
+
+    Returns:
+        The store, complete but for clips that could not be read (reported).
+
+    Raises:
+        ValueError: Where the file at ``path`` was written by other weights or with another prompt.
+    """
+    store = TraceStore.create(path, writer.header)
+    have = {(r.video_id, r.sample) for r in store.records()}
+    todo = [(split, missing_clips(store, data, split, writer.options.samples, known)) for split in splits]
+    total = sum(len(clips) for _, clips in todo)
+    with tqdm(total=total, desc=f"writing {path.name}", unit="clip", disable=total == 0) as bar:
+        for split, indices in todo:
+            for batch in _loader(data, split, writer.view, indices):
+                report_failed(batch)
+                with torch.no_grad():
+                    records = writer.records(batch.to(device), data.label_names)
+                store.append([r for r in records if (r.video_id, r.sample) not in have])
+                bar.update(len(batch) + len(batch.failed))
+    return store
+
+
+def missing_clips(
+    store: TraceStore, data: VideoDataModule, split: str, samples: int, known: Collection[str] = ()
+) -> list[int]:
+    """Returns the positions in ``data.clips(split)`` of clips not ``known`` that have fewer than ``samples`` texts."""
+    clips = data.clips(split)
+    missing = store.missing([clip.video_id for clip in clips if clip.video_id not in known], samples)
+    return [i for i, clip in enumerate(clips) if clip.video_id in missing]
+
+
+def report_failed(batch: VideoBatch) -> None:
+    """Says which clips of a batch could not be read; they get no texts."""
+    for failed in batch.failed:
+        rank_zero_warn(f"{failed.clip.path}: no text written, the clip cannot be read ({failed.error})")
+
+
+def _loader(data: VideoDataModule, split: str, view: ClipView, indices: list[int]) -> DataLoader[LoadedClip]:
+    """Returns the split's loader, restricted to the clips at ``indices``."""
+    whole = data.loader(split, view)
+    return DataLoader(
+        Subset(whole.dataset, indices),
+        batch_size=whole.batch_size,
+        num_workers=whole.num_workers,
+        collate_fn=whole.collate_fn,
+    )

@@ -1,0 +1,71 @@
+"""Which of the model's own rationales are worth learning from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vidreason.rewards.completion import match_label, parse_completion
+
+_TOLD = re.compile(
+    r"\b(?:given|provided|stated|supplied|known|true|correct|ground[- ]truth) (?:label|class|category|answer)\b"
+    r"|\b(?:label|class|category|answer) (?:is |was )?(?:given|provided|stated|supplied|known)\b"
+    r"|\bas (?:labell?ed|classified|given)\b|\bwe (?:are|were) told\b|\bI (?:am|was) told\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class RationaleFilter:
+    """Rules by which a rationale is rejected; rejected ones stay in the trace file with their reason.
+
+    Args:
+        min_words: Fewest words of the rationale; an empty one is always rejected.
+        max_words: Most words, or None.
+        agree: Reject where the text has an answer and that answer is not the clip's label.
+        complete: Reject what was cut at ``max_new_tokens``; it would teach to stop in the middle.
+        told: Reject where a text written with ``label_hint`` says that the label had been given.
+    """
+
+    min_words: int = 1
+    max_words: int | None = None
+    agree: bool = True
+    complete: bool = True
+    told: bool = True
+
+    def reject_reason(
+        self, text: str, label: str | None, label_names: tuple[str, ...], label_hint: bool = False, cut: bool = False
+    ) -> str | None:
+        """Returns why ``text`` is rejected, or None where it is kept.
+
+        Args:
+            text: The completion.
+            label: The clip's label, where it has one.
+            label_names: All classes.
+            label_hint: Whether the label had been shown to the writer.
+            cut: Whether the completion was cut at ``max_new_tokens``.
+
+        Example:
+            >>> RationaleFilter(min_words=3).reject_reason("A dog.", "walk", ("walk", "run"))
+            'too short: 2 words'
+            >>> RationaleFilter().reject_reason("Legs alternate.", "walk", ("walk", "run")) is None
+            True
+        """
+        parsed = parse_completion(text)
+        rationale = parsed.reasoning if parsed.reasoning is not None else text
+        words = len(rationale.split())
+        if words == 0:
+            return "empty"
+        if words < self.min_words:
+            return f"too short: {words} words"
+        if self.max_words is not None and words > self.max_words:
+            return f"too long: {words} words"
+        if cut and self.complete:
+            return "cut at max_new_tokens"
+        if label_hint and self.told and _TOLD.search(rationale):
+            return "mentions having been given the label"
+        if self.agree and label is not None and parsed.answer is not None:
+            answer = match_label(parsed.answer, label_names)
+            if answer != label:
+                return f"answers {parsed.answer!r}, the label is {label!r}"
+        return None

@@ -1,0 +1,186 @@
+"""Completions sampled from a policy, and what the rewards say about them.
+
+Shape letters: B prompts, G completions per prompt, N = B·G rows in the order b0g0, b0g1, …, L tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vidreason.datamodules.types import Clip, EncodedPrompts, TextBatch
+from vidreason.lightning_modules.vlms.base import VLM, Generated
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.base import RewardFn, RewardInput, RewardScore, score_completion
+from vidreason.rewards.completion import ParsedCompletion, parse_completion
+
+
+class ColdPolicyError(ValueError):
+    """The policy never writes a completion that parses, so rewards cannot teach it anything."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled text."""
+
+    text: str
+    parsed: ParsedCompletion
+    ids: Tensor
+    """[n] int64, the sampled tokens, end of turn included where it was reached"""
+    logprobs: Tensor
+    """[n] fp32, what the sampler saw (``rollout_logprobs``)"""
+    finish_reason: Literal["stop", "length"]
+    """``length``: cut at ``max_new_tokens``"""
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of sampled tokens."""
+        return int(self.ids.shape[0])
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A completion and its reward."""
+
+    completion: Completion
+    score: RewardScore
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The G rollouts of one clip."""
+
+    clip: Clip
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class CompletionBatch:
+    """G completions for each of B prompts, as tokens and as texts."""
+
+    clips: tuple[Clip, ...]
+    """[B]"""
+    prompts: EncodedPrompts
+    texts: TextBatch
+    """N sampled rows; ``loss_mask`` counts every sampled token"""
+    logprobs: Tensor
+    """[N, L] fp32 log-probabilities of the sampler, 0 outside the mask"""
+    completions: tuple[tuple[Completion, ...], ...]
+    """[B][G]"""
+
+    def take(self, vlm: VLM, rows: Sequence[int]) -> CompletionBatch:
+        """Returns the prompts ``rows`` with their completions."""
+        group_size = len(self.completions[0])
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.texts.ids.device)
+        texts = (index[:, None] * group_size + torch.arange(group_size, device=index.device)).flatten()
+        return CompletionBatch(
+            clips=tuple(self.clips[b] for b in rows),
+            prompts=take_prompts(vlm, self.prompts, index),
+            texts=TextBatch(
+                ids=self.texts.ids[texts],
+                mask=self.texts.mask[texts],
+                loss_mask=self.texts.loss_mask[texts],
+                answer_mask=self.texts.answer_mask[texts],
+                owner=torch.arange(len(rows), device=index.device).repeat_interleave(group_size),
+                parent=self.texts.parent[texts],
+            ),
+            logprobs=self.logprobs[texts],
+            completions=tuple(self.completions[b] for b in rows),
+        )
+
+
+def take_prompts(vlm: VLM, prompts: EncodedPrompts, index: Tensor) -> EncodedPrompts:
+    """Returns the prompts ``index`` [n] of a batch."""
+    return EncodedPrompts(vlm.repeat_prompts(prompts.inputs, index), int(index.numel()), prompts.turn_end)
+
+
+def completion_seed(seed: int, step: int, video_id: str, sample: int) -> int:
+    """Returns the seed of one completion's noise, a 63-bit integer.
+
+    It depends on nothing else: neither on the batch that the clip happens to be in nor on the machine.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{video_id}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generate_rollouts(
+    vlm: VLM,
+    model: nn.Module,
+    prompts: EncodedPrompts,
+    clips: Sequence[Clip],
+    group_size: int,
+    sampling: Sampling,
+    seed: int,
+    step: int = 0,
+) -> CompletionBatch:
+    """Samples ``group_size`` completions for every clip; each prompt is run once, the model in eval mode.
+
+    Args:
+        vlm: The family that encoded the prompts.
+        model: The policy.
+        prompts: B prompts.
+        clips: [B] whose prompts they are.
+        group_size: G, completions per clip.
+        sampling: How to sample.
+        seed: The run's seed; with ``step``, the clip's id and the number of the sample it fixes the noise.
+        step: Optimizer step, or 0 where there is none.
+
+    Returns:
+        The B·G completions, on the model's device.
+    """
+    seeds = [[completion_seed(seed, step, clip.video_id, g) for g in range(group_size)] for clip in clips]
+    generated = vlm.generate(model, prompts, group_size, sampling, seeds)
+    rows = completions_of(generated)
+    completions = tuple(rows[b * group_size : (b + 1) * group_size] for b in range(len(clips)))
+    return CompletionBatch(tuple(clips), prompts, vlm.texts_from(generated), generated.logprobs, completions)
+
+
+def completions_of(generated: Generated) -> tuple[Completion, ...]:
+    """Returns the N rows of ``generated`` as parsed completions, their tokens on the CPU."""
+    ids, logprobs, mask = generated.ids.cpu(), generated.logprobs.float().cpu(), generated.mask.cpu()
+    return tuple(
+        Completion(text, parse_completion(text), ids[n][mask[n]], logprobs[n][mask[n]], generated.finish_reason[n])
+        for n, text in enumerate(generated.texts)
+    )
+
+
+def score_rollouts(
+    batch: CompletionBatch, rewards: Sequence[RewardFn], label_names: Sequence[str]
+) -> tuple[RolloutGroup, ...]:
+    """Rewards every completion.
+
+    Args:
+        batch: G completions for each of B labelled clips.
+        rewards: The reward functions, weighted by themselves.
+        label_names: Names of all classes.
+
+    Returns:
+        [B] groups.
+
+    Raises:
+        ValueError: A clip has no label.
+    """
+    names = tuple(label_names)
+    return tuple(
+        RolloutGroup(clip, tuple(Rollout(c, _score(clip, c, rewards, names)) for c in completions))
+        for clip, completions in zip(batch.clips, batch.completions, strict=True)
+    )
+
+
+def _score(
+    clip: Clip, completion: Completion, rewards: Sequence[RewardFn], label_names: tuple[str, ...]
+) -> RewardScore:
+    if clip.label is None:
+        raise ValueError(f"{clip.where or clip.path}: rewards need a label, but this clip has none")
+    item = RewardInput(completion.text, completion.parsed, clip.label, label_names, completion.finish_reason)
+    return score_completion(rewards, item)
+
+
+def reward_tensor(groups: Sequence[RolloutGroup]) -> Tensor:
+    """Returns the total rewards of B groups, [B, G] in float64."""
+    return torch.tensor([[r.score.total for r in group.rollouts] for group in groups], dtype=torch.float64)

@@ -1,0 +1,154 @@
+"""``vidreason pipeline``: stages in order, as ordinary commands that can be repeated by hand.
+
+What is finished is skipped while its inputs are unchanged, what was interrupted is resumed, and what lies behind a
+changed stage runs again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from vidreason.cli.configs import PREFIX, shipped_folder
+from vidreason.cli.pipeline_commands import USAGE_STATUS, Commands, trainer_commands
+from vidreason.cli.pipeline_run import PipelineRun
+from vidreason.cli.pipeline_spec import PipelineSpec, locate_config, read_pipeline
+
+_SETTING = re.compile(r"--([A-Za-z_][\w.]*\+?)(?:=(.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """One call of ``vidreason pipeline``, read and checked."""
+
+    spec: PipelineSpec
+    run_dir: Path
+    use: dict[str, Path]
+    until: str | None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Lists the shipped pipelines, or runs one.
+
+    Args:
+        argv: Options of ``vidreason pipeline``.
+
+    Returns:
+        Exit status: 0 done, 2 a wrong command line or pipeline file, else that of the stage that stopped.
+    """
+    if not argv:
+        print(list_pipelines())
+        return 0
+    return run_pipeline(argv)
+
+
+def run_pipeline(argv: Sequence[str], commands: Commands | None = None) -> int:
+    """Runs the pipeline that the options describe.
+
+    Args:
+        argv: Options of ``vidreason pipeline``.
+        commands: How to reach the ordinary commands; by default in this process.
+
+    Returns:
+        Exit status, as for :func:`main`.
+    """
+    try:
+        call = read_call(argv)
+        again = shlex.join(["vidreason", "pipeline", *argv])
+        run = PipelineRun(call.spec, call.run_dir, commands or trainer_commands(), again, call.use)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_STATUS
+    return run.run(call.until)
+
+
+def read_call(argv: Sequence[str]) -> PipelineCall:
+    """Reads options, pipeline file and overrides.
+
+    Args:
+        argv: Options of ``vidreason pipeline``.
+
+    Raises:
+        ValueError: An option, stage or file that does not exist; the message names it.
+        SystemExit: ``--help``, or a required option is missing.
+    """
+    parser = argparse.ArgumentParser(
+        prog="vidreason pipeline",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run stages in order; skip what is finished, resume what was interrupted.",
+        epilog="Any setting can be overridden:\n"
+        "  --STAGE.dotted.key VALUE     of one stage:   --grpo.trainer.max_steps 5\n"
+        "  --SECTION.dotted.key VALUE   of every stage: --data.init_args.num_workers 2\n\n"
+        "`vidreason pipeline` alone lists the shipped pipelines.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the pipeline: which stages in which order")
+    parser.add_argument("--run_dir", required=True, type=Path, metavar="DIR", help="where everything is written")
+    parser.add_argument("--data", metavar="FILE", help="data section for every stage (configs/data/...)")
+    parser.add_argument("--vlm", metavar="FILE", help="model section for every stage (configs/vlm/...)")
+    parser.add_argument("--seed", type=int, help="seed of every stage (default: the pipeline's, else 0)")
+    parser.add_argument(
+        "--use",
+        action="append",
+        default=[],
+        metavar="STAGE=DIR",
+        help="take a finished stage from another run (its run folder or stage folder) instead of running it",
+    )
+    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    options, rest = parser.parse_known_args(list(argv))
+    spec = read_pipeline(options.config).with_overrides(_read_overrides(rest))
+    for section in ("data", "vlm"):
+        if (name := getattr(options, section)) is not None:
+            locate_config(name)
+            spec = replace(spec, **{section: name})
+    if options.seed is not None:
+        spec = replace(spec, seed=options.seed)
+    if options.until is not None:
+        spec.stage(options.until)
+    use: dict[str, Path] = {}
+    for item in options.use:
+        stage, equals, folder = item.partition("=")
+        if not equals:
+            raise ValueError(f"--use {item}: must read STAGE=DIR")
+        use[spec.stage(stage).name] = Path(folder)
+    return PipelineCall(spec, options.run_dir, use, options.until)
+
+
+def list_pipelines() -> str:
+    """The shipped pipelines, one per line, and how to run one."""
+    specs = [(path, read_pipeline(str(path))) for path in sorted((shipped_folder() / "pipelines").glob("*.yaml"))]
+    names = [f"{PREFIX}/pipelines/{path.name}" for path, _ in specs]
+    lines = []
+    for name, (_, spec) in zip(names, specs, strict=True):
+        lines.append(f"  {name:{max(map(len, names))}}  {spec.description}")
+        lines.append(f"  {'':{max(map(len, names))}}  stages: {', '.join(stage.name for stage in spec.stages)}")
+    usage = f"run one with\n  vidreason pipeline --config {PREFIX}/pipelines/deepintuit.yaml --run_dir runs/x"
+    return "\n".join(["pipelines:", *lines, "", usage])
+
+
+def _read_overrides(arguments: Sequence[str]) -> dict[str, object]:
+    """``--a.b value`` and ``--a.b=value``; values are read as YAML."""
+    overrides: dict[str, object] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        match = _SETTING.fullmatch(word)
+        if match is None or "." not in match[1]:
+            raise ValueError(f"unknown option {word!r}; settings read --STAGE.dotted.key VALUE")
+        if match[2] is None and (not rest or rest[0].startswith("--")):
+            raise ValueError(f"{word}: a value is missing")
+        text = rest.pop(0) if match[2] is None else match[2]
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        # What YAML reads as anything but a number, a truth value, null or a list stays as it was typed.
+        overrides[match[1]] = value if isinstance(value, int | float | list | dict | None) else text
+    return overrides

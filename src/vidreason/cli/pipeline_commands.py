@@ -1,0 +1,122 @@
+"""How pipelines reach the ordinary commands: in this process, where starting another costs seconds of imports."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+
+COLD_POLICY_STATUS = 5
+"""Exit status of a stage that gave up because no completion parses"""
+USAGE_STATUS = 2
+INTERRUPTED_STATUS = 130
+
+
+@dataclass(frozen=True)
+class Commands:
+    """The ordinary commands, as arguments behind ``vidreason``; tests put their own in place."""
+
+    run: Callable[[list[str]], int]
+    """Runs a command and returns its exit status"""
+    check: Callable[[list[str]], str | None]
+    """Parses and builds what a command would use, without weights; returns what is wrong with it, in one line"""
+    count_train_clips: Callable[[list[str]], int | None]
+    """How many clips a ``fit`` trains on"""
+
+
+def trainer_commands() -> Commands:
+    """The real ones."""
+    return Commands(run_stage, check_stage, count_train_clips)
+
+
+def run_stage(argv: list[str]) -> int:
+    """Runs ``fit``, ``predict`` or ``test``.
+
+    Args:
+        argv: ``fit --config ...`` as the shell would give it.
+
+    Returns:
+        Exit status; ``COLD_POLICY_STATUS`` where the stage gave up because no completion parses.
+
+    Raises:
+        ValueError: A mistake in the user's data or config, as the stage raised it.
+    """
+    from vidreason.cli import lightning
+    from vidreason.lightning_modules.rollout import ColdPolicyError
+
+    try:
+        return lightning.run(argv[0], argv[1:])
+    except ColdPolicyError as error:
+        print(error, file=sys.stderr)
+        return COLD_POLICY_STATUS
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        gc.collect()  # a finished stage's model, before the next one is built
+
+
+def check_stage(argv: list[str]) -> str | None:
+    """Finds a typo before hours are spent on the stages in front of it.
+
+    Args:
+        argv: As for :func:`run_stage`; artefacts that it names need not exist yet.
+
+    Returns:
+        What is wrong, in one line; None where nothing is.
+
+    Raises:
+        ValueError: As model or data raised it when they were built.
+    """
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from vidreason.cli import lightning
+    from vidreason.cli.config_errors import explain
+
+    try:
+        with _quiet():
+            lightning.build(argv[0], argv[1:])
+    except (argparse.ArgumentError, OmegaConfBaseException) as error:
+        return explain(str(error), lightning.config_files(argv))
+    except MisconfigurationException as error:
+        return str(error)
+    return None
+
+
+def count_train_clips(argv: list[str]) -> int | None:
+    """Counts the clips of ``train`` that a ``fit`` command is given.
+
+    Args:
+        argv: ``fit --config ...``.
+
+    Returns:
+        The number; None where the data module is not of ours and cannot say.
+    """
+    from vidreason.cli import lightning
+    from vidreason.datamodules.base import VideoDataModule
+
+    with _quiet():
+        data = lightning.build(argv[0], argv[1:]).datamodule
+        if not isinstance(data, VideoDataModule):
+            return None
+        data.prepare_data()
+        return len(data.clips("train"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what building says about seeds, devices and files; the run itself will say it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

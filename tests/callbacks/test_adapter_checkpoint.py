@@ -1,0 +1,102 @@
+import json
+
+import pytest
+import torch
+
+from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
+from vidreason.lightning_modules.sft import RationaleSFTModule
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+class Scripted(RationaleSFTModule):
+    """Logs the accuracies it is given instead of real ones, and remembers its weights at each validation."""
+
+    def __init__(self, vlm, accuracies, **kwargs):
+        super().__init__(vlm, optimizer=adamw, **kwargs)
+        self.accuracies, self.seen = list(accuracies), []
+
+    def on_validation_epoch_end(self):
+        self.log("val/acc", self.accuracies[len(self.seen)])
+        self.seen.append({n: p.detach().clone() for n, p in self.policy.named_parameters() if p.requires_grad})
+
+
+def exported(folder, vlm):
+    return {n: p for n, p in vlm.build(str(folder)).named_parameters() if p.requires_grad}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_best_validation_is_handed_on(make_vlm, make_data, make_trainer, lora):
+    vlm = make_vlm(lora)
+    module = Scripted(vlm, [0.2, 0.8, 0.8, 0.5])
+    make_trainer(max_epochs=4, callbacks=[AdapterCheckpoint("val/acc")]).fit(module, make_data(vlm))
+    folder = module.run_dir / ("adapter" if lora else "weights")
+    weights = exported(folder, make_vlm(lora))
+    assert same(module.seen[1], weights)
+    assert not same(module.seen[3], weights)
+    info = json.loads((folder / "vidreason.json").read_text())
+    assert (info["stage"], info["global_step"], info["parent_sha"]) == ("sft_label", 4, "")
+    assert info["base_sha"] == vlm.base_sha()
+
+
+def test_without_monitor_the_last_weights_are(make_vlm, make_data, make_trainer):
+    vlm = make_vlm()
+    module = Scripted(vlm, [0.9, 0.1])
+    make_trainer(max_epochs=2, callbacks=[AdapterCheckpoint()]).fit(module, make_data(vlm))
+    assert same(module.seen[1], exported(module.run_dir / "adapter", make_vlm()))
+
+
+def test_an_unknown_metric_is_named(make_vlm, make_data, make_trainer):
+    vlm = make_vlm()
+    with pytest.raises(ValueError, match=r"'val/accuracy'.*val/acc"):
+        make_trainer(max_epochs=1, callbacks=[AdapterCheckpoint("val/accuracy")]).fit(
+            Scripted(vlm, [0.1]), make_data(vlm)
+        )
+
+
+class Stopping(RationaleSFTModule):
+    """Raises in the second step."""
+
+    def __init__(self, vlm, error):
+        super().__init__(vlm, optimizer=adamw)
+        self.error = error
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 1:
+            raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_failed_run_leaves_the_good_adapter_alone(make_vlm, make_data, make_trainer):
+    vlm = make_vlm()
+    good = Scripted(vlm, [0.1])
+    make_trainer(max_epochs=1, callbacks=[AdapterCheckpoint()]).fit(good, make_data(vlm))
+    before = (good.run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+    vlm = make_vlm()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_trainer(max_epochs=1, callbacks=[AdapterCheckpoint()]).fit(
+            Stopping(vlm, RuntimeError("out of memory")), make_data(vlm)
+        )
+    assert (good.run_dir / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_ctrl_c_hands_on_what_was_learnt(make_vlm, make_data, make_trainer):
+    vlm = make_vlm()
+    module = Stopping(vlm, KeyboardInterrupt())
+    with pytest.raises(SystemExit):
+        make_trainer(max_epochs=1, callbacks=[AdapterCheckpoint()]).fit(module, make_data(vlm))
+    assert json.loads((module.run_dir / "adapter" / "vidreason.json").read_text())["global_step"] == 1
+
+
+def test_a_second_fit_into_the_same_folder_replaces_the_first(make_vlm, make_data, make_trainer):
+    for accuracies in ([0.9, 0.9], [0.1, 0.2]):
+        vlm = make_vlm()
+        module = Scripted(vlm, accuracies)
+        make_trainer(max_epochs=2, callbacks=[AdapterCheckpoint("val/acc")]).fit(module, make_data(vlm))
+    assert json.loads((module.run_dir / "adapter" / "vidreason.json").read_text())["global_step"] == 4

@@ -1,0 +1,99 @@
+"""Callbacks that only watch: what they show, and that a run without them is the same to the bit."""
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vidreason.callbacks.prediction_logger import PredictionLogger
+from vidreason.callbacks.progress import RunProgress
+from vidreason.callbacks.rollout_logger import RolloutLogger
+from vidreason.callbacks.tensorboard_text import markdown_table
+from vidreason.callbacks.throughput import Throughput
+from vidreason.lightning_modules.grpo import GRPOModule
+from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.format import FormatReward
+from vidreason.rewards.length import LengthReward
+
+SHORT = Sampling(max_new_tokens=4)
+
+
+def everything():
+    return [PredictionLogger(clips=2), RolloutLogger(every_n_steps=1), Throughput(), RunProgress()]
+
+
+def make(vlm, kind):
+    if kind == "sft":
+        return RationaleSFTModule(vlm, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    rewards = [FormatReward(), LengthReward(min_words=0, max_words=9)]
+    return GRPOModule(
+        vlm,
+        rewards=rewards,
+        group_size=2,
+        train_sampling=SHORT,
+        sampling=SHORT,
+        cold_steps=99,
+        entropy_coef=0.1,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+    )
+
+
+def read(folder):
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0, "images": 0})
+    events.Reload()
+    return events
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_watchers_change_nothing_and_show_everything(make_vlm, make_data, make_trainer, tmp_path, kind):
+    results = {}
+    for watched in (True, False):
+        vlm = make_vlm()
+        module = make(vlm, kind)
+        losses = []
+        module.on_train_batch_end = lambda *_, m=module, s=losses: s.append(
+            float(m.trainer.callback_metrics["train/loss"])
+        )
+        trainer = make_trainer(
+            f"{watched}",
+            max_steps=2,
+            val_check_interval=2,
+            log_every_n_steps=1,
+            logger=TensorBoardLogger(tmp_path / f"{watched}", name="tb", version=""),
+            callbacks=everything() if watched else [],
+            enable_progress_bar=watched,
+        )
+        trainer.fit(module, make_data(vlm))
+        results[watched] = losses, {n: p for n, p in module.named_parameters() if p.requires_grad}
+    (losses, weights), (plain_losses, plain_weights) = results[True], results[False]
+    assert losses == plain_losses
+    assert all(torch.equal(weights[name], plain_weights[name]) for name in weights)
+
+    events = read(tmp_path / "True" / "tb")
+    scalars = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/step_time", "data/wait_s", "data/decode_ms", "val/acc"} <= scalars
+    texts = {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
+    assert {"val/decisions"} <= texts
+    assert ("train/rollouts" in texts) == (kind == "grpo")
+    assert "val/confusion" in events.Tags()["images"]
+    if kind == "grpo":
+        table = events.Tensors("train/rollouts/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert "| clip | label | reward | format | length | advantage | tokens | completion |" in table
+        assert len(table.splitlines()) == 2 + 2 * 2
+
+
+def test_tables_keep_tags_readable():
+    assert markdown_table(["a"], [["<think>x|y\nz"]]).splitlines()[2] == "| &lt;think&gt;x&#124;y<br>z |"
+
+
+def test_progress_counts_the_whole_fit(make_vlm, make_data, make_trainer, capsys):
+    vlm = make_vlm()
+    module = make(vlm, "sft")
+    make_trainer(max_epochs=3, callbacks=[RunProgress(refresh_s=0)], enable_progress_bar=True).fit(
+        module, make_data(vlm)
+    )
+    shown = capsys.readouterr().err
+    assert "sft_label: training" in shown
+    assert "6/6" in shown
+    assert "validating" in shown

@@ -1,0 +1,184 @@
+import json
+
+import pytest
+import torch
+
+from vidreason.callbacks.prediction_writer import PredictionWriter
+from vidreason.callbacks.trace_writer import TraceWriter
+from vidreason.datamodules.prompts import DescribeView, LabelScoringView, ReasonView
+from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.own_traces import TraceOptions
+from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.trained_weights import set_train_mode
+from vidreason.lightning_modules.vlms.generation import Sampling
+
+SHORT = Sampling(max_new_tokens=4)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_zero_shot_likelihood_is_that_of_the_whole_class_name(make_vlm, make_data, make_trainer):
+    """Against the model's own forward on prompt + name + end of turn, one clip and one class at a time."""
+    vlm = make_vlm(lora=False)
+    data = make_data(vlm)
+    module = VLMModule(vlm)
+    trainer = make_trainer(callbacks=[PredictionWriter()])
+    trainer.test(module, data, verbose=False)
+    lines = read_lines(module.run_dir / "predictions.jsonl")
+    assert [(p["video_id"], p["split"]) for p in lines] == [
+        (f"{s}_{i}", s) for s in ("test_a", "test_b") for i in range(3)
+    ]
+
+    batch = next(iter(data.loader("test_a", LabelScoringView(data.task), batch_size=1)))
+    names, model = data.label_names, module.policy.eval()
+    expected = []
+    for row in range(len(names)):
+        ids = batch.texts.ids[row][batch.texts.mask[row]]
+        assert vlm.tokenizer.decode(ids[:-1]) == names[row]
+        inputs = dict(batch.prompts.inputs)
+        prompt = inputs["input_ids"].shape[1]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[None]], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, prompt - 1 : -1].float()
+        logits[:, sorted(vlm.suppressed_ids)] = -torch.inf
+        expected.append(logits.log_softmax(-1).gather(1, ids[:, None]).sum())
+    probs = torch.stack(expected).softmax(0)
+    assert list(lines[0]["probs"].values()) == pytest.approx(probs.tolist(), abs=1e-4)
+    assert lines[0]["pred"] == names[int(probs.argmax())] == lines[0]["answer"]
+
+
+def test_metrics_are_logged_per_split_under_plain_names(make_vlm, make_data, make_trainer):
+    vlm = make_vlm()
+    trainer = make_trainer()
+    trainer.test(VLMModule(vlm), make_data(vlm), verbose=False)
+    logged = set(trainer.callback_metrics)
+    wanted = {"acc", "balanced_acc", "macro_f1", "unparsed_rate", "nll", "brier", "ece", "f1/fall", "f1/pass by"}
+    assert {f"{split}/{name}" for split in ("test_a", "test_b") for name in wanted} <= logged
+    assert not [name for name in logged if "dataloader" in name]
+
+
+def test_unreadable_clips_are_written_and_counted_wrong(make_vlm, make_data, make_trainer):
+    vlm = make_vlm()
+    data = make_data(vlm, broken=("test_a_0", "test_a_1", "test_a_2"), eval_batch_size=2)
+    trainer = make_trainer(callbacks=[PredictionWriter()])
+    trainer.test(VLMModule(vlm), data, verbose=False)
+    lines = [p for p in read_lines(trainer.lightning_module.run_dir / "predictions.jsonl") if p["split"] == "test_a"]
+    assert [p["failed"] for p in lines] == [True] * 3
+    assert [p["pred"] for p in lines] == [None] * 3
+    assert float(trainer.callback_metrics["test_a/acc"]) == 0
+    assert float(trainer.callback_metrics["test_b/unparsed_rate"]) == 0
+
+
+def test_generated_answers_of_a_random_base_are_unparsed_and_wrong(make_vlm, make_data, make_trainer):
+    vlm = make_vlm()
+    trainer = make_trainer(callbacks=[PredictionWriter()])
+    trainer.test(VLMModule(vlm, decide="answer", samples=2, sampling=SHORT), make_data(vlm), verbose=False)
+    lines = read_lines(trainer.lightning_module.run_dir / "predictions.jsonl")
+    assert all(p["unparsed"] and p["pred"] is None and len(p["traces"]) == 2 for p in lines)
+    assert float(trainer.callback_metrics["test_a/unparsed_rate"]) == 1
+    assert float(trainer.callback_metrics["test_a/acc"]) == 0
+
+
+def test_predict_writes_and_goes_on_where_it_was(make_vlm, make_data, make_trainer, monkeypatch):
+    options = TraceOptions(samples=2, sampling=SHORT)
+
+    def write(folder):
+        vlm = make_vlm()
+        module = VLMModule(vlm, predict="reason", traces_sampled=options)
+        data = make_data(vlm, predict_splits=("val", "cal"), eval_batch_size=2)
+        trainer = make_trainer(folder, callbacks=[TraceWriter()])
+        trainer.predict(module, data)
+        return module
+
+    path = write("a").run_dir / "traces.jsonl"
+    whole = path.read_text().splitlines()
+    assert len(whole) == 1 + 6 * 2
+    half = path.parents[1] / "b" / "traces.jsonl"
+    half.parent.mkdir()
+    half.write_text("\n".join(whole[:7]) + "\n")
+    written = []
+    original = VLMModule.sample_texts
+    monkeypatch.setattr(VLMModule, "sample_texts", lambda s, b, o: written.append(b.video_ids) or original(s, b, o))
+    write("b")
+    assert sorted(half.read_text().splitlines()) == sorted(whole)
+    assert written == [("cal_0", "cal_1"), ("cal_2",)] or ("val_0", "val_1") not in written
+
+
+def test_the_views_follow_the_options(make_vlm):
+    vlm = make_vlm()
+
+    class Stub(VLMModule):
+        @property
+        def task(self):
+            from vidreason.datamodules.task import Task
+
+            return Task.from_labels("t", ("a", "b"))
+
+    assert isinstance(Stub(vlm).eval_view(), LabelScoringView)
+    assert isinstance(Stub(vlm, decide="answer").eval_view(), ReasonView)
+    assert isinstance(Stub(vlm, predict="reason").written_view(), ReasonView)
+    hinted = Stub(vlm, traces_sampled=TraceOptions(label_hint=True)).written_view()
+    assert isinstance(hinted, DescribeView)
+    assert hinted.label_hint
+
+
+def test_checkpoints_hold_what_trains_and_know_their_stage(make_vlm, make_data, make_trainer, tmp_path):
+    vlm = make_vlm()
+    trainer = make_trainer(max_steps=1)
+    module = RationaleSFTModule(vlm, target="label")
+    trainer.fit(module, make_data(vlm))
+    path = tmp_path / "x.ckpt"
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["vidreason_stage"] == "sft_label"
+    assert set(checkpoint["state_dict"]) == {n for n, p in module.named_parameters() if p.requires_grad}
+    assert all("lora" in name for name in checkpoint["state_dict"])
+    other = RationaleSFTModule(make_vlm(), target="caption")
+    with pytest.raises(ValueError, match=r"'sft_label'.*'sft_caption'.*adapter_path"):
+        make_trainer("other", max_steps=2).fit(other, make_data(other.vlm), ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.parametrize(("warmup", "expected"), [(0.5, [0.0, 0.5, 1.0, 0.5]), (1, [0.0, 1.0, 2 / 3, 1 / 3])])
+def test_warmup_is_a_share_or_a_number_of_steps(make_vlm, make_data, make_trainer, warmup, expected):
+    vlm = make_vlm()
+    rates = []
+
+    class Watched(RationaleSFTModule):
+        def on_before_optimizer_step(self, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    module = Watched(vlm, optimizer=lambda p: torch.optim.SGD(p, lr=1.0e-6), schedule="linear", warmup=warmup)
+    make_trainer(max_epochs=2).fit(module, make_data(vlm))
+    assert [rate / 1e-6 for rate in rates] == pytest.approx(expected)
+
+
+def test_wrong_arguments_are_refused(make_vlm, ready):
+    with pytest.raises(ValueError, match="warmup"):
+        VLMModule(make_vlm(), warmup=-1)
+    with pytest.raises(ValueError, match="samples"):
+        VLMModule(make_vlm(), samples=0)
+
+
+def test_frozen_modules_stay_in_eval_mode():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Sequential(torch.nn.Linear(2, 2))
+    )
+    model[1].requires_grad_(False)
+    model[2].requires_grad_(False)
+    set_train_mode(model)
+    assert [model.training, *(m.training for m in model), model[2][0].training] == [True, True, False, False, False]
+
+
+def test_clipping_returns_the_norm_before(make_vlm, ready):
+    module = ready(RationaleSFTModule(make_vlm()))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    count = sum(p.numel() for p in trained)
+    assert float(module.clip_gradients_(0.0)) == pytest.approx(count**0.5)
+    assert float(trained[0].grad.flatten()[0]) == 1
+    assert float(module.clip_gradients_(1.0)) == pytest.approx(count**0.5)
+    assert float(module.clip_gradients_(0.0)) == pytest.approx(1.0, rel=1e-3)

@@ -1,0 +1,186 @@
+import json
+
+import pytest
+import torch
+
+from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
+from vidreason.callbacks.prediction_writer import PredictionWriter
+from vidreason.lightning_modules.calibration import CALIBRATOR, CalibrationModule
+from vidreason.lightning_modules.own_traces import TraceOptions
+from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.generation import Sampling
+
+OWN = TraceOptions(samples=2, sampling=Sampling(max_new_tokens=5))
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def make(vlm, **kwargs):
+    return CalibrationModule(vlm, **{"optimizer": adamw, "traces_sampled": OWN, **kwargs})
+
+
+@pytest.fixture
+def policy(make_vlm, make_data, make_trainer):
+    """``policy(lora)``: folder of a policy that has been trained a little."""
+
+    def train(lora=True):
+        vlm = make_vlm(lora)
+        module = RationaleSFTModule(vlm, target="label", optimizer=adamw)
+        make_trainer("policy", max_steps=2, limit_val_batches=0).fit(module, make_data(vlm))
+        return str(module.export(module.run_dir))
+
+    return train
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_fit_then_test_from_the_folder_alone(make_vlm, make_data, make_trainer, policy, lora):
+    start = policy(lora)
+    vlm = make_vlm(lora)
+    module = make(vlm, adapter_path=start)
+    trainer = make_trainer("cal", max_epochs=1, callbacks=[AdapterCheckpoint("val/nll_scaled", "min")])
+    trainer.fit(module, make_data(vlm))
+    logged = set(trainer.callback_metrics)
+    assert {"val/temperature", "val/ece", "val/ece_scaled", "val/nll_scaled", "val/acc", "train/loss"} <= logged
+    folder = module.run_dir / "adapter"
+    info = json.loads((folder / "vidreason.json").read_text())
+    assert info["temperature"] == pytest.approx(module.temperature)
+    assert 0.1 <= info["temperature"] <= 10
+    assert (folder / "policy" / "adapter_config.json").exists() == lora
+    assert info["policy"] == ("policy" if lora else start)
+
+    vlm = make_vlm(lora)
+    tested = make(vlm, calibrator_path=str(folder))
+    trainer = make_trainer("test", callbacks=[PredictionWriter()])
+    trainer.test(tested, make_data(vlm), verbose=False)
+    assert tested.temperature == pytest.approx(info["temperature"])
+    lines = [json.loads(line) for line in (tested.run_dir / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    assert all(len(p["traces"]) == 2 and not p["unparsed"] for p in lines)
+    assert {"test_a/ece", "test_a/ece_scaled", "test_a/temperature"} <= set(trainer.callback_metrics)
+
+    trained, loaded = dict(module.policy.named_parameters()), dict(tested.policy.named_parameters())
+    calibrator = [name for name in trained if f".{CALIBRATOR}." in name]
+    assert calibrator
+    for name in calibrator:
+        torch.testing.assert_close(trained[name], loaded[name])
+
+
+def test_calibrator_starts_as_the_policy_and_leaves_it_alone(make_vlm, make_data, make_trainer, policy):
+    vlm = make_vlm()
+    module = make(vlm, adapter_path=policy())
+    start = {}
+
+    def remember():
+        start.update({n: p.detach().clone() for n, p in module.policy.named_parameters()})
+
+    module.on_train_start = remember
+    make_trainer("cal", max_steps=2, limit_val_batches=0).fit(module, make_data(vlm))
+    now = dict(module.policy.named_parameters())
+    for name in start:
+        if f".{CALIBRATOR}." in name:
+            assert torch.equal(start[name], start[name.replace(CALIBRATOR, "policy")])
+    moved = {name for name in start if not torch.equal(start[name], now[name])}
+    assert moved
+    assert all(f".{CALIBRATOR}." in name for name in moved)
+
+
+def test_traces_are_the_policys_not_the_calibrators(make_vlm, ready, policy):
+    start = policy()
+    module = ready(make(make_vlm(), adapter_path=start))
+    plain = ready(RationaleSFTModule(make_vlm(), adapter_path=start, target="label"), folder="b")
+    with torch.no_grad():
+        for name, p in module.policy.named_parameters():
+            if f".{CALIBRATOR}." in name:
+                p.add_(1.0)
+    batch = next(iter(plain.data.loader("val", plain.written_view(), batch_size=3)))
+    theirs = [[c.text for c in group] for group in plain.sample_texts(batch, OWN)]
+    assert [[c.text for c in group] for group in module.sample_texts(batch, OWN)] == theirs
+    assert module.policy.active_adapter == CALIBRATOR
+
+
+def test_every_split_gets_its_traces_and_given_ones_are_not_sampled_again(make_vlm, ready, policy):
+    start = policy()
+    first = ready(make(make_vlm(), adapter_path=start))
+    assert set(first._traces) == {c.video_id for s in ("train", "val", "cal") for c in first.data.clips(s)}
+    path = first.run_dir / "traces.jsonl"
+    again = ready(make(make_vlm(), adapter_path=start, traces=str(path)), folder="again")
+    assert not (again.run_dir / "traces.jsonl").exists()
+    assert again._traces == first._traces
+    with pytest.raises(ValueError, match="adapter"):
+        ready(make(make_vlm(), traces=str(path)), folder="base")
+
+
+@pytest.mark.parametrize("kind", ["tokens", "classes"])
+def test_loss(make_vlm, ready, kind):
+    module = ready(make(make_vlm(), loss=kind))
+    module.log = lambda *_, **__: None
+    batch = next(iter(module.data.train_dataloader()))
+    names = module.data.label_names
+    with torch.no_grad():
+        loss = float(module.training_step(batch, 0))
+        full = module.data.loader("train", module.review("all"), batch_size=len(batch), train=True)
+        everything = next(iter(full))
+        assert everything.video_ids == batch.video_ids
+        logprobs = module.vlm.score(module.policy, everything.prompts, everything.texts).logprobs
+    texts = everything.texts
+    label_rows = texts.loss_mask.any(1).nonzero().flatten().tolist()
+    assert len(label_rows) == len(batch) * 2 * len(names)
+    tokens, classes = [], []
+    for start in range(0, len(label_rows), len(names)):
+        rows = label_rows[start : start + len(names)]
+        truth = int(batch.labels[int(texts.owner[rows[0]])])
+        sums = torch.stack([logprobs[r][texts.loss_mask[r]].sum() for r in rows])
+        tokens.append(logprobs[rows[truth]][texts.loss_mask[rows[truth]]])
+        classes.append(sums.log_softmax(0)[truth])
+    expected = -torch.cat(tokens).mean() if kind == "tokens" else -torch.stack(classes).mean()
+    assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_probabilities_are_averaged_over_traces_then_scaled(make_vlm, ready):
+    module = ready(make(make_vlm()))
+    batch = next(iter(module.data.loader("val", module.eval_view(), batch_size=3)))
+    with torch.no_grad():
+        logprobs = module.vlm.score(module.policy, batch.prompts, batch.texts).logprobs
+        rows = batch.texts.loss_mask.any(1)
+        sums = (logprobs * batch.texts.loss_mask).sum(1)[rows].view(3, 2, 3)
+        mean = sums.softmax(-1).mean(1)
+        module.temperature = 2.5
+        decisions = module.decide_batch(batch)
+    torch.testing.assert_close(decisions.unscaled, mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(decisions.probs, (mean.log() / 2.5).softmax(-1), rtol=1e-4, atol=1e-6)
+    assert all(len(traces) == 2 for traces in decisions.traces)
+
+
+@pytest.mark.parametrize("shown", ["trace", "video"])
+def test_ablations_run(make_vlm, make_data, make_trainer, shown):
+    vlm = make_vlm()
+    module = make(vlm, input=shown)
+    make_trainer(max_steps=1).fit(module, make_data(vlm))
+    assert (module.run_dir / "traces.jsonl").exists() == (shown == "trace")
+
+
+def test_a_calibrator_of_something_else_is_refused(make_vlm, make_data, make_trainer, policy, ready):
+    start = policy()
+    module = ready(make(make_vlm(), adapter_path=start))
+    folder = str(module.export(module.run_dir))
+    for kwargs, message in [
+        ({"calibrator_path": start}, "sft_label"),
+        ({"calibrator_path": folder, "input": "trace"}, "input"),
+        ({"calibrator_path": folder, "adapter_path": folder}, "another policy"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ready(make(make_vlm(), **kwargs), stage="test", folder="refused")
+    with pytest.raises(ValueError, match="calibrator_path"):
+        ready(make(make_vlm(), adapter_path=start), stage="test", folder="refused")
+
+
+def test_resuming_keeps_the_temperature(make_vlm):
+    module = make(make_vlm())
+    module.temperature = 1.7
+    checkpoint = {"state_dict": {}}
+    module.on_save_checkpoint(checkpoint)
+    other = make(make_vlm())
+    other.on_load_checkpoint(checkpoint)
+    assert other.temperature == 1.7

@@ -1,0 +1,75 @@
+import math
+
+import pytest
+import torch
+
+from vidreason.datamodules.types import Clip, FailedClip, TextBatch, VideoBatch
+from vidreason.lightning_modules.deciding import closed_set, decide_by_probs, update_metrics, vote
+from vidreason.lightning_modules.metrics import ClassificationMetrics
+from vidreason.lightning_modules.predictions import decided, undecided
+
+
+def texts(loss_mask: list[list[bool]], owner: list[int]) -> TextBatch:
+    mask = torch.tensor(loss_mask)
+    n = len(owner)
+    return TextBatch(
+        torch.zeros_like(mask, dtype=torch.long),
+        torch.ones_like(mask),
+        mask,
+        torch.zeros_like(mask),
+        torch.tensor(owner),
+        torch.full((n,), -1),
+    )
+
+
+def test_closed_set_adds_the_tokens_of_each_name_and_skips_context():
+    logprobs = torch.tensor([[-9.0, -9.0], [-1.0, -2.0], [-3.0, -9.0], [-0.5, -0.25], [-4.0, -9.0]])
+    batch = texts([[False, False], [True, True], [True, False], [True, True], [True, False]], [0, 0, 0, 1, 1])
+    asked = closed_set(logprobs, batch, 2)
+    assert asked.scores.tolist() == [[-3.0, -3.0], [-0.75, -4.0]]
+    assert asked.owner.tolist() == [0, 1]
+
+
+def test_closed_set_refuses_what_is_no_closed_set():
+    with pytest.raises(ValueError, match="3 scored texts"):
+        closed_set(torch.zeros(3, 1), texts([[True]] * 3, [0, 0, 0]), 2)
+    with pytest.raises(ValueError, match="different clips"):
+        closed_set(torch.zeros(2, 1), texts([[True]] * 2, [0, 1]), 2)
+
+
+def test_votes():
+    names = ["a", "b", "c"]
+    assert vote(["b", "a", "b"], names).chosen == 1
+    assert vote(["c", "a"], names).chosen == 2, "a tie goes to the first named"
+    assert vote([None, None], names).chosen == -1
+    probs = vote(["b", None], names).probs
+    total = 2 + 3 * 0.01
+    assert probs.tolist() == pytest.approx(
+        [(0.5 / 1.5 + 0.01) / total, (1 + 1 / 3 + 0.01) / total, (1 / 3 + 0.01) / total]
+    )
+
+
+def test_a_single_parsed_answer_has_a_finite_nll_when_wrong():
+    probs = vote(["a"], ["a", "b"]).probs
+    assert 0 < -math.log(float(probs[1])) < 10
+
+
+def test_unreadable_and_unlabelled_clips(tmp_path):
+    names = ("a", "b")
+    clips = tuple(Clip(tmp_path, label, f"v{i}", "test") for i, label in enumerate(["a", None, "b"]))
+    lost = FailedClip(Clip(tmp_path, "b", "v3", "test"), "gone")
+    batch = VideoBatch(None, None, torch.tensor([0, -1, 1]), clips, (lost,))
+    decisions = decide_by_probs(torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1]]), names)
+    metrics = ClassificationMetrics(names)
+    update_metrics(metrics, batch, decisions, names, torch.device("cpu"))
+    values = metrics.compute()
+    assert float(values["acc"]) == pytest.approx(1 / 3), "right, wrong, unreadable; the unlabelled one is not counted"
+    assert float(values["unparsed_rate"]) == pytest.approx(1 / 3)
+    only_lost = VideoBatch(None, None, torch.tensor([], dtype=torch.long), (), (lost,))
+    update_metrics(metrics, only_lost, None, names, torch.device("cpu"))
+    assert float(metrics.compute()["acc"]) == pytest.approx(1 / 4)
+
+    line = decided(clips[0], "test", 0, decisions, names)
+    assert (line.pred, line.unparsed, line.failed, line.probs["a"]) == ("a", False, False, pytest.approx(0.9))
+    line = undecided(lost, "test", names)
+    assert (line.pred, line.failed, line.unparsed, line.probs) == (None, True, False, {"a": 0.5, "b": 0.5})

@@ -1,0 +1,290 @@
+import math
+
+import pytest
+import torch
+
+from vidreason.lightning_modules.functional.advantages import group_relative_advantages
+from vidreason.lightning_modules.functional.losses import grpo_loss
+from vidreason.lightning_modules.grpo import REFERENCE, GRPOModule, Part, split_evenly
+from vidreason.lightning_modules.grpo_statistics import rollout_statistics
+from vidreason.lightning_modules.rollout import ColdPolicyError, reward_tensor, score_rollouts
+from vidreason.lightning_modules.vlms.adapters import use_adapter
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.base import RewardFn, RewardInput
+
+SHORT = Sampling(max_new_tokens=6)
+
+
+class EvenTokens(RewardFn):
+    """A reward that a random policy gets now and then: the share of words of even length."""
+
+    def __call__(self, item: RewardInput) -> float:
+        words = item.completion.split() or [""]
+        return sum(len(word) % 2 == 0 for word in words) / len(words)
+
+
+class Nothing(RewardFn):
+    def __call__(self, item: RewardInput) -> float:
+        return 1.2
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=1e-2)
+
+
+def make(vlm, **kwargs):
+    defaults = {"rewards": [EvenTokens()], "group_size": 4, "train_sampling": SHORT, "sampling": SHORT, "warmup": 0}
+    return GRPOModule(vlm, **{**defaults, "cold_steps": 10**6, "optimizer": sgd, **kwargs})
+
+
+def snapshot(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def distance(before, after):
+    return math.sqrt(sum(float((before[name] - after[name]).square().sum()) for name in after))
+
+
+def fit(module, make_data, make_trainer, **kwargs):
+    before = {}
+    module.on_train_start = lambda: before.update(snapshot(module))
+    kwargs = {"max_steps": 2, "limit_val_batches": 0, **kwargs}
+    trainer = make_trainer(**kwargs)
+    trainer.fit(module, make_data(module.vlm))
+    return trainer, distance(before, snapshot(module))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_policy_moves(make_vlm, make_data, make_trainer, lora):
+    trainer, moved = fit(make(make_vlm(lora)), make_data, make_trainer)
+    assert moved > 0
+    assert trainer.global_step == 2
+    logged = set(trainer.callback_metrics)
+    wanted = """reward reward_std frac_reward_zero_std rewards/even_tokens/mean rewards/even_tokens/std
+        completions/mean_length completions/clipped_ratio kl entropy clip_ratio/low_mean clip_ratio/high_mean
+        clip_ratio/region_mean num_tokens grad_norm learning_rate timing_s/gen timing_s/reward timing_s/update_actor
+        timing_s/step"""
+    assert {f"train/{name}" for name in wanted.split()} <= logged
+
+
+def test_dead_groups_leave_the_policy_as_it_is(make_vlm, make_data, make_trainer):
+    trainer, moved = fit(make(make_vlm(), rewards=[Nothing()]), make_data, make_trainer)
+    assert moved == 0
+    assert float(trainer.callback_metrics["train/grad_norm"]) == 0
+    assert float(trainer.callback_metrics["train/frac_reward_zero_std"]) == 1
+
+
+def test_dead_groups_still_feel_entropy(make_vlm, make_data, make_trainer):
+    _, moved = fit(make(make_vlm(), rewards=[Nothing()], entropy_coef=1.0), make_data, make_trainer)
+    assert moved > 0
+
+
+@pytest.fixture
+def rolled(make_vlm, ready):
+    """A module and one batch of its rollouts, fixed."""
+    module = ready(make(make_vlm(), kl_coef=0.1))
+    batch = next(iter(module.data.train_dataloader()))
+    (sampled,) = module.generate(batch)
+    groups = score_rollouts(sampled, module.rewards, module.data.label_names)
+    advantages = group_relative_advantages(reward_tensor(groups)).flatten().float()
+    return module, Part(sampled, groups, advantages)
+
+
+def test_loss_is_the_function_on_fixed_completions(rolled):
+    module, part = rolled
+    part = Part(part.batch, part.groups, part.advantages, module.frozen_logprobs(part, None) - 0.3)
+    count = part.batch.texts.loss_mask.sum()
+    texts = part.batch.texts
+    module.kl_coef = 0.0
+
+    def value():
+        with torch.no_grad():
+            return float(module.loss(part, count).loss)
+
+    logprobs = module.vlm.score(module.policy, part.batch.prompts, texts).logprobs
+    by_hand = 0.0
+    for n in range(len(texts)):
+        advantage = float(part.advantages[n])
+        for t in texts.loss_mask[n].nonzero().flatten().tolist():
+            ratio = math.exp(float(logprobs[n, t] - part.old_logprobs[n, t]))
+            clipped = min(max(ratio, 0.8), 1.28)
+            term = -min(ratio * advantage, clipped * advantage)
+            if advantage < 0:
+                term = min(term, -3 * advantage)
+            by_hand += term * min(math.exp(float(part.old_logprobs[n, t] - part.batch.logprobs[n, t])), 2.0)
+    assert value() == pytest.approx(by_hand / int(count), rel=1e-4, abs=1e-6)
+
+    plain = value()
+    for flag, other in [("clip_eps_high", 0.5), ("clip_eps_low", 0.9), ("importance_cap", None), ("entropy_coef", 0.5)]:
+        before = getattr(module, flag)
+        setattr(module, flag, other)
+        if flag != "clip_eps_low":  # log-ratio +0.3 never meets the lower bound
+            assert value() != pytest.approx(plain, abs=1e-7), flag
+        setattr(module, flag, before)
+    assert value() == pytest.approx(plain)
+
+
+def test_on_policy_ratio_is_one(rolled):
+    """Without old log-probs the loss is the advantage-weighted importance, whatever the policy."""
+    module, part = rolled
+    module.kl_coef, module.importance_cap = 0.0, None
+    count = part.batch.texts.loss_mask.sum()
+    loss = module.loss(part, count)
+    lengths = part.batch.texts.loss_mask.sum(1)
+    assert float(loss.loss) == pytest.approx(-float((part.advantages * lengths).sum() / count), abs=1e-6)
+    explicit = grpo_loss(
+        module.score(part).logprobs,
+        part.advantages,
+        part.batch.texts.loss_mask,
+        normalizer=count,
+        old_logprobs=module.frozen_logprobs(part, None),
+    )
+    assert float(loss.loss) == pytest.approx(float(explicit.loss), abs=1e-6)
+
+
+def test_sampler_and_trainer_agree(rolled):
+    module, part = rolled
+    again = module.frozen_logprobs(part, None)
+    torch.testing.assert_close(again, part.batch.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_reference_is_the_policy_at_the_start(rolled):
+    module, part = rolled
+    at_start = module.frozen_logprobs(part, None)
+    torch.testing.assert_close(module.frozen_logprobs(part, REFERENCE), at_start)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+    torch.testing.assert_close(module.frozen_logprobs(part, REFERENCE), at_start)
+    assert not torch.allclose(module.frozen_logprobs(part, None), at_start, atol=1e-3)
+    with use_adapter(module.policy, "policy"):
+        pass
+    names = [n for n, p in module.named_parameters() if p.requires_grad]
+    assert names
+    assert not [n for n in names if REFERENCE in n]
+
+
+def test_reference_after_full_fine_tuning_is_a_copy(make_vlm, ready):
+    module = ready(make(make_vlm(lora=False), kl_coef=0.1))
+    assert module.reference is not None
+    assert not [p for p in module.reference.parameters() if p.requires_grad]
+    assert module.reference is not module.policy
+    assert not any("reference" in n for n, p in module.named_parameters() if p.requires_grad)
+
+
+def test_kl_term_trains_once_the_policy_has_left(make_vlm, make_data, make_trainer):
+    kl = {}
+    for coefficient in (0.0, 0.5):
+        trainer, _ = fit(
+            make(make_vlm(), kl_coef=coefficient, optimizer=lambda p: torch.optim.SGD(p, lr=1.0)),
+            make_data,
+            make_trainer,
+            max_steps=3,
+            folder=f"kl{coefficient}",
+        )
+        kl[coefficient] = float(trainer.callback_metrics["train/kl"])
+    assert kl[0.0] == 0
+    assert kl[0.5] > 0
+
+
+@pytest.mark.parametrize("options", [{"prompts_per_forward": 1}, {"prompts_per_forward": 2}])
+def test_parts_do_not_change_the_update(make_vlm, make_data, make_trainer, options):
+    whole = make(make_vlm())
+    fit(whole, make_data, make_trainer, max_steps=2)
+    parts = make(make_vlm(), **options)
+    fit(parts, make_data, make_trainer, max_steps=2, folder="parts")
+    other = snapshot(parts)
+    for name, value in snapshot(whole).items():
+        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-6)
+
+
+def test_inner_epochs_and_minibatches_count_as_optimizer_steps(make_vlm, make_data, make_trainer):
+    module = make(make_vlm(), inner_epochs=2, minibatches=3)
+    totals = []
+    original = module.total_steps
+    module.total_steps = lambda: totals.append(original()) or totals[-1]
+    trainer, moved = fit(module, make_data, make_trainer, max_steps=-1, max_epochs=1)
+    assert trainer.global_step == 2 * 2 * 3
+    assert totals == [12]
+    assert moved > 0
+    assert "train/timing_s/old_log_prob" in trainer.callback_metrics
+
+
+def test_resampling_tries_dead_groups_again(rolled):
+    module, part = rolled
+    module.rewards = [Nothing()]
+    dead = score_rollouts(part.batch, module.rewards, module.data.label_names)
+    again = module.resample_dead([(part.batch, dead)])
+    assert [len(groups) for _, groups in again] == [3]
+    old = [c.text for group in part.batch.completions for c in group]
+    assert [c.text for group in again[0][0].completions for c in group] != old
+    module.rewards = [EvenTokens()]
+    kept = module.resample_dead([(part.batch, part.groups)])
+    alive = [g for g in part.groups if len({r.score.total for r in g.rollouts}) > 1]
+    assert [g.clip.video_id for g in kept[0][1]] == [g.clip.video_id for g in alive]
+    assert kept[0][1] == tuple(alive)
+
+
+def test_a_policy_that_never_parses_stops_the_stage(make_vlm, make_data, make_trainer):
+    with pytest.raises(ColdPolicyError, match=r"(?s)first 2 steps.*sft_cold_start\.yaml.*adapter_path"):
+        fit(make(make_vlm(), cold_steps=2), make_data, make_trainer, max_steps=5)
+
+
+def test_without_adapter_path_it_says_so(make_vlm, ready):
+    module = make(make_vlm())
+    said = []
+    module.print = said.append
+    ready(module)
+    assert any("starts from the base" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"gradient_clip_val": 1.0}, "max_grad_norm"), ({"accumulate_grad_batches": 2}, "batch_size")],
+)
+def test_trainer_options_without_effect_are_refused(make_vlm, make_data, make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(make(make_vlm()), make_data, make_trainer, **options)
+
+
+def test_wrong_arguments_are_refused(make_vlm):
+    with pytest.raises(ValueError, match="temperature"):
+        make(make_vlm(), train_sampling=Sampling(temperature=0.0))
+    with pytest.raises(ValueError, match="group_size"):
+        make(make_vlm(), group_size=0)
+
+
+def test_minibatches_are_even_and_never_empty(rolled):
+    _, part = rolled
+    sizes = [[len(m) for m in split_evenly([part] * n, k)] for n, k in [(4, 2), (5, 2), (1, 3), (3, 3)]]
+    assert sizes == [[2, 2], [2, 3], [1], [1, 1, 1]]
+
+
+def test_statistics(rolled):
+    _, part = rolled
+    rewards = reward_tensor(part.groups)
+    values = rollout_statistics(part.groups, rewards)
+    completions = [r.completion for g in part.groups for r in g.rollouts]
+    assert float(values["train/reward"]) == pytest.approx(float(rewards.mean()))
+    assert float(values["train/completions/mean_length"]) == pytest.approx(
+        sum(c.n_tokens for c in completions) / len(completions)
+    )
+    tokens = torch.cat([c.logprobs for c in completions])
+    assert float(values["train/entropy"]) == pytest.approx(-float(tokens.mean()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_reward_of_an_easy_task_rises(make_vlm, make_data, make_trainer):
+    module = make(make_vlm(lora=False), group_size=8, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
+    rewards = []
+    original = module.training_step
+
+    def step(batch, index):
+        output = original(batch, index)
+        rewards.append(float(reward_tensor(output["groups"]).mean()))
+        return output
+
+    module.training_step = step
+    fit(module, make_data, make_trainer, max_steps=40)
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2

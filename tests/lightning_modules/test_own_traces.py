@@ -1,0 +1,75 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vidreason.datamodules.prompts import DescribeView, ReasonView
+from vidreason.datamodules.traces import TraceStore
+from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.own_traces import TraceOptions, write_missing
+from vidreason.lightning_modules.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.vlms.generation import Sampling
+
+OPTIONS = TraceOptions(samples=2, sampling=Sampling(max_new_tokens=4), filter=RationaleFilter(min_words=100))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def writer(make_vlm, ready):
+    module = ready(VLMModule(make_vlm()))
+    return module.writer(DescribeView(module.task), OPTIONS), module.data
+
+
+def test_every_clip_gets_its_samples_and_rejected_ones_say_why(writer, tmp_path):
+    who, data = writer
+    store = write_missing(tmp_path / "t.jsonl", who, data, ("val", "cal"), CPU)
+    records = store.by_video(kept_only=False)
+    assert set(records) == {f"{split}_{i}" for split in ("val", "cal") for i in range(3)}
+    assert all([r.sample for r in group] == [0, 1] for group in records.values())
+    assert all(not r.kept and r.reject_reason for group in records.values() for r in group)
+    header = json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])
+    assert header["sampling"] == {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "samples": 2}
+    assert header["adapter_sha"] == ""
+    assert header["base_sha"] == who.base_sha
+
+
+def test_an_interrupted_file_is_completed_with_the_same_texts(writer, tmp_path):
+    who, data = writer
+    whole = write_missing(tmp_path / "whole.jsonl", who, data, ("val",), CPU)
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
+    calls = []
+
+    def sample(batch, options):
+        calls.append(batch.video_ids)
+        return who.sample(batch, options)
+
+    cut = write_missing(tmp_path / "cut.jsonl", replace(who, sample=sample), data, ("val",), CPU)
+    assert cut.by_video(kept_only=False) == whole.by_video(kept_only=False)
+    assert calls == [("val_1", "val_2")]
+    assert len((tmp_path / "cut.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_an_unreadable_clip_is_reported_and_skipped(writer, tmp_path):
+    who, data = writer
+    data.broken = ("val_1",)
+    data._clips = None
+    with pytest.warns(UserWarning, match=r"broken\.mp4: no text written"):
+        store = write_missing(tmp_path / "t.jsonl", who, data, ("val",), CPU)
+    assert set(store.by_video(kept_only=False)) == {"val_0", "val_2"}
+
+
+def test_another_author_may_not_go_on_with_a_file(writer, tmp_path):
+    who, data = writer
+    write_missing(tmp_path / "t.jsonl", who, data, ("val",), CPU)
+    with pytest.raises(ValueError, match="adapter_sha"):
+        write_missing(tmp_path / "t.jsonl", replace(who, adapter_sha="other"), data, ("val",), CPU)
+
+
+def test_traces_with_an_answer_are_all_kept(writer, tmp_path):
+    who, data = writer
+    reasoning = replace(who, view=ReasonView(data.task))
+    store = write_missing(tmp_path / "t.jsonl", reasoning, data, ("val",), CPU)
+    assert all(record.kept for record in store.records())
+    assert isinstance(store, TraceStore)

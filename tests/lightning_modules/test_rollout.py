@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidreason.datamodules.prompts import ReasonView
+from vidreason.datamodules.types import Clip
+from vidreason.lightning_modules.rollout import (
+    Completion,
+    CompletionBatch,
+    RolloutGroup,
+    completion_seed,
+    generate_rollouts,
+    reward_tensor,
+    score_rollouts,
+    take_prompts,
+)
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.accuracy import AccuracyReward
+from vidreason.rewards.completion import parse_completion, render_completion
+from vidreason.rewards.format import FormatReward
+
+SHORT = Sampling(max_new_tokens=5)
+
+
+@pytest.fixture
+def sampled(make_vlm, make_data):
+    vlm = make_vlm()
+    data = make_data(vlm)
+    data.set_view(ReasonView(data.task))
+    batch = next(iter(data.loader("val", ReasonView(data.task), batch_size=3)))
+    model = vlm.build()
+
+    def sample(seed: int = 0, step: int = 0, rows: tuple[int, ...] = (0, 1, 2)) -> CompletionBatch:
+        prompts = take_prompts(vlm, batch.prompts, torch.tensor(rows))
+        return generate_rollouts(vlm, model, prompts, [batch.clips[r] for r in rows], 2, SHORT, seed, step)
+
+    return vlm, sample
+
+
+def test_seeds_depend_on_everything_that_names_a_completion():
+    seed = completion_seed(0, 0, "clip", 0)
+    assert seed == completion_seed(0, 0, "clip", 0)
+    others = {completion_seed(1, 0, "clip", 0), completion_seed(0, 1, "clip", 0), completion_seed(0, 0, "clop", 0)}
+    assert len(others | {seed, completion_seed(0, 0, "clip", 1)}) == 5
+    assert 0 <= seed < 2**63
+    assert seed == 1577910116778885603, "a changed hash would silently change every sampled text"
+
+
+def test_completions_stand_in_order_and_do_not_depend_on_their_batch(sampled):
+    _, sample = sampled
+    whole = sample()
+    assert whole.texts.owner.tolist() == [0, 0, 1, 1, 2, 2]
+    alone = sample(rows=(2,))
+    for a, b in zip(whole.completions[2], alone.completions[0], strict=True):
+        assert a.text == b.text
+        torch.testing.assert_close(a.logprobs, b.logprobs, rtol=1e-4, atol=1e-4)
+    assert [c.text for c in whole.completions[0]] != [c.text for c in sample(seed=1).completions[0]]
+    assert [c.text for c in whole.completions[0]] != [c.text for c in sample(step=1).completions[0]]
+
+
+def test_completions_carry_their_tokens(sampled):
+    _, sample = sampled
+    whole = sample()
+    rows = [completion for group in whole.completions for completion in group]
+    for n, completion in enumerate(rows):
+        assert completion.ids.tolist() == whole.texts.ids[n][whole.texts.mask[n]].tolist()
+        assert completion.n_tokens == int(whole.texts.loss_mask[n].sum())
+        assert (completion.finish_reason == "length") == (completion.n_tokens == 5)
+
+
+def test_take_keeps_prompts_and_completions_together(sampled):
+    vlm, sample = sampled
+    whole = sample()
+    part = whole.take(vlm, [2, 0])
+    assert [clip.video_id for clip in part.clips] == ["val_2", "val_0"]
+    assert part.completions == (whole.completions[2], whole.completions[0])
+    assert part.texts.owner.tolist() == [0, 0, 1, 1]
+    assert torch.equal(part.texts.ids, whole.texts.ids[[4, 5, 0, 1]])
+    assert torch.equal(part.logprobs, whole.logprobs[[4, 5, 0, 1]])
+    assert torch.equal(part.prompts.inputs["input_ids"], whole.prompts.inputs["input_ids"][[2, 0]])
+
+
+def completion(text: str) -> Completion:
+    return Completion(text, parse_completion(text), torch.zeros(1, dtype=torch.long), torch.zeros(1), "stop")
+
+
+def test_scores_are_those_of_the_clips_own_label():
+    clips = (Clip(Path("a"), "walk", "a"), Clip(Path("b"), "run", "b"))
+    texts = [completion(render_completion("r", "walk")), completion("nothing")]
+    batch = CompletionBatch(clips, None, None, None, (tuple(texts), tuple(texts)))
+    groups = score_rollouts(batch, [AccuracyReward(), FormatReward(weight=0.5)], ["walk", "run"])
+    assert isinstance(groups[0], RolloutGroup)
+    assert reward_tensor(groups).tolist() == [[1.5, 0.0], [0.5, 0.0]]
+    assert groups[1].rollouts[0].score.parts == {"accuracy": 0.0, "format": 1.0}
+    unlabelled = CompletionBatch((Clip(Path("a"), None, "a", where="m.csv, row 3"),), None, None, None, (tuple(texts),))
+    with pytest.raises(ValueError, match=r"m.csv, row 3: rewards need a label"):
+        score_rollouts(unlabelled, [AccuracyReward()], ["walk"])

@@ -1,0 +1,212 @@
+import dataclasses
+
+import pytest
+import torch
+
+from vidreason.datamodules.prompts import DescribeView
+from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
+from vidreason.lightning_modules.functional.losses import weighted_text_loss
+from vidreason.lightning_modules.own_traces import TraceOptions
+from vidreason.lightning_modules.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.completion import parse_completion, render_completion
+
+OWN = TraceOptions(samples=2, sampling=Sampling(max_new_tokens=6), filter=RationaleFilter(complete=False, min_words=0))
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def snapshot(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def write_traces(path, module, data, external=False, **changes):
+    """Hand-written descriptions of the training clips, under the header that ``module`` expects."""
+    header = module.target_writer().header
+    header = TraceHeader(**{**dataclasses.asdict(header), "external": external, **changes})
+    store = TraceStore.create(path, header)
+    records = []
+    for clip in data.clips("train"):
+        for k in range(2):
+            text = f"It is rather {('dark', 'bright')[k]}."
+            if module.compose == "reason":
+                text = render_completion(text, clip.label if k else "nonsense")
+            parsed = parse_completion(text)
+            records.append(TraceRecord(clip.video_id, k, text, parsed.reasoning, parsed.answer, "stop", -1.0, 3))
+    store.append(records)
+    return path
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("target", ["label", "caption", "rationale", "trace"])
+def test_each_target_trains(make_vlm, make_data, make_trainer, target, lora):
+    vlm = make_vlm(lora)
+    module = RationaleSFTModule(vlm, target=target, optimizer=adamw, traces_sampled=OWN)
+    trainer = make_trainer(max_steps=3)
+    before = {}
+
+    class Remember(RationaleSFTModule):
+        pass
+
+    module.on_train_start = lambda: before.update(snapshot(module))  # type: ignore[method-assign]
+    trainer.fit(module, make_data(vlm))
+    assert trainer.global_step == 3
+    after = snapshot(module)
+    moved = [name for name in after if not torch.equal(before[name], after[name])]
+    assert moved
+    assert float(trainer.callback_metrics["train/loss"]) > 0
+    assert {"train/grad_norm", "train/learning_rate"} <= set(trainer.callback_metrics)
+    assert (module.run_dir / "traces.jsonl").exists() == (target in ("rationale", "trace"))
+
+
+def test_loss_is_the_function_on_the_batch_and_each_flag_counts(make_vlm, ready, tmp_path):
+    vlm = make_vlm()
+    probe = ready(RationaleSFTModule(vlm, target="label"))
+    module = RationaleSFTModule(vlm, target="trace", traces_sampled=OWN)
+    module.trainer = probe.trainer
+    module.traces = str(write_traces(tmp_path / "t.jsonl", module, probe.data))
+    module = ready(module, folder="b")
+    batch = next(iter(module.data.train_dataloader()))
+    texts = batch.texts
+    assert len(texts) == 2 * len(batch)
+    assert bool(texts.answer_mask.any(1).all())
+    logged = {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})
+    with torch.no_grad():
+        logprobs = vlm.score(module.policy, batch.prompts, texts).logprobs
+        losses = {}
+        for weight in (1.0, 3.0, None):
+            module.answer_weight = weight
+            losses[weight] = float(module.training_step(batch, 0))
+    answers, reasons = texts.loss_mask & texts.answer_mask, texts.loss_mask & ~texts.answer_mask
+    reasoning, answer = -logprobs[reasons].mean(), -logprobs[answers].mean()
+    assert losses[1.0] == pytest.approx(float(reasoning + answer), rel=1e-5)
+    assert losses[3.0] == pytest.approx(float(reasoning + 3 * answer), rel=1e-5)
+    assert losses[None] == pytest.approx(float(-logprobs[texts.loss_mask].mean()), rel=1e-5)
+    assert len(set(losses.values())) == 3
+    assert logged["train/loss_answer"] == pytest.approx(float(answer), rel=1e-5)
+    same = weighted_text_loss(
+        logprobs,
+        texts.loss_mask,
+        texts.answer_mask,
+        answer_weight=1.0,
+        reasoning_count=reasons.sum(),
+        answer_count=answers.sum(),
+    )
+    assert losses[1.0] == pytest.approx(float(same.loss))
+
+
+@pytest.mark.parametrize("compose", ["describe", "reason"])
+def test_cold_start_targets_end_in_the_training_label(make_vlm, ready, tmp_path, compose):
+    vlm = make_vlm()
+    probe = ready(RationaleSFTModule(vlm, target="label"))
+    module = RationaleSFTModule(vlm, target="trace", compose=compose, traces_sampled=OWN)
+    module.trainer = probe.trainer
+    module.traces = str(write_traces(tmp_path / "t.jsonl", module, probe.data))
+    module = ready(module, folder="b")
+    for clip in module.data.clips("train"):
+        texts = [text.text for text in module.data.view.texts(clip)]
+        assert len(texts) == (2 if compose == "describe" else 1)
+        assert all(parse_completion(text).answer == clip.label for text in texts)
+        assert all(parse_completion(text).well_formed for text in texts)
+
+
+def test_traces_of_other_weights_task_or_prompt_are_refused(make_vlm, ready, tmp_path):
+    vlm = make_vlm()
+    probe = ready(RationaleSFTModule(vlm, target="label"))
+    for number, (target, external, changes, message) in enumerate(
+        [
+            ("rationale", False, {"adapter_sha": "x"}, "adapter"),
+            ("rationale", False, {"base_sha": "x"}, "base"),
+            ("trace", False, {"prompt_sha": "x"}, "prompt"),
+            ("trace", True, {"prompt_sha": "x"}, "prompt"),
+            ("trace", True, {"task_sha": "x"}, "task"),
+            ("rationale", True, {}, "teacher"),
+        ]
+    ):
+        module = RationaleSFTModule(vlm, target=target)
+        module.trainer = probe.trainer
+        module.traces = str(write_traces(tmp_path / f"{number}.jsonl", module, probe.data, external, **changes))
+        with pytest.raises(ValueError, match=message):
+            ready(module, folder=f"refused{number}")
+
+
+def test_cold_start_takes_a_teachers_traces(make_vlm, ready, tmp_path):
+    vlm = make_vlm()
+    probe = ready(RationaleSFTModule(vlm, target="label"))
+    module = RationaleSFTModule(vlm, target="trace")
+    module.trainer = probe.trainer
+    module.traces = str(write_traces(tmp_path / "t.jsonl", module, probe.data, external=True, base_sha="teacher"))
+    assert isinstance(ready(module, folder="b"), RationaleSFTModule)
+
+
+def test_nothing_left_to_learn_is_an_error(make_vlm, ready):
+    strict = dataclasses.replace(OWN, filter=RationaleFilter(min_words=50))
+    with pytest.raises(ValueError, match="reject_reason"):
+        ready(RationaleSFTModule(make_vlm(), target="rationale", traces_sampled=strict))
+
+
+def test_a_missing_caption_column_is_named(make_vlm, ready):
+    with pytest.raises(ValueError, match="column 'words'"):
+        ready(RationaleSFTModule(make_vlm(), target="caption", caption_field="words"))
+
+
+@pytest.mark.parametrize(("every", "epochs"), [(1, 4), (3, 6)])
+def test_few_clips_still_make_min_steps(make_vlm, make_data, make_trainer, every, epochs):
+    vlm = make_vlm()
+    module = RationaleSFTModule(vlm, target="label", min_steps=7, schedule="linear")
+    trainer = make_trainer(max_epochs=1, check_val_every_n_epoch=every)
+    trainer.fit(module, make_data(vlm))  # 2 steps an epoch
+    assert trainer.current_epoch == epochs
+    assert trainer.global_step == 2 * epochs
+    assert "val/acc" in trainer.callback_metrics
+
+
+def test_gradient_accumulation_is_refused(make_vlm, make_data, make_trainer):
+    vlm = make_vlm()
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches is 2.*batch_size"):
+        make_trainer(max_steps=1, accumulate_grad_batches=2).fit(RationaleSFTModule(vlm), make_data(vlm))
+
+
+def test_batch_size_of_the_stage_wins(make_vlm, ready):
+    module = ready(RationaleSFTModule(make_vlm(), batch_size=2))
+    assert len(next(iter(module.data.train_dataloader()))) == 2
+
+
+def test_parse_rate_is_printed(make_vlm, make_data, make_trainer):
+    vlm = make_vlm()
+    module = RationaleSFTModule(
+        vlm, target="trace", traces_sampled=OWN, decide="answer", sampling=Sampling(max_new_tokens=4)
+    )
+    said = []
+    module.print = said.append
+    make_trainer(max_epochs=1).fit(module, make_data(vlm))
+    assert any("parse rate on val 0.0% (3 clips" in line for line in said)
+    assert any("no traces given; the base writes 2 per clip" in line for line in said)
+
+
+def test_captions_are_validated_by_their_loss(make_vlm, make_data, make_trainer):
+    vlm = make_vlm()
+    module = RationaleSFTModule(vlm, target="caption", optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module, make_data(vlm))
+    texts = {clip.video_id: (clip.fields["caption"],) for clip in module.data.clips("val")}
+    batch = next(iter(module.data.loader("val", DescribeView(module.task, texts), batch_size=3)))
+    with torch.no_grad():
+        logprobs = vlm.score(module.policy.eval(), batch.prompts, batch.texts).logprobs
+    expected = -float(logprobs[batch.texts.loss_mask].mean())
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_lowers_the_loss(make_vlm, make_data, make_trainer):
+    vlm = make_vlm(lora=False)
+    module = RationaleSFTModule(vlm, target="label", optimizer=adamw)
+    losses = []
+    original = module.training_step
+    module.training_step = lambda batch, i: losses.append(original(batch, i)) or losses[-1]  # type: ignore[method-assign]
+    make_trainer(max_epochs=8, limit_val_batches=0).fit(module, make_data(vlm))
+    values = [float(loss) for loss in losses]
+    assert sum(values[-2:]) < 0.5 * sum(values[:2])

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+from vidreason.datamodules.traces import TraceRecord
+from vidreason.datamodules.types import Clip
+from vidreason.lightning_modules.sft_targets import caption_targets, rationale_targets, trace_targets
+from vidreason.rewards.completion import parse_completion, render_completion
+
+CLIPS = [Clip(Path("a"), "walk", "a"), Clip(Path("b"), "run", "b"), Clip(Path("c"), None, "c")]
+NAMES = ("walk", "run")
+
+
+def record(video_id: str, text: str, sample: int = 0, kept: bool = True) -> TraceRecord:
+    parsed = parse_completion(text)
+    return TraceRecord(video_id, sample, text, parsed.reasoning, parsed.answer, "stop", 0.0, 1, kept)
+
+
+def test_descriptions_become_traces_that_end_in_the_training_label():
+    records = {"a": (record("a", " Legs move. "), record("a", "Slowly.", 1)), "b": (record("b", "Fast.", kept=False),)}
+    texts = trace_targets(CLIPS, records, "describe", NAMES)
+    assert texts["a"] == (render_completion("Legs move.", "walk"), render_completion("Slowly.", "walk"))
+    assert texts["b"] == ()
+    assert "c" not in texts
+
+
+def test_a_description_with_a_tag_cannot_stand_in_a_trace():
+    assert trace_targets(CLIPS, {"a": (record("a", "Legs </think> move."),)}, "describe", NAMES)["a"] == ()
+
+
+def test_own_traces_count_where_they_are_right():
+    right, wrong = render_completion("Legs move.", "Walk"), render_completion("Legs move.", "run")
+    texts = trace_targets(
+        CLIPS, {"a": (record("a", wrong), record("a", right, 1), record("a", "x", 2))}, "reason", NAMES
+    )
+    assert texts["a"] == (render_completion("Legs move.", "walk"),)
+
+
+def test_rationales_are_taken_as_written():
+    assert rationale_targets({"a": (record("a", " Legs move. "), record("a", "no", 1, kept=False))}) == {
+        "a": ("Legs move.",)
+    }
+
+
+def test_captions_come_from_a_column():
+    clips = [Clip(Path("a"), None, "a", fields={"said": "hello "}), Clip(Path("b"), None, "b", fields={"said": " "})]
+    assert caption_targets(clips, "said") == {"a": ("hello",)}
+    assert caption_targets(clips, "words") == {}

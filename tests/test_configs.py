@@ -1,0 +1,80 @@
+"""Every shipped YAML builds what it names; no weights are loaded and nothing is rendered."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vidreason.callbacks.progress import RunProgress
+from vidreason.cli.lightning import build
+from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.calibration import CalibrationModule
+from vidreason.lightning_modules.grpo import GRPOModule
+from vidreason.lightning_modules.sft import RationaleSFTModule
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+STAGES = {
+    "sft_label.yaml": ("fit", RationaleSFTModule),
+    "sft_rationale.yaml": ("fit", RationaleSFTModule),
+    "sft_cold_start.yaml": ("fit", RationaleSFTModule),
+    "grpo.yaml": ("fit", GRPOModule),
+    "calibration.yaml": ("fit", CalibrationModule),
+    "generate.yaml": ("predict", VLMModule),
+    "test.yaml": ("test", VLMModule),
+}
+OVERLAYS = sorted(p.name for p in (CONFIGS / "strategy").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_files_are_complete(name):
+    command, kind = STAGES[name]
+    cli = build(command, ["--config", str(CONFIGS / name)])
+    assert type(cli.model) is kind
+    assert cli.model.vlm is cli.datamodule.encoder
+    assert cli.model.model is None, "weights are born in configure_model"
+    assert any(isinstance(callback, RunProgress) for callback in cli.trainer.callbacks)
+
+
+@pytest.mark.parametrize("name", [name for name, (command, _) in STAGES.items() if command == "fit"])
+def test_what_fits_can_be_tested_with_the_same_file(name):
+    assert build("test", ["--config", str(CONFIGS / name)]).model is not None
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_strategy_overlays(overlay):
+    cli = build("fit", ["--config", str(CONFIGS / "grpo.yaml"), "--config", str(CONFIGS / "strategy" / overlay)])
+    expected = yaml.safe_load((CONFIGS / "strategy" / overlay).read_text())
+    vlm = expected.get("vlm", {}).get("init_args", {})
+    if "lora" in vlm:
+        assert (cli.model.vlm.lora is None) == (vlm["lora"] is None)
+    if "quantize" in vlm:
+        assert cli.model.vlm.quantize == vlm["quantize"]
+    strategy = expected.get("trainer", {}).get("strategy")
+    if isinstance(strategy, dict):
+        assert type(cli.trainer.strategy).__name__ == strategy["class_path"].rsplit(".", 1)[1]
+    assert isinstance(cli.model, GRPOModule)
+
+
+def test_all_strategies_of_the_documentation_exist():
+    wanted = {"ddp", "fsdp", "fsdp_qlora", "full", "lora", "qlora", "single"}
+    assert {name.removesuffix(".yaml") for name in OVERLAYS} >= wanted
+
+
+@pytest.mark.parametrize("name", [name for name, (command, _) in STAGES.items() if command == "fit"])
+def test_debug_overlay(name):
+    cli = build("fit", ["--config", str(CONFIGS / name), "--config", str(CONFIGS / "debug.yaml")])
+    assert cli.trainer.max_steps == 2
+
+
+def test_every_class_of_ours_is_named_by_its_package():
+    for path in CONFIGS.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        for line in text.splitlines():
+            if "class_path:" in line and not line.lstrip().startswith("#"):
+                name = line.split("class_path:")[1].split(",")[0].strip(" '\"{}")
+                assert name.startswith(("vidreason.", "torch.", "lightning.")), f"{path}: {name}"

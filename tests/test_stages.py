@@ -1,0 +1,167 @@
+"""Stages one after the other, interrupted ones too: what one writes, the next one reads."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
+from vidreason.callbacks.prediction_writer import PredictionWriter
+from vidreason.callbacks.trace_writer import TraceWriter
+from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.calibration import CalibrationModule
+from vidreason.lightning_modules.grpo import GRPOModule
+from vidreason.lightning_modules.own_traces import TraceOptions
+from vidreason.lightning_modules.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.generation import Sampling
+
+_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
+assert _spec is not None
+assert _spec.loader is not None
+world = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(world)
+small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_folder, world.make_vlm, world.make_data
+make_trainer, ready = world.make_trainer, world.ready
+
+SHORT = Sampling(max_new_tokens=6)
+OWN = TraceOptions(samples=2, sampling=SHORT, filter=RationaleFilter(complete=False))
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_deepintuit_from_descriptions_to_calibrated_predictions(make_vlm, make_data, make_trainer, lora):
+    def run(folder, module, command="fit", **kwargs):
+        callbacks = [AdapterCheckpoint(), PredictionWriter(), TraceWriter()]
+        trainer = make_trainer(folder, callbacks=callbacks, **kwargs)
+        data = make_data(module.vlm)
+        getattr(trainer, command)(module, data)
+        return module.run_dir
+
+    out = "adapter" if lora else "weights"
+    described = run("1", VLMModule(make_vlm(lora), traces_sampled=OWN), "predict")
+    cold = RationaleSFTModule(
+        make_vlm(lora),
+        target="trace",
+        traces=str(described / "traces.jsonl"),
+        optimizer=adamw,
+        decide="answer",
+        sampling=SHORT,
+    )
+    start = run("2", cold, max_epochs=2)
+    grpo = GRPOModule(
+        make_vlm(lora),
+        adapter_path=str(start / out),
+        group_size=2,
+        train_sampling=SHORT,
+        sampling=SHORT,
+        optimizer=adamw,
+        cold_steps=99,
+    )
+    refined = run("3", grpo, max_steps=1)
+    reason = VLMModule(make_vlm(lora), adapter_path=str(refined / out), predict="reason", traces_sampled=OWN)
+    traces = run("4", reason, "predict")
+    calibration = CalibrationModule(
+        make_vlm(lora),
+        adapter_path=str(refined / out),
+        traces=str(traces / "traces.jsonl"),
+        traces_sampled=OWN,
+        optimizer=adamw,
+    )
+    calibrated = run("5", calibration, max_epochs=1)
+    final = CalibrationModule(make_vlm(lora), calibrator_path=str(calibrated / "adapter"), traces_sampled=OWN)
+    tested = run("6", final, "test")
+    lines = [json.loads(line) for line in (tested / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    assert all(line["pred"] in world.LABELS and len(line["traces"]) == 2 for line in lines)
+
+    shas = [json.loads((folder / out / "vidreason.json").read_text()) for folder in (start, refined)]
+    assert [s["stage"] for s in shas] == ["sft_trace", "grpo"]
+    assert shas[0]["parent_sha"] == ""
+    assert shas[1]["parent_sha"] == cold_sha(start / out)
+
+
+def cold_sha(folder):
+    from vidreason.lightning_modules.vlms.adapters import adapter_sha
+
+    return adapter_sha(folder)
+
+
+class Interrupted(RationaleSFTModule):
+    """Ctrl-C before a given step."""
+
+    stop_at = -1
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.stop_at:
+            raise KeyboardInterrupt
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("stop_at", [2, 3])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_vlm, make_data, make_trainer, stop_at):
+    """Own rationales, so that the resumed run must not write them with half-trained weights."""
+
+    def module(stop=-1):
+        made = Interrupted(
+            make_vlm(), target="trace", traces_sampled=OWN, optimizer=adamw, schedule="linear", warmup=0.25, min_steps=5
+        )
+        made.stop_at = stop
+        return made
+
+    def checkpoint():
+        return ModelCheckpoint(save_last=True, save_top_k=0, save_on_exception=True, enable_version_counter=False)
+
+    whole = module()
+    make_trainer("whole", max_epochs=2, limit_val_batches=0).fit(whole, make_data(whole.vlm))
+
+    cut = module(stop_at)
+    first = checkpoint()
+    with pytest.raises(SystemExit):
+        make_trainer("cut", max_epochs=2, limit_val_batches=0, callbacks=[first]).fit(cut, make_data(cut.vlm))
+    written = (cut.run_dir / "traces.jsonl").read_text()
+    resumed = module()
+    make_trainer("cut", max_epochs=2, limit_val_batches=0, callbacks=[checkpoint()]).fit(
+        resumed, make_data(resumed.vlm), ckpt_path=first.last_model_path, weights_only=True
+    )
+    assert (cut.run_dir / "traces.jsonl").read_text() == written
+    assert resumed.global_step == whole.global_step == 6
+    other = dict(whole.named_parameters())
+    for name, p in resumed.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p, other[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_second_fit_into_the_same_folder_works(make_vlm, make_data, make_trainer):
+    for _ in range(2):
+        module = RationaleSFTModule(make_vlm(), target="rationale", traces_sampled=OWN, optimizer=adamw)
+        make_trainer(max_steps=1, callbacks=[AdapterCheckpoint(), ModelCheckpoint(save_last=True, save_top_k=0)]).fit(
+            module, make_data(module.vlm)
+        )
+    assert (module.run_dir / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_same_seed_gives_the_same_run(make_vlm, make_data, make_trainer):
+    def weights(folder, seed):
+        module = GRPOModule(
+            make_vlm(),
+            group_size=4,
+            train_sampling=SHORT,
+            sampling=SHORT,
+            cold_steps=99,
+            entropy_coef=0.01,
+            optimizer=adamw,
+            seed=seed,
+        )
+        make_trainer(folder, max_steps=2, limit_val_batches=0).fit(module, make_data(module.vlm))
+        return {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+    first, again, other = weights("a", 0), weights("b", 0), weights("c", 1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
