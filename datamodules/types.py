@@ -60,7 +60,8 @@ class VideoSample:
     def __post_init__(self) -> None:
         if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[1] != 3:
             raise ValueError(
-                f"{self.video_id}: frames must be uint8 [T, 3, H, W], got {self.frames.dtype} {tuple(self.frames.shape)}"
+                f"{self.video_id}: frames must be uint8 [T, 3, H, W], got {self.frames.dtype} "
+                f"{tuple(self.frames.shape)}"
             )
         if self.frames.shape[0] != len(self.timing.indices):
             raise ValueError(f"{self.video_id}: {self.frames.shape[0]} frames but {len(self.timing.indices)} indices")
@@ -115,7 +116,7 @@ class TextBatch:
     loss_mask: Tensor
     """[N, L] bool, tokens that count in a loss or a score; a subset of ``mask``"""
     answer_mask: Tensor
-    """[N, L] bool, tokens from ``<answer>`` to the end of turn; a subset of ``loss_mask``, all False without an answer"""
+    """[N, L] bool, tokens from ``<answer>`` to the end of turn; a subset of ``loss_mask``"""
     owner: Tensor
     """[N] int64, index of the prompt"""
     parent: Tensor

@@ -92,6 +92,6 @@ class FramePretrainingModule(L.LightningModule):
         """Writes the whole model, tower trained, as a folder in the hub's format: ``<run_dir>/weights``."""
         if self.model is not None and self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir) / "weights"
-            self.model.to(memory_format=torch.contiguous_format)
-            self.model.save_pretrained(folder)  # type: ignore[call-arg]  # its decorator hides the method from mypy
+            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]  # its decorator misleads mypy
+            self.model.save_pretrained(folder)
             self.vlm.processor.save_pretrained(folder)

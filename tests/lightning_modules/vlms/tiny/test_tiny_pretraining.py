@@ -92,7 +92,8 @@ def test_questions_and_answers_become_one_batch() -> None:
             assert said == ("" if text.role == "context" else f"{text.text}<|end|>")
     model = vlm.build()
     assert isinstance(model, TinyVLMForConditionalGeneration)
-    scores = vlm.score(model, batch.prompts, batch.texts)
+    with torch.no_grad():
+        scores = vlm.score(model, batch.prompts, batch.texts)
     count = int(batch.texts.loss_mask.sum())
     uniform = torch.tensor(float(model.config.text_config.vocab_size)).log()
     assert -scores.logprobs.sum() / count == pytest.approx(float(uniform), rel=0.1)

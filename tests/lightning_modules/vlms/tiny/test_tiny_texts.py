@@ -29,7 +29,7 @@ def make_prompts(vlm: TinyVLM, builders: ModuleType, seed: int = 0) -> EncodedPr
 
 
 def some_texts(vlm: TinyVLM, builders: ModuleType, rows: list[tuple[int, int, int]]) -> TextBatch:
-    texts: TextBatch = builders.text_rows(rows, sorted(set(range(10, 600)) - vlm.suppressed_ids))
+    texts: TextBatch = builders.text_rows(rows, sorted(set(range(10, len(vlm.tokenizer))) - vlm.suppressed_ids))
     return texts
 
 
