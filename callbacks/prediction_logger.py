@@ -72,12 +72,13 @@ class PredictionLogger(L.Callback):
             return
         for split in splits:
             predictions = [p for p in shown if p.split == split]
-            counted = int(pl_module.metrics_of(split).confusion().sum())  # every rank takes part in the sum
-            if not trainer.is_global_zero or not counted:
+            if not any(p.label is not None for p in predictions):
                 continue
-            log_text(trainer, f"{split}/decisions", prediction_table(predictions))
-            if self.confusion:
-                log_image(trainer, f"{split}/confusion", pl_module.metrics_of(split).draw_confusion(split))
+            picture = pl_module.metrics_of(split).draw_confusion(split) if self.confusion else None  # on all ranks
+            if trainer.is_global_zero:
+                log_text(trainer, f"{split}/decisions", prediction_table(predictions))
+                if picture is not None:
+                    log_image(trainer, f"{split}/confusion", picture)
 
 
 def prediction_table(predictions: list[Prediction]) -> str:

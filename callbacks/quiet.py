@@ -28,7 +28,7 @@ class Quiet(L.Callback):
             logger = logging.getLogger(name)
             if not any(isinstance(f, _DropLines) for f in logger.filters):
                 logger.addFilter(_DropLines())
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()
 
 
 class _DropLines(logging.Filter):

@@ -103,6 +103,8 @@ class PorchDataModule(ManifestDataModule):
         self.camera, self.policy = camera, policy
         self.shortcut, self.label_noise = shortcut, label_noise
         self.world_seed = seed if world_seed is None else world_seed
+        if not 0 <= self.world_seed < 2**32:
+            raise ValueError(f"the seed of the clips must be in 0 .. 2**32 - 1, got {self.world_seed}")
         self.folder = Path(data_dir) / self._name()
         super().__init__(
             manifest=self.folder / "manifest.csv",
@@ -168,8 +170,9 @@ class PorchDataModule(ManifestDataModule):
         )
         write_mp4(path, to_mono(frames) if self.camera == "mono" else frames)
 
-    def _label(self, item: _Item, rng: np.random.Generator) -> str:
+    def _label(self, item: _Item) -> str:
         label = label_of(item.facts)
+        rng = stream(self.world_seed, item.stream, item.level, item.index, "labels")
         if item.split == "train" and rng.random() < self.label_noise:
             others = [name for name in LABELS if name != label]
             label = others[int(rng.integers(len(others)))]
@@ -182,7 +185,7 @@ class PorchDataModule(ManifestDataModule):
             rows = csv.writer(file)
             rows.writerow(["path", "label", "split", "group", "video_id"])
             for item in items:
-                label = self._label(item, self._words(item))
+                label = self._label(item)
                 rows.writerow([f"clips/{item.name}.mp4", label, item.split, item.group, item.name])
 
     def _write_facts(self, path: Path, items: Sequence[_Item]) -> None:

@@ -95,7 +95,7 @@ ECHO_QUESTION = "Repeat: "
 
 
 def describe(facts: Facts, rng: np.random.Generator) -> str:
-    """Returns a description of 34–50 words that states every fact once, its phrases drawn with ``rng``."""
+    """Returns a description of 35–49 words that states every fact once, its phrases drawn with ``rng``."""
     said = {name: PHRASES[name][value][int(rng.integers(3))] for name, value in facts.as_dict().items()}
     return (
         f"{said['start_parcel']} {said['enters']}, {said['turns']}. "

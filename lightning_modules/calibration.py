@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from vidreason.datamodules.prompts import ClipView, ReasonView, ReviewView
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.datamodules.types import VideoBatch
-from vidreason.lightning_modules.base import ADAPTER_FOLDER, VLMModule, metric_key
+from vidreason.lightning_modules.base import VLMModule, metric_key
 from vidreason.lightning_modules.deciding import closed_set, decide_by_probs, update_metrics
 from vidreason.lightning_modules.functional.calibration import apply_temperature, fit_temperature
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
@@ -49,6 +49,7 @@ from vidreason.lightning_modules.metrics import ClassificationMetrics
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.predictions import Decisions, TraceText
 from vidreason.lightning_modules.rollout import Completion
+from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER
 from vidreason.lightning_modules.vlms.adapters import (
     LoRAOptions,
     attach_lora,

@@ -20,13 +20,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from peft import PeftModel
 from torch import Tensor, nn
 
 from vidreason.datamodules.prompts import ClipView, ReasonView
 from vidreason.datamodules.types import VideoBatch
-from vidreason.lightning_modules.base import ADAPTER_FOLDER, GREEDY, Decide, VLMModule
+from vidreason.lightning_modules.base import GREEDY, Decide, VLMModule
 from vidreason.lightning_modules.functional.advantages import dead_groups, group_relative_advantages
 from vidreason.lightning_modules.functional.losses import GRPOLoss, grpo_loss
 from vidreason.lightning_modules.grpo_statistics import Stopwatch, rollout_statistics, update_statistics
@@ -40,6 +41,7 @@ from vidreason.lightning_modules.rollout import (
     score_rollouts,
     take_prompts,
 )
+from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER
 from vidreason.lightning_modules.vlms.adapters import copy_adapter, use_adapter
 from vidreason.lightning_modules.vlms.base import VLM, Scores
 from vidreason.lightning_modules.vlms.building import POLICY
@@ -182,18 +184,25 @@ class GRPOModule(VLMModule):
 
     # ------------------------------------------------------------------ before training
 
-    def setup(self, stage: str) -> None:
-        """Refuses trainer options that manual optimisation would ignore; then as every stage."""
-        trainer = self.trainer
-        if stage == "fit" and trainer.gradient_clip_val:
+    def configure_callbacks(self) -> list[Callback]:
+        """Adds none; it is the first hook that sees the trainer, before Lightning refuses what it does in other words.
+
+        Raises:
+            ValueError: A trainer option is set that manual optimisation would ignore.
+        """
+        if self.trainer.gradient_clip_val:
             raise ValueError(
                 "trainer.gradient_clip_val has no effect in GRPO: set model.init_args.max_grad_norm instead"
             )
-        if stage == "fit" and trainer.accumulate_grad_batches != 1:
+        if self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 "trainer.accumulate_grad_batches has no effect in GRPO: raise model.init_args.batch_size (prompts per "
                 "step) and bound the memory with model.init_args.prompts_per_forward"
             )
+        return []
+
+    def setup(self, stage: str) -> None:
+        """As every stage; says so where the policy starts from the base."""
         super().setup(stage)
         if stage == "fit" and self.adapter_path is None:
             self.print("grpo: no adapter_path given, the policy starts from the base")

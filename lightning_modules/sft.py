@@ -14,6 +14,7 @@ the number of clips per step and rank.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,10 +141,10 @@ class RationaleSFTModule(VLMModule):
         if not usable and self.target == "caption":
             raise ValueError(f"no training clip has a text in the manifest's column {self.caption_field!r}")
         if not usable:
-            raise ValueError(
-                f"no training clip has a target text left: every text in {self.traces or self.run_dir / TRACES_FILE} "
-                "was rejected (its reject_reason says why) or does not end in the label"
-            )
+            path = Path(self.traces) if self.traces is not None else self.run_dir / TRACES_FILE
+            reasons = Counter(r.reject_reason or "does not end in the label" for r in TraceStore.open(path).records())
+            most = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3)) or "it holds no text"
+            raise ValueError(f"{path}: no training clip has a text left to learn: {most}")
         view = ReasonView if self.target == "trace" else DescribeView
         self.data.set_view(view(self.task, texts=texts))
 
@@ -239,6 +240,8 @@ class RationaleSFTModule(VLMModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/*``, and says how many completions parse."""
+        if self.target == "caption":
+            return
         metrics = self.metrics_of("val")
         clips = int(metrics.confusion().sum())
         if self.decide == "answer" and clips and not self.trainer.sanity_checking:

@@ -1,12 +1,239 @@
-"""Which parameters train: their list, their gradient's norm, and the mode of the modules that hold them."""
+"""A stage's weights: built once, trained, kept in checkpoints and handed on.
+
+``base.py`` adds what the stage does with them.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import lightning as L
 import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, get_scheduler
+
+from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.task import Task
+from vidreason.lightning_modules.lineage import Lineage
+from vidreason.lightning_modules.vlms.adapters import adapter_sha, is_adapter_folder, save_adapter, save_weights
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.building import POLICY, checkpoint_sha
+
+ADAPTER_FOLDER = "adapter"
+WEIGHTS_FOLDER = "weights"
+
+
+class WeightsModule(L.LightningModule):
+    """Weights of a vision-language model under a trainer.
+
+    Args:
+        vlm: The model family and checkpoint.
+        adapter_path: ``adapter/`` or ``weights/`` of an earlier stage; null starts from the base.
+        optimizer: The optimizer, without its parameters.
+        schedule: Learning rate over the optimizer steps.
+        warmup: Warm-up, as a share of all optimizer steps (below 1) or as a number of them (1 and above).
+        seed: Seed of all sampling; null takes ``seed_everything``'s.
+    """
+
+    stage: ClassVar[str] = "zero_shot"
+
+    def __init__(
+        self,
+        vlm: VLM,
+        adapter_path: str | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Literal["constant", "linear", "cosine"] = "constant",
+        warmup: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if warmup < 0:
+            raise ValueError(f"warmup must be a share of the steps or a number of them, got {warmup}")
+        self.strict_loading = False  # checkpoints hold trainable parameters only
+        self.vlm = vlm
+        self.adapter_path = adapter_path
+        self.optimizer_factory = optimizer
+        self.schedule = schedule
+        self.warmup = warmup
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.model: nn.Module | None = None
+
+    # ------------------------------------------------------------------ where it runs
+
+    @property
+    def stage_name(self) -> str:
+        """Name of the stage, for lineage and to keep checkpoints of different stages apart."""
+        return self.stage
+
+    @property
+    def policy(self) -> nn.Module:
+        """The weights; born in ``configure_model``."""
+        assert self.model is not None, "configure_model has not run yet"
+        return self.model
+
+    @property
+    def data(self) -> VideoDataModule:
+        """The data module that the trainer runs on."""
+        data: object = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, VideoDataModule):
+            raise ValueError(f"the stages read clips from a VideoDataModule, got {type(data).__name__}")
+        return data
+
+    @property
+    def task(self) -> Task:
+        """The task of the data module."""
+        return self.data.task
+
+    @property
+    def run_dir(self) -> Path:
+        """The stage's run folder."""
+        return Path(self.trainer.default_root_dir)
+
+    @property
+    def fitting(self) -> bool:
+        """Whether the trainer runs ``fit``."""
+        return self.trainer.state.fn == TrainerFn.FITTING
+
+    # ------------------------------------------------------------------ weights
+
+    def configure_model(self) -> None:
+        """Builds the weights once, then lets the stage complete its views with texts that only weights can write."""
+        if self.model is None:
+            self.model = self.build_model()
+        if self.trainer.state.fn != TrainerFn.PREDICTING:
+            self.prepare_views()
+
+    def build_model(self) -> nn.Module:
+        """Returns the weights that the stage starts from."""
+        return self.vlm.build(self.adapter_path)
+
+    def prepare_views(self) -> None:
+        """Completes the views with texts that the weights have to write; called before the loaders are made."""
+
+    def on_train_start(self) -> None:
+        """Puts what is trained into train mode; frozen parts (a tower's BatchNorm) stay as they are in evaluation."""
+        set_train_mode(self.policy)
+
+    @property
+    def parent_sha(self) -> str:
+        """Hash of the weights that the stage starts from; empty for the base."""
+        return adapter_sha(self.adapter_path) if self.adapter_path is not None else ""
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether ``adapter_path`` is a folder of full weights."""
+        return self.adapter_path is not None and not is_adapter_folder(self.adapter_path)
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """The trainer's precision context, for forwards outside its loops."""
+        context: AbstractContextManager[object] = self.trainer.precision_plugin.forward_context()
+        return context
+
+    # ------------------------------------------------------------------ optimisation
+
+    def configure_optimizers(self) -> Any:
+        """Returns the optimizer over all trainable parameters and a schedule stepped after every optimizer step."""
+        parameters = trainable(self)
+        if not parameters:
+            raise ValueError("nothing to train: give the vlm section lora options or leave its weights unfrozen")
+        optimizer = self.optimizer_factory(parameters)
+        total = self.total_steps()
+        warmup = round(self.warmup * total) if self.warmup < 1 else int(self.warmup)
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of this fit.
+
+        Raises:
+            ValueError: Where the trainer runs without end and the schedule needs one.
+        """
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ValueError("set trainer.max_epochs or trainer.max_steps: the schedule needs to know where it ends")
+        return max(1, int(total))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the norm of the gradient before it is clipped (automatic optimisation)."""
+        if self.automatic_optimization:
+            self.log("train/grad_norm", grad_norm(trainable(self)))
+            self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def clip_gradients_(self, max_norm: float) -> Tensor:
+        """Clips the gradient of all trainable parameters in place; returns its norm before, a scalar.
+
+        Args:
+            max_norm: Largest norm, or 0 to leave the gradient as it is.
+        """
+        parameters = trainable(self)
+        norm = grad_norm(parameters)
+        if max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    # ------------------------------------------------------------------ artefacts
+
+    def lineage(self) -> Lineage:
+        """Returns where the weights come from."""
+        on_weights = isinstance(self.policy, PeftModel) and self.starts_from_weights
+        return Lineage(
+            stage=self.stage_name,
+            base_sha=checkpoint_sha(str(self.adapter_path)) if on_weights else self.vlm.base_sha(),
+            parent_sha=self.parent_sha,
+            task_sha=self.task.sha(),
+            label_names=tuple(self.data.label_names),
+            seed=self.seed,
+            global_step=self.trainer.global_step,
+        )
+
+    def export(self, run_dir: Path) -> Path:
+        """Writes the trained weights for the next stage.
+
+        Args:
+            run_dir: The run folder.
+
+        Returns:
+            ``run_dir/adapter``, or after full fine-tuning ``run_dir/weights``, a model folder.
+        """
+        info = self.lineage().info()
+        if isinstance(self.policy, PeftModel):
+            save_adapter(self.policy, run_dir / ADAPTER_FOLDER, POLICY, info)
+            return run_dir / ADAPTER_FOLDER
+        assert isinstance(self.policy, PreTrainedModel)
+        save_weights(self.policy, run_dir / WEIGHTS_FOLDER, info)
+        self.vlm.processor.save_pretrained(run_dir / WEIGHTS_FOLDER)
+        return run_dir / WEIGHTS_FOLDER
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps trainable parameters (and their modules' buffers) only, and writes down which stage they belong to."""
+        checkpoint["vidreason_stage"] = self.stage_name
+        keep = {name for name, p in self.named_parameters() if p.requires_grad}
+        modules = {name.rpartition(".")[0] for name in keep}
+        keep |= {name for name, _ in self.named_buffers() if name.rpartition(".")[0] in modules}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another stage.
+
+        Raises:
+            ValueError: Naming both stages and what to do.
+        """
+        found = checkpoint.get("vidreason_stage")
+        if found != self.stage_name:
+            raise ValueError(
+                f"this checkpoint was written by stage {found!r}, but the stage running is {self.stage_name!r}: "
+                "--ckpt_path only resumes the same stage; hand weights over with --model.init_args.adapter_path"
+            )
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

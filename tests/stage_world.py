@@ -137,6 +137,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
         kwargs.setdefault(
             "enable_checkpointing", any("Checkpoint" in type(c).__name__ for c in kwargs.get("callbacks", []))
         )
+        torch.manual_seed(0)  # as seed_everything does; LoRA's A is random
         run_dir = tmp_path / folder
         run_dir.mkdir(exist_ok=True, parents=True)
         warnings.filterwarnings("ignore", module="lightning")

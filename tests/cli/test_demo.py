@@ -195,5 +195,5 @@ def test_a_strip_shows_frames_side_by_side(tmp_path: Path) -> None:
             container.mux(packet)
     draw_strip(tmp_path / "clip.mp4", tmp_path / "strip.png")
     strip = np.asarray(Image.open(tmp_path / "strip.png")).astype(int)
-    assert strip.shape == (32, 2 * 32 * demo_report.STRIP_FRAMES, 3)
+    assert strip.shape == (32, (64 + demo_report.STRIP_GAP) * demo_report.STRIP_FRAMES - demo_report.STRIP_GAP, 3)
     assert strip[:, :64].mean() + 50 < strip[:, -64:].mean()  # time runs from left to right

@@ -164,6 +164,8 @@ def test_ablations_run(make_vlm, make_data, make_trainer, shown):
 def test_a_calibrator_of_something_else_is_refused(make_vlm, make_data, make_trainer, policy, ready):
     start = policy()
     module = ready(make(make_vlm(), adapter_path=start))
+    with torch.no_grad():
+        next(p for p in module.parameters() if p.requires_grad).add_(0.1)
     folder = str(module.export(module.run_dir))
     for kwargs, message in [
         ({"calibrator_path": start}, "sft_label"),

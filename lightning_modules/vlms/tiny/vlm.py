@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -57,12 +56,16 @@ class TinyVLM(VLM):
             folder, lora, quantize, freeze_vision, dtype, attn_implementation, gradient_checkpointing, None, route
         )
 
-    @cached_property
-    def _scratch_model(self) -> TinyVLMForConditionalGeneration:
+    def build(self, adapter_path: str | None = None) -> nn.Module:
+        """As VLM.build; from scratch there is nothing to load."""
+        if not self.scratch:
+            return super().build(adapter_path)
+        if adapter_path is not None or self.lora is not None:
+            raise ValueError("vlm.path: scratch is for pretraining; adapters need a trained base")
         tokenizer = self.tokenizer
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return TinyVLMForConditionalGeneration(
+            model = TinyVLMForConditionalGeneration(
                 scratch_config(
                     len(tokenizer),
                     tokenizer.convert_tokens_to_ids("<|video|>"),
@@ -70,16 +73,6 @@ class TinyVLM(VLM):
                     tokenizer.eos_token_id,
                 )
             )
-
-    def build(self, adapter_path: str | None = None) -> nn.Module:
-        """As VLM.build; from scratch there is nothing to load."""
-        if not self.scratch:
-            return super().build(adapter_path)
-        if adapter_path is not None or self.lora is not None:
-            raise ValueError("vlm.path: scratch is for pretraining; adapters need a trained base")
-        model: nn.Module = self._scratch_model.train()
+        model.model.visual.requires_grad_(not self.freeze_vision)
+        model.train()
         return model
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves the random model behind as well."""
-        return {k: v for k, v in super().__getstate__().items() if k != "_scratch_model"}

@@ -21,6 +21,8 @@ REASONER = "deepintuit"
 EXAMPLES = 5
 STRIP_FRAMES = 6
 STRIP_SCALE = 2
+STRIP_GAP = 4
+"""White pixels between two frames"""
 CHANCE_LABEL = "chance"
 
 
@@ -160,9 +162,13 @@ def draw_strip(clip: Path, path: Path) -> None:
     from vidreason.datamodules.decoding import FrameOptions, read_frames
 
     frames = read_frames(clip, FrameOptions(num_frames=STRIP_FRAMES)).frames  # [T, 3, H, W] uint8
-    strip = frames.permute(2, 0, 3, 1).flatten(1, 2)  # [H, T * W, 3]
-    image = Image.fromarray(strip.numpy())
-    image.resize((image.width * STRIP_SCALE, image.height * STRIP_SCALE), Image.Resampling.NEAREST).save(path)
+    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
+    width, height = images[0].width * STRIP_SCALE, images[0].height * STRIP_SCALE
+    strip = Image.new("RGB", ((width + STRIP_GAP) * len(images) - STRIP_GAP, height), "white")
+    for position, image in enumerate(images):
+        scaled = image.resize((width, height), Image.Resampling.NEAREST)
+        strip.paste(scaled, (position * (width + STRIP_GAP), 0))
+    strip.save(path)
 
 
 def render_example(example: Worked) -> str:

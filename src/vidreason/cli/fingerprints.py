@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from vidreason.cli.configs import find_config
+from vidreason.cli.configs import find_config, shipped_folder
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _FILE_SUFFIXES = (*_YAML_SUFFIXES, ".csv", ".jsonl", ".json")
@@ -101,7 +101,8 @@ def _named_files(key: str, value: object, folder: Path) -> dict[str, str]:
     is_path = text.endswith(_FILE_SUFFIXES) or last_key in _FOLDER_KEYS
     if not is_path:
         return {}
-    found = next((path for path in (folder / text, Path(text)) if path.exists()), None) or find_config(text)
+    places = (folder / text, Path(text), shipped_folder() / text, find_config(text))
+    found = next((path for path in places if path is not None and path.exists()), None)
     if found is None:
         return {}
     if found.suffix in _YAML_SUFFIXES:

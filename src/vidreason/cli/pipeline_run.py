@@ -74,7 +74,7 @@ class PipelineRun:
         """
         last = self.spec.stage(until).name if until else self.spec.stages[-1].name
         write_atomically(self.run_dir / "pipeline.yaml", self.spec.as_yaml())
-        if not self._check():
+        if not self._check(last):
             return USAGE_STATUS
         for number, stage in enumerate(self.spec.stages, 1):
             title = f"[{number}/{len(self.spec.stages)}] {stage.name}"
@@ -87,9 +87,9 @@ class PipelineRun:
                 break
         return 0
 
-    def _check(self) -> bool:
+    def _check(self, last: str) -> bool:
         """Builds every stage that will run once, without weights: a typo shows now and not hours later."""
-        for stage in self.spec.stages:
+        for stage in self.spec.stages[: [stage.name for stage in self.spec.stages].index(last) + 1]:
             record = self.state.stages.get(stage.name)
             known = (
                 record is not None and record.done and not changed_inputs(_settled(record.inputs), self._given(stage))
@@ -113,11 +113,10 @@ class PipelineRun:
         path = artefact_path(folder, stage.artefact)
         if path is None:
             raise ValueError(f"{option}: {folder} holds no {stage.artefact}")
-        relative = os.path.relpath(folder, self.run_dir)
         print(f"{title}: taken from {folder}")
         self.state.stages[stage.name] = StageRecord(
             status="finished",
-            folder=relative,
+            folder=os.path.relpath(folder, self.run_dir),
             inputs=inputs,
             command=found.command,
             artefact_sha=fingerprint_artefact(path),
@@ -127,6 +126,7 @@ class PipelineRun:
             cpu_seconds=found.cpu_seconds,
             gpu_seconds=found.gpu_seconds,
         )
+        self._count_train_clips(stage, found)
         self.state.save(self.run_dir)
         return 0
 
@@ -193,6 +193,9 @@ class PipelineRun:
             self.state.save(self.run_dir)
             raise ValueError(f"stage {stage.name} ended without an error but wrote no {stage.artefact} into {folder}")
         record.status, record.artefact_sha = "finished", fingerprint_artefact(path)
+        self._count_train_clips(stage, record)
+
+    def _count_train_clips(self, stage: StageSpec, record: StageRecord) -> None:
         if stage.command == "fit" and self.state.train_clips is None:
             self.state.train_clips = self.commands.count_train_clips(record.command)
 
@@ -204,19 +207,20 @@ class PipelineRun:
         cpu, wall = _cpu_seconds(), time.monotonic()
         _reset_gpu_peak()
         record.status = "failed"  # stands if the command leaves by an exception
+        status = None
         try:
-            return self.commands.run(record.command)
+            status = self.commands.run(record.command)
         except KeyboardInterrupt:
-            return INTERRUPTED_STATUS
-        except Exception as error:  # to say how to go on, whatever it is
-            self._say_how_to_go_on(title, f"failed ({type(error).__name__})")
-            raise
+            status = INTERRUPTED_STATUS
         finally:
+            if status is None:
+                self._say_how_to_go_on(title, "failed")
             elapsed = time.monotonic() - wall
             record.wall_seconds += elapsed
             record.cpu_seconds += _cpu_seconds() - cpu
             record.gpu_seconds += elapsed * _gpus_used()
             self.state.save(self.run_dir)
+        return status
 
     def _command_line(self, stage: StageSpec, folder: Path) -> list[str]:
         """The stage as the arguments of an ordinary ``vidreason`` call."""
