@@ -1,0 +1,161 @@
+"""The losses of 20 optimizer steps, pinned: whatever changes what a stage learns shows here.
+
+The numbers are what ``trace_of`` returned when they were pinned: ``python -m pytest tests/test_loss_traces.py -s`` prints
+those of today in the same form, so that a change that is meant can be copied from there. The base's weights are drawn
+with NumPy by parameter name, so that no library's initialisation is pinned along with the losses.
+"""
+
+import hashlib
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vidreason.datamodules.prompts import DescribeView, ReasonView
+from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
+from vidreason.lightning_modules.calibration import CalibrationModule
+from vidreason.lightning_modules.grpo import REFERENCE, GRPOModule, Part
+from vidreason.lightning_modules.rollout import CompletionBatch
+from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration
+from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
+from vidreason.rewards.completion import parse_completion, render_completion
+
+_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
+assert _spec is not None
+assert _spec.loader is not None
+world = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(world)
+small_base, clip_folder, make_data = world.small_base, world.clip_folder, world.make_data
+make_trainer = world.make_trainer
+
+STEPS = 20
+REASONINGS = ("A person comes in and goes down.", "The lamp is off.")
+
+PINNED: dict[str, list[float]] = {}
+
+
+def draw_weights(named):
+    """Fills matrices and kernels with numbers that depend on nothing but their name and shape."""
+    with torch.no_grad():
+        for name, parameter in named:
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+            drawn = np.random.Generator(np.random.PCG64(seed)).random(tuple(parameter.shape)) * 2 - 1
+            parameter.copy_(torch.from_numpy(drawn / parameter[0].numel() ** 0.5))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pinned_vlm(small_base, tmp_path_factory):
+    """The small base with weights that depend on nothing but their names and shapes."""
+    folder = tmp_path_factory.mktemp("pinned")
+    model = TinyVLMForConditionalGeneration.from_pretrained(small_base)
+    draw_weights((name, p) for name, p in model.named_parameters() if p.ndim > 1)  # gains stay 1, offsets 0
+    model.save_pretrained(folder)
+    TinyVLM(path=str(small_base)).processor.save_pretrained(folder)
+    return TinyVLM(path=str(folder))
+
+
+@pytest.fixture
+def trace_of(make_data, make_trainer):
+    """``trace_of(module)``: the training loss of each of 20 steps of 2 clips."""
+
+    def run(module):
+        losses = []
+        module.on_train_batch_end = lambda *_: losses.append(float(module.trainer.callback_metrics["train/loss"]))
+        trainer = make_trainer(max_steps=STEPS, max_epochs=-1, limit_val_batches=0)
+        trainer.fit(module, make_data(module.vlm, batch_size=2))
+        assert trainer.global_step == len(losses) == STEPS
+        return losses
+
+    return run
+
+
+def sgd(parameters):
+    """Not Adam: its first steps divide noise by noise where a gradient is almost zero."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def compare(name, losses):
+    print(f'\n    "{name}": [{", ".join(f"{loss:.5f}" for loss in losses)}],')
+    assert losses == pytest.approx(PINNED.get(name), rel=1e-3, abs=1e-5)
+
+
+def write_traces(path, vlm, view, splits, data, render):
+    """A file of traces as the base would have written it, two about every clip."""
+    store = TraceStore.create(path, TraceHeader(False, vlm.base_sha(), "", view.sha(), data.task.sha()))
+    for clip in (clip for split in splits for clip in data.samples(split)):
+        for k, reasoning in enumerate(REASONINGS):
+            text = render(reasoning, world.LABELS[k])
+            parsed = parse_completion(text)
+            store.append([TraceRecord(clip.video_id, k, text, parsed.reasoning, parsed.answer, "stop", -1.0, 3)])
+    return str(path)
+
+
+def test_label_sft(pinned_vlm, trace_of):
+    compare("label", trace_of(RationaleSFTModule(pinned_vlm, target="label", optimizer=sgd)))
+
+
+def test_cold_start(pinned_vlm, trace_of, make_data, tmp_path):
+    data = make_data(pinned_vlm)
+    path = tmp_path / "descriptions.jsonl"
+    traces = write_traces(path, pinned_vlm, DescribeView(data.task), ["train"], data, lambda reasoning, _: reasoning)
+    compare("trace", trace_of(RationaleSFTModule(pinned_vlm, target="trace", traces=traces, optimizer=sgd)))
+
+
+@pytest.mark.parametrize("loss", ["tokens", "classes"])
+def test_calibration(pinned_vlm, trace_of, make_data, tmp_path, loss):
+    data = make_data(pinned_vlm)
+    view = ReasonView(data.task)
+    traces = write_traces(tmp_path / "t.jsonl", pinned_vlm, view, ["train", "val", "cal"], data, render_completion)
+    compare(f"calibration_{loss}", trace_of(FixedLoRA(pinned_vlm, traces=traces, loss=loss, optimizer=sgd)))
+
+
+class FixedLoRA(CalibrationModule):
+    """The calibrator's adapter starts from fixed numbers, too."""
+
+    def build_model(self):
+        model = super().build_model()
+        draw_weights((name, p) for name, p in model.named_parameters() if "lora_A" in name)
+        return model
+
+
+class FixedCompletions(GRPOModule):
+    """Updates on the same completions again and again: ratios leave 1, clipping and both penalties come into play."""
+
+    parts = None
+
+    def training_step(self, batch, batch_idx):
+        self.parts = self.parts or [self.fixed_part()]
+        self.update(self.parts)
+
+    def fixed_part(self):
+        """Two completions for each of six clips; the sampler saw log-probs a little apart from the trainer's."""
+        texts = [render_completion(reasoning, world.LABELS[k]) for k, reasoning in enumerate(REASONINGS)]
+        view = ReasonView(self.task, {clip.video_id: tuple(texts) for clip in self.data.clips("train")})
+        batch = next(iter(self.data.loader("train", view, batch_size=6)))
+        assert len(batch.texts) == 12
+        advantages = torch.tensor([1.0, -0.5, 0.25, -1.0, 0.7, -0.7] * 2)
+        fixed = CompletionBatch(batch.clips, batch.prompts, batch.texts, torch.zeros(batch.texts.ids.shape), ())
+        part = Part(fixed, (), advantages)
+        old, ref = self.frozen_logprobs(part, None), self.frozen_logprobs(part, REFERENCE)
+        shift = torch.linspace(-0.2, 0.2, old.shape[1]) * batch.texts.mask
+        return replace(part, batch=replace(fixed, logprobs=old + shift), old_logprobs=old, ref_logprobs=ref)
+
+
+def test_grpo_on_fixed_completions(pinned_vlm, trace_of):
+    module = FixedCompletions(pinned_vlm, kl_coef=0.1, entropy_coef=0.01, max_grad_norm=1.0, warmup=0, optimizer=sgd)
+    losses = trace_of(module)
+    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl"):
+        assert float(module.trainer.callback_metrics[f"train/{name}"]) > 0, f"{name} is not tested"
+    compare("grpo", losses)
