@@ -29,6 +29,10 @@ from vidreason.datamodules.porch_render import render, to_mono, write_mp4
 from vidreason.datamodules.porch_scene import SHORTCUT, draw_scene
 from vidreason.datamodules.porch_texts import rationale
 from vidreason.datamodules.porch_world import ABNORMAL, LABELS, Facts, draw_facts, draw_twins, label_of, stream
+from vidreason.datamodules.prompts import ReasonView
+from vidreason.datamodules.task import Task
+from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
+from vidreason.rewards.completion import render_completion
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 1
@@ -62,6 +66,8 @@ class PorchDataModule(ManifestDataModule):
         shortcut: How often, at L0, night goes with abnormal labels and the clothing with the label.
         label_noise: Share of the training labels replaced by another one.
         world_seed: Seed of the clips; null takes ``seed``.
+        teacher_traces: Where to write a teacher's traces about split train, for a cold start that is to learn from them
+            in place of the model's own; null writes none.
         encoder: Turns examples into tensors; the command line hands in the ``vlm`` section.
         frames: Which frames of a clip are taken, and how large.
         batch_size: Clips per training batch.
@@ -85,6 +91,7 @@ class PorchDataModule(ManifestDataModule):
         shortcut: float = SHORTCUT,
         label_noise: float = 0.0,
         world_seed: int | None = None,
+        teacher_traces: str | None = None,
         encoder: BatchEncoder | None = None,
         frames: FrameOptions = DEFAULT_FRAMES,
         batch_size: int = 16,
@@ -103,6 +110,7 @@ class PorchDataModule(ManifestDataModule):
         self.camera, self.policy = camera, policy
         self.shortcut, self.label_noise = shortcut, label_noise
         self.world_seed = seed if world_seed is None else world_seed
+        self.teacher_traces = None if teacher_traces is None else Path(teacher_traces)
         if not 0 <= self.world_seed < 2**32:
             raise ValueError(f"the seed of the clips must be in 0 .. 2**32 - 1, got {self.world_seed}")
         self.folder = Path(data_dir) / self._name()
@@ -126,9 +134,32 @@ class PorchDataModule(ManifestDataModule):
         return f"seed{self.world_seed}-{self.camera}-{digest}"
 
     def prepare_data(self) -> None:
-        """Renders the clips if they are not there; the manifest is written last, so half a folder is never used."""
-        if self.manifest.is_file():
-            return
+        """Renders the clips if they are not there, and writes the teacher's traces where they are asked for."""
+        if not self.manifest.is_file():
+            self._render()
+        if self.teacher_traces is not None:
+            self.write_teacher_traces(self.teacher_traces)
+
+    def write_teacher_traces(self, path: Path) -> None:
+        """Writes the rationales behind the clips of split train, rule and label included, as another model's traces.
+
+        Args:
+            path: The file; one that is there already is replaced.
+        """
+        task = Task.from_yaml("tasks/porch_policy.yaml" if self.policy else "tasks/porch.yaml")
+        draft = path.with_name(f"{path.name}.part{os.getpid()}")
+        header = TraceHeader(True, "", "", ReasonView(task).sha(), task.sha(), {"teacher": "porch rationales"})
+        draft.unlink(missing_ok=True)
+        records = []
+        for item in (item for item in self._items() if item.split == "train"):
+            reasoning, answer = rationale(item.facts, self._words(item)), self._label_shown(label_of(item.facts))
+            text = render_completion(reasoning, answer)
+            records.append(TraceRecord(item.name, 0, text, reasoning, answer, "stop", 0.0, 0))
+        TraceStore.create(draft, header).append(records)
+        draft.replace(path)
+
+    def _render(self) -> None:
+        """The manifest is written last, so half a folder is never used."""
         items = self._items()
         _LOG.info("rendering %d clips into %s", len(items), self.folder)
         draft = self.folder.with_name(f"{self.folder.name}.part{os.getpid()}")
@@ -176,6 +207,9 @@ class PorchDataModule(ManifestDataModule):
         if item.split == "train" and rng.random() < self.label_noise:
             others = [name for name in LABELS if name != label]
             label = others[int(rng.integers(len(others)))]
+        return self._label_shown(label)
+
+    def _label_shown(self, label: str) -> str:
         if self.policy:
             return "abnormal" if label in ABNORMAL else "normal"
         return label

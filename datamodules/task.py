@@ -196,7 +196,10 @@ def _prompts_from(item: Any) -> dict[str, str]:
 def _refuse_unknown(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
     unknown = [str(key) for key in content if key not in known]
     if unknown:
-        raise ValueError(f"unknown key {', '.join(map(repr, unknown))}{where}; known are {', '.join(known)}")
+        # in {name: x, definition: a, b} YAML takes `b` for a key of its own, without a value
+        cut = [str(key) for key, value in content.items() if key in unknown and value is None]
+        hint = "; put quotes around a text that holds a comma" if cut else ""
+        raise ValueError(f"unknown key {', '.join(map(repr, unknown))}{where}; known are {', '.join(known)}{hint}")
 
 
 def _text(value: Any, where: str) -> str:

@@ -177,6 +177,7 @@ class VLMModule(WeightsModule):
         Returns:
             ``{"predictions": ...}``, one line for every clip of the batch, for callbacks.
         """
+        report_failed(batch, f"counted wrong in {split}")
         names = self.data.label_names
         predictions = [undecided(failed, split, names) for failed in batch.failed]
         decisions = self.decide_batch(batch) if len(batch) else None
@@ -241,7 +242,7 @@ class VLMModule(WeightsModule):
         Returns:
             ``{"traces": ...}``, the records, for ``callbacks/trace_writer.py``.
         """
-        report_failed(batch)
+        report_failed(batch, "no text written")
         if all(clip.video_id in self._written for clip in batch.clips):
             return {"traces": ()}
         records = self.predict_writer().records(batch, self.data.label_names)

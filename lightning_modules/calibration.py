@@ -14,14 +14,15 @@ What it hands on, read by ``calibrator_path``::
     adapter/                 the calibrator, a PEFT folder
       vidreason.json         lineage, and: temperature, input, policy
       policy/                copy of the policy's adapter, where it has one
-    ``policy`` says where the policy is: ``policy`` (the folder beside), the path of a ``weights/`` folder after full
-    fine-tuning, or null: the base.
+    ``policy`` says where the policy is, seen from ``adapter/``: ``policy`` (the copy), the way to a ``weights/`` folder
+    after full fine-tuning (so that a run folder can be moved as a whole), or null: the base.
 
 Shape letters: B clips, K traces per clip, C classes, R = traces in a batch, N texts, L tokens.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -165,7 +166,7 @@ class CalibrationModule(VLMModule):
             raise ValueError(f"calibrator_path: {folder} was trained on the classes {info.get('label_names')}")
         policy = info.get("policy")
         if self.adapter_path is None and policy is not None:
-            self.adapter_path = str(folder / POLICY if policy == POLICY else policy)
+            self.adapter_path = os.path.normpath(folder.resolve() / str(policy))
         if self.parent_sha != info.get("parent_sha"):
             raise ValueError(
                 f"calibrator_path: {folder} reviews the traces of another policy than {self.adapter_path}; "
@@ -348,7 +349,8 @@ class CalibrationModule(VLMModule):
         """As every stage, with what is needed to run the calibrator."""
         policy: str | None = None
         if self.adapter_path is not None:
-            policy = str(Path(self.adapter_path).resolve()) if self.starts_from_weights else POLICY
+            folder = (self.run_dir / ADAPTER_FOLDER).resolve()
+            policy = os.path.relpath(Path(self.adapter_path).resolve(), folder) if self.starts_from_weights else POLICY
         extra: dict[str, object] = {
             "temperature": self.temperature,
             "input": self.input,

@@ -128,7 +128,7 @@ def write_missing(
     with tqdm(total=total, desc=f"writing {path.name}", unit="clip", disable=total == 0) as bar:
         for split, indices in todo:
             for batch in _loader(data, split, writer.view, indices):
-                report_failed(batch)
+                report_failed(batch, "no text written")
                 with torch.no_grad():
                     records = writer.records(batch.to(device), data.label_names)
                 store.append([r for r in records if (r.video_id, r.sample) not in have])
@@ -145,10 +145,10 @@ def missing_clips(
     return [i for i, clip in enumerate(clips) if clip.video_id in missing]
 
 
-def report_failed(batch: VideoBatch) -> None:
-    """Says which clips of a batch could not be read; they get no texts."""
+def report_failed(batch: VideoBatch, consequence: str) -> None:
+    """Says which clips of a batch could not be read, and what follows."""
     for failed in batch.failed:
-        rank_zero_warn(f"{failed.clip.path}: no text written, the clip cannot be read ({failed.error})")
+        rank_zero_warn(f"{failed.clip.path}: {consequence}, the clip cannot be read ({failed.error})")
 
 
 def _loader(data: VideoDataModule, split: str, view: ClipView, indices: list[int]) -> DataLoader[LoadedClip]:

@@ -1,8 +1,8 @@
 """The losses of 20 optimizer steps, pinned: whatever changes what a stage learns shows here.
 
-The numbers are what ``trace_of`` returned when they were pinned: ``python -m pytest tests/test_loss_traces.py -s`` prints
-those of today in the same form, so that a change that is meant can be copied from there. The base's weights are drawn
-with NumPy by parameter name, so that no library's initialisation is pinned along with the losses.
+The numbers are what ``trace_of`` returned when they were pinned. ``python -m pytest tests/test_loss_traces.py -s``
+prints those of today in the same form; a change that is meant is copied from there. The base's weights are drawn with
+NumPy by parameter name, so that no library's initialisation is pinned along with the losses.
 """
 
 import hashlib
@@ -35,7 +35,96 @@ make_trainer = world.make_trainer
 STEPS = 20
 REASONINGS = ("A person comes in and goes down.", "The lamp is off.")
 
-PINNED: dict[str, list[float]] = {}
+PINNED = {
+    "label": [
+        6.41669,
+        6.14301,
+        7.03021,
+        6.04083,
+        5.44285,
+        5.56081,
+        5.12935,
+        5.17142,
+        4.98398,
+        4.69061,
+        4.36379,
+        4.35674,
+        4.11731,
+        3.85187,
+        3.53017,
+        3.22453,
+        3.16966,
+        2.95235,
+        2.56114,
+        2.50382,
+    ],
+    "trace": [
+        13.39236,
+        12.88712,
+        12.54293,
+        11.97980,
+        11.67512,
+        11.27508,
+        10.93486,
+        10.54403,
+        10.22088,
+        9.82825,
+        9.50793,
+        9.08365,
+        8.66586,
+        8.22713,
+        7.93906,
+        7.45775,
+        7.17324,
+        6.78454,
+        6.43057,
+        6.08919,
+    ],
+    "calibration_tokens": [
+        6.39765,
+        6.34634,
+        6.88362,
+        6.24588,
+        5.77417,
+        6.17341,
+        5.71891,
+        5.71783,
+        5.63428,
+        5.66255,
+        5.32356,
+        5.37933,
+        5.28865,
+        5.18863,
+        5.30272,
+        5.06940,
+        5.09396,
+        4.88149,
+        4.87873,
+        4.75544,
+    ],
+    "grpo": [
+        -0.04692,
+        -0.10990,
+        -0.12848,
+        -0.12948,
+        -0.13258,
+        -0.12957,
+        -0.12889,
+        -0.13521,
+        -0.13118,
+        -0.13705,
+        -0.13164,
+        -0.13833,
+        -0.14176,
+        -0.14127,
+        -0.14325,
+        -0.14106,
+        -0.14548,
+        -0.14490,
+        -0.14446,
+        -0.14824,
+    ],
+}
 
 
 def draw_weights(named):
@@ -83,22 +172,28 @@ def trace_of(make_data, make_trainer):
 
 def sgd(parameters):
     """Not Adam: its first steps divide noise by noise where a gradient is almost zero."""
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+def fast_sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
 def compare(name, losses):
     print(f'\n    "{name}": [{", ".join(f"{loss:.5f}" for loss in losses)}],')
-    assert losses == pytest.approx(PINNED.get(name), rel=1e-3, abs=1e-5)
+    assert losses == pytest.approx(PINNED.get(name, []), rel=1e-3, abs=1e-5)
 
 
 def write_traces(path, vlm, view, splits, data, render):
     """A file of traces as the base would have written it, two about every clip."""
     store = TraceStore.create(path, TraceHeader(False, vlm.base_sha(), "", view.sha(), data.task.sha()))
+    records = []
     for clip in (clip for split in splits for clip in data.samples(split)):
         for k, reasoning in enumerate(REASONINGS):
             text = render(reasoning, world.LABELS[k])
             parsed = parse_completion(text)
-            store.append([TraceRecord(clip.video_id, k, text, parsed.reasoning, parsed.answer, "stop", -1.0, 3)])
+            records.append(TraceRecord(clip.video_id, k, text, parsed.reasoning, parsed.answer, "stop", -1.0, 3))
+    store.append(records)
     return str(path)
 
 
@@ -113,12 +208,11 @@ def test_cold_start(pinned_vlm, trace_of, make_data, tmp_path):
     compare("trace", trace_of(RationaleSFTModule(pinned_vlm, target="trace", traces=traces, optimizer=sgd)))
 
 
-@pytest.mark.parametrize("loss", ["tokens", "classes"])
-def test_calibration(pinned_vlm, trace_of, make_data, tmp_path, loss):
+def test_calibration(pinned_vlm, trace_of, make_data, tmp_path):
     data = make_data(pinned_vlm)
     view = ReasonView(data.task)
     traces = write_traces(tmp_path / "t.jsonl", pinned_vlm, view, ["train", "val", "cal"], data, render_completion)
-    compare(f"calibration_{loss}", trace_of(FixedLoRA(pinned_vlm, traces=traces, loss=loss, optimizer=sgd)))
+    compare("calibration_tokens", trace_of(FixedLoRA(pinned_vlm, traces=traces, optimizer=sgd)))
 
 
 class FixedLoRA(CalibrationModule):
@@ -154,7 +248,7 @@ class FixedCompletions(GRPOModule):
 
 
 def test_grpo_on_fixed_completions(pinned_vlm, trace_of):
-    module = FixedCompletions(pinned_vlm, kl_coef=0.1, entropy_coef=0.01, max_grad_norm=1.0, warmup=0, optimizer=sgd)
+    module = FixedCompletions(pinned_vlm, kl_coef=0.1, entropy_coef=0.01, warmup=0, optimizer=fast_sgd)
     losses = trace_of(module)
     for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl"):
         assert float(module.trainer.callback_metrics[f"train/{name}"]) > 0, f"{name} is not tested"

@@ -1,3 +1,4 @@
+import logging
 import re
 import subprocess
 import sys
@@ -53,6 +54,14 @@ def test_current_folder_is_appended_once_and_last(tmp_path, monkeypatch, capsys)
     main(["configs"])
     assert sys.path.count(str(tmp_path)) == 1
     assert sys.path[-1] == str(tmp_path)
+
+
+def test_an_optional_kernel_of_bitsandbytes_is_not_mentioned_and_its_other_warnings_are(capsys, caplog):
+    main(["configs"])
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("something else is wrong")
+    assert [record.getMessage() for record in caplog.records] == ["something else is wrong"]
 
 
 def test_options_of_a_command_are_checked(capsys):

@@ -33,7 +33,8 @@ def test_classes_may_be_plain_names(tmp_path):
     ("old", "new", "message"),
     [
         ("name: door", "name: door\nmetadata: [x]", "unknown key 'metadata'"),
-        ("definition", "meaning", r"unknown key 'meaning' in classes\[0\]"),
+        ("definition", "meaning", r"unknown key 'meaning' in classes\[0\]; known are name, definition$"),
+        ("{name: visit}", "{name: visit, definition: one, or two}", "key 'or two' .*; put quotes around a text"),
         ("name: door", "", "key 'name' is missing"),
         ("{name: visit}", "{name: yes}", r"'classes\[1\]\.name' must be text, got True; quote it"),
         ("{name: visit}", "{name: Theft}", "occurs twice"),

@@ -60,12 +60,15 @@ def test_metrics_are_logged_per_split_under_plain_names(make_vlm, make_data, mak
     assert not [name for name in logged if "dataloader" in name]
 
 
-def test_unreadable_clips_are_written_and_counted_wrong(make_vlm, make_data, make_trainer):
+def test_unreadable_clips_are_reported_written_and_counted_wrong(make_vlm, make_data, make_trainer):
     vlm = make_vlm()
     data = make_data(vlm, broken=("test_a_0", "test_a_1", "test_a_2"), eval_batch_size=2)
     trainer = make_trainer(callbacks=[PredictionWriter()])
-    trainer.test(VLMModule(vlm), data, verbose=False)
+    with pytest.warns(UserWarning, match="counted wrong in test_a, the clip cannot be read") as reported:
+        trainer.test(VLMModule(vlm), data, verbose=False)
     lines = [p for p in read_lines(trainer.lightning_module.run_dir / "predictions.jsonl") if p["split"] == "test_a"]
+    about = [str(warning.message) for warning in reported if "counted wrong" in str(warning.message)]
+    assert [str(clip.path) for clip in data.clips("test_a")] == [message.partition(":")[0] for message in about]
     assert [p["failed"] for p in lines] == [True] * 3
     assert [p["pred"] for p in lines] == [None] * 3
     assert float(trainer.callback_metrics["test_a/acc"]) == 0

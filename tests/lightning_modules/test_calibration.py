@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_fit_then_test_from_the_folder_alone(make_vlm, make_data, make_trainer, 
     assert info["temperature"] == pytest.approx(module.temperature)
     assert 0.1 <= info["temperature"] <= 10
     assert (folder / "policy" / "adapter_config.json").exists() == lora
-    assert info["policy"] == ("policy" if lora else start)
+    assert info["policy"] == ("policy" if lora else os.path.relpath(start, folder))
 
     vlm = make_vlm(lora)
     tested = make(vlm, calibrator_path=str(folder))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -52,6 +53,9 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         Exit status: 0 done, else that of the pipeline that stopped.
     """
+    # The embedded model is too small for a second thread to help, and where other programs run, waiting for it makes
+    # everything several times slower. Read when torch is first imported, which nothing has done yet.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     return run_demo(argv, trainer_commands())
 
 
@@ -135,6 +139,7 @@ def _introduce(run_dir: Path, quick: bool) -> None:
         f"clips it is taught to decide, in {len(METHODS)} ways: {', '.join(METHODS)}.\n"
         f"  writes   {run_dir}/  ({space}: clips, checkpoints, logs)\n"
         f"  takes    {time_needed}; stop it whenever you like, the same command goes on\n"
+        f"  threads  OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}; set it yourself to change that\n"
         f"  remove   {_removal(run_dir)}",
         flush=True,
     )

@@ -5,6 +5,7 @@ Standard library only: ``vidreason --help`` answers at once, and what a subcomma
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -32,6 +33,7 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
+_KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
 _WORKER_ERROR = re.compile(r"\ACaught \w+ in DataLoader worker process")
 
 
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: unknown command {command!r}: {hint}", file=sys.stderr)
         return EXIT_USAGE
     _append_current_folder()
+    logging.getLogger(_KERNEL_LOGGER).addFilter(_not_about_optional_kernels)
     try:
         return _dispatch(command, rest)
     except SystemExit as stop:
@@ -120,6 +123,11 @@ def _dispatch(command: str, rest: list[str]) -> int:
     from vidreason.cli import pipeline
 
     return pipeline.main(rest)
+
+
+def _not_about_optional_kernels(record: logging.LogRecord) -> bool:
+    """Drops what bitsandbytes says, while peft imports it, about a kernel package that it does without."""
+    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def _append_current_folder() -> None:
