@@ -87,7 +87,7 @@ class Stopwatch:
     def logged(self) -> dict[str, float]:
         """Returns all times so far by log name."""
         seconds = {**self._seconds, "step": time.perf_counter() - self._start}
-        return {f"train/timing_s/{name}": value for name, value in seconds.items()}
+        return {f"timing_s/{name}": value for name, value in seconds.items()}
 
 
 def _std(values: Tensor, dim: int) -> Tensor:

@@ -62,9 +62,9 @@ def test_policy_moves(make_vlm, make_data, make_trainer, lora):
     logged = set(trainer.callback_metrics)
     wanted = """reward reward_std frac_reward_zero_std rewards/even_tokens/mean rewards/even_tokens/std
         completions/mean_length completions/clipped_ratio kl entropy clip_ratio/low_mean clip_ratio/high_mean
-        clip_ratio/region_mean num_tokens grad_norm learning_rate timing_s/gen timing_s/reward timing_s/update_actor
-        timing_s/step"""
+        clip_ratio/region_mean num_tokens grad_norm learning_rate"""
     assert {f"train/{name}" for name in wanted.split()} <= logged
+    assert {"timing_s/gen", "timing_s/reward", "timing_s/update_actor", "timing_s/step"} <= logged
 
 
 def test_dead_groups_leave_the_policy_as_it_is(make_vlm, make_data, make_trainer):
@@ -209,7 +209,7 @@ def test_inner_epochs_and_minibatches_count_as_optimizer_steps(make_vlm, make_da
     assert trainer.global_step == 2 * 2 * 3
     assert totals == [12]
     assert moved > 0
-    assert "train/timing_s/old_log_prob" in trainer.callback_metrics
+    assert "timing_s/old_log_prob" in trainer.callback_metrics
 
 
 def test_resampling_tries_dead_groups_again(rolled):
