@@ -14,9 +14,9 @@ Deviations from the paper:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,6 +30,7 @@ from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.base import GREEDY, Decide, VLMModule
 from vidreason.lightning_modules.functional.advantages import dead_groups, group_relative_advantages
 from vidreason.lightning_modules.functional.losses import GRPOLoss, grpo_loss
+from vidreason.lightning_modules.grpo_parts import Part, split_evenly
 from vidreason.lightning_modules.grpo_statistics import Stopwatch, rollout_statistics, update_statistics
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.rollout import (
@@ -54,20 +55,6 @@ REFERENCE = "reference"
 ROLLOUTS = Sampling(max_new_tokens=2048)
 _ANOTHER_SEED = 1_000_003
 """Apart from the seeds that users choose, so that a group sampled again differs from the same group of another run."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """The rollouts of some prompts of a step: as many as go through the model at once."""
-
-    batch: CompletionBatch
-    groups: tuple[RolloutGroup, ...]
-    advantages: Tensor
-    """[n] one per completion"""
-    old_logprobs: Tensor | None = None
-    """[n, L]; None where the update's own forward gives them"""
-    ref_logprobs: Tensor | None = None
-    """[n, L]; None without ``kl_coef``"""
 
 
 class GRPOModule(VLMModule):
@@ -405,11 +392,3 @@ class GRPOModule(VLMModule):
                 "  vidreason fit --config configs/grpo.yaml --model.init_args.adapter_path "
                 f"runs/cold_start/{ADAPTER_FOLDER}"
             )
-
-
-def split_evenly(parts: Sequence[Part], n: int) -> Iterator[list[Part]]:
-    """Splits the parts of a step into at most ``n`` minibatches of about equal size, none of them empty."""
-    for i in range(n):
-        chunk = list(parts[i * len(parts) // n : (i + 1) * len(parts) // n])
-        if chunk:
-            yield chunk
