@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,6 +137,11 @@ class BatchCollator:
         )
 
 
+def run_seed(seed: int | None) -> int:
+    """The seed itself, or where it is None the one given to ``seed_everything``, which Lightning keeps; else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+
+
 class SeededSampler(DistributedSampler[Any]):
     """Shuffles by seed and epoch alone, on one process or many; Lightning calls its ``set_epoch``.
 
@@ -156,7 +162,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         batch_size: clips per training batch.
         eval_batch_size: clips per batch elsewhere; None takes ``batch_size``.
         num_workers: processes that decode; 0 decodes in the main one.
-        seed: of shuffling and of the jitter of segment sampling.
+        seed: of shuffling and of the jitter of segment sampling; None takes ``seed_everything``'s.
         predict_splits: what ``predict`` runs over.
         test_splits: what ``test`` runs over; None takes every split whose name begins with "test".
         split_seed: of the splits that have to be made; apart from ``seed``, so that seeds see the same splits.
@@ -169,7 +175,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         predict_splits: Sequence[str] = ("train",),
         test_splits: Sequence[str] | None = None,
         split_seed: int = 0,
@@ -182,7 +188,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.predict_splits = tuple(predict_splits)
         self.test_splits = None if test_splits is None else tuple(test_splits)
         self.split_seed = split_seed

@@ -75,7 +75,7 @@ class ManifestDataModule(VideoDataModule):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         predict_splits: Sequence[str] = ("train",),
         test_splits: Sequence[str] | None = None,
         split_seed: int = 0,

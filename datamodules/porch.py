@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder
+from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, run_seed
 from vidreason.datamodules.decoding import FrameOptions
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.porch_render import render, to_mono, write_mp4
@@ -73,7 +73,7 @@ class PorchDataModule(ManifestDataModule):
         batch_size: Clips per training batch.
         eval_batch_size: Clips per batch elsewhere; None takes ``batch_size``.
         num_workers: Processes that decode; 0 decodes in the main one.
-        seed: Of shuffling, and of the clips where ``world_seed`` is null.
+        seed: Of shuffling, and of the clips where ``world_seed`` is null; null takes ``seed_everything``'s.
         predict_splits: What ``predict`` runs over.
         test_splits: What ``test`` runs over; None takes every test level.
     """
@@ -97,7 +97,7 @@ class PorchDataModule(ManifestDataModule):
         batch_size: int = 16,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         predict_splits: Sequence[str] = ("train",),
         test_splits: Sequence[str] | None = None,
     ) -> None:
@@ -109,7 +109,7 @@ class PorchDataModule(ManifestDataModule):
         self.test_clips, self.levels = test_clips, tuple(levels)
         self.camera, self.policy = camera, policy
         self.shortcut, self.label_noise = shortcut, label_noise
-        self.world_seed = seed if world_seed is None else world_seed
+        self.world_seed = run_seed(seed) if world_seed is None else world_seed
         self.teacher_traces = None if teacher_traces is None else Path(teacher_traces)
         if not 0 <= self.world_seed < 2**32:
             raise ValueError(f"the seed of the clips must be in 0 .. 2**32 - 1, got {self.world_seed}")

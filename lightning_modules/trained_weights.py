@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
-from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.base import VideoDataModule, run_seed
 from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.lineage import Lineage
 from vidreason.lightning_modules.vlms.adapters import adapter_sha, is_adapter_folder, save_adapter, save_weights
@@ -64,7 +63,7 @@ class WeightsModule(L.LightningModule):
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.warmup = warmup
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.seed = run_seed(seed)
         self.model: nn.Module | None = None
 
     # ------------------------------------------------------------------ where it runs

@@ -39,6 +39,12 @@ def write_video(
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``seed_everything`` leaves its seed in the environment, where whatever has no seed of its own finds it."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
 @pytest.fixture
 def write_clip() -> WriteClip:
     """The function ``write_video(path, frames=12, size=(96, 64), fps=10, codec="libx264")``."""

@@ -144,6 +144,13 @@ def test_a_wrong_command_line_is_one_line(project, capsys, name):
     assert not Path("runs").exists()
 
 
+def test_a_section_is_looked_for_beside_the_file_that_names_it(project, capsys):
+    Path("mine").mkdir()
+    Path("mine/stage.yaml").write_text("vlm: configs/vlm/other.yaml\n")
+    assert main(["fit", "--config", "mine/stage.yaml"]) == 2
+    assert "no such file: configs/vlm/other.yaml in mine/stage.yaml: paths in a YAML" in capsys.readouterr().err
+
+
 BROKEN_YAML = {
     "unknown trainer key": ("trainer/cpu.yaml", "max_epoch: 3\n", "max_epoch"),
     "unknown argument": ("data/numbers.yaml", "init_args: {bach_size: 3}\n", "configs/data/numbers.yaml"),

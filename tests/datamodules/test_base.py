@@ -111,6 +111,12 @@ def test_order_depends_on_seed_and_epoch_alone(make):
     assert first != order(epoch(other.train_dataloader(), 0))
 
 
+def test_without_a_seed_of_its_own_it_follows_the_run(make):
+    L.seed_everything(5)
+    assert make().seed == 5
+    assert make(seed=1).seed == 1
+
+
 def test_loading_leaves_the_global_generator_alone(make):
     data = make()
     data.set_view(LabelView(data.task))

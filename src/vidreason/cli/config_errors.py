@@ -12,6 +12,8 @@ from pathlib import Path
 import lightning as L
 import yaml
 
+from vidreason.cli.configs import find_config
+
 _TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "vlm", "run_dir", "ckpt_path", "config")
 _NOISE = (
     "Does not validate against any of the Union subtypes",
@@ -78,7 +80,13 @@ def _broken_yaml(files: Sequence[Path]) -> str | None:
 
 def _missing_file(name: str, files: Sequence[Path]) -> str:
     name = name.removeprefix(f"{Path.cwd()}/")
-    return f"no such file: {name}{_named_in(name, files)} (`vidreason configs` lists the shipped ones)"
+    named_in = _named_in(name, files)
+    if named_in and find_config(name) is not None:
+        return (
+            f"no such file: {name}{named_in}: paths in a YAML are relative to it; give the shipped file on the command "
+            "line (--vlm, --data ...), or copy the files there with `vidreason configs --copy configs`"
+        )
+    return f"no such file: {name}{named_in} (`vidreason configs` lists the shipped ones)"
 
 
 def _unknown_key(key: str, files: Sequence[Path]) -> str:

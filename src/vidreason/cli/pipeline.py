@@ -10,8 +10,9 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
@@ -89,8 +90,8 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
         "  --SECTION.dotted.key VALUE   of every stage: --data.init_args.num_workers 2\n\n"
         "`vidreason pipeline` alone lists the shipped pipelines.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the pipeline: which stages in which order")
-    parser.add_argument("--run_dir", required=True, type=Path, metavar="DIR", help="where everything is written")
+    parser.add_argument("--config", metavar="FILE", help="the pipeline: which stages in which order (required)")
+    parser.add_argument("--run_dir", type=Path, metavar="DIR", help="where everything is written (required)")
     parser.add_argument("--data", metavar="FILE", help="data section for every stage (configs/data/...)")
     parser.add_argument("--vlm", metavar="FILE", help="model section for every stage (configs/vlm/...)")
     parser.add_argument("--seed", type=int, help="seed of every stage (default: the pipeline's, else 0)")
@@ -103,7 +104,10 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
     )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
     options, rest = parser.parse_known_args(list(argv))
-    spec = read_pipeline(options.config).with_overrides(_read_overrides(rest))
+    overrides = _read_overrides(rest, vars(options))
+    if options.config is None or options.run_dir is None:
+        parser.error("--config and --run_dir are required")
+    spec = read_pipeline(options.config).with_overrides(overrides)
     for section in ("data", "vlm"):
         if (name := getattr(options, section)) is not None:
             locate_config(name)
@@ -133,15 +137,17 @@ def list_pipelines() -> str:
     return "\n".join(["pipelines:", *lines, "", usage])
 
 
-def _read_overrides(arguments: Sequence[str]) -> dict[str, object]:
-    """``--a.b value`` and ``--a.b=value``; values are read as YAML."""
+def _read_overrides(arguments: Sequence[str], known: Iterable[str]) -> dict[str, object]:
+    """``--a.b value`` and ``--a.b=value``; values are read as YAML. ``known`` are the options there are."""
     overrides: dict[str, object] = {}
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
         match = _SETTING.fullmatch(word)
         if match is None or "." not in match[1]:
-            raise ValueError(f"unknown option {word!r}; settings read --STAGE.dotted.key VALUE")
+            near = get_close_matches(word.partition("=")[0].lstrip("-"), list(known), n=1)
+            hint = f"did you mean --{near[0]}?" if near else "settings read --STAGE.dotted.key VALUE"
+            raise ValueError(f"unknown option {word!r}: {hint}")
         if match[2] is None and (not rest or rest[0].startswith("--")):
             raise ValueError(f"{word}: a value is missing")
         text = rest.pop(0) if match[2] is None else match[2]
