@@ -21,7 +21,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from vidreason.datamodules.decoding import DecodeError, FrameOptions, read_frames
+from vidreason.datamodules.decoding import DecodedVideo, DecodeError, FrameOptions, read_frames
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.splits import (
     DEFAULT_FRACTIONS,
@@ -93,7 +93,7 @@ class ClipDataset(Dataset[LoadedClip]):
         clip = self.clips[position]
         start = time.perf_counter()
         try:
-            video = read_frames(clip.path, self.frames, self._jitter(clip, epoch) if self.train else None)
+            video = self.read(clip, self._jitter(clip, epoch) if self.train else None)
         except DecodeError as error:
             if self.train:
                 raise DecodeError(f"{error} (from {clip.where or clip.video_id}); mend or remove the clip") from error
@@ -102,6 +102,10 @@ class ClipDataset(Dataset[LoadedClip]):
         sample = VideoSample(clip.video_id, pixels, clip.label, video.timing, clip)
         example = Example(sample, self.view.prompt(clip), self.view.texts(clip))
         return LoadedClip(example, 1000 * (time.perf_counter() - start))
+
+    def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
+        """Reads the frames of a clip from its file."""
+        return read_frames(clip.path, self.frames, jitter)
 
     def _jitter(self, clip: Clip, epoch: int) -> torch.Generator:
         """A generator of its own for each seed, epoch and clip, so that workers and resuming change nothing."""
@@ -315,6 +319,10 @@ class VideoDataModule(L.LightningDataModule, ABC):
             clips = kept
         return self._loader(clips, view, batch_size, train)
 
+    def dataset(self, clips: Sequence[Clip], view: ClipView, train: bool) -> ClipDataset:
+        """What the loaders read from; a data set whose clips are no files puts its own in place."""
+        return ClipDataset(clips, view, self.frames, self.seed, train)
+
     def _check_labels(self, given: Mapping[str, Sequence[Clip]]) -> None:
         names = (*self.label_names, None)
         wrong = [clip for clips in given.values() for clip in clips if clip.label not in names]
@@ -341,7 +349,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
     ) -> DataLoader[LoadedClip]:
         if self.encoder is None:
             raise ValueError("the data module has no encoder: give it the VLM, as the vlm section of a config does")
-        dataset = ClipDataset(clips, view, self.frames, self.seed, train)
+        dataset = self.dataset(clips, view, train)
         return DataLoader(
             dataset,
             batch_size=batch_size or (self.batch_size if train else self.eval_batch_size),

@@ -81,7 +81,7 @@ class DecodedVideo:
     """[T, 3, H, W] uint8"""
     timing: FrameTiming
     reader: str
-    """decord, pyav or zip"""
+    """decord, pyav, zip or memory"""
     partial: bool = False
     """True where parts of the file could not be read."""
 
@@ -120,6 +120,19 @@ def read_frames(path: Path, options: FrameOptions, generator: torch.Generator | 
             return _read_pyav(path, choose, options.max_pixels)
         except DecodeError as second:
             raise DecodeError(f"{second}; {str(error).removeprefix(f'{path}: ')}") from error
+
+
+def take_frames(frames: Tensor, fps: float, options: FrameOptions) -> DecodedVideo:
+    """Samples frames that are in memory as ``read_frames`` samples those of a file.
+
+    Args:
+        frames: [T, 3, H, W] uint8, all frames of the video.
+        fps: their frames per second.
+        options: how many frames, which, and how large.
+    """
+    indices = _chooser(options, None)(len(frames), fps)
+    chosen = _resize(frames[list(indices)], fit_size(frames.shape[2], frames.shape[3], options.max_pixels))
+    return DecodedVideo(chosen.contiguous(), FrameTiming(fps, len(frames), indices), "memory")
 
 
 def _chooser(options: FrameOptions, generator: torch.Generator | None) -> _Chooser:

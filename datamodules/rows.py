@@ -129,7 +129,7 @@ def _read_folder(folder: Path) -> Table:
     )
     rows = []
     for split, home in homes:
-        clips = sorted(path for path in home.rglob("*") if _is_clip(path, home))
+        clips = clips_below(home)
         if not clips:
             raise ValueError(f"{home}: a class folder without clips; begin its name with _ to have it passed over")
         for clip in clips:
@@ -140,6 +140,11 @@ def _read_folder(folder: Path) -> Table:
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(("_", ".")))
+
+
+def clips_below(folder: Path) -> list[Path]:
+    """Every video file of a folder, of any depth, sorted; nothing hidden, nothing in folders that begin with "_"."""
+    return sorted(path for path in folder.rglob("*") if _is_clip(path, folder))
 
 
 def _clips(folder: Path) -> list[Path]:

@@ -91,6 +91,18 @@ class Task:
             name=name, question="What happens in the video?", classes=tuple(ClassSpec(label) for label in labels)
         )
 
+    def to_yaml(self, path: Path) -> None:
+        """Writes a file from which ``from_yaml`` reads this task."""
+        content = {
+            "name": self.name,
+            "question": self.question,
+            "classes": [{"name": spec.name, "definition": spec.definition} for spec in self.classes],
+            "ordinal": self.ordinal,
+            "metadata_fields": list(self.metadata_fields),
+            "prompts": dict(self.prompts),
+        }
+        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
     def sha(self) -> str:
         """Hash of everything in the task; traces and adapters carry it."""
         content = {

@@ -67,6 +67,12 @@ def test_every_part_of_a_task_is_in_its_hash(tmp_path):
     assert Task.from_yaml(write(tmp_path, GOOD)).sha() == Task.from_yaml(write(tmp_path, "# same\n" + GOOD)).sha()
 
 
+def test_a_written_task_is_read_as_the_same(tmp_path):
+    task = Task.from_yaml(write(tmp_path, GOOD))
+    task.to_yaml(tmp_path / "again.yaml")
+    assert Task.from_yaml(tmp_path / "again.yaml").sha() == task.sha()
+
+
 def test_metadata_enters_by_name_only(tmp_path):
     task = Task.from_yaml(write(tmp_path, GOOD))
     fields = {"camera": "north", "note": "he steals it"}

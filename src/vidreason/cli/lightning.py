@@ -28,7 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vidreason.cli.config_errors import explain
 from vidreason.cli.configs import PREFIX, find_config
+from vidreason.cli.finished_run import TASK_FILE
 from vidreason.cli.main import EXIT_OK, EXIT_USAGE
+from vidreason.datamodules.base import VideoDataModule
 from vidreason.lightning_modules.vlms.base import VLM
 
 _FILE_OPTIONS = ("-c", "--config", "--trainer", "--model", "--data", "--vlm")
@@ -36,7 +38,7 @@ _CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes ``config.yaml`` and ``command.txt`` into the run folder when a run starts.
+    """Writes ``config.yaml``, ``command.txt`` and ``task.yaml`` into the run folder when a run starts.
 
     Args:
         parser: The parser that made ``config``.
@@ -52,7 +54,7 @@ class RunRecord(SaveConfigCallback):
         self.command_line = command_line
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes both files; a test into the folder of a training run leaves the training's record alone."""
+        """Writes both files and the task; a test into the folder of a training run leaves its record alone."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         command = folder / "command.txt"
@@ -63,6 +65,9 @@ class RunRecord(SaveConfigCallback):
         self.parser.save(
             self.config, folder / f"config{suffix}.yaml", skip_unset=False, overwrite=True, multifile=False
         )
+        data: object = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, VideoDataModule):
+            data.task.to_yaml(folder / TASK_FILE)  # the model can be asked where the data set is not
 
 
 class VideoCLI(LightningCLI):

@@ -20,6 +20,7 @@ import vidreason
 COMMANDS = {
     "demo": "the whole main job on the embedded default, within minutes",
     "pipeline": "stages in order: --config configs/pipelines/deepintuit.yaml --run_dir runs/x",
+    "classify": "ask a finished run about new clips: clip.mp4 --run runs/x",
     "fit": "train one stage: --config configs/sft_label.yaml",
     "validate": "compute the validation metrics of a stage",
     "test": "compute the test metrics and write predictions.jsonl",
@@ -116,6 +117,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from vidreason.cli import configs
 
         return configs.main(rest)
+    if command == "classify":
+        from vidreason.cli import classify
+
+        return classify.main(rest)
     if command == "demo":
         from vidreason.cli import demo
 

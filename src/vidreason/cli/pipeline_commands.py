@@ -81,7 +81,7 @@ def check_stage(argv: list[str]) -> str | None:
     from vidreason.cli.config_errors import explain
 
     try:
-        with _quiet():
+        with quietly():
             lightning.build(argv[0], argv[1:])
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
         return explain(str(error), lightning.config_files(argv))
@@ -102,7 +102,7 @@ def count_train_clips(argv: list[str]) -> int | None:
     from vidreason.cli import lightning
     from vidreason.datamodules.base import VideoDataModule
 
-    with _quiet():
+    with quietly():
         data = lightning.build(argv[0], argv[1:]).datamodule
         if not isinstance(data, VideoDataModule):
             return None
@@ -111,7 +111,7 @@ def count_train_clips(argv: list[str]) -> int | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Hides what building says about seeds, devices and files; the run itself will say it."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)

@@ -1,0 +1,165 @@
+"""Asking a finished run: its decisions are those of its own test, for files, folders and frames in memory."""
+
+import csv
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vidreason import VideoClassifier
+from vidreason.cli.finished_run import find_stage
+from vidreason.cli.main import main
+from vidreason.cli.pipeline_state import RunState, StageRecord
+from vidreason.datamodules.decoding import FrameOptions, read_frames
+
+_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).parents[1] / "stage_world.py")
+assert _spec is not None
+assert _spec.loader is not None
+world = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(world)
+small_base = world.small_base
+
+SETTINGS = [
+    *("--data", "data.yaml", "--model.init_args.traces_sampled.samples", "2"),
+    *("--model.init_args.traces_sampled.sampling.max_new_tokens", "8"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with clips and ``runs``: a pipeline's folder with a calibrator and its test, and a label SFT."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "clips").mkdir()
+    with (home / "clips" / "manifest.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", "split"])
+        for i, split in enumerate(["train"] * 4 + ["val"] * 2 + ["cal"] * 2 + ["test"] * 3):
+            world.write_solid(home / "clips" / f"{i}.mp4", 20 * i)
+            rows.writerow([f"{i}.mp4", ("dark", "bright")[i % 2], split])
+    (home / "task.yaml").write_text(
+        "name: light\nquestion: How light is it?\nclasses: [dark, {name: bright, definition: 'light, very'}]\n"
+    )
+    (home / "data.yaml").write_text(
+        "class_path: vidreason.datamodules.manifest.ManifestDataModule\n"
+        "init_args: {manifest: clips/manifest.csv, task: task.yaml, frames: {num_frames: 4}, batch_size: 4}\n"
+    )
+    (home / "vlm.yaml").write_text(
+        "class_path: vidreason.lightning_modules.vlms.tiny.vlm.TinyVLM\n"
+        f"init_args: {{path: {small_base}, lora: {{r: 4}}}}\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        common = ["--config", "configs/calibration.yaml", "--vlm", "vlm.yaml", *SETTINGS]
+        trained = "runs/x/stages/01_calibration"
+        tested = ["--run_dir", "runs/x/stages/02_test", "--model.init_args.calibrator_path", f"{trained}/adapter"]
+        assert main(["fit", *common, "--run_dir", trained, "--trainer.max_steps", "2"]) == 0
+        assert main(["test", *common, *tested]) == 0
+        label = ["--config", "configs/sft_label.yaml", "--vlm", "vlm.yaml", "--data", "data.yaml"]
+        assert main(["fit", *label, "--run_dir", "runs/label", "--trainer.max_steps", "1"]) == 0
+    records = {
+        "calibration": StageRecord("finished", "stages/01_calibration", {}, ["fit"]),
+        "test": StageRecord("finished", "stages/02_test", {}, ["test"]),
+        "grpo": StageRecord("skipped", "stages/03_grpo", {}, ["fit"]),
+    }
+    RunState("two", 4, records).save(home / "runs/x")
+    return home
+
+
+def predictions(home: Path) -> dict[str, dict]:
+    lines = (home / "runs/x/stages/02_test/predictions.jsonl").read_text().splitlines()
+    return {line["video_id"]: line for line in map(json.loads, lines)}
+
+
+def same(decision, line) -> bool:
+    return (
+        decision.label == line["pred"]
+        and decision.probs == pytest.approx(line["probs"], abs=1e-6)
+        and list(decision.traces) == [trace["text"] for trace in line["traces"]]
+    )
+
+
+@pytest.mark.parametrize("stage", ["test", "calibration"])
+def test_known_clips_get_what_the_test_said(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
+) -> None:
+    """One at a time under another name, or together: the noise goes by the id that the content has in the manifest."""
+    monkeypatch.chdir(home)
+    said = predictions(home)
+    assert len(said) == 3
+    ask = VideoClassifier.from_run("runs/x", stage)
+    shutil.copy("clips/8.mp4", tmp_path / "sent by phone.MP4")
+    assert same(ask(tmp_path / "sent by phone.MP4"), said["8.mp4"])
+    together = ask([f"clips/{i}.mp4" for i in (10, 8, 9)])
+    assert all(same(decision, said[f"{i}.mp4"]) for decision, i in zip(together, (10, 8, 9), strict=True))
+    assert len({decision.traces for decision in together}) == 3
+    more = ask("clips/8.mp4", traces=3)
+    assert more.traces[:2] == together[1].traces, "a further trace changes none before it"
+    assert len(more.traces) == 3
+    assert more.probs != pytest.approx(together[1].probs, abs=1e-6)
+    assert ask("clips/8.mp4").probs == pytest.approx(together[1].probs, abs=1e-6), "the run's K comes back"
+
+
+def test_frames_in_memory_are_sampled_like_a_file(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(home)
+    ask = VideoClassifier.from_run("runs/label")
+    path = world.write_solid(tmp_path / "new.mp4", 77, frames=10)
+    frames = read_frames(path, FrameOptions(num_frames=10)).frames.permute(0, 2, 3, 1).numpy()
+    file, memory = ask(path), ask(frames, fps=8.0)
+    assert memory.probs == pytest.approx(file.probs, abs=1e-6)
+    assert ask(255 - frames, fps=8.0).probs != pytest.approx(file.probs, abs=1e-6)
+    assert file.traces == ()
+    with pytest.raises(ValueError, match=r"frames 0: frames must be \[T, H, W, 3\] uint8"):
+        ask(np.zeros((4, 3, 8, 8), np.uint8), fps=8.0)
+    with pytest.raises(ValueError, match="give the frames per second"):
+        ask(frames)
+
+
+def test_a_moved_run_needs_neither_its_data_nor_its_place(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = predictions(home)
+    shutil.copytree(home / "runs/x", tmp_path / "elsewhere")
+    shutil.copy(home / "clips/9.mp4", tmp_path / "9.mp4")
+    monkeypatch.chdir(tmp_path)
+    decision = VideoClassifier.from_run("elsewhere")("9.mp4")
+    assert same(decision, said["9.mp4"]), "the id is the path as given, which here is the manifest's"
+
+
+def test_command(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(home)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    world.write_solid(tmp_path / "fine.mp4", 99)
+    capsys.readouterr()
+    assert main(["classify", str(tmp_path), "clips/8.mp4", "--run", "runs/x", "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(line["path"]).name for line in lines] == ["broken.mp4", "fine.mp4", "8.mp4"]
+    assert [set(line) for line in lines] == [{"path", "label", "probs", "traces", "seconds", "error"}] * 3
+    assert "broken.mp4" in lines[0]["error"]
+    assert lines[0]["label"] is None
+    assert sum(lines[1]["probs"].values()) == pytest.approx(1)
+    assert lines[2]["probs"] == pytest.approx(predictions(home)["8.mp4"]["probs"], abs=1e-6)
+    assert lines[1]["error"] is None
+    assert main(["classify", "clips/8.mp4", "--run", "runs/x"]) == 0
+    out = capsys.readouterr().out
+    assert "clips/8.mp4" in out
+    assert predictions(home)["8.mp4"]["pred"] in out
+
+
+@pytest.mark.parametrize(
+    ("run", "stage", "message"),
+    [
+        ("runs", None, "it holds the runs x, choose one"),
+        ("nowhere", None, "no finished run there"),
+        ("runs/x", "tset", "has the stages calibration, test, grpo"),
+        ("runs/x", "grpo", "is skipped, not finished"),
+        ("runs/label", "sft_label", "leave --stage out"),
+    ],
+)
+def test_what_cannot_be_asked(home: Path, run: str, stage: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_stage(home / run, stage)
