@@ -1,4 +1,4 @@
-"""Shows what was decided in TensorBoard: a few clips as text, and the confusion matrix as a picture."""
+"""Shows what was decided in TensorBoard: a few clips as text and as film strips, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
+from vidreason.callbacks.film_strip import captioned_strips, film_strip
 from vidreason.callbacks.tensorboard_text import log_image, log_text, markdown_table
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.predictions import Prediction
@@ -18,10 +20,12 @@ class PredictionLogger(L.Callback):
     Args:
         clips: Clips per table.
         confusion: Whether to draw the matrix.
+        strips: Clips of the table whose frames are shown.
     """
 
-    def __init__(self, clips: int = 8, confusion: bool = True) -> None:
+    def __init__(self, clips: int = 8, confusion: bool = True, strips: int = 4) -> None:
         self.clips = clips
+        self.strips = strips
         self.confusion = confusion
         self._shown: list[Prediction] = []
 
@@ -79,6 +83,18 @@ class PredictionLogger(L.Callback):
                 log_text(trainer, f"{split}/decisions", prediction_table(predictions))
                 if picture is not None:
                     log_image(trainer, f"{split}/confusion", picture)
+                if sheet := self._sheet(pl_module, split, predictions[: self.strips]):
+                    log_image(trainer, f"{split}/clips", captioned_strips(sheet))
+
+    def _sheet(self, module: VLMModule, split: str, predictions: list[Prediction]) -> list[tuple[str, Tensor]]:
+        """Film strips of clips, each with what was decided."""
+        paths = {clip.video_id: clip.path for clip in module.data.clips(split)}
+        drawn = [(p, film_strip(paths[p.video_id])) for p in predictions]
+        return [(_verdict(p), strip) for p, strip in drawn if strip is not None]
+
+
+def _verdict(p: Prediction) -> str:
+    return f"{p.video_id}: is {p.label}, decided {p.pred or 'nothing'} at {max(p.probs.values()):.2f}"
 
 
 def prediction_table(predictions: list[Prediction]) -> str:

@@ -1,4 +1,4 @@
-"""Shows GRPO's completions with their rewards and advantages as text in TensorBoard."""
+"""Shows GRPO's completions with rewards and advantages, and the clips they are about, in TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from vidreason.callbacks.tensorboard_text import log_text, markdown_table
+from vidreason.callbacks.film_strip import captioned_strips, film_strip
+from vidreason.callbacks.tensorboard_text import log_image, log_text, markdown_table
 from vidreason.lightning_modules.rollout import RolloutGroup
 
 
@@ -33,6 +34,10 @@ class RolloutLogger(L.Callback):
         if isinstance(outputs, Mapping) and "groups" in outputs:
             table = rollout_table(outputs["groups"][: self.prompts], outputs["advantages"])
             log_text(trainer, "train/rollouts", table)
+            strips = [(g.clip, film_strip(g.clip.path)) for g in outputs["groups"][: self.prompts]]
+            sheet = [(f"{clip.video_id}: {clip.label}", strip) for clip, strip in strips if strip is not None]
+            if sheet:
+                log_image(trainer, "train/rollouts/clips", captioned_strips(sheet))
 
 
 def rollout_table(groups: tuple[RolloutGroup, ...], advantages: Tensor) -> str:

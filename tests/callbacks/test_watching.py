@@ -1,10 +1,19 @@
 """Callbacks that only watch: what they show, and that a run without them is the same to the bit."""
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vidreason.callbacks.film_strip import (
+    CAPTION_HEIGHT,
+    STRIP_FRAMES,
+    STRIP_GAP,
+    STRIP_HEIGHT,
+    captioned_strips,
+    film_strip,
+)
 from vidreason.callbacks.prediction_logger import PredictionLogger
 from vidreason.callbacks.progress import RunProgress
 from vidreason.callbacks.rollout_logger import RolloutLogger
@@ -76,11 +85,26 @@ def test_watchers_change_nothing_and_show_everything(make_vlm, make_data, make_t
     texts = {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
     assert {"val/decisions"} <= texts
     assert ("train/rollouts" in texts) == (kind == "grpo")
-    assert "val/confusion" in events.Tags()["images"]
+    assert {"val/confusion", "val/clips"} <= set(events.Tags()["images"])
+    assert ("train/rollouts/clips" in events.Tags()["images"]) == (kind == "grpo")
     if kind == "grpo":
         table = events.Tensors("train/rollouts/text_summary")[0].tensor_proto.string_val[0].decode()
         assert "| clip | label | reward | format | length | advantage | tokens | completion |" in table
         assert len(table.splitlines()) == 2 + 2 * 2
+
+
+def test_a_strip_shows_frames_side_by_side(tmp_path, write_clip):
+    write_clip(tmp_path / "clip.mp4", [np.full((16, 32, 3), 20 * k, np.uint8) for k in range(12)])
+    strip = film_strip(tmp_path / "clip.mp4").float()
+    width = STRIP_HEIGHT * 2
+    assert strip.shape == (3, STRIP_HEIGHT, (width + STRIP_GAP) * STRIP_FRAMES - STRIP_GAP)
+    assert strip[..., :width].mean() + 50 < strip[..., -width:].mean(), "time runs from left to right"
+    sheet = captioned_strips([("first", strip.byte()), ("second", strip[..., :width].byte())])
+    assert sheet.shape == (3, 2 * (CAPTION_HEIGHT + STRIP_HEIGHT), strip.shape[2])
+    assert (sheet[:, :CAPTION_HEIGHT] < 99).any(), "a caption is written"
+    assert torch.equal(sheet[:, CAPTION_HEIGHT : CAPTION_HEIGHT + STRIP_HEIGHT].float(), strip)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    assert film_strip(tmp_path / "broken.mp4") is None
 
 
 def test_tables_keep_tags_readable():

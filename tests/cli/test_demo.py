@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from vidreason.cli import demo, demo_report, pipeline_run
 from vidreason.cli.demo import METHODS, QUICK, demo_settings, pipeline_options, run_demo
-from vidreason.cli.demo_report import choose_examples, draw_accuracy, draw_strip, render_comparison, render_example
+from vidreason.cli.demo_report import choose_examples, draw_accuracy, render_comparison, render_example
 from vidreason.cli.pipeline import read_call
 from vidreason.cli.pipeline_commands import Commands
 from vidreason.cli.summary import Prediction, SummaryRow, Trace, summarise_split
@@ -181,19 +180,3 @@ def test_an_example_says_what_was_thought_and_decided(tmp_path: Path) -> None:
         assert part in text
     wrong = demo_report.Worked(clip, prediction("test_L1", "visit", "theft"), tmp_path / "strip.png")
     assert "wrong, it is visit" in render_example(wrong)
-
-
-def test_a_strip_shows_frames_side_by_side(tmp_path: Path) -> None:
-    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
-        for k in range(12):
-            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), 20 * k, np.uint8), format="rgb24")
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    draw_strip(tmp_path / "clip.mp4", tmp_path / "strip.png")
-    strip = np.asarray(Image.open(tmp_path / "strip.png")).astype(int)
-    assert strip.shape == (32, (64 + demo_report.STRIP_GAP) * demo_report.STRIP_FRAMES - demo_report.STRIP_GAP, 3)
-    assert strip[:, :64].mean() + 50 < strip[:, -64:].mean()  # time runs from left to right

@@ -77,6 +77,19 @@ def test_fit_fills_the_run_folder_and_can_be_repeated(project, capsys):
     assert {**again, "run_dir": None} == {**saved, "run_dir": None}
 
 
+def test_tensorboard_holds_config_settings_and_outcome(project):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main([*FIT, "--data.init_args.batch_size", "3"]) == 0
+    events = EventAccumulator("runs/stage/tb", size_guidance={"tensors": 0})
+    events.Reload()
+    config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "vidreason fit --config configs/stage.yaml" in config
+    assert "batch_size: 3" in config
+    started = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert b"data.batch_size" in started
+
+
 def test_a_test_leaves_the_record_of_training(project):
     assert main(FIT) == 0
     before = Path("runs/stage/config.yaml").read_text()

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 REASONER = "deepintuit"
 """The method that shows its reasons"""
 EXAMPLES = 5
-STRIP_FRAMES = 6
-STRIP_SCALE = 2
-STRIP_GAP = 4
 """White pixels between two frames"""
 CHANCE_LABEL = "chance"
 
@@ -131,6 +128,9 @@ def work_examples(run_dir: Path, folder: Path) -> list[Worked]:
     chosen = choose_examples(_test_predictions(run_dir))
     if not chosen:
         return []
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    from vidreason.callbacks.film_strip import film_strip
     from vidreason.cli import lightning
     from vidreason.datamodules.base import VideoDataModule
 
@@ -145,30 +145,11 @@ def work_examples(run_dir: Path, folder: Path) -> list[Worked]:
     for number, prediction in enumerate(chosen, 1):
         clip = next(clip for clip in data.clips(prediction.split) if clip.video_id == prediction.video_id)
         strip = folder / f"{number}_{prediction.split}_{prediction.label}.png"
-        draw_strip(clip.path, strip)
+        picture = film_strip(clip.path)
+        assert picture is not None, f"{clip.path} was read for its prediction"
+        to_pil_image(picture).save(strip)
         worked.append(Worked(clip, prediction, strip))
     return worked
-
-
-def draw_strip(clip: Path, path: Path) -> None:
-    """Draws frames of a clip side by side.
-
-    Args:
-        clip: Video file.
-        path: PNG to write.
-    """
-    from PIL import Image
-
-    from vidreason.datamodules.decoding import FrameOptions, read_frames
-
-    frames = read_frames(clip, FrameOptions(num_frames=STRIP_FRAMES)).frames  # [T, 3, H, W] uint8
-    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
-    width, height = images[0].width * STRIP_SCALE, images[0].height * STRIP_SCALE
-    strip = Image.new("RGB", ((width + STRIP_GAP) * len(images) - STRIP_GAP, height), "white")
-    for position, image in enumerate(images):
-        scaled = image.resize((width, height), Image.Resampling.NEAREST)
-        strip.paste(scaled, (position * (width + STRIP_GAP), 0))
-    strip.save(path)
 
 
 def render_example(example: Worked) -> str:

@@ -65,9 +65,40 @@ class RunRecord(SaveConfigCallback):
         self.parser.save(
             self.config, folder / f"config{suffix}.yaml", skip_unset=False, overwrite=True, multifile=False
         )
+        self._log_text(trainer, (folder / f"config{suffix}.yaml").read_text(encoding="utf-8"))
         data: object = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, VideoDataModule):
             data.task.to_yaml(folder / TASK_FILE)  # the model can be asked where the data set is not
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Puts settings and final metrics beside each other, for TensorBoard's table of runs."""
+        self._log_outcome(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As after a fit."""
+        self._log_outcome(trainer)
+
+    def _log_text(self, trainer: L.Trainer, config: str) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                quoted = "\n".join(f"    {line}" for line in [self.command_line, "", *config.splitlines()])
+                logger.experiment.add_text("config", quoted, trainer.global_step)
+
+    def _log_outcome(self, trainer: L.Trainer) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(_settings(self.config), metrics, trainer.global_step)
+
+
+def _settings(config: Namespace) -> dict[str, Any]:
+    """What distinguishes runs: the arguments of model, model family and data, and how long it trains."""
+    keys = ("model.", "vlm.", "data.", "seed_everything", "trainer.max_epochs", "trainer.max_steps")
+    return {
+        key.replace("init_args.", ""): value
+        for key, value in vars(config.as_flat()).items()
+        if key.startswith(keys) and isinstance(value, str | int | float | bool)
+    }
 
 
 class VideoCLI(LightningCLI):
