@@ -85,7 +85,7 @@ class RunRecord(SaveConfigCallback):
                 logger.experiment.add_text("config", quoted, trainer.global_step)
 
     def _log_outcome(self, trainer: L.Trainer) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(_settings(self.config), metrics, trainer.global_step)
