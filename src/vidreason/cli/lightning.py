@@ -88,7 +88,7 @@ class RunRecord(SaveConfigCallback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(_settings(self.config), metrics, trainer.global_step)
+                logger.log_hyperparams(_settings(self.config), metrics or None, trainer.global_step)
 
 
 def _settings(config: Namespace) -> dict[str, Any]:
