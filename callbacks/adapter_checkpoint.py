@@ -8,6 +8,9 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER, WEIGHTS_FOLDER
+
+EXPORTED = (ADAPTER_FOLDER, WEIGHTS_FOLDER)
 
 
 class AdapterCheckpoint(L.Callback):
@@ -58,8 +61,9 @@ class AdapterCheckpoint(L.Callback):
         self.best = state_dict["best"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forgets an earlier fit of this process; a checkpoint that is resumed is loaded before."""
-        if not trainer.ckpt_path:
+        """Forgets an earlier fit of this process, and that of a checkpoint whose weights lie in another run folder."""
+        assert isinstance(pl_module, VLMModule)
+        if not trainer.ckpt_path or not any((pl_module.run_dir / name).is_dir() for name in EXPORTED):
             self.best = None
 
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, why: str) -> None:

@@ -50,7 +50,7 @@ class PredictionWriter(L.Callback):
         lines: dict[tuple[str, str], str] = {}
         parts = [_part(trainer, rank) for rank in range(trainer.world_size)]
         for part in parts:
-            for line in part.read_text(encoding="utf-8").splitlines():
+            for line in part.read_text(encoding="utf-8").split("\n")[:-1]:
                 record = json.loads(line)
                 lines.setdefault((record["split"], record["video_id"]), line)
         whole = parts[0]

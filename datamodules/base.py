@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -146,15 +148,45 @@ def run_seed(seed: int | None) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
+def batches_of_an_epoch(trainer: L.Trainer, batches: int) -> int:
+    """How many of a loader's ``batches`` the trainer takes in an epoch."""
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def position(trainer: L.Trainer, batches: int) -> tuple[int, int]:
+    """Where a fit stands, or goes on: the epoch of the next batch, and how many batches of it have been trained on.
+
+    Args:
+        trainer: Its progress is restored, if it goes on from a checkpoint.
+        batches: Of one epoch of the loader.
+    """
+    epochs, done = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    if epochs.started <= epochs.processed:  # between two epochs
+        return epochs.processed, 0
+    if done >= batches_of_an_epoch(trainer, batches):  # saved by the epoch's last validation
+        return epochs.processed + 1, 0
+    return epochs.processed, done
+
+
 class SeededSampler(DistributedSampler[Any]):
     """Shuffles by seed and epoch alone, on one process or many; Lightning calls its ``set_epoch``.
 
     The epoch travels with each index, since workers that live on would not see it change on the dataset.
     """
 
+    consumed: tuple[int, int] = (0, 0)
+    """An epoch, and how many of its clips this rank had seen when the run was interrupted"""
+
     def __iter__(self) -> Iterator[ClipKey]:
-        """Yields this rank's clips in the order of this epoch."""
-        return (ClipKey(index, self.epoch) for index in super().__iter__())
+        """Yields this rank's clips in the order of this epoch; of one that was interrupted, those not seen yet."""
+        epoch, seen = self.consumed
+        rest = islice(self.order(), seen if epoch == self.epoch else 0, None)
+        return (ClipKey(index, self.epoch) for index in rest)
+
+    def order(self) -> Iterator[int]:
+        """This rank's positions in the order of this epoch, from its beginning."""
+        return super().__iter__()
 
 
 class VideoDataModule(L.LightningDataModule, ABC):
@@ -168,7 +200,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         num_workers: processes that decode; 0 decodes in the main one.
         seed: of shuffling and of the jitter of segment sampling; None takes ``seed_everything``'s.
         predict_splits: what ``predict`` runs over.
-        test_splits: what ``test`` runs over; None takes every split whose name begins with "test".
+        test_splits: what ``test`` runs over; None takes every split but train, val and cal.
         split_seed: of the splits that have to be made; apart from ``seed``, so that seeds see the same splits.
     """
 
@@ -264,7 +296,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         if self._clips is None:
             self.setup("")
         assert self._clips is not None
-        return tuple(name for name in self._clips if name.startswith("test"))
+        return tuple(name for name in self._clips if name not in ("train", "val", "cal"))
 
     def set_view(self, view: ClipView) -> None:
         """Sets what is shown in training, and elsewhere unless ``set_eval_view`` says otherwise."""
@@ -311,8 +343,13 @@ class VideoDataModule(L.LightningDataModule, ABC):
         if train:
             kept = tuple(clip for clip in clips if view.keep(clip))
             if len(kept) < len(clips):
+                left_out = [clip.video_id for clip in clips if not view.keep(clip)]
                 _LOG.warning(
-                    "%s: %d of %d clips have no target and are left out", split, len(clips) - len(kept), len(clips)
+                    "%s: %d of %d clips have no target and are left out: %s",
+                    split,
+                    len(left_out),
+                    len(clips),
+                    first_five(left_out),
                 )
             if not kept:
                 raise ValueError(f"no clip of split {split!r} has a target to train on")
@@ -353,15 +390,20 @@ class VideoDataModule(L.LightningDataModule, ABC):
         return DataLoader(
             dataset,
             batch_size=batch_size or (self.batch_size if train else self.eval_batch_size),
-            sampler=self._sampler(dataset) if train else None,
+            sampler=self._sampler(dataset, batch_size or self.batch_size) if train else None,
             num_workers=self.num_workers,
             collate_fn=BatchCollator(self.encoder, self.label_names),
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),
         )
 
-    def _sampler(self, dataset: ClipDataset) -> SeededSampler:
+    def _sampler(self, dataset: ClipDataset, batch_size: int) -> SeededSampler:
         """One sampler for any number of processes; Lightning leaves a distributed sampler as it is."""
         given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         ranks = given or {"num_replicas": 1, "rank": 0}
-        return SeededSampler(dataset, ranks["num_replicas"], ranks["rank"], shuffle=True, seed=self.seed)
+        sampler = SeededSampler(dataset, ranks["num_replicas"], ranks["rank"], shuffle=True, seed=self.seed)
+        if self.trainer is not None:  # workers ask for clips before Lightning tells the sampler its epoch
+            epoch, batches = position(self.trainer, math.ceil(len(sampler) / batch_size))
+            sampler.set_epoch(epoch)
+            sampler.consumed = (epoch, batches * batch_size)
+        return sampler

@@ -200,6 +200,12 @@ class ManifestDataModule(VideoDataModule):
         counts = Counter(clip.video_id for clip in clips)
         twice = [clip for clip in clips if counts[clip.video_id] > 1]
         self._refuse("duplicate video_id", [f"{self._place(clip)}: {clip.video_id!r}" for clip in twice])
+        homes: dict[Path, Clip] = {}
+        again = [(clip, home) for clip in clips if (home := homes.setdefault(clip.path, clip)) is not clip]
+        self._refuse(
+            "the same file under two ids, so that test clips might be known from training",
+            [f"{self._place(clip)}: {clip.path}, as in {self._place(home)}" for clip, home in again],
+        )
         missing = [clip for clip in clips if not clip.path.is_file()]
         self._refuse(
             f"missing file, looked for from {self.root or self.manifest.parent}",

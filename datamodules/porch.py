@@ -111,6 +111,7 @@ class PorchDataModule(ManifestDataModule):
         self.shortcut, self.label_noise = shortcut, label_noise
         self.world_seed = run_seed(seed) if world_seed is None else world_seed
         self.teacher_traces = None if teacher_traces is None else Path(teacher_traces)
+        self._teacher_wrote = False
         if not 0 <= self.world_seed < 2**32:
             raise ValueError(f"the seed of the clips must be in 0 .. 2**32 - 1, got {self.world_seed}")
         self.folder = Path(data_dir) / self._name()
@@ -137,8 +138,9 @@ class PorchDataModule(ManifestDataModule):
         """Renders the clips if they are not there, and writes the teacher's traces where they are asked for."""
         if not self.manifest.is_file():
             self._render()
-        if self.teacher_traces is not None:
+        if self.teacher_traces is not None and not self._teacher_wrote:
             self.write_teacher_traces(self.teacher_traces)
+            self._teacher_wrote = True
 
     def write_teacher_traces(self, path: Path) -> None:
         """Writes the rationales behind the clips of split train, rule and label included, as another model's traces.

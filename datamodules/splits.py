@@ -146,7 +146,7 @@ def _group_key(clip: Clip) -> str:
 
 
 def _place(clip: Clip) -> str:
-    return clip.where or clip.video_id
+    return clip.where or str(clip.path)
 
 
 def _deal(groups: Mapping[str, Sequence[Clip]], shares: Mapping[str, float], seed: int) -> dict[str, str]:

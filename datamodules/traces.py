@@ -164,6 +164,25 @@ class TraceStore:
                 "the file's first line (cold start alone takes such traces)"
             )
 
+    def check_sampling(self, expected: TraceHeader) -> None:
+        """Refuses traces that were sampled otherwise than the stage samples at test; their number may differ.
+
+        A header that says nothing of sampling is taken as it is.
+
+        Raises:
+            ValueError: naming what differs and what to do.
+        """
+        found, wanted = _without_count(self.header.sampling), _without_count(expected.sampling)
+        if found and found != wanted:
+            raise ValueError(
+                f"{self.path}: was sampled with {found}, but the stage samples with {wanted}, at test too: set "
+                "model.init_args.traces_sampled.sampling as the file has it, or write the traces again"
+            )
+
+
+def _without_count(sampling: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in sampling.items() if name not in ("samples", "seed")}
+
 
 def _header_line(header: TraceHeader) -> str:
     return json.dumps({_VERSION_KEY: _VERSION, **asdict(header), "sampling": dict(header.sampling)}, ensure_ascii=False)

@@ -87,6 +87,11 @@ class VLMModule(WeightsModule):
         self.metrics = nn.ModuleDict()
         self._written: frozenset[str] = frozenset()
 
+    @property
+    def stage_name(self) -> str:
+        """As for every stage; this class by itself is no training stage."""
+        return "zero_shot" if type(self) is VLMModule else super().stage_name
+
     # ------------------------------------------------------------------ what it sees
 
     def setup(self, stage: str) -> None:
@@ -127,6 +132,7 @@ class VLMModule(WeightsModule):
             base_sha=self.vlm.base_sha(),
             adapter_sha=self.parent_sha,
             task_sha=self.task.sha(),
+            seed=self.seed,
             sample=self.sample_texts,
         )
 

@@ -23,7 +23,6 @@ Shape letters: B clips, K traces per clip, C classes, R = traces in a batch, N t
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -164,6 +163,10 @@ class CalibrationModule(VLMModule):
             )
         if info.get("label_names") != list(self.data.label_names):
             raise ValueError(f"calibrator_path: {folder} was trained on the classes {info.get('label_names')}")
+        if info.get("task_sha") != self.task.sha():
+            raise ValueError(
+                f"calibrator_path: {folder} was trained on another task file (its question, definitions or prompts)"
+            )
         policy = info.get("policy")
         if self.adapter_path is None and policy is not None:
             self.adapter_path = os.path.normpath(folder.resolve() / str(policy))
@@ -223,14 +226,17 @@ class CalibrationModule(VLMModule):
         """Returns the traces by video id; those that the trace file lacks are sampled now.
 
         Raises:
-            ValueError: The file is of another policy, task or prompt.
+            ValueError: The file is of another policy, task, prompt or sampling.
         """
         writer = self.writer(ReasonView(self.task), self.trace_options)
         found: dict[str, tuple[TraceRecord, ...]] = {}
         if self.traces is not None:
             store = TraceStore.open(Path(self.traces))
             store.check(writer.header, allow_external=False)
-            found = store.by_video(kept_only=False)
+            store.check_sampling(writer.header)
+            samples = self.trace_options.samples
+            found = {name: group[:samples] for name, group in store.by_video(kept_only=False).items()}
+            found = {name: group for name, group in found.items() if len(group) == samples}
         lacking = [s for s in splits if any(clip.video_id not in found for clip in self.data.clips(s))]
         if not lacking:
             return found
@@ -336,11 +342,18 @@ class CalibrationModule(VLMModule):
         logprobs, labels = [], []
         with torch.no_grad(), evaluating(self.policy), self.forward_context():
             for batch in self.data.loader("cal", self.review("all")):
-                if len(batch):
-                    moved = batch.to(self.device)
-                    logprobs.append(self.class_logprobs(moved).float().cpu())
-                    labels.append(moved.labels.cpu())
+                labelled = batch.labels >= 0
+                if bool(labelled.any()):
+                    logprobs.append(self.class_logprobs(batch.to(self.device)).float().cpu()[labelled])
+                    labels.append(batch.labels[labelled])
+        if not labels:
+            raise ValueError("calibration: no clip of split cal can be read and has a label, so no temperature fits")
         fit = fit_temperature(torch.cat(logprobs), torch.cat(labels))
+        if fit.at_bound:
+            rank_zero_warn(
+                f"calibration: the temperature fitted on {len(torch.cat(labels))} clips of cal is at its bound, "
+                f"{fit.temperature:.2f}: too few clips, or probabilities that say nothing"
+            )
         self.temperature, self._temperature_step = fit.temperature, self.trainer.global_step
 
     # ------------------------------------------------------------------ artefacts
@@ -367,9 +380,9 @@ class CalibrationModule(VLMModule):
         if stale and self.trainer.state.status != TrainerStatus.INTERRUPTED:
             self.refresh_temperature()
         folder = run_dir / ADAPTER_FOLDER
-        save_adapter(self.policy, folder, CALIBRATOR, self.lineage().info())
-        if self.adapter_path is not None and not self.starts_from_weights:
-            shutil.copytree(self.adapter_path, folder / POLICY, ignore=shutil.ignore_patterns(POLICY))
+        copied = self.adapter_path is not None and not self.starts_from_weights
+        beside = {POLICY: Path(str(self.adapter_path))} if copied else {}
+        save_adapter(self.policy, folder, CALIBRATOR, self.lineage().info(), beside)
         return folder
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -208,14 +208,6 @@ class GRPOModule(VLMModule):
                 self.reference = copy.deepcopy(model).requires_grad_(False).eval()
         return model
 
-    def total_steps(self) -> int:
-        """Optimizer steps of this fit: ``inner_epochs`` x ``minibatches`` for each batch."""
-        batches = super().total_steps()
-        if self.trainer.max_epochs == -1:
-            return batches  # max_steps counts optimizer steps
-        steps = int(self.trainer.num_training_batches) * int(self.trainer.max_epochs or 1) * self.updates_per_batch
-        return steps if self.trainer.max_steps == -1 else min(steps, self.trainer.max_steps)
-
     @property
     def updates_per_batch(self) -> int:
         """Optimizer steps per rollout batch."""

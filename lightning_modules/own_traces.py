@@ -55,13 +55,15 @@ class Writer:
     base_sha: str
     adapter_sha: str
     task_sha: str
+    seed: int
     sample: Callable[[VideoBatch, TraceOptions], Sequence[Sequence[Completion]]]
     """batch, options -> [B][K] completions"""
 
     @property
     def header(self) -> TraceHeader:
         """Identity of the texts that this writer writes."""
-        sampling: dict[str, object] = {**asdict(self.options.sampling), "samples": self.options.samples}
+        counts = {"samples": self.options.samples, "seed": self.seed}
+        sampling: dict[str, object] = {**asdict(self.options.sampling), **counts}
         return TraceHeader(False, self.base_sha, self.adapter_sha, self.view.sha(), self.task_sha, sampling)
 
     def records(self, batch: VideoBatch, label_names: tuple[str, ...]) -> list[TraceRecord]:

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
-from vidreason.datamodules.base import VideoDataModule, run_seed
+from vidreason.datamodules.base import VideoDataModule, batches_of_an_epoch, run_seed
 from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.lineage import Lineage
 from vidreason.lightning_modules.vlms.adapters import adapter_sha, is_adapter_folder, save_adapter, save_weights
@@ -29,6 +30,14 @@ from vidreason.lightning_modules.vlms.building import POLICY, checkpoint_sha
 
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FOLDER = "weights"
+
+
+class _Start(NamedTuple):
+    """The weights that a stage starts from."""
+
+    path: str | None
+    sha: str
+    full: bool
 
 
 class WeightsModule(L.LightningModule):
@@ -43,7 +52,8 @@ class WeightsModule(L.LightningModule):
         seed: Seed of all sampling; null takes ``seed_everything``'s.
     """
 
-    stage: ClassVar[str] = "zero_shot"
+    stage: ClassVar[str]
+    """Name of the stage; a subclass that sets none is called by its class's name."""
 
     def __init__(
         self,
@@ -65,13 +75,15 @@ class WeightsModule(L.LightningModule):
         self.warmup = warmup
         self.seed = run_seed(seed)
         self.model: nn.Module | None = None
+        self._started_from: _Start | None = None
 
     # ------------------------------------------------------------------ where it runs
 
     @property
     def stage_name(self) -> str:
         """Name of the stage, for lineage and to keep checkpoints of different stages apart."""
-        return self.stage
+        name: str = getattr(type(self), "stage", type(self).__name__)
+        return name
 
     @property
     def policy(self) -> nn.Module:
@@ -125,12 +137,22 @@ class WeightsModule(L.LightningModule):
     @property
     def parent_sha(self) -> str:
         """Hash of the weights that the stage starts from; empty for the base."""
-        return adapter_sha(self.adapter_path) if self.adapter_path is not None else ""
+        return self._start().sha
 
     @property
     def starts_from_weights(self) -> bool:
         """Whether ``adapter_path`` is a folder of full weights."""
-        return self.adapter_path is not None and not is_adapter_folder(self.adapter_path)
+        return self._start().full
+
+    def _start(self) -> _Start:
+        """What ``adapter_path`` holds, read once: the stage may write its own weights into that folder later."""
+        path = self.adapter_path
+        if self._started_from is None or self._started_from.path != path:
+            if path is None:
+                self._started_from = _Start(None, "", full=False)
+            else:
+                self._started_from = _Start(path, adapter_sha(path), full=not is_adapter_folder(path))
+        return self._started_from
 
     def forward_context(self) -> AbstractContextManager[object]:
         """The trainer's precision context, for forwards outside its loops."""
@@ -151,16 +173,29 @@ class WeightsModule(L.LightningModule):
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps that follow a batch."""
+        return 1
+
     def total_steps(self) -> int:
         """Optimizer steps of this fit.
+
+        Counted here, since ``Trainer.estimated_stepping_batches`` starts the loaders before a checkpoint is restored,
+        so that workers would fetch the first epoch's clips.
 
         Raises:
             ValueError: Where the trainer runs without end and the schedule needs one.
         """
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
+        trainer = self.trainer
+        limits = [] if trainer.max_steps == -1 else [trainer.max_steps]
+        if trainer.max_epochs is not None and trainer.max_epochs != -1:
+            batches = batches_of_an_epoch(trainer, len(self.data.train_dataloader()))
+            steps = math.ceil(batches / trainer.accumulate_grad_batches) * self.updates_per_batch
+            limits.append(steps * trainer.max_epochs)
+        if not limits:
             raise ValueError("set trainer.max_epochs or trainer.max_steps: the schedule needs to know where it ends")
-        return max(1, int(total))
+        return max(1, min(limits))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the norm of the gradient before it is clipped (automatic optimisation)."""
@@ -227,6 +262,18 @@ class WeightsModule(L.LightningModule):
         Raises:
             ValueError: Naming both stages and what to do.
         """
+        self._check_stage(checkpoint)
+
+    def refuse_foreign_checkpoint(self, path: str | Path) -> None:
+        """Looks into a checkpoint that is to be resumed, before hours are spent on what comes before loading it.
+
+        Raises:
+            ValueError: It is of another stage.
+        """
+        if Path(path).is_file():
+            self._check_stage(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+
+    def _check_stage(self, checkpoint: dict[str, Any]) -> None:
         found = checkpoint.get("vidreason_stage")
         if found != self.stage_name:
             raise ValueError(
@@ -246,10 +293,16 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def set_train_mode(model: nn.Module) -> None:
-    """Puts every module that holds a trainable parameter into train mode and every other into eval mode.
+def set_train_mode(model: nn.Module, parent: bool = True) -> None:
+    """Puts what holds a trainable parameter into train mode and what holds frozen ones alone into eval mode.
 
-    So a frozen tower's BatchNorm keeps its statistics.
+    So a frozen tower's BatchNorm keeps its statistics. What has no parameters (dropout) goes with what it is part of.
+
+    Args:
+        model: The module, changed in place with all its parts.
+        parent: Mode of what it is part of.
     """
-    for module in model.modules():
-        module.training = any(p.requires_grad for p in module.parameters())
+    parameters = list(model.parameters())
+    model.training = any(p.requires_grad for p in parameters) if parameters else parent
+    for child in model.children():
+        set_train_mode(child, model.training)

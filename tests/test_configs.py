@@ -69,6 +69,7 @@ def test_all_strategies_of_the_documentation_exist():
 def test_debug_overlay(name):
     cli = build("fit", ["--config", str(CONFIGS / name), "--config", str(CONFIGS / "debug.yaml")])
     assert cli.trainer.max_steps == 2
+    assert cli.datamodule.sizes["train"] <= 16, "a handful of clips"
 
 
 def test_every_class_of_ours_is_named_by_its_package():

@@ -19,6 +19,7 @@ from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.grpo import REFERENCE, GRPOModule
 from vidreason.lightning_modules.grpo_parts import Part
+from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.rollout import CompletionBatch
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration
@@ -213,7 +214,8 @@ def test_calibration(pinned_vlm, trace_of, make_data, tmp_path):
     data = make_data(pinned_vlm)
     view = ReasonView(data.task)
     traces = write_traces(tmp_path / "t.jsonl", pinned_vlm, view, ["train", "val", "cal"], data, render_completion)
-    compare("calibration_tokens", trace_of(FixedLoRA(pinned_vlm, traces=traces, optimizer=sgd)))
+    two = TraceOptions(samples=2)
+    compare("calibration_tokens", trace_of(FixedLoRA(pinned_vlm, traces=traces, traces_sampled=two, optimizer=sgd)))
 
 
 class FixedLoRA(CalibrationModule):

@@ -1,5 +1,6 @@
 """Stages one after the other, interrupted ones too: what one writes, the next one reads."""
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -104,7 +105,7 @@ class Interrupted(RationaleSFTModule):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("stop_at", [2, 3])
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_vlm, make_data, make_trainer, stop_at):
     """Own rationales, so that the resumed run must not write them with half-trained weights."""
 
@@ -134,8 +135,49 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_vlm, make_data,
     assert resumed.global_step == whole.global_step == 6
     other = dict(whole.named_parameters())
     for name, p in resumed.named_parameters():
-        if p.requires_grad and stop_at == 2:  # within an epoch Lightning begins the epoch's clips again
+        if p.requires_grad:
             torch.testing.assert_close(p, other[name], rtol=1e-5, atol=1e-7)
+
+
+SAVES = {  # how a checkpoint comes to be, and after how many steps
+    "by a validation": ({}, 2),
+    "at the end of an epoch": ({"save_on_train_epoch_end": True}, 2),
+    "by Ctrl-C": ({"save_on_exception": True}, 3),
+    "every so many steps": ({"every_n_train_steps": 3}, 3),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", SAVES)
+def test_a_resumed_run_goes_on_with_the_next_clip(make_vlm, make_data, make_trainer, how, workers):
+    """Workers ask for clips before the trainer has said which epoch it is."""
+    options, steps = SAVES[how]
+    seen = []
+
+    class Watched(RationaleSFTModule):
+        stop_at = -1
+
+        def training_step(self, batch, batch_idx):
+            if self.global_step == self.stop_at:
+                raise KeyboardInterrupt
+            seen.append((self.current_epoch, *batch.video_ids))
+            return super().training_step(batch, batch_idx)
+
+    def fit(folder, epochs, stop_at=-1, **kwargs):
+        module = Watched(make_vlm(), optimizer=adamw)
+        module.stop_at = stop_at
+        trainer = make_trainer(folder, max_epochs=epochs, callbacks=kwargs.pop("callbacks", []))
+        trainer.fit(module, make_data(module.vlm, num_workers=workers), **kwargs)
+
+    fit("whole", 3)
+    whole, saving = list(seen), ModelCheckpoint(save_last=True, save_top_k=0, **options)
+    seen.clear()
+    with contextlib.suppress(SystemExit):
+        fit("cut", 1 if steps == 2 else 3, stop_at=steps, callbacks=[saving])
+    assert seen == whole[:steps]
+    fit("resumed", 3, ckpt_path=saving.last_model_path, weights_only=True)
+    assert seen == whole
+    assert len(set(whole)) == 6
 
 
 def test_a_second_fit_into_the_same_folder_works(make_vlm, make_data, make_trainer):

@@ -104,8 +104,22 @@ def _peft(model: nn.Module, name: str) -> PeftModel:
     return model
 
 
-def save_adapter(model: nn.Module, folder: str | Path, name: str, info: Mapping[str, object]) -> None:
-    """Writes adapter ``name`` as a PEFT folder with ``info`` in ``vidreason.json``, replacing what was there."""
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str,
+    info: Mapping[str, object],
+    beside: Mapping[str, Path] | None = None,
+) -> None:
+    """Writes adapter ``name`` as a PEFT folder with ``info`` in ``vidreason.json``, replacing what was there.
+
+    Args:
+        model: The model that has the adapter.
+        folder: Where to.
+        name: Name of the adapter.
+        info: Content of ``vidreason.json``.
+        beside: Adapter folders to copy into it, by the names they get; they may lie in what is replaced.
+    """
     peft_model, folder = _peft(model, name), Path(folder)
     draft = _draft(folder)
     weights: dict[str, Tensor] = get_peft_model_state_dict(peft_model, adapter_name=name)
@@ -113,6 +127,8 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str, info: Mapping[
     config = deepcopy(peft_model.peft_config[name])
     config.inference_mode = True
     config.save_pretrained(str(draft))
+    for inner, other in (beside or {}).items():
+        shutil.copytree(other, draft / inner, ignore=shutil.ignore_patterns(inner))
     _publish(draft, folder, info)
 
 

@@ -51,9 +51,14 @@ def render(processor: Any, text: str, assistant: str | None = None) -> str:
 
 
 def tokens(processor: Any, text: str) -> list[int]:
-    """Token ids of ``text`` alone, without anything the tokenizer would add."""
+    """Token ids of a piece of the template alone, without anything the tokenizer would add."""
     ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def _spelt(processor: Any, words: str) -> Any:
+    """Encodes somebody's words; what looks like a special token in them is spelt, so that no text closes its turn."""
+    return processor.tokenizer(words, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
 
 
 def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
@@ -187,10 +192,10 @@ def _check_place(where: str, example: Example, text: Text, number: int) -> None:
 def _encode_text(processor: Any, frame: ChatFrame, text: Text, opened: bool, owner: int, offset: int) -> _Row:
     parent = text.parent + offset if text.parent >= 0 else -1
     if text.role == "context":
-        ids = tokens(processor, text.text)
+        ids = _spelt(processor, text.text)["input_ids"]
         return _Row(ids, [False] * len(ids), [False] * len(ids), owner, parent)
     words = frame.lead + text.text
-    encoded = processor.tokenizer(words, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = _spelt(processor, words)
     start = answer_start(text.text)
     first = len(words) if start is None else start + len(frame.lead)
     answers = [end > first for _, end in encoded["offset_mapping"]] + [start is not None] * len(frame.end_of_turn)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
 from vidreason.lightning_modules.sft import RationaleSFTModule
@@ -100,3 +101,14 @@ def test_a_second_fit_into_the_same_folder_replaces_the_first(make_vlm, make_dat
         module = Scripted(vlm, accuracies)
         make_trainer(max_epochs=2, callbacks=[AdapterCheckpoint("val/acc")]).fit(module, make_data(vlm))
     assert json.loads((module.run_dir / "adapter" / "vidreason.json").read_text())["global_step"] == 4
+
+
+def test_a_fit_resumed_into_another_folder_hands_something_on(make_vlm, make_data, make_trainer):
+    saving = ModelCheckpoint(save_last=True, save_top_k=0)
+    module = Scripted(make_vlm(), [0.9])
+    make_trainer("a", max_epochs=1, callbacks=[AdapterCheckpoint("val/acc"), saving]).fit(module, make_data(module.vlm))
+    again = Scripted(make_vlm(), [0.5])
+    make_trainer("b", max_epochs=2, callbacks=[AdapterCheckpoint("val/acc")]).fit(
+        again, make_data(again.vlm), ckpt_path=saving.last_model_path, weights_only=True
+    )
+    assert same(again.seen[0], exported(again.run_dir / "adapter", make_vlm()))

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.callbacks.result_table import ResultTable, result_table
 from vidreason.callbacks.trace_writer import TraceWriter
+from vidreason.cli.summary import read_predictions
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -26,6 +28,21 @@ def test_one_line_for_every_clip_in_the_documented_form(make_vlm, make_data, mak
     assert [line["video_id"] for line in lines if line["failed"]] == ["test_b_2"]
     assert set(lines[0]["traces"][0]) == {"text", "answer"}
     assert not list(path.parent.glob("*.part*"))
+
+
+def test_a_trace_may_hold_any_character(make_vlm, make_data, make_trainer):
+    """Line separators of Unicode among them, which are no ends of lines in a JSONL file."""
+
+    class Odd(VLMModule):
+        def evaluate_batch(self, batch, split):
+            made = super().evaluate_batch(batch, split)["predictions"]
+            return {"predictions": tuple(replace(p, answer="a\u2028b\u0085c") for p in made)}
+
+    module = Odd(make_vlm())
+    trainer = make_trainer(callbacks=[PredictionWriter()])
+    trainer.test(module, make_data(module.vlm), verbose=False)
+    predictions = read_predictions(module.run_dir / "predictions.jsonl")
+    assert len(predictions) == 6
 
 
 def test_an_interrupted_test_leaves_the_last_file(make_vlm, make_data, make_trainer):

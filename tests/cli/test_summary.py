@@ -95,6 +95,7 @@ def test_a_twin_pair_counts_only_if_both_are_right() -> None:
     assert twin_accuracy([*pairs, clip("a", "a", group="4")]) == pytest.approx(1 / 3)  # half a pair
     assert twin_accuracy([clip("a", "a", group="1"), clip("a", "a", group="1")]) is None  # same label
     assert twin_accuracy([clip("a", "a", group="person")] * 3 + pairs) is None  # groups of another kind
+    assert twin_accuracy([clip("a", "a", group="same")] * 2 + pairs) is None  # two clips of one label
     assert twin_accuracy([clip("a", "a"), clip("b", "b")]) is None  # no groups
 
 

@@ -1,11 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.callbacks.trace_writer import TraceWriter
-from vidreason.datamodules.prompts import DescribeView, LabelScoringView, ReasonView
+from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReasonView
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
@@ -185,3 +187,56 @@ def test_clipping_returns_the_norm_before(make_vlm, ready):
     assert float(trained[0].grad.flatten()[0]) == 1
     assert float(module.clip_gradients_(1.0)) == pytest.approx(count**0.5)
     assert float(module.clip_gradients_(0.0)) == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_lora_dropout_drops_in_training_alone(make_vlm, ready, dropout):
+    vlm = make_vlm()
+    vlm.lora = replace(vlm.lora, dropout=dropout)
+    module = ready(RationaleSFTModule(vlm, target="label"))
+    with torch.no_grad():
+        for name, p in module.policy.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.1)
+    batch = next(iter(module.data.train_dataloader()))
+
+    def score():
+        with torch.no_grad():
+            return vlm.score(module.policy, batch.prompts, batch.texts).logprobs
+
+    set_train_mode(module.policy)
+    assert not module.policy.get_base_model().model.visual.training, "the frozen tower keeps its statistics"
+    assert torch.equal(score(), score()) == (dropout == 0)
+    module.policy.eval()
+    assert torch.equal(score(), score())
+
+
+def test_a_stage_of_ones_own_has_its_own_name(make_vlm, make_data, make_trainer):
+    class Smooth(VLMModule):
+        def training_step(self, batch, batch_idx):
+            return -self.vlm.score(self.policy, batch.prompts, batch.texts).logprobs.mean()
+
+        def train_view(self):
+            return LabelView(self.task)
+
+    class Smoother(Smooth):
+        pass
+
+    assert VLMModule(make_vlm()).stage_name == "zero_shot"
+    saving = ModelCheckpoint(save_last=True, save_top_k=0)
+    module = Smooth(make_vlm())
+    make_trainer("a", max_steps=1, limit_val_batches=0, callbacks=[saving]).fit(module, make_data(module.vlm))
+    other = Smoother(make_vlm())
+    with pytest.raises(ValueError, match="by stage 'Smooth', but the stage running is 'Smoother'"):
+        make_trainer("b", max_steps=2).fit(
+            other, make_data(other.vlm), ckpt_path=saving.last_model_path, weights_only=True
+        )
+
+
+def test_a_foreign_checkpoint_is_refused_by_a_look_into_it(make_vlm, make_data, make_trainer):
+    saving = ModelCheckpoint(save_last=True, save_top_k=0)
+    label = RationaleSFTModule(make_vlm(), target="label")
+    make_trainer("a", max_steps=1, limit_val_batches=0, callbacks=[saving]).fit(label, make_data(label.vlm))
+    label.refuse_foreign_checkpoint(saving.last_model_path)
+    with pytest.raises(ValueError, match="written by stage 'sft_label', but the stage running is 'sft_trace'"):
+        RationaleSFTModule(make_vlm(), target="trace").refuse_foreign_checkpoint(saving.last_model_path)

@@ -1,5 +1,7 @@
 import json
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.lightning_modules.calibration import CALIBRATOR, CalibrationModule
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.adapters import adapter_sha
 from vidreason.lightning_modules.vlms.generation import Sampling
 
 OWN = TraceOptions(samples=2, sampling=Sampling(max_new_tokens=5))
@@ -111,6 +114,50 @@ def test_every_split_gets_its_traces_and_given_ones_are_not_sampled_again(make_v
     assert again._traces == first._traces
     with pytest.raises(ValueError, match="adapter"):
         ready(make(make_vlm(), traces=str(path)), folder="base")
+    cooler = replace(OWN, sampling=replace(OWN.sampling, temperature=0.3))
+    with pytest.raises(ValueError, match=r"was sampled with .*'temperature': 1.0.*samples with .*0.3"):
+        ready(make(make_vlm(), adapter_path=start, traces=str(path), traces_sampled=cooler), folder="cooler")
+    more = replace(OWN, samples=3)
+    third = ready(make(make_vlm(), adapter_path=start, traces=str(path), traces_sampled=more), folder="more")
+    assert {len(group) for group in third._traces.values()} == {3}, "too few are completed"
+
+
+def test_a_calibrator_trained_on_in_its_own_folder_keeps_its_policy(make_vlm, make_data, make_trainer, policy):
+    start = policy()
+    folder = None
+    for _ in range(2):
+        vlm = make_vlm()
+        module = make(vlm, adapter_path=start) if folder is None else make(vlm, calibrator_path=str(folder))
+        make_trainer("cal", max_steps=2, limit_val_batches=0, callbacks=[AdapterCheckpoint()]).fit(
+            module, make_data(vlm)
+        )
+        folder = module.run_dir / "adapter"
+        assert adapter_sha(folder / "policy") == adapter_sha(start)
+        assert json.loads((folder / "vidreason.json").read_text())["parent_sha"] == adapter_sha(start)
+
+
+def test_a_calibrator_of_another_task_is_refused(make_vlm, make_data, make_trainer, policy):
+    vlm = make_vlm()
+    module = make(vlm, adapter_path=policy())
+    make_trainer("cal", max_steps=1, limit_val_batches=0, callbacks=[AdapterCheckpoint()]).fit(module, make_data(vlm))
+    other = make(make_vlm(), calibrator_path=str(module.run_dir / "adapter"))
+    data = make_data(other.vlm)
+    data._task = replace(data.task, question="Is it dark?")
+    with pytest.raises(ValueError, match="trained on another task file"):
+        make_trainer("other").test(other, data, verbose=False)
+
+
+def test_unlabelled_and_unreadable_clips_of_cal(make_vlm, ready, policy):
+    module = ready(make(make_vlm(), adapter_path=policy()))
+    module.refresh_temperature()
+    fitted = module.temperature
+    clips = module.data._clips
+    module.data._clips = {**clips, "cal": (*clips["cal"], replace(clips["val"][0], label=None))}
+    module.refresh_temperature()
+    assert module.temperature == pytest.approx(fitted), "a clip without a label says nothing about temperature"
+    module.data._clips = {**clips, "cal": tuple(replace(clip, path=Path("gone.mp4")) for clip in clips["cal"])}
+    with pytest.raises(ValueError, match="no clip of split cal"):
+        module.refresh_temperature()
 
 
 @pytest.mark.parametrize("kind", ["tokens", "classes"])

@@ -29,7 +29,8 @@ def test_every_clip_gets_its_samples_and_rejected_ones_say_why(writer, tmp_path)
     assert all([r.sample for r in group] == [0, 1] for group in records.values())
     assert all(not r.kept and r.reject_reason for group in records.values() for r in group)
     header = json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])
-    assert header["sampling"] == {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "samples": 2}
+    sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    assert header["sampling"] == {**sampling, "samples": 2, "seed": 0}
     assert header["adapter_sha"] == ""
     assert header["base_sha"] == who.base_sha
 

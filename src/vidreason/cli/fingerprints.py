@@ -1,7 +1,8 @@
 """What a stage depends on, as short hashes: two runs of a stage agree exactly where their fingerprints do.
 
 YAML files count by their content, not their spelling (comments and order are free), and so do the files that they
-name: sections, task files, manifests. Model folders and folders of clips count by names, sizes and times.
+name: sections, task files, manifests. Model folders, folders of clips and the clips that a manifest lists count by
+names, sizes and times.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
 
 from vidreason.cli.configs import find_config, shipped_folder
+from vidreason.datamodules.rows import read_table
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _FILE_SUFFIXES = (*_YAML_SUFFIXES, ".csv", ".jsonl", ".json")
 _FOLDER_KEYS = ("path", "manifest", "adapter_path")  # other folders are written to, not read
+_MANIFEST_SUFFIXES = (".csv", ".jsonl")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:(\w+)(?:,([^}]*))?\}")
 _PROSE = ("README.md",)
 
@@ -108,13 +111,23 @@ def _named_files(key: str, value: object, folder: Path) -> dict[str, str]:
     if found.suffix in _YAML_SUFFIXES:
         return fingerprint_config(found, value)
     if found.is_file():
-        return {f"file {value}": _sha(found.read_bytes())}
-    listing = [
-        f"{p.relative_to(found).as_posix()} {p.stat().st_size} {p.stat().st_mtime_ns}"
-        for p in sorted(found.rglob("*"))
-        if p.is_file()
-    ]
-    return {f"folder {value}": _sha("\n".join(listing).encode())}
+        clips = _listing(_listed_clips(found)) if found.suffix in _MANIFEST_SUFFIXES else b""
+        return {f"file {value}": _sha(found.read_bytes() + clips)}
+    return {f"folder {value}": _sha(_listing(sorted(found.rglob("*"))))}
+
+
+def _listed_clips(manifest: Path) -> list[Path]:
+    """What the rows of a table name beside it; a clip that is mended is no longer the same data."""
+    try:
+        rows = read_table(manifest).rows
+    except ValueError:  # no table of clips, or one that the stage will refuse
+        return []
+    return [manifest.parent / row.get("path") for row in rows if row.get("path")]
+
+
+def _listing(files: Iterable[Path]) -> bytes:
+    stats = [(file.as_posix(), file.stat()) for file in files if file.is_file()]
+    return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats).encode()
 
 
 def _leaves(content: object, key: str = "") -> Iterator[tuple[str, object]]:

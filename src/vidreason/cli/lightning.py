@@ -31,6 +31,7 @@ from vidreason.cli.configs import PREFIX, find_config
 from vidreason.cli.finished_run import TASK_FILE
 from vidreason.cli.main import EXIT_OK, EXIT_USAGE
 from vidreason.datamodules.base import VideoDataModule
+from vidreason.lightning_modules.trained_weights import WeightsModule
 from vidreason.lightning_modules.vlms.base import VLM
 
 _FILE_OPTIONS = ("-c", "--config", "--trainer", "--model", "--data", "--vlm")
@@ -61,7 +62,7 @@ class RunRecord(SaveConfigCallback):
         trained_here = command.is_file() and command.read_text(encoding="utf-8").startswith("vidreason fit")
         name = self.command_line.split()[1]
         suffix = f"_{name}" if trained_here and name != "fit" else ""
-        (folder / f"command{suffix}.txt").write_text(self.command_line + "\n", encoding="utf-8")
+        (folder / f"command{suffix}.txt").write_text(_from_the_start(self.command_line) + "\n", encoding="utf-8")
         self.parser.save(
             self.config, folder / f"config{suffix}.yaml", skip_unset=False, overwrite=True, multifile=False
         )
@@ -196,13 +197,25 @@ class VideoCLI(LightningCLI):
         checkpoints = [callback for callback in listed if isinstance(callback, ModelCheckpoint)]
         if self.subcommand == "fit" and not checkpoints and config.enable_checkpointing is not False:
             checkpoints = [
-                ModelCheckpoint(save_top_k=0, save_last=True, save_on_exception=True, enable_version_counter=False)
+                ModelCheckpoint(
+                    save_top_k=0,
+                    save_last=True,
+                    save_on_exception=True,
+                    save_on_train_epoch_end=True,  # also where few epochs are validated
+                    enable_version_counter=False,
+                )
             ]
             listed += checkpoints
         for checkpoint in checkpoints:
             checkpoint.dirpath = checkpoint.dirpath or str((self.run_dir / "checkpoints").absolute())
         trainer: L.Trainer = super().instantiate_trainer(callbacks=listed, **kwargs)
         return trainer
+
+    def before_fit(self) -> None:
+        """Refuses the checkpoint of another stage before anything is written."""
+        checkpoint = self.config[self.subcommand].ckpt_path
+        if checkpoint and checkpoint not in _CKPT_KEYWORDS and isinstance(self.model, WeightsModule):
+            self.model.refuse_foreign_checkpoint(checkpoint)
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.execute:
@@ -230,11 +243,8 @@ class VideoCLI(LightningCLI):
         path = saved[0]
         if path.is_relative_to(Path.cwd()):
             path = path.relative_to(Path.cwd())
-        words = [word for word in shlex.split(self.command_line) if not word.startswith("--ckpt_path=")]
-        if "--ckpt_path" in words:
-            at = words.index("--ckpt_path")
-            del words[at : at + 2]
-        return f"interrupted; resume with: {shlex.join([*words, '--ckpt_path', str(path)])}"
+        again = f"{_from_the_start(self.command_line)} --ckpt_path {shlex.quote(str(path))}"
+        return f"interrupted; resume with: {again}"
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -314,6 +324,15 @@ def _with_shipped_files(argv: Sequence[str]) -> tuple[list[str], str | None]:
         if option in ("-c", "--config") and first_config is None:
             first_config = value
     return arguments, first_config
+
+
+def _from_the_start(command_line: str) -> str:
+    """The command without the checkpoint that it goes on from."""
+    words = [word for word in shlex.split(command_line) if not word.startswith("--ckpt_path=")]
+    if "--ckpt_path" in words:
+        at = words.index("--ckpt_path")
+        del words[at : at + 2]
+    return shlex.join(words)
 
 
 def _point_at_shipped(section: Namespace | None) -> None:

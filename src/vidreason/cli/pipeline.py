@@ -22,7 +22,7 @@ from vidreason.cli.pipeline_commands import USAGE_STATUS, Commands, trainer_comm
 from vidreason.cli.pipeline_run import PipelineRun
 from vidreason.cli.pipeline_spec import PipelineSpec, locate_config, read_pipeline
 
-_SETTING = re.compile(r"--([A-Za-z_][\w.]*\+?)(?:=(.*))?", re.DOTALL)
+_SETTING = re.compile(r"--(\w[\w.]*\+?)(?:=(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ class PipelineRun:
         self._count_train_clips(stage, record)
 
     def _count_train_clips(self, stage: StageSpec, record: StageRecord) -> None:
-        if stage.command == "fit" and self.state.train_clips is None:
+        if stage.command == "fit":
             self.state.train_clips = self.commands.count_train_clips(record.command)
 
     def _say_how_to_go_on(self, title: str, what: str) -> None:

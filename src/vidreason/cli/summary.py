@@ -126,17 +126,17 @@ def probability_scores(predictions: Sequence[Prediction]) -> tuple[float, float,
 def twin_accuracy(predictions: Sequence[Prediction]) -> float | None:
     """Share of twin pairs with both clips right; None where the split is not made of pairs.
 
-    A pair is a group of exactly two clips with different labels; a split with a larger group has other groups (people,
-    source videos), not twins.
+    A pair is a group of two clips with different labels; where a group is anything else (three clips of a person, two
+    of one label), groups are not twins. A clip alone in its group is left out.
     """
     groups: dict[str, list[Prediction]] = defaultdict(list)
     for p in predictions:
         if p.group:
             groups[p.group].append(p)
-    if any(len(members) > 2 for members in groups.values()):
+    pairs = [members for members in groups.values() if len(members) == len({p.label for p in members}) == 2]
+    if not pairs or any(len(members) > 1 and members not in pairs for members in groups.values()):
         return None
-    pairs = [members for members in groups.values() if len({p.label for p in members}) == 2]
-    return sum(all(p.right for p in pair) for pair in pairs) / len(pairs) if pairs else None
+    return sum(all(p.right for p in pair) for pair in pairs) / len(pairs)
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -146,7 +146,7 @@ def read_predictions(path: Path) -> list[Prediction]:
         ValueError: A line is damaged or lacks a key; the message names file and line.
     """
     predictions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
             traces = tuple(Trace(trace["text"], trace["answer"]) for trace in row["traces"] or ())
