@@ -5,7 +5,7 @@ Shape letters: V vocabulary, H hidden size; leading dimensions are free.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,10 +58,7 @@ def token_entropy(logits: Tensor, temperature: float = 1.0, suppressed: Tensor |
     Raises:
         ValueError: The temperature is not positive.
     """
-    logprobs = _scale(logits, temperature, suppressed).log_softmax(-1)
-    # 0 * log 0 = 0: without this a suppressed token makes the entropy, or its gradient, NaN.
-    finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)
-    return -(logprobs.exp() * finite).sum(-1)
+    return _entropy(_scale(logits, temperature, suppressed).log_softmax(-1))
 
 
 def chunked_token_logprobs(
@@ -69,26 +66,29 @@ def chunked_token_logprobs(
     ids: Tensor,
     head: Callable[[Tensor], Tensor],
     *,
-    chunk_size: int = 1024,
+    chunk_size: int = 128,
     temperature: float = 1.0,
     suppressed: Tensor | None = None,
     with_entropy: bool = False,
+    state: Tensor | None = None,
 ) -> TokenScores:
     """Scores tokens from hidden states without ever holding all logits.
 
-    The head runs on ``chunk_size`` tokens at a time and again in the backward pass, so the peak is one chunk of logits
-    for any number of tokens. Values and gradients are those of ``token_logprobs(head(hidden), ids)``.
+    The head runs on ``chunk_size`` states at a time. Where that makes more than one chunk it runs again in the backward
+    pass, so the peak is one chunk of logits for any number of tokens. Values and gradients are those of
+    ``token_logprobs(head(hidden), ids)``.
 
     Args:
-        hidden: [..., H] states from which the tokens were predicted. (Logits and an identity head work too: no full
-            copy of them in float32 is made.)
-        ids: [...] int64, the tokens.
-        head: [tokens, H] -> [tokens, V], the family's own head with everything that belongs to it, such as
+        hidden: [..., H] states from which the tokens were predicted.
+        ids: [...] int64, the tokens; [K] with ``state``.
+        head: [states, H] -> [states, V], the family's own head with everything that belongs to it, such as
             soft-capping. It is called inside the caller's forward pass.
-        chunk_size: Tokens at a time.
+        chunk_size: States at a time.
         temperature: Logits are divided by it.
         suppressed: [S] int64, tokens that cannot be sampled.
-        with_entropy: Whether to compute entropies.
+        with_entropy: Whether to compute entropies, in the same pass.
+        state: [K] int64 on the CPU, non-decreasing: which of the states, [M, H], predicts each token. So the head runs
+            once for several tokens that are predicted from one state. None: one state per token.
 
     Returns:
         Scores in the shape of ``ids``.
@@ -96,27 +96,58 @@ def chunked_token_logprobs(
     Raises:
         ValueError: The chunk size or the temperature is not positive, or the shapes do not fit.
     """
-    _check_shapes(hidden, ids)
+    if state is None:
+        _check_shapes(hidden, ids)
+    elif state.shape != ids.shape or hidden.ndim != 2 or (len(state) and bool((state.diff() < 0).any())):
+        raise ValueError(f"state {tuple(state.shape)} must be non-decreasing and fit ids {tuple(ids.shape)}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
-    def score(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(states)
-        logprobs = token_logprobs(logits, tokens, temperature, suppressed)
-        entropy = token_entropy(logits, temperature, suppressed) if with_entropy else torch.zeros_like(logprobs)
-        return logprobs, entropy
+    def score(states: Tensor, tokens: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
+        scaled = _scale(head(states), temperature, suppressed)
+        if not with_entropy:
+            return _chosen(scaled, tokens, place) - _at(scaled.logsumexp(-1), place), scaled.new_zeros(tokens.shape)
+        logprobs = scaled.log_softmax(-1)
+        return _chosen(logprobs, tokens, place), _at(_entropy(logprobs), place)
 
-    logprobs, entropies = [], []
     states = torch.split(hidden.reshape(-1, hidden.shape[-1]), chunk_size)
-    tokens = torch.split(ids.reshape(-1), chunk_size)
-    for chunk in zip(states, tokens, strict=True):
-        scored = checkpoint(score, *chunk, use_reentrant=False) if torch.is_grad_enabled() else score(*chunk)
+    tokens, places = _per_chunk(ids.reshape(-1), state, len(states), chunk_size)
+    logprobs, entropies = [], []
+    for chunk in zip(states, tokens, places, strict=True):
+        again = torch.is_grad_enabled() and len(states) > 1
+        scored = checkpoint(score, *chunk, use_reentrant=False) if again else score(*chunk)
         logprobs.append(scored[0])
         entropies.append(scored[1])
     return TokenScores(
         torch.cat(logprobs).reshape(ids.shape),
         torch.cat(entropies).reshape(ids.shape) if with_entropy else None,
     )
+
+
+def _per_chunk(
+    ids: Tensor, state: Tensor | None, chunks: int, chunk_size: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """Cuts tokens, and the place of each one's state in its chunk, where the states are cut."""
+    if state is None:
+        return torch.split(ids, chunk_size), [None] * chunks
+    ends = torch.searchsorted(state, torch.arange(1, chunks + 1) * chunk_size).tolist()
+    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    place = (state % chunk_size).to(ids.device)
+    return torch.split(ids, sizes), torch.split(place, sizes)
+
+
+def _chosen(scores: Tensor, ids: Tensor, place: Tensor | None) -> Tensor:
+    return scores.gather(-1, ids.unsqueeze(-1)).squeeze(-1) if place is None else scores[place, ids]
+
+
+def _at(values: Tensor, place: Tensor | None) -> Tensor:
+    return values if place is None else values[place]
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    # 0 * log 0 = 0: without this a suppressed token makes the entropy, or its gradient, NaN.
+    finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)
+    return -(logprobs.exp() * finite).sum(-1)
 
 
 def _check_shapes(scores: Tensor, ids: Tensor) -> None:
