@@ -120,7 +120,7 @@ class TinyVLMModel(TinyVLMPreTrainedModel):
                 f"TinyVLM sees at most {self.config.max_frames} frames, got {t}; "
                 f"set data.init_args.frames.num_frames to {self.config.max_frames} or fewer"
             )
-        frames = pixel_values_videos.flatten(0, 1).to(self.projector.linear.weight.dtype)
+        frames = pixel_values_videos.flatten(0, 1).to(self.projector.norm.weight.dtype)  # its linear may be 4-bit
         cells = self.visual(frames.contiguous(memory_format=torch.channels_last))  # a third faster on a CPU
         tokens: Tensor = self.projector(cells.contiguous().unflatten(0, (b, t)))
         return tokens

@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
@@ -174,6 +176,35 @@ def write_smolvlm(folder: Path, seed: int = 0) -> Path:
         image_seq_len=4,
     )
     return _write(folder, config, processor, seed, end, pad)
+
+
+def write_tiny(folder: Path, seed: int = 0) -> Path:
+    """A TinyVLM of other sizes than the embedded one: two layers of width 64, half as many key heads, untied head."""
+    from vidreason.lightning_modules.vlms.tiny.configuration import TinyVLMConfig
+    from vidreason.lightning_modules.vlms.tiny.vlm import embedded_folder
+
+    processor = AutoProcessor.from_pretrained(embedded_folder())
+    tokenizer = processor.tokenizer
+    config = TinyVLMConfig(
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            tie_word_embeddings=False,
+        ),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return _write(folder, config, processor, seed, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def make_example(

@@ -11,6 +11,7 @@ import pytest
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.qwen import QwenVL
 from vidreason.lightning_modules.vlms.smolvlm import SmolVLM
+from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
 FAMILIES = ("qwen", "smolvlm")
 
@@ -36,13 +37,14 @@ def checkpoints(builders: ModuleType, tmp_path_factory: pytest.TempPathFactory) 
         "qwen": builders.write_qwen(folder / "qwen"),
         "qwen2": builders.write_qwen(folder / "qwen2", two=True),
         "smolvlm": builders.write_smolvlm(folder / "smolvlm"),
+        "tiny": builders.write_tiny(folder / "tiny"),
     }
 
 
 @pytest.fixture(scope="session")
 def make_vlm(checkpoints: dict[str, Path]) -> Callable[..., VLM]:
     def make(family: str, **options: Any) -> VLM:
-        cls = SmolVLM if family == "smolvlm" else QwenVL
+        cls = {"smolvlm": SmolVLM, "tiny": TinyVLM}.get(family, QwenVL)
         return cls(str(checkpoints[family]), **options)
 
     return make
