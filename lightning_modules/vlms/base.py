@@ -5,34 +5,27 @@ Letters: B prompts, G completions of each, N texts, L tokens of the longest text
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from vidreason.datamodules.types import Encoded, EncodedPrompts, Example, TextBatch
-from vidreason.lightning_modules.functional.logprobs import chunked_token_logprobs
 from vidreason.lightning_modules.vlms import building, chat, generation
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.shared_prefix import (
-    TargetLogits,
-    expand_logits,
-    naive_logits,
-    would_checkpoint,
-)
+from vidreason.lightning_modules.vlms.head import Scoring
+from vidreason.lightning_modules.vlms.shared_prefix import Choice, RouteOptions, choose_route, score_texts
 
 __all__ = ["VLM", "Generated", "Sampling", "Scores"]
-
-logger = logging.getLogger(__name__)
 
 VISUAL_TOKEN = re.compile(r"image|img|video|vision|audio|<row_\d+_col_\d+>", re.IGNORECASE)
 
@@ -75,10 +68,15 @@ class VLM(ABC):
         freeze_vision: Keep the vision tower as it is.
         dtype: Of the base's weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
         attn_implementation: As transformers names it.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, no shared prefix.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more work.
         max_pixels: Most pixels of a frame, for families whose processor takes a budget.
-        route: ``expand`` runs each prompt once, ``naive`` once per text; ``auto`` expands unless gradient checkpointing
-            forbids it.
+        route: ``expand`` runs each prompt once and hands its keys and values to the texts; ``packed`` runs prompts and
+            texts in one row; ``naive`` repeats the prompt for each text. ``auto`` packs where layers are recomputed or
+            sharded, else expands.
+        completion_chunk: Texts that go through the model at once; null is all of them. Memory no longer grows with
+            their number, but in training they are run twice.
+        text_memory_gb: Most memory, in GB, that the texts may take in a forward; where they are estimated to need more
+            they go through in chunks.
     """
 
     def __init__(
@@ -91,10 +89,16 @@ class VLM(ABC):
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
         max_pixels: int | None = None,
-        route: Literal["auto", "expand", "naive"] = "auto",
+        route: Literal["auto", "expand", "packed", "naive"] = "auto",
+        completion_chunk: int | None = None,
+        text_memory_gb: float | None = None,
     ) -> None:
         if quantize != "none" and lora is None:
             raise ValueError("vlm.quantize: nf4 weights cannot be trained themselves; set vlm.lora")
+        if completion_chunk is not None and completion_chunk < 1:
+            raise ValueError(f"vlm.completion_chunk must be at least 1 or null, got {completion_chunk}")
+        if text_memory_gb is not None and not text_memory_gb > 0:
+            raise ValueError(f"vlm.text_memory_gb must be positive or null, got {text_memory_gb}")
         self.path = path
         self.lora = lora
         self.quantize = quantize
@@ -104,9 +108,11 @@ class VLM(ABC):
         self.gradient_checkpointing = gradient_checkpointing
         self.max_pixels = max_pixels
         self.route = route
+        self.completion_chunk = completion_chunk
+        self.text_memory_gb = text_memory_gb
         self.video_options()  # a budget the family cannot keep is refused here
         self._processor: Any = None
-        self._warned = False
+        self._announced: set[Choice] = set()
 
     # -- what a family says ------------------------------------------------------------------------------------------
 
@@ -222,6 +228,10 @@ class VLM(ABC):
         Raises:
             ValueError: The path holds no model, or the adapter does not belong to this base or to ``lora``.
         """
+        if self.lora is not None and self.lora.dropout > 0:
+            rank_zero_warn(
+                f"vlm.lora.dropout is {self.lora.dropout}: texts behind one prompt share one dropout mask over it"
+            )
         return building.build(
             self.path,
             adapter_path,
@@ -253,35 +263,20 @@ class VLM(ABC):
             with_entropy: Also the entropy of the predicting distributions.
         """
         banned = torch.tensor(sorted(self.suppressed_ids), dtype=torch.long, device=texts.ids.device)
-        rows, cols, logprobs, entropies = [], [], [], []
-        for piece in self._route(model)(self, model, prompts, texts):
-            scored = chunked_token_logprobs(
-                piece.logits,
-                texts.ids[piece.rows, piece.cols],
-                lambda logits: logits,
-                temperature=temperature,
-                suppressed=banned,
-                with_entropy=with_entropy,
-            )
-            rows.append(piece.rows)
-            cols.append(piece.cols)
-            logprobs.append(scored.logprobs)
-            if scored.entropy is not None:
-                entropies.append(scored.entropy)
+        options = RouteOptions(self.route, self.completion_chunk, self.text_memory_gb)
+        choice = choose_route(options, model, prompts.inputs)
+        if choice not in self._announced:
+            self._announced.add(choice)
+            rank_zero_info(f"texts are scored by route '{choice.route}': {choice.reason}")
+        scoring = Scoring(temperature, banned, with_entropy)
+        found = score_texts(self, model, prompts, texts, scoring, choice.route, options)
         blank = torch.zeros(texts.ids.shape, dtype=torch.float32, device=texts.ids.device)
-        if not rows:
+        if not found:
             return Scores(blank, blank if with_entropy else None)
-        index = (torch.cat(rows), torch.cat(cols))
-        entropy = blank.index_put(index, torch.cat(entropies).float()) if with_entropy else None
-        return Scores(blank.index_put(index, torch.cat(logprobs).float()), entropy)
-
-    def _route(self, model: nn.Module) -> Callable[..., Iterator[TargetLogits]]:
-        if self.route == "auto" and would_checkpoint(model):
-            if not self._warned:
-                logger.warning("gradient checkpointing drops the shared prefix: every text repeats its video")
-                self._warned = True
-            return naive_logits
-        return naive_logits if self.route == "naive" else expand_logits
+        index = (torch.cat([x.text_rows for x in found]), torch.cat([x.text_cols for x in found]))
+        values = torch.cat([x.scores for x in found], dim=1).float()
+        entropy = blank.index_put(index, values[1]) if with_entropy else None
+        return Scores(blank.index_put(index, values[0]), entropy)
 
     def generate(
         self,

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vidreason.datamodules.types import EncodedPrompts
-from vidreason.lightning_modules.vlms.shared_prefix import PromptLayout, extend, prefill
+from vidreason.lightning_modules.vlms.expand import extend, prefill
+from vidreason.lightning_modules.vlms.head import logits_at
+from vidreason.lightning_modules.vlms.layout import PromptLayout
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def sample(
     noise = None if noise is None else noise.to(device)
     with evaluating(model):
         everyone = torch.arange(batch, device=device)
-        logits, prefix = prefill(layout, model, prompts, everyone)
+        last = torch.full_like(everyone, prompts.inputs["input_ids"].shape[1] - 1)
+        logits, prefix = prefill(layout, model, prompts, logits_at(everyone, last))
         owner = everyone.repeat_interleave(group_size)
         logits, prefix = logits[owner], prefix.select(owner)
         alive = torch.arange(n, device=device)
@@ -160,8 +163,12 @@ def sample(
                 alive, token, prefix = alive[rest], token[rest], prefix.select(rest)
             rows = torch.arange(len(alive), device=device)
             logits, prefix = extend(
-                layout, model, prefix, token[:, None], torch.ones_like(token[:, None], dtype=torch.bool),
-                rows, torch.zeros_like(rows),
-            )  # fmt: skip
+                layout,
+                model,
+                prefix,
+                token[:, None],
+                torch.ones_like(token[:, None], dtype=torch.bool),
+                logits_at(rows, torch.zeros_like(rows)),
+            )
     length = int(mask.sum(1).max()) if n else 0
     return Sampled(ids[:, :length], mask[:, :length], logprobs[:, :length], stopped)

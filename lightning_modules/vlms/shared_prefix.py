@@ -1,310 +1,181 @@
 """Log-probs of many texts behind few prompts: each prompt runs once, and so does each text that others continue.
 
-*Expand* forwards the prompts once and hands every text its prompt's keys and values; a text that others continue is
-forwarded once too, level by level through ``TextBatch.parent``. The cache is differentiable, so gradients reach the
-prompt and the vision tower. *Naive* repeats prompt and pixels for every path from a prompt to a leaf; it is the
-reference that expand must equal in value and gradient.
+Two routes share the prompt, both exact in value and gradient. *expand* (``expand.py``) hands every text its prompt's
+keys and values; *packed* (``packed.py``) puts prompts and texts in one row and attends group by group, in one forward.
+*naive* (``naive.py``) repeats the prompt for every text and is what the two must equal.
 
-Letters: B prompts, P prompt tokens, N texts, L tokens of the longest text, n rows of one forward, S tokens already in
-the cache, K scored tokens, V vocabulary.
+With texts in chunks, the prompts run once and their keys and values stay; the texts then go through a few at a time,
+and once more in the backward pass, where each chunk's gradient is added to that of the keys and values before the
+prompts' own backward. So the memory is that of the prompts and one chunk, for any number of texts, at the price of one
+more forward of the texts. What a chunk's forward depends on (modes, the active adapter) must still be so in the
+backward pass, as with gradient checkpointing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.utils.checkpoint import checkpoint
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
+from vidreason.lightning_modules.vlms.expand import expand_prompts, expand_texts
+from vidreason.lightning_modules.vlms.head import Scored, Scoring
+from vidreason.lightning_modules.vlms.layout import PromptLayout, is_sharded, text_config, unwrap, would_checkpoint
+from vidreason.lightning_modules.vlms.naive import naive_scores
+from vidreason.lightning_modules.vlms.packed import packed_prompts, packed_scores, packed_texts
+from vidreason.lightning_modules.vlms.packing import NAME
+from vidreason.lightning_modules.vlms.text_memory import texts_that_fit
+from vidreason.lightning_modules.vlms.text_plan import TextPlan, plan_texts, split_texts
+
+Route = Literal["expand", "packed", "naive"]
 
 
-class PromptLayout(Protocol):
-    """What differs between families in how prompts are laid out; implemented by ``VLM``."""
+class RouteOptions(NamedTuple):
+    """How prompts are shared.
 
-    def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Positions of left-padded inputs, [B, P], or [A, B, P] for A rotary axes."""
+    ``VLM`` explains the three.
+    """
 
-    def text_position_ids(self, positions: Tensor) -> Tensor:
-        """Turns text positions [n, L] into what the decoder takes."""
-
-    def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-        """Inputs of the prompts ``index`` [n], pixels included."""
+    route: Literal["auto", "expand", "packed", "naive"] = "auto"
+    completion_chunk: int | None = None
+    text_memory_gb: float | None = None
 
 
-class TargetLogits(NamedTuple):
-    """Logits that predict K tokens of a TextBatch."""
+class Choice(NamedTuple):
+    """A route, and why it was taken."""
 
-    rows: Tensor
-    """[K] int64, text row of the predicted token"""
-    cols: Tensor
-    """[K] int64, its column"""
-    logits: Tensor
-    """[K, V]"""
+    route: Route
+    reason: str
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """What is behind n rows: their keys and values, which of them are real, and the position that comes next."""
-
-    cache: Any
-    """A transformers ``Cache`` of n rows and S tokens; extending a prefix extends it in place"""
-    mask: Tensor
-    """[n, S] int64, 1 on real tokens"""
-    start: Tensor
-    """[n] int64, position of the next token"""
-
-    def select(self, rows: Tensor) -> Prefix:
-        """Gathers rows (repeating or dropping them); the old prefix must not be used afterwards."""
-        self.cache.batch_select_indices(rows)
-        return Prefix(self.cache, self.mask[rows], self.start[rows])
-
-
-def unwrap(model: Any) -> Any:
-    """The transformers ``PreTrainedModel`` inside ``model``, which may be wrapped by PEFT."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def would_checkpoint(model: nn.Module) -> bool:
-    """Whether a decoder layer would recompute its activations, and with that silently drop the cache."""
-    return any(
-        isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training
-        for layer in unwrap(model).get_decoder().modules()
-    )
-
-
-@contextmanager
-def _head_at(model: nn.Module, rows: Tensor, cols: Tensor) -> Iterator[None]:
-    """Inside, the model's own head sees only the hidden states at (rows, cols): logits are [K, V], not [n, L, V]."""
-    head = unwrap(model).get_output_embeddings()
-    assert head is not None, "the model has no language-model head"
-
-    def pick(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][rows, cols], *args[1:])
-
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def prefill(layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, ask: Tensor) -> tuple[Tensor, Prefix]:
-    """Forwards every prompt once.
+def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, Tensor]) -> Choice:
+    """Takes the route that is asked for, or the one that fits the model.
 
     Args:
-        layout: The family.
-        model: The model, with or without PEFT around it.
-        prompts: B prompts, left-padded.
-        ask: [K] int64, prompts whose next-token logits are wanted.
-
-    Returns:
-        The logits [K, V] behind the last token of the prompts in ``ask``, and the prefix of B rows.
-    """
-    inputs = prompts.inputs
-    positions = layout.position_ids(unwrap(model), inputs)
-    batch, length = inputs["input_ids"].shape
-    with _head_at(model, ask, torch.full_like(ask, length - 1)):
-        out = model(**inputs, position_ids=positions, use_cache=True)
-    start = positions.reshape(-1, batch, length).amax(dim=(0, 2)) + 1
-    return out.logits, Prefix(out.past_key_values, inputs["attention_mask"].long(), start)
-
-
-def extend(
-    layout: PromptLayout, model: nn.Module, prefix: Prefix, ids: Tensor, mask: Tensor, rows: Tensor, cols: Tensor
-) -> tuple[Tensor, Prefix]:
-    """Forwards right-padded tokens behind a prefix.
-
-    Args:
-        layout: The family.
-        model: The model, with or without PEFT around it.
-        prefix: The prefix of n rows; its cache grows in place.
-        ids: [n, W] int64.
-        mask: [n, W] bool, real tokens.
-        rows: [K] int64, rows whose logits are wanted.
-        cols: [K] int64, and at which column.
-
-    Returns:
-        The logits [K, V] that come after the tokens at (rows, cols), and the longer prefix.
-    """
-    steps = torch.arange(ids.shape[1], device=ids.device)
-    full = torch.cat([prefix.mask, mask.long()], dim=1)
-    with _head_at(model, rows, cols):
-        out = model(
-            input_ids=ids,
-            attention_mask=full,
-            position_ids=layout.text_position_ids(prefix.start[:, None] + steps),
-            past_key_values=prefix.cache,
-            use_cache=True,
-        )
-    return out.logits, Prefix(prefix.cache, full, prefix.start + mask.sum(dim=1))
-
-
-class _Level(NamedTuple):
-    """Texts of one depth that have to be forwarded or are predicted from the depth above; everything on the CPU."""
-
-    run: Tensor
-    """[n] rows to forward"""
-    run_from: Tensor
-    """[n] their predecessor's place among the prompts or among ``run`` of the level above"""
-    width: int
-    """columns to forward"""
-    first: Tensor
-    """[m] rows whose first token counts"""
-    first_from: Tensor
-    """[m] their predecessor's place"""
-
-
-def _plan(texts: TextBatch) -> list[_Level]:
-    """Sorts rows by depth and finds how much of each has to be forwarded; one copy from the device.
-
-    A row is run up to its last token where others that count continue it, else up to its last predictor.
-    """
-    owner, parent, lengths, loss = (x.cpu() for x in (texts.owner, texts.parent, texts.mask.sum(1), texts.loss_mask))
-    n, length = loss.shape
-    parents, owners = parent.tolist(), owner.tolist()
-    depth = [0] * n
-    for row, above in enumerate(parents):
-        if above >= row or (above >= 0 and owners[above] != owners[row]):
-            raise ValueError(f"text row {row}: parent {above} must be an earlier row of the same prompt {owners[row]}")
-        depth[row] = depth[above] + 1 if above >= 0 else 0
-    if n and int(lengths.min()) == 0:
-        raise ValueError(f"text row {int(lengths.argmin())} has no token: leave out empty texts")
-    last_target = torch.where(loss, torch.arange(length), -1).amax(1).tolist() if length else []
-    widths = [max(target, 0) for target in last_target]
-    for row in range(n - 1, -1, -1):
-        if parents[row] >= 0 and (last_target[row] >= 0 or widths[row] > 0):
-            widths[parents[row]] = int(lengths[parents[row]])
-
-    levels: list[_Level] = []
-    place = {-1 - b: b for b in range(max(owners, default=-1) + 1)}  # prompts stand as -1 - owner
-    for d in range(max(depth, default=-1) + 1):
-        rows = [row for row in range(n) if depth[row] == d]
-        above = {row: parents[row] if parents[row] >= 0 else -1 - owners[row] for row in rows}
-        run = [row for row in rows if widths[row] > 0]
-        first = [row for row in rows if bool(loss[row, 0])]
-        levels.append(
-            _Level(
-                torch.tensor(run, dtype=torch.long),
-                torch.tensor([place[above[row]] for row in run], dtype=torch.long),
-                max((widths[row] for row in run), default=0),
-                torch.tensor(first, dtype=torch.long),
-                torch.tensor([place[above[row]] for row in first], dtype=torch.long),
-            )
-        )
-        place = {row: i for i, row in enumerate(run)}
-    return levels
-
-
-def _unique(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct values, sorted, and where each entry went among them."""
-    values, where = torch.unique(index, return_inverse=True)
-    return values, where
-
-
-def expand_logits(
-    layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch
-) -> Iterator[TargetLogits]:
-    """Logits of every token in ``texts.loss_mask``, each prompt and each continued text forwarded once.
+        options: What is asked for.
+        model: The model in the mode it will run in.
+        inputs: The prompts.
 
     Raises:
-        ValueError: A decoder layer would checkpoint, so that texts would be scored without the video; or a text row is
-            empty or stands before its parent.
+        ValueError: A route cannot serve this model or these settings exactly; it says why.
     """
-    if would_checkpoint(model):
+    recomputes, sharded = would_checkpoint(model), is_sharded(model)
+    route, reason = options.route, "as vlm.route says"
+    against = not_packed(model, inputs)
+    if route == "auto":
+        if recomputes or (sharded and against is None):
+            route = "packed"
+            reason = "decoder layers are recomputed in the backward pass" if recomputes else "layers are sharded"
+        else:
+            route, reason = "expand", "nothing is recomputed"
+    if route == "packed" and against is not None:
+        ways_out = "naive, or vlm.gradient_checkpointing to false" if recomputes else "expand or naive"
+        also = ", and route 'expand' cannot serve gradient checkpointing" if recomputes else ""
+        raise ValueError(f"route 'packed' cannot be exact here: {against}{also}; set vlm.route to {ways_out}")
+    if route == "expand" and recomputes:
         raise ValueError(
             "route 'expand' needs the prompt's keys and values, which gradient checkpointing drops in train mode: "
-            "set vlm.route to 'naive' (or 'auto'), or vlm.gradient_checkpointing to false"
+            "set vlm.route to 'packed' (or 'auto'), or vlm.gradient_checkpointing to false"
         )
-    device = texts.ids.device
-    levels = _plan(texts)
-    if not any(len(level.run) or len(level.first) for level in levels):
-        return
-    ask, where = _unique(levels[0].first_from.to(device))
-    logits, prefix = prefill(layout, model, prompts, ask)
-    if len(where):
-        yield TargetLogits(levels[0].first.to(device), torch.zeros_like(where), logits[where])
-
-    for level, below in zip(levels, [*levels[1:], None], strict=True):
-        if not len(level.run):
-            return
-        run = level.run.to(device)
-        mask = texts.mask[run, : level.width]
-        inner = texts.loss_mask[run, 1 : level.width + 1].nonzero()  # token j + 1 is predicted at column j
-        rows, cols = inner[:, 0], inner[:, 1]
-        ask = where = torch.empty(0, dtype=torch.long, device=device)
-        if below is not None:
-            ask, where = _unique(below.first_from.to(device))
-        prefix = prefix.select(level.run_from.to(device))
-        logits, prefix = extend(
-            layout,
-            model,
-            prefix,
-            texts.ids[run, : level.width],
-            mask,
-            torch.cat([rows, ask]),
-            torch.cat([cols, texts.mask[run[ask]].sum(1) - 1]),
+    in_chunks = options.completion_chunk is not None or options.text_memory_gb is not None
+    if in_chunks and (route == "naive" or sharded):
+        why = "route 'naive' has no prefix to keep" if route == "naive" else "every chunk would gather sharded layers"
+        raise ValueError(
+            f"vlm.completion_chunk and vlm.text_memory_gb cannot be used: {why}; set both to null and put fewer "
+            "prompts through the model at once"
         )
-        if len(rows):
-            yield TargetLogits(run[rows], cols + 1, logits[: len(rows)])
-        if below is not None and len(where):
-            yield TargetLogits(below.first.to(device), torch.zeros_like(where), logits[len(rows) :][where])
+    return Choice(route, reason)
 
 
-def naive_logits(
-    layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch
-) -> Iterator[TargetLogits]:
-    """The same logits with prompt and pixels repeated for every path from a prompt to a leaf, and no cache.
+def not_packed(model: nn.Module, inputs: Mapping[str, Tensor]) -> str | None:
+    """Why the packed route cannot serve a model, or None where it can: a plain causal decoder with ``sdpa``."""
+    config, name = text_config(model), type(unwrap(model)).__name__
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if kinds:
+        return f"{name} has {kinds[0].replace('_', '-')} layers"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"{name} has sliding-window layers"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return f"the last {config.num_kv_shared_layers} layers of {name} share keys and values"
+    if getattr(config, "use_bidirectional_attention", None) or "token_type_ids" in inputs:
+        return f"{name} attends in both directions within an image"
+    if getattr(config, "attn_logit_softcapping", None):
+        return f"{name} caps its attention logits"
+    if config._attn_implementation not in ("sdpa", NAME):
+        return f"vlm.attn_implementation is {config._attn_implementation}, and the route is built on sdpa"
+    return None
+
+
+def score_texts(
+    layout: PromptLayout,
+    model: nn.Module,
+    prompts: EncodedPrompts,
+    texts: TextBatch,
+    scoring: Scoring,
+    route: Route,
+    options: RouteOptions,
+) -> list[Scored]:
+    """Scores every token in ``texts.loss_mask``; each prompt, and each text that others continue, runs once.
 
     Raises:
         ValueError: A text row is empty or stands before its parent.
     """
-    _plan(texts)  # refuses what expand refuses
-    if not bool(texts.loss_mask.any()):
-        return
-    device, base = texts.ids.device, prompts.inputs["input_ids"].shape[1]
-    lengths, loss, paths = texts.mask.sum(1).tolist(), texts.loss_mask.cpu(), _paths(texts.parent.tolist())
-    width = max(sum(lengths[row] for row in path) for path in paths)
-    ids = texts.ids[:1, :1].repeat(len(paths), width)  # padded with a real token: 0 might stand for a placeholder
-    mask = torch.zeros_like(ids)
-    targets: dict[int, list[tuple[int, int, int, int]]] = {}  # by text row: row, column, sequence, predictor's place
-    for i, path in enumerate(paths):
-        end = 0
-        for row in path:
-            ids[i, end : end + lengths[row]] = texts.ids[row, : lengths[row]]
-            counted = loss[row].nonzero()[:, 0].tolist()
-            targets.setdefault(row, [(row, col, i, base + end + col - 1) for col in counted])
-            end += lengths[row]
-        mask[i, :end] = 1
-    rows, cols, sequence, place = torch.tensor(
-        [target for row in targets.values() for target in row], device=device
-    ).unbind(1)
-
-    inputs = layout.repeat_prompts(
-        prompts.inputs, texts.owner[torch.tensor([path[-1] for path in paths], device=device)]
-    )
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask.to(inputs["attention_mask"].dtype)], dim=1)
-    for name in ("mm_token_type_ids", "token_type_ids"):
-        if name in inputs:
-            inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids, dtype=inputs[name].dtype)], dim=1)
-    positions = layout.position_ids(unwrap(model), inputs)
-    with _head_at(model, sequence, place):
-        out = model(**inputs, position_ids=positions, use_cache=False)
-    yield TargetLogits(rows, cols, out.logits)
+    plan = plan_texts(texts)
+    if not bool(plan.loss.any()):
+        return []
+    if route == "naive":
+        return naive_scores(layout, model, prompts, texts, plan, scoring)
+    roots = plan.parent.count(-1)
+    size = min(options.completion_chunk or roots, roots)
+    if options.text_memory_gb is not None:
+        length = prompts.inputs["input_ids"].shape[1]
+        size = min(size, texts_that_fit(model, plan, length, route, options.text_memory_gb))
+    if size < roots:
+        return _in_chunks(layout, model, prompts, texts, plan, scoring, route, size)
+    if route == "packed":
+        return packed_scores(layout, model, prompts, texts, plan, scoring)
+    scored, prefix = expand_prompts(layout, model, prompts, texts, plan, scoring)
+    return scored + expand_texts(layout, model, prefix, texts, scoring)
 
 
-def _paths(parents: list[int]) -> list[list[int]]:
-    """Rows from a root to a leaf, one list for every leaf."""
-    paths = []
-    for leaf in sorted(set(range(len(parents))) - set(parents)):
-        path = [leaf]
-        while parents[path[-1]] >= 0:
-            path.append(parents[path[-1]])
-        paths.append(path[::-1])
-    return paths
+def _in_chunks(
+    layout: PromptLayout,
+    model: nn.Module,
+    prompts: EncodedPrompts,
+    texts: TextBatch,
+    plan: TextPlan,
+    scoring: Scoring,
+    route: Route,
+    size: int,
+) -> list[Scored]:
+    """The prompts once, then ``size`` texts (with all that goes on behind them) at a time."""
+    run: Callable[[TextBatch], list[Scored]]
+    if route == "packed":
+        scored, memory = packed_prompts(layout, model, prompts, texts, plan, scoring)
+
+        def run(part: TextBatch) -> list[Scored]:
+            return packed_texts(layout, model, memory, part, scoring)
+    else:
+        scored, prefix = expand_prompts(layout, model, prompts, texts, plan, scoring)
+
+        def run(part: TextBatch) -> list[Scored]:
+            return expand_texts(layout, model, prefix.fork(), part, scoring)
+
+    def run_joined(part: TextBatch) -> tuple[Tensor, Tensor, Tensor]:
+        found = run(part)
+        if not found:
+            nowhere = part.owner[:0]
+            return nowhere, nowhere, torch.zeros(1 + scoring.with_entropy, 0, device=nowhere.device)
+        rows, cols, scores = zip(*found, strict=True)
+        return torch.cat(rows), torch.cat(cols), torch.cat(scores, dim=1)
+
+    for rows, part in split_texts(texts, plan, size):
+        # Autograd takes up the chunks one by one, the last first: one is run again, goes backward and is dropped.
+        again = torch.is_grad_enabled()
+        found = checkpoint(run_joined, part, use_reentrant=False) if again else run_joined(part)
+        text_rows = torch.tensor(rows, device=texts.ids.device)[found[0]]
+        scored.append(Scored(text_rows, found[1], found[2]))
+    return scored

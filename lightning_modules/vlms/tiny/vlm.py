@@ -31,7 +31,9 @@ class TinyVLM(VLM):
         dtype: Of the base's weights.
         attn_implementation: As transformers names it.
         gradient_checkpointing: Recompute activations in the backward pass.
-        route: See VLM.
+        route: See VLM; so are the next two.
+        completion_chunk: Texts that go through the model at once.
+        text_memory_gb: Most memory that the texts may take in a forward.
         seed: Seed of the random weights of ``scratch``.
     """
 
@@ -46,14 +48,25 @@ class TinyVLM(VLM):
         dtype: Literal["float32", "bfloat16", "auto"] = "float32",
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
-        route: Literal["auto", "expand", "naive"] = "auto",
+        route: Literal["auto", "expand", "packed", "naive"] = "auto",
+        completion_chunk: int | None = None,
+        text_memory_gb: float | None = None,
         seed: int = 0,
     ) -> None:
         self.scratch = path == "scratch"
         self.seed = seed
         folder = str(embedded_folder()) if path in {"embedded", "scratch"} else path
         super().__init__(
-            folder, lora, quantize, freeze_vision, dtype, attn_implementation, gradient_checkpointing, None, route
+            folder,
+            lora,
+            quantize,
+            freeze_vision,
+            dtype,
+            attn_implementation,
+            gradient_checkpointing,
+            route=route,
+            completion_chunk=completion_chunk,
+            text_memory_gb=text_memory_gb,
         )
 
     def build(self, adapter_path: str | None = None) -> nn.Module:

@@ -1,0 +1,58 @@
+"""What the shared prefix asks of a family, and of a built model.
+
+Letters: B prompts, P prompt tokens, n rows, L tokens of a row, A rotary axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
+"""Prompt inputs beside ids and mask that have one entry per token; 0 stands for text."""
+
+
+class PromptLayout(Protocol):
+    """What differs between families in how prompts are laid out; implemented by ``VLM``."""
+
+    def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Positions of left-padded inputs, [B, P], or [A, B, P] for A rotary axes."""
+
+    def text_position_ids(self, positions: Tensor) -> Tensor:
+        """Turns text positions [n, L] into what the decoder takes."""
+
+    def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+        """Inputs of the prompts ``index`` [n], pixels included."""
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers ``PreTrainedModel`` inside ``model``, which may be wrapped by PEFT."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_config(model: nn.Module) -> Any:
+    """Configuration of the decoder."""
+    return unwrap(model).config.get_text_config()
+
+
+def would_checkpoint(model: nn.Module) -> bool:
+    """Whether a decoder layer would recompute its activations, and with that silently drop the cache."""
+    return any(
+        isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training
+        for layer in unwrap(model).get_decoder().modules()
+    )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are sharded over ranks (FSDP2), so that every forward gathers them."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def next_positions(positions: Tensor) -> Tensor:
+    """Positions [B] of the first token behind prompts at ``positions`` [B, P] or [A, B, P]."""
+    return positions.reshape(-1, *positions.shape[-2:]).amax(dim=(0, 2)) + 1

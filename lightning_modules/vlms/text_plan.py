@@ -1,0 +1,150 @@
+"""Which tokens of a TextBatch have to be run, behind what, and from which hidden state each one is predicted.
+
+A plan lives on the CPU: the batch is read back from the device once. Letters: B prompts, N texts, L tokens of the
+longest, K scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidreason.datamodules.types import TextBatch
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """The tree of a TextBatch as lists over its N rows."""
+
+    owner: list[int]
+    """Prompt of each row"""
+    parent: list[int]
+    """Row that it continues, -1 for its prompt"""
+    lengths: list[int]
+    """Real tokens"""
+    loss: Tensor
+    """[N, L] bool on the CPU"""
+    widths: list[int]
+    """Tokens to run: up to the last one where texts that count go on behind it, else up to the last one that predicts
+    a token that counts"""
+    depth: list[int]
+    """Number of texts between a row and its prompt"""
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def above(self, row: int) -> int:
+        """The row that ``row`` continues, or -1 - owner where that is a prompt."""
+        return self.parent[row] if self.parent[row] >= 0 else -1 - self.owner[row]
+
+    def path(self, row: int) -> list[int]:
+        """The rows from a prompt down to ``row``, itself the last."""
+        path = [row]
+        while self.parent[path[-1]] >= 0:
+            path.append(self.parent[path[-1]])
+        return path[::-1]
+
+    def first_targets(self, depth: int) -> list[int]:
+        """Rows of a depth whose first token counts."""
+        return [row for row in range(len(self)) if self.depth[row] == depth and bool(self.loss[row, 0])]
+
+    def inner_targets(self, row: int) -> list[int]:
+        """Columns of the tokens of ``row`` that count and are predicted by a token of the same row."""
+        return [column for column in self.loss[row].nonzero()[:, 0].tolist() if column > 0]
+
+    def leaf_paths(self) -> list[list[int]]:
+        """The path to every row that no other continues."""
+        return [self.path(leaf) for leaf in sorted(set(range(len(self))) - set(self.parent))]
+
+    def families(self) -> list[tuple[int, list[int]]]:
+        """Rows that have to be run, by what they continue (as ``above``); parents come before their children."""
+        found: dict[int, list[int]] = {}
+        for row in sorted(range(len(self)), key=lambda r: self.depth[r]):
+            if self.widths[row]:
+                found.setdefault(self.above(row), []).append(row)
+        return list(found.items())
+
+
+def plan_texts(texts: TextBatch) -> TextPlan:
+    """Reads the tree and finds how much of each row has to be run.
+
+    Raises:
+        ValueError: A row is empty or stands before its parent.
+    """
+    owner, parent, lengths, loss = (x.cpu() for x in (texts.owner, texts.parent, texts.mask.sum(1), texts.loss_mask))
+    n, length = loss.shape
+    parents, owners = parent.tolist(), owner.tolist()
+    depth = [0] * n
+    for row, above in enumerate(parents):
+        if above >= row or (above >= 0 and owners[above] != owners[row]):
+            raise ValueError(f"text row {row}: parent {above} must be an earlier row of the same prompt {owners[row]}")
+        depth[row] = depth[above] + 1 if above >= 0 else 0
+    if n and int(lengths.min()) == 0:
+        raise ValueError(f"text row {int(lengths.argmin())} has no token: leave out empty texts")
+    last_target = torch.where(loss, torch.arange(length), -1).amax(1).tolist() if length else []
+    widths = [max(target, 0) for target in last_target]
+    for row in range(n - 1, -1, -1):
+        if parents[row] >= 0 and (last_target[row] >= 0 or widths[row] > 0):
+            widths[parents[row]] = int(lengths[parents[row]])
+    return TextPlan(owners, parents, lengths.tolist(), loss, widths, depth)
+
+
+class Targets(NamedTuple):
+    """K tokens and the M hidden states that predict them."""
+
+    rows: Tensor
+    """[M] int64, batch row of each state"""
+    cols: Tensor
+    """[M] int64, its column"""
+    state: Tensor
+    """[K] int64 on the CPU, non-decreasing: the state that predicts each token"""
+    text_rows: Tensor
+    """[K] int64, where the tokens stand in the TextBatch"""
+    text_cols: Tensor
+    """[K] int64"""
+
+
+def targets(found: Sequence[tuple[int, int, int, int]], device: torch.device) -> Targets:
+    """Collects targets given as (state's row, state's column, text row, text column); equal states become one."""
+    places = {place: i for i, place in enumerate(sorted({(row, col) for row, col, _, _ in found}))}
+    ordered = sorted(found, key=lambda target: places[target[:2]])
+    state = torch.tensor([places[target[:2]] for target in ordered], dtype=torch.long)
+    at = torch.tensor(list(places), dtype=torch.long).reshape(-1, 2).to(device)
+    tokens = torch.tensor([target[2:] for target in ordered], dtype=torch.long).reshape(-1, 2).to(device)
+    return Targets(at[:, 0], at[:, 1], state, tokens[:, 0], tokens[:, 1])
+
+
+class Part(NamedTuple):
+    """Some rows of a TextBatch."""
+
+    rows: list[int]
+    texts: TextBatch
+
+
+def split_texts(texts: TextBatch, plan: TextPlan, size: int) -> list[Part]:
+    """Cuts a batch into parts of at most ``size`` texts behind the prompts, each with all that goes on behind it.
+
+    The first tokens of those texts no longer count: they are predicted by the prompt, not by a part.
+    """
+    roots = sorted((row for row in range(len(plan)) if plan.parent[row] < 0), key=lambda row: plan.owner[row])
+    part_of = {root: i // size for i, root in enumerate(roots)}
+    parts: list[list[int]] = [[] for _ in range(-(-len(roots) // size))]
+    for row in range(len(plan)):
+        parts[part_of[plan.path(row)[0]]].append(row)
+    loss = texts.loss_mask.clone()
+    loss[roots, 0] = False
+    counted = replace(texts, loss_mask=loss, answer_mask=texts.answer_mask & loss)
+    return [Part(rows, _take(counted, plan, rows)) for rows in parts]
+
+
+def _take(texts: TextBatch, plan: TextPlan, rows: list[int]) -> TextBatch:
+    index = torch.tensor(rows, device=texts.ids.device)
+    place = {row: i for i, row in enumerate(rows)} | {-1: -1}
+    width = max(plan.lengths[row] for row in rows)
+    parent = torch.tensor([place[plan.parent[row]] for row in rows], device=index.device)
+    ids, mask, loss, answer = (x[index, :width] for x in (texts.ids, texts.mask, texts.loss_mask, texts.answer_mask))
+    return TextBatch(ids, mask, loss, answer, texts.owner[index], parent)
