@@ -13,8 +13,8 @@ from vidreason.datamodules.types import EncodedPrompts
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling, draw_noise, inverse_cdf, keep_likeliest
+from vidreason.lightning_modules.vlms.layout import unwrap
 from vidreason.lightning_modules.vlms.qwen import QwenVL
-from vidreason.lightning_modules.vlms.shared_prefix import unwrap
 
 MakeVLM = Callable[..., VLM]
 PROMPTS = ("what happens?", "describe the video, step by step, and say who arrives at the door", "who?")

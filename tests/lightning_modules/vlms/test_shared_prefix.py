@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.shared_prefix import unwrap
+from vidreason.lightning_modules.vlms.layout import unwrap
 
 MakeVLM = Callable[..., VLM]
 LORA = LoRAOptions(r=4, alpha=8)
@@ -48,14 +47,15 @@ def gradients(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: TextBa
 @pytest.mark.parametrize("rows", [FAN, TREE], ids=["fan", "tree"])
 @pytest.mark.parametrize("options", [{"freeze_vision": False}, {"lora": LORA}], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["qwen", "qwen2", "smolvlm"])
-def test_expand_equals_naive(
-    make_vlm: MakeVLM, builders: ModuleType, family: str, options: dict[str, Any], rows: Any
+@pytest.mark.parametrize("route", ["expand", "packed"])
+def test_shared_equals_naive(
+    make_vlm: MakeVLM, builders: ModuleType, route: str, family: str, options: dict[str, Any], rows: Any
 ) -> None:
     vlm = make_vlm(family, **options)
     model = vlm.build()
     builders.randomise_lora(model)
     prompts, texts = make_prompts(vlm, builders), builders.text_rows(rows, words(vlm))
-    expand = gradients(vlm, model, prompts, texts, "expand")
+    expand = gradients(vlm, model, prompts, texts, route)
     naive = gradients(vlm, model, prompts, texts, "naive")
 
     for name in ("logprobs", "entropy"):
@@ -72,9 +72,12 @@ def test_expand_equals_naive(
         assert (expand[name] - g).norm() < 1e-4 * g.norm() + 1e-6 * total, name
 
 
-def test_scores_equal_transformers_own_forward(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+@pytest.mark.parametrize("route", ["expand", "packed"])
+def test_scores_equal_transformers_own_forward(
+    make_vlm: MakeVLM, builders: ModuleType, family: str, route: Any
+) -> None:
     """Every row alone, without padding, cache or explicit positions; the model works out its own."""
-    vlm = make_vlm(family)
+    vlm = make_vlm(family, route=route)
     model = vlm.build()
     prompts, texts = make_prompts(vlm, builders), builders.text_rows(FAN, words(vlm))
     with torch.no_grad():
@@ -95,7 +98,7 @@ def test_scores_equal_transformers_own_forward(make_vlm: MakeVLM, builders: Modu
             torch.testing.assert_close(ours[row, :length][counted], theirs[counted], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("route", ["expand", "naive"])
+@pytest.mark.parametrize("route", ["expand", "packed", "naive"])
 def test_the_video_matters(make_vlm: MakeVLM, builders: ModuleType, family: str, route: Any) -> None:
     vlm = make_vlm(family, route=route)
     model = vlm.build()
@@ -105,8 +108,11 @@ def test_the_video_matters(make_vlm: MakeVLM, builders: ModuleType, family: str,
     assert changed[texts.loss_mask].float().mean() > 0.9
 
 
-def test_the_tower_sees_each_video_once(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
-    vlm = make_vlm(family, lora=LORA)
+@pytest.mark.parametrize("options", [{"route": "expand"}, {"route": "packed"}, {"completion_chunk": 2}], ids=str)
+def test_the_tower_sees_each_video_once(
+    make_vlm: MakeVLM, builders: ModuleType, family: str, options: dict[str, Any]
+) -> None:
+    vlm = make_vlm(family, lora=LORA, **options)
     model = vlm.build()
     prompts, texts = make_prompts(vlm, builders), builders.text_rows(TREE, words(vlm))
     seen: list[int] = []
@@ -115,11 +121,11 @@ def test_the_tower_sees_each_video_once(make_vlm: MakeVLM, builders: ModuleType,
     tower.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs[pixels])), with_kwargs=True
     )
-    vlm.score(model, prompts, texts)
+    vlm.score(model, prompts, texts).logprobs.sum().backward()
     once = sum(seen)
     assert len(seen) == 1
     assert once == (len(prompts.inputs["pixel_values_videos"]) if family == "qwen" else 3 * 4)
-    vlm.route = "naive"
+    vlm.route, vlm.completion_chunk = "naive", None
     vlm.score(model, prompts, texts)
     assert sum(seen) - once == once * 7 // 3, "the naive route repeats the video for each of the 7 paths"
 
@@ -144,7 +150,7 @@ def test_nothing_to_score(make_vlm: MakeVLM, builders: ModuleType, family: str) 
     assert vlm.score(vlm.build(), encoded.prompts, encoded.texts, with_entropy=True).logprobs.shape == (0, 0)
 
 
-def test_expand_refuses_checkpointing_and_auto_avoids_it(
+def test_expand_refuses_checkpointing_and_auto_packs(
     make_vlm: MakeVLM, builders: ModuleType, family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     vlm = make_vlm(family, lora=LORA, gradient_checkpointing=True)
@@ -154,10 +160,11 @@ def test_expand_refuses_checkpointing_and_auto_avoids_it(
     vlm.route = "expand"
     with pytest.raises(ValueError, match="gradient checkpointing"):
         vlm.score(model, prompts, texts)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         auto = gradients(vlm, model, prompts, texts, "auto")
         gradients(vlm, model, prompts, texts, "auto")
-    assert len([r for r in caplog.records if "shared prefix" in r.message]) == 1
+    said = [r.message for r in caplog.records if "scored by route" in r.message]
+    assert said == ["texts are scored by route 'packed': decoder layers are recomputed in the backward pass"]
 
     plain = make_vlm(family, lora=LORA)
     other = plain.build()
@@ -181,23 +188,6 @@ def test_refuses_rows_in_the_wrong_place(make_vlm: MakeVLM, builders: ModuleType
         ([(0, -1, 2), (0, -1, 0)], "text row 1 has no token"),
     ):
         texts = builders.text_rows(rows, words(vlm))
-        for vlm.route in ("expand", "naive"):
+        for vlm.route in ("expand", "packed", "naive"):
             with pytest.raises(ValueError, match=message):
                 vlm.score(model, prompts, texts)
-
-
-def test_expand_does_a_fraction_of_the_work(builders: ModuleType, tmp_path: Any) -> None:
-    """G = 8 texts of 16 tokens behind 64 visual tokens, tower frozen: forward and backward."""
-    from vidreason.lightning_modules.vlms.qwen import QwenVL
-
-    folder = builders.write_qwen(tmp_path, hidden_size=128, num_attention_heads=8, num_hidden_layers=3)
-    vlm = QwenVL(str(folder), lora=LORA)
-    model = vlm.build()
-    prompts = vlm.encode([builders.make_example(frames=8, size=(112, 112))]).prompts
-    texts = builders.text_rows([(0, -1, 16)] * 8, words(vlm))
-    flops = {}
-    for vlm.route in ("naive", "expand"):
-        with FlopCounterMode(display=False) as counter:
-            vlm.score(model, prompts, texts).logprobs.sum().backward()
-        flops[vlm.route] = counter.get_total_flops()
-    assert flops["naive"] / flops["expand"] > 3.5, flops
