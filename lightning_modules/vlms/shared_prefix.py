@@ -64,21 +64,26 @@ def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, T
     """
     recomputes, sharded = would_checkpoint(model), is_sharded(model)
     route, reason = options.route, "as vlm.route says"
-    against = not_packed(model, inputs)
+    against_packed = not_packed(model, inputs)
+    against_expand = None
+    if recomputes:
+        against_expand = "gradient checkpointing drops the prompt's keys and values in train mode"
+    elif sharded and torch.is_grad_enabled():
+        against_expand = "gradients reach sharded layers through the cache, where nothing gathers their weights"
     if route == "auto":
-        if recomputes or (sharded and against is None):
-            route = "packed"
-            reason = "decoder layers are recomputed in the backward pass" if recomputes else "layers are sharded"
-        else:
-            route, reason = "expand", "nothing is recomputed"
-    if route == "packed" and against is not None:
-        ways_out = "naive, or vlm.gradient_checkpointing to false" if recomputes else "expand or naive"
-        also = ", and route 'expand' cannot serve gradient checkpointing" if recomputes else ""
-        raise ValueError(f"route 'packed' cannot be exact here: {against}{also}; set vlm.route to {ways_out}")
-    if route == "expand" and recomputes:
+        packs = against_expand is not None or (sharded and against_packed is None)
+        route = "packed" if packs else "expand"
+        reason = "layers are sharded" if sharded and packs else "nothing is recomputed or sharded"
+        reason = "decoder layers are recomputed in the backward pass" if recomputes else reason
+    if route == "packed" and against_packed is not None:
+        also = f", and route 'expand' cannot serve it either: {against_expand}" if against_expand else ""
+        ways_out = "naive" if against_expand else "expand or naive"
+        ways_out += ", or vlm.gradient_checkpointing to false" if recomputes else ""
+        raise ValueError(f"route 'packed' cannot be exact here: {against_packed}{also}; set vlm.route to {ways_out}")
+    if route == "expand" and against_expand is not None:
+        ways_out = ", or vlm.gradient_checkpointing to false" if recomputes else ""
         raise ValueError(
-            "route 'expand' needs the prompt's keys and values, which gradient checkpointing drops in train mode: "
-            "set vlm.route to 'packed' (or 'auto'), or vlm.gradient_checkpointing to false"
+            f"route 'expand' cannot be exact here: {against_expand}; set vlm.route to packed (or auto){ways_out}"
         )
     in_chunks = options.completion_chunk is not None or options.text_memory_gb is not None
     if in_chunks and (route == "naive" or sharded):

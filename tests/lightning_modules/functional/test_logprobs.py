@@ -92,6 +92,38 @@ def test_chunks_equal_the_whole_in_value_and_gradient(chunk_size: int, suppresse
     torch.testing.assert_close(plain.logprobs, token_logprobs(hidden @ weight.T, ids))
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 8])
+def test_several_tokens_from_one_state(chunk_size: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 4), (9, 4)))
+    state, ids = torch.tensor([0, 0, 2, 3, 3, 3, 4]), torch.randint(1, 9, (7,), generator=generator)
+    gradients = []
+    seen: list[int] = []
+
+    def head(states: Tensor) -> Tensor:
+        seen.append(len(states))
+        return states @ weight.T
+
+    for shared in (True, False):
+        h = hidden.clone().requires_grad_()
+        if shared:
+            found = chunked_token_logprobs(
+                h, ids, head, chunk_size=chunk_size, suppressed=torch.tensor([0]), with_entropy=True, state=state
+            )
+            assert sum(seen) == 5, "a state goes through the head once"
+        else:
+            found = chunked_token_logprobs(h[state], ids, head, suppressed=torch.tensor([0]), with_entropy=True)
+        assert found.entropy is not None
+        gradients.append((found.logprobs.detach(), found.entropy.detach()))
+        (found.logprobs.sin().sum() + found.entropy.square().sum()).backward()
+        assert h.grad is not None
+        gradients[-1] += (h.grad,)  # type: ignore[assignment]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="non-decreasing"):
+        chunked_token_logprobs(hidden, ids, head, state=state.flip(0))
+
+
 def test_chunks_do_not_keep_the_logits() -> None:
     hidden = torch.randn(64, 8, generator=torch.Generator().manual_seed(3), requires_grad=True)
     weight = torch.randn(1000, 8, generator=torch.Generator().manual_seed(4))

@@ -60,7 +60,7 @@ def test_packed_refuses_by_name(make_vlm: MakeVLM, builders: ModuleType, change:
         vlm.score(model, prompts, texts)
     model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     vlm.route = "auto"
-    with pytest.raises(ValueError, match=f"{why}, and route 'expand' cannot serve .*; set vlm.route to naive, or"):
+    with pytest.raises(ValueError, match=f"{why}, and route 'expand' cannot serve it .*; set vlm.route to naive, or"):
         vlm.score(model, prompts, texts)
 
 
@@ -93,11 +93,20 @@ def test_auto(
         monkeypatch.setattr(shared_prefix, "is_sharded", lambda model: True)
         vlm.score(model, prompts, texts)
         text_config(model).num_kv_shared_layers = 1
-        vlm.score(model, prompts, texts)
+        with pytest.raises(
+            ValueError, match="gradients reach sharded layers through the cache.*; set vlm.route to naive"
+        ):
+            vlm.score(model, prompts, texts)
+        with torch.no_grad():
+            vlm.score(model, prompts, texts)
     assert taken == ["expand_prompts", "packed_scores", "expand_prompts", "packed_scores", "expand_prompts"]
     said = [r.message for r in caplog.records if "scored by route" in r.message]
     assert len(said) == len(set(said)) == 3, "each choice is told once"
-    vlm.completion_chunk = 1
+    text_config(model).num_kv_shared_layers = 0
+    vlm.route = "expand"
+    with pytest.raises(ValueError, match="gradients reach sharded layers through the cache.*; set vlm.route to packed"):
+        vlm.score(model, prompts, texts)
+    vlm.route, vlm.completion_chunk = "auto", 1
     with pytest.raises(ValueError, match="every chunk would gather sharded layers"):
         vlm.score(model, prompts, texts)
 

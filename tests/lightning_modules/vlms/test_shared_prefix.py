@@ -158,7 +158,7 @@ def test_expand_refuses_checkpointing_and_auto_packs(
     builders.randomise_lora(model)
     prompts, texts = make_prompts(vlm, builders), builders.text_rows(TREE, words(vlm))
     vlm.route = "expand"
-    with pytest.raises(ValueError, match="gradient checkpointing"):
+    with pytest.raises(ValueError, match="gradient checkpointing drops the prompt's keys and values"):
         vlm.score(model, prompts, texts)
     with caplog.at_level(logging.INFO):
         auto = gradients(vlm, model, prompts, texts, "auto")
