@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from vidreason.datamodules.decoding import DecodedVideo, DecodeError, FrameOptions, read_frames
 from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.split_names import STANDARD_SPLITS
 from vidreason.datamodules.splits import (
     DEFAULT_FRACTIONS,
-    STANDARD_SPLITS,
     check_disjoint,
     complete_splits,
     first_five,

@@ -10,6 +10,7 @@ from pathlib import Path
 from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, VideoDataModule
 from vidreason.datamodules.decoding import FrameOptions
 from vidreason.datamodules.rows import Row, Table, read_table
+from vidreason.datamodules.split_names import ALMOST_SPLITS
 from vidreason.datamodules.splits import (
     DEFAULT_FRACTIONS,
     check_disjoint,
@@ -24,23 +25,13 @@ from vidreason.datamodules.types import Clip
 KNOWN_COLUMNS = ("path", "label", "split", "group", "video_id")
 """Columns with a meaning of their own; all others are metadata."""
 
-_ALMOST_SPLITS = {
-    "training": "train",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "calib": "cal",
-    "calibration": "cal",
-    "testing": "test",
-}
-
 
 class ManifestDataModule(VideoDataModule):
     """Clips listed in a manifest, or lying in one folder per class.
 
     A manifest has the columns ``path`` and ``label`` and, if you like, ``split``, ``group``, ``video_id`` and metadata.
-    A folder holds ``<class>/<clip>`` or ``<split>/<class>/<clip>``; names that begin with ``_`` or ``.`` are passed
-    over.
+    A folder holds ``<class>/<clip>``, ``<split>/<class>/<clip>`` or ``<class>/<split>/<clip>``; names that begin with
+    ``_`` or ``.`` are passed over.
     Without splits they are made: seeded, stratified, disjoint in ``group``, and written into the run folder.
 
     Args:
@@ -211,10 +202,10 @@ class ManifestDataModule(VideoDataModule):
             f"missing file, looked for from {self.root or self.manifest.parent}",
             [f"{self._place(clip)}: {clip.path}" for clip in missing],
         )
-        odd = [clip for clip in clips if clip.split.lower() in _ALMOST_SPLITS]
+        odd = [clip for clip in clips if clip.split.lower() in ALMOST_SPLITS]
         self._refuse(
             "misnamed split",
-            [f"{self._place(clip)}: call {clip.split!r} {_ALMOST_SPLITS[clip.split.lower()]!r}" for clip in odd],
+            [f"{self._place(clip)}: call {clip.split!r} {ALMOST_SPLITS[clip.split.lower()]!r}" for clip in odd],
         )
 
     def _split(self, clips: Sequence[Clip]) -> tuple[dict[str, tuple[Clip, ...]], tuple[str, ...]]:

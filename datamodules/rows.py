@@ -1,4 +1,4 @@
-"""The rows of a manifest, however it is written: CSV, JSONL, or folders whose names are the labels."""
+"""The rows of a manifest, however it is written: CSV, JSON lines, or folders whose names are the labels."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VIDEO_SUFFIXES = frozenset(
-    (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".gif", ".zip")
-)
-"""What counts as a clip in a folder per class; a manifest may name any file."""
+from vidreason.datamodules.folders import read_layout
 
 REQUIRED_COLUMNS = ("path", "label")
 
@@ -42,7 +39,8 @@ def read_table(manifest: Path) -> Table:
     """Reads a manifest.
 
     Args:
-        manifest: a ``.csv`` or ``.jsonl`` file, or a folder ``<class>/<clip>`` or ``<split>/<class>/<clip>``.
+        manifest: a ``.csv`` or ``.jsonl`` file, or a folder ``<class>/<clip>``, ``<split>/<class>/<clip>`` or
+            ``<class>/<split>/<clip>``.
 
     Raises:
         ValueError: naming the file and row, where it is missing, of another kind, malformed, empty, or lacks a column.
@@ -52,7 +50,7 @@ def read_table(manifest: Path) -> Table:
     elif not manifest.is_file():
         raise ValueError(f"{manifest}: no such manifest (a .csv or .jsonl file, or a folder with one folder per class)")
     else:
-        readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
+        readers = {".csv": read_delimited, ".jsonl": _read_jsonl}
         if manifest.suffix.lower() not in readers:
             raise ValueError(f"{manifest}: a manifest ends in .csv or .jsonl, or is a folder")
         try:
@@ -70,9 +68,24 @@ def read_table(manifest: Path) -> Table:
     return table
 
 
-def _read_csv(manifest: Path) -> Table:
-    with manifest.open(newline="", encoding="utf-8-sig") as file:
-        lines = csv.reader(file, strict=True)
+@dataclass(frozen=True)
+class Record:
+    """One object of a JSON file."""
+
+    place: str
+    """``row 12``: the line of a JSONL file, or the number of the object in a list"""
+    content: Mapping[str, Any]
+
+
+def read_delimited(manifest: Path, delimiter: str = ",", encoding: str = "utf-8-sig") -> Table:
+    """Reads a table with a header, such as CSV; a byte order mark is no part of the first name.
+
+    Raises:
+        ValueError: naming the file and row, where it is malformed.
+        UnicodeDecodeError: where it has another encoding.
+    """
+    with manifest.open(newline="", encoding=encoding) as file:
+        lines = csv.reader(file, strict=True, delimiter=delimiter)
         try:
             header = [name.strip() for name in next(lines, [])]
             twice = sorted({name for name in header if header.count(name) > 1})
@@ -95,21 +108,48 @@ def _csv_rows(manifest: Path, lines: Any, header: Sequence[str]) -> Iterator[Row
         yield Row(f"row {lines.line_num}", dict(zip(header, values, strict=True)))
 
 
-def _read_jsonl(manifest: Path) -> Table:
-    rows: list[Row] = []
-    columns: dict[str, None] = {}
-    for number, line in enumerate(manifest.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
+def read_records(manifest: Path) -> tuple[Record, ...]:
+    """Reads one JSON object a line, or from ``.json`` a list of objects.
+
+    Raises:
+        ValueError: naming the file and row, where it is malformed.
+        UnicodeDecodeError: where it is not UTF-8.
+    """
+    text = manifest.read_text(encoding="utf-8-sig")
+    if manifest.suffix.lower() == ".json":
         try:
-            content = json.loads(line)
+            content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{manifest}, row {number}: not JSON: {error}") from error
-        if not isinstance(content, dict):
+            raise ValueError(f"{manifest}: not JSON: {error}") from error
+        if not isinstance(content, list):
+            raise ValueError(f"{manifest}: not a list of objects with the keys path and label")
+        numbered: list[tuple[int, Any]] = list(enumerate(content, start=1))
+    else:
+        numbered = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                numbered.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{manifest}, row {number}: not JSON: {error}") from error
+    for number, item in numbered:
+        if not isinstance(item, dict):
             raise ValueError(f"{manifest}, row {number}: not an object with the keys path and label")
-        rows.append(Row(f"row {number}", {key: _as_text(value) for key, value in content.items()}))
-        columns.update(dict.fromkeys(content))
+    return tuple(Record(f"row {number}", item) for number, item in numbered)
+
+
+def table_of(records: Sequence[Record]) -> Table:
+    """The objects as rows: the keys are the columns, values that are no text are written as JSON."""
+    columns: dict[str, None] = {}
+    for record in records:
+        columns.update(dict.fromkeys(record.content))
+    rows = (Row(record.place, {key: _as_text(value) for key, value in record.content.items()}) for record in records)
     return Table(tuple(columns), tuple(rows))
+
+
+def _read_jsonl(manifest: Path) -> Table:
+    return table_of(read_records(manifest))
 
 
 def _as_text(value: Any) -> str:
@@ -119,38 +159,13 @@ def _as_text(value: Any) -> str:
 
 
 def _read_folder(folder: Path) -> Table:
-    """One folder per class, or one per split with one per class in each."""
-    tops = _folders(folder)
-    if not tops:
-        raise ValueError(f"{folder}: holds no folders; expected one per class, or a .csv or .jsonl manifest")
-    has_splits = any(top.name == "train" for top in tops) and all(_folders(top) and not _clips(top) for top in tops)
-    homes = (
-        [(top.name, inner) for top in tops for inner in _folders(top)] if has_splits else [("", top) for top in tops]
-    )
+    """One folder per class, with or without one per split above or below it."""
+    layout = read_layout(folder)
+    for home in layout.empty:
+        raise ValueError(f"{home}: a class folder without clips; begin its name with _ to have it passed over")
     rows = []
-    for split, home in homes:
-        clips = clips_below(home)
-        if not clips:
-            raise ValueError(f"{home}: a class folder without clips; begin its name with _ to have it passed over")
-        for clip in clips:
-            path = clip.relative_to(folder).as_posix()
-            rows.append(Row(path, {"path": path, "label": home.name} | ({"split": split} if split else {})))
+    for clip in layout.clips:
+        path = clip.path.relative_to(folder).as_posix()
+        rows.append(Row(path, {"path": path, "label": clip.label} | ({"split": clip.split} if clip.split else {})))
+    has_splits = any(clip.split for clip in layout.clips)
     return Table(("path", "label", "split") if has_splits else REQUIRED_COLUMNS, tuple(rows))
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(("_", ".")))
-
-
-def clips_below(folder: Path) -> list[Path]:
-    """Every video file of a folder, of any depth, sorted; nothing hidden, nothing in folders that begin with "_"."""
-    return sorted(path for path in folder.rglob("*") if _is_clip(path, folder))
-
-
-def _clips(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if _is_clip(path, folder)]
-
-
-def _is_clip(path: Path, home: Path) -> bool:
-    hidden = any(part.startswith(("_", ".")) for part in path.relative_to(home).parts[:-1]) or path.name.startswith(".")
-    return path.suffix.lower() in VIDEO_SUFFIXES and path.is_file() and not hidden

@@ -15,14 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vidreason.datamodules.split_names import STANDARD_SPLITS
 from vidreason.datamodules.types import Clip
 
 _LOG = logging.getLogger(__name__)
 
 DEFAULT_FRACTIONS: Mapping[str, float] = {"val": 0.15, "cal": 0.15, "test": 0.2}
 """Shares of the clips that splits other than train get where they have to be made."""
-
-STANDARD_SPLITS = ("train", "val", "cal", "test")
 
 
 def make_splits(clips: Sequence[Clip], fractions: Mapping[str, float], seed: int) -> dict[str, tuple[Clip, ...]]:

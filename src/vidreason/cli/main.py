@@ -5,6 +5,7 @@ Standard library only: ``vidreason --help`` answers at once, and what a subcomma
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ import vidreason
 
 COMMANDS = {
     "demo": "the whole main job on the embedded default, within minutes",
+    "init": "your own clips: look into a folder or table of them and write what the other commands read",
     "pipeline": "stages in order: --config configs/pipelines/deepintuit.yaml --run_dir runs/x",
     "classify": "ask a finished run about new clips: clip.mp4 --run runs/x",
     "fit": "train one stage: --config configs/sft_label.yaml",
@@ -28,6 +30,14 @@ COMMANDS = {
     "configs": "list the shipped YAML files, or copy them: --copy DIR",
 }
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+_READING_COMMANDS = ("init",)
+"""Commands that run nothing: every error of theirs is about what the user gave"""
+_SYSTEM_SAYS_NO = {
+    errno.ENOSPC: "the disk is full; free some space and give the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and give the same command again",
+    errno.EROFS: "the file system is read-only; write elsewhere",
+    errno.EACCES: "no permission; change it or use another place",
+}
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -71,15 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except OSError as error:
-        if show_traceback or error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
-        return EXIT_ERROR
     except ValueError as error:
         if show_traceback or not raised_by_user_code(error):
             raise
         print(f"error: {message_of(error)}", file=sys.stderr)
+        return EXIT_USAGE if command in _READING_COMMANDS else EXIT_ERROR
+    except OSError as error:
+        if show_traceback or (error.filename is None and error.errno not in _SYSTEM_SAYS_NO):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{_SYSTEM_SAYS_NO.get(error.errno or 0, error.strerror)}", file=sys.stderr)
         return EXIT_ERROR
 
 
@@ -126,6 +137,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from vidreason.cli import classify
 
         return classify.main(rest)
+    if command == "init":
+        from vidreason.cli import init
+
+        return init.main(rest)
     if command == "demo":
         from vidreason.cli import demo
 

@@ -1,0 +1,148 @@
+"""Clips in folders: which folders are classes, which are splits, and what is passed over."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vidreason.datamodules.split_names import is_split_name, standard_split
+
+VIDEO_SUFFIXES = frozenset(
+    (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".gif", ".zip")
+    + (".mts", ".m2ts", ".ogv", ".3g2", ".vob", ".asf", ".f4v", ".mxf", ".apng")
+)
+"""What counts as a clip in a folder per class, in lower case; a manifest may name any file."""
+
+
+@dataclass(frozen=True)
+class FolderClip:
+    """One clip, by where it lies."""
+
+    path: Path
+    label: str
+    split: str = ""
+    """As the folder is called; empty where folders name no splits"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a folder of clips holds."""
+
+    home: Path
+    """The folder with the classes or splits: the one given, or the only one below it"""
+    pattern: str
+    """``<class>/<clip>``, ``<split>/<class>/<clip>`` or ``<class>/<split>/<clip>``"""
+    clips: tuple[FolderClip, ...]
+    empty: tuple[Path, ...]
+    """Class folders without clips"""
+    passed_over: tuple[Path, ...]
+    """Folders that are no classes because their names begin with ``_`` or ``.``"""
+    loose: tuple[Path, ...]
+    """Clips outside every class folder"""
+    others: Mapping[str, int] = field(default_factory=dict)
+    """Suffix to number of files in class folders that are no clips by their name"""
+
+
+def read_layout(folder: Path) -> Layout:
+    """Finds the clips below a folder; opens none of them.
+
+    Links to files and folders are followed. A folder with nothing but one folder of folders in it is passed through, as
+    archives often unpack to.
+
+    Args:
+        folder: holds one folder per class, with train, val, test and the like above or below the classes, or without.
+
+    Raises:
+        ValueError: where there are no folders in it.
+    """
+    home = folder
+    while len(tops := _folders(home)) == 1 and not _clips(home) and not _clips(tops[0]) and len(_folders(tops[0])) > 1:
+        home = tops[0]
+    if not tops:
+        found = f"{len(_clips(home))} clips but no folders" if _clips(home) else "no folders"
+        raise ValueError(f"{folder}: holds {found}; expected one per class, or a .csv or .jsonl manifest")
+    pattern, homes = _class_folders(tops)
+    clips: list[FolderClip] = []
+    empty: list[Path] = []
+    others: Counter[str] = Counter()
+    for place in homes:
+        files = _files_below(place.path)
+        found_here = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+        others.update(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in VIDEO_SUFFIXES)
+        clips += [FolderClip(path, place.label, place.split) for path in found_here]
+        if not found_here:
+            empty.append(place.path)
+    levels = [folder, home] if home != folder else [folder]
+    levels += [top for top in tops if pattern != "<class>/<clip>"]
+    passed_over = [path for level in levels for path in sorted(level.iterdir()) if _is_hidden(path) and path.is_dir()]
+    loose = [path for level in levels for path in _clips(level)]
+    return Layout(home, pattern, tuple(clips), tuple(empty), tuple(passed_over), tuple(loose), others)
+
+
+def clips_below(folder: Path) -> list[Path]:
+    """Every clip of a folder, of any depth, sorted; nothing in folders that begin with ``_`` or ``.``."""
+    return [path for path in _files_below(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
+
+
+@dataclass(frozen=True)
+class _ClassFolder:
+    path: Path
+    label: str
+    split: str = ""
+
+
+def _class_folders(tops: Sequence[Path]) -> tuple[str, list[_ClassFolder]]:
+    """Which of the folders are splits, and where the classes lie."""
+    below = {top: _folders(top) for top in tops}
+    nested = all(below[top] and not _clips(top) for top in tops)
+    if nested and _are_splits(tops, below):
+        return "<split>/<class>/<clip>", [_ClassFolder(c, c.name, top.name) for top in tops for c in below[top]]
+    filled = [top for top in tops if below[top] or _clips(top)]
+    if all(below[top] and not _clips(top) and all(is_split_name(c.name) for c in below[top]) for top in filled):
+        places = [_ClassFolder(split, top.name, split.name) for top in filled for split in below[top]]
+        bare = [_ClassFolder(top, top.name) for top in tops if top not in filled]
+        return "<class>/<split>/<clip>", places + bare
+    return "<class>/<clip>", [_ClassFolder(top, top.name) for top in tops]
+
+
+def _are_splits(tops: Sequence[Path], below: Mapping[Path, Sequence[Path]]) -> bool:
+    """All are named as splits are, or beside a train folder each has a class of it (``train/run``, ``night/run``)."""
+    if all(is_split_name(top.name) for top in tops):
+        return True
+    train = {c.name for top in tops if standard_split(top.name) == "train" for c in below[top]}
+    return all(train & {c.name for c in below[top]} for top in tops)
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(("_", "."))
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path))
+
+
+def _clips(folder: Path) -> list[Path]:
+    """The clips directly in a folder."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
+
+
+def _files_below(home: Path) -> list[Path]:
+    """All files below a folder but hidden ones, in order; a link that leads back up is followed once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(home, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(("_", ".")))
+        found += [path for name in files if not name.startswith(".") and (path := Path(place, name)).is_file()]
+    return sorted(found)

@@ -1,0 +1,40 @@
+"""What the splits are called, here and by others."""
+
+from __future__ import annotations
+
+STANDARD_SPLITS = ("train", "val", "cal", "test")
+"""Every other name is a further test set."""
+
+ALMOST_SPLITS = {
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "calib": "cal",
+    "calibration": "cal",
+    "testing": "test",
+}
+"""Other people's names for them, in lower case."""
+
+
+def standard_split(name: str) -> str:
+    """The name that a split has here; a name that is no known one stays as it is.
+
+    Example:
+        >>> standard_split("Validation"), standard_split("TRAIN"), standard_split("Robustness")
+        ('val', 'train', 'Robustness')
+    """
+    plain = name.strip()
+    lower = plain.casefold()
+    return ALMOST_SPLITS.get(lower, lower if lower in STANDARD_SPLITS else plain)
+
+
+def is_split_name(name: str) -> bool:
+    """Whether a folder or value of this name can only mean a split.
+
+    Example:
+        >>> is_split_name("Training"), is_split_name("test_night"), is_split_name("tennis")
+        (True, True, False)
+    """
+    return standard_split(name) in STANDARD_SPLITS or name.strip().casefold().startswith(("test_", "test-"))
