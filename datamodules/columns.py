@@ -104,14 +104,15 @@ def _guess_split(table: Table, taken: Sequence[str | None]) -> str | None:
 
 
 def _guess_label(table: Table, taken: Sequence[str | None], name: str) -> str:
-    """By name, words before numbers; else the only column whose values repeat."""
+    """By name, words before numbers; else the only column whose values repeat, or the only one left."""
     free = [column for column in table.columns if column not in taken]
     named = _by_name(free, _LABEL_NAMES)
     for column in (*(column for column in named if not _is_numeric(table, column)), *named):
         return column
     repeating = [column for column in free if _repeats(table, column)]
-    if len(repeating) == 1:
-        return repeating[0]
+    for only in (repeating, free):
+        if len(only) == 1:
+            return only[0]
     raise ValueError(
         f"{name}: which column is the label? Name it with --label-column (there are {', '.join(free) or 'no others'})"
     )

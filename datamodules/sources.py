@@ -303,4 +303,4 @@ def _first(names: Sequence[str], most: int = 8) -> str:
 
 def _refuse(path: Path, what: str, places: Sequence[str]) -> None:
     if places:
-        raise ValueError(f"{path}: {what}: {_first(places, 5)}")
+        raise ValueError(f"{path}: {what}: {_first(places, 5)}; fill it in or remove these rows")

@@ -8,6 +8,7 @@ STANDARD_SPLITS = ("train", "val", "cal", "test")
 ALMOST_SPLITS = {
     "training": "train",
     "valid": "val",
+    "validate": "val",
     "validation": "val",
     "dev": "val",
     "eval": "val",

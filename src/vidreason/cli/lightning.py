@@ -7,6 +7,7 @@ installed package, and errors of the user's in one line.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -32,6 +33,7 @@ from vidreason.cli.finished_run import TASK_FILE
 from vidreason.cli.main import EXIT_OK, EXIT_USAGE
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.lightning_modules.trained_weights import WeightsModule
+from vidreason.cli.vlm_shorthand import expand, is_shorthand
 from vidreason.lightning_modules.vlms.base import VLM
 
 _FILE_OPTIONS = ("-c", "--config", "--trainer", "--model", "--data", "--vlm")
@@ -321,6 +323,8 @@ def _with_shipped_files(argv: Sequence[str]) -> tuple[list[str], str | None]:
             say(f"{value}: not in this folder, using the installed package's {path}")
             arguments[index] = f"{front}{path}"
         option = front.rstrip("=") or argv[index - 1]
+        if option == "--vlm" and is_shorthand(value):
+            arguments[index] = f"{front}{_section_of(value)}"
         if option in ("-c", "--config") and first_config is None:
             first_config = value
     return arguments, first_config
@@ -333,6 +337,14 @@ def _from_the_start(command_line: str) -> str:
         at = words.index("--ckpt_path")
         del words[at : at + 2]
     return shlex.join(words)
+
+
+def _section_of(value: str) -> str:
+    """The section that a hub id or model folder stands for, as the parser takes it."""
+    try:
+        return json.dumps(expand(value))
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from error
 
 
 def _point_at_shipped(section: Namespace | None) -> None:

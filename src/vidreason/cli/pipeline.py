@@ -21,6 +21,7 @@ from vidreason.cli.configs import PREFIX, shipped_folder
 from vidreason.cli.pipeline_commands import USAGE_STATUS, Commands, trainer_commands
 from vidreason.cli.pipeline_run import PipelineRun
 from vidreason.cli.pipeline_spec import PipelineSpec, locate_config, read_pipeline
+from vidreason.cli.vlm_shorthand import expand, is_shorthand
 
 _SETTING = re.compile(r"--(\w[\w.]*\+?)(?:=(.*))?", re.DOTALL)
 
@@ -93,7 +94,12 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
     parser.add_argument("--config", metavar="FILE", help="the pipeline: which stages in which order (required)")
     parser.add_argument("--run_dir", type=Path, metavar="DIR", help="where everything is written (required)")
     parser.add_argument("--data", metavar="FILE", help="data section for every stage (configs/data/...)")
-    parser.add_argument("--vlm", metavar="FILE", help="model section for every stage (configs/vlm/...)")
+    parser.add_argument(
+        "--vlm",
+        metavar="FILE|ID|FOLDER",
+        help="model for every stage: a section (configs/vlm/...), a hub id such as Qwen/Qwen2.5-VL-3B-Instruct, or a "
+        "model folder",
+    )
     parser.add_argument("--seed", type=int, help="seed of every stage (default: the pipeline's, else 0)")
     parser.add_argument(
         "--use",
@@ -110,7 +116,10 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
     spec = read_pipeline(options.config).with_overrides(overrides)
     for section in ("data", "vlm"):
         if (name := getattr(options, section)) is not None:
-            locate_config(name)
+            if section == "vlm" and is_shorthand(name):
+                expand(name)
+            else:
+                locate_config(name)
             spec = replace(spec, **{section: name})
     if options.seed is not None:
         spec = replace(spec, seed=options.seed)
@@ -126,15 +135,19 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
 
 
 def list_pipelines() -> str:
-    """The shipped pipelines, one per line, and how to run one."""
-    specs = [(path, read_pipeline(str(path))) for path in sorted((shipped_folder() / "pipelines").glob("*.yaml"))]
-    names = [f"{PREFIX}/pipelines/{path.name}" for path, _ in specs]
+    """The shipped pipelines with their stages and what each needs, and how to run one."""
     lines = []
-    for name, (_, spec) in zip(names, specs, strict=True):
-        lines.append(f"  {name:{max(map(len, names))}}  {spec.description}")
-        lines.append(f"  {'':{max(map(len, names))}}  stages: {', '.join(stage.name for stage in spec.stages)}")
+    for path in sorted((shipped_folder() / "pipelines").glob("*.yaml")):
+        spec = read_pipeline(str(path))
+        lines.append(f"  {PREFIX}/pipelines/{path.name}")
+        lines.append(f"    what:   {spec.description}")
+        lines.append(f"    stages: {', '.join(stage.name for stage in spec.stages)}")
+        lines.append(f"    needs:  {spec.needs}")
     usage = f"run one with\n  vidreason pipeline --config {PREFIX}/pipelines/deepintuit.yaml --run_dir runs/x"
-    return "\n".join(["pipelines:", *lines, "", usage])
+    more = (
+        "on your own clips: --data my_task/data.yaml, which `vidreason init` writes; another model: --vlm ID or FOLDER"
+    )
+    return "\n".join(["pipelines:", *lines, "", usage, more])
 
 
 def _read_overrides(arguments: Sequence[str], known: Iterable[str]) -> dict[str, object]:

@@ -29,6 +29,7 @@ from vidreason.cli.pipeline_state import (
     write_atomically,
 )
 from vidreason.cli.summary import write_summary
+from vidreason.cli.vlm_shorthand import shorthand_settings
 
 _ARTEFACT = "artefact"
 
@@ -245,6 +246,7 @@ class PipelineRun:
         """Fingerprints of what the user decides: config, settings, data, base."""
         inputs = {"command": stage.command, "vidreason": __version__, "base": fingerprint_embedded_weights()}
         inputs |= fingerprint_config(locate_config(stage.config), stage.config)
+        inputs |= fingerprint_settings(shorthand_settings(self.spec.vlm))
         return inputs | fingerprint_settings(self._settings(stage))
 
     def _inputs(self, stage: StageSpec) -> dict[str, str]:

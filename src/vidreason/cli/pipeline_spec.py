@@ -31,7 +31,7 @@ ARTEFACT_FILES: Mapping[str, tuple[str, ...]] = {
 SECTIONS = ("data", "vlm", "model", "trainer", "optimizer", "lr_scheduler", "seed_everything")
 
 _STAGE_KEYS = ("name", "command", "config", "args", "inputs", "on_cold_policy")
-_PIPELINE_KEYS = ("name", "description", "data", "vlm", "seed", "args", "stages")
+_PIPELINE_KEYS = ("name", "description", "needs", "data", "vlm", "seed", "args", "stages")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _REFERENCE = re.compile(r"\{([^{}]+)\}")
 
@@ -76,10 +76,12 @@ class PipelineSpec:
     stages: tuple[StageSpec, ...]
     source: str
     """The file it was read from, for messages"""
+    needs: str = ""
+    """Which clips and which model it takes, in one line"""
     data: str | None = None
     """A data section's file, for every stage"""
     vlm: str | None = None
-    """A model section's file, for every stage"""
+    """A model section's file, a hub id or a model folder, for every stage"""
     seed: int = 0
     args: Mapping[str, object] = field(default_factory=dict)
     """Dotted settings for every stage"""
@@ -143,7 +145,7 @@ class PipelineSpec:
                 row["on_cold_policy"] = stage.on_cold_policy
             stages.append(row)
         top: dict[str, object] = {"name": self.name, "description": self.description, "seed": self.seed}
-        top |= {key: value for key in ("data", "vlm", "args") if (value := getattr(self, key))}
+        top |= {key: value for key in ("needs", "data", "vlm", "args") if (value := getattr(self, key))}
         return yaml.safe_dump({**top, "stages": stages}, sort_keys=False, width=120)
 
 
@@ -182,6 +184,7 @@ def read_pipeline(config: str) -> PipelineSpec:
         description=str(top.get("description", "")),
         stages=tuple(stages),
         source=str(path),
+        needs=str(top.get("needs", "")),
         data=cast("str | None", top.get("data")),
         vlm=cast("str | None", top.get("vlm")),
         seed=seed,

@@ -1,0 +1,102 @@
+"""``--vlm Qwen/Qwen2.5-VL-3B-Instruct``: a hub id or a model folder instead of a section file.
+
+The model says of what family it is (``model_type`` in its config.json); the shipped section of that family is taken,
+with its path replaced. Whatever else should differ needs a section file, or a flag (``--vlm.init_args.max_pixels``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vidreason.cli.configs import find_config, shipped_folder
+
+SECTIONS: Mapping[str, str] = {
+    "qwen2_5_vl": "vlm/qwen2_5_vl_3b.yaml",
+    "qwen2_vl": "vlm/qwen2_5_vl_3b.yaml",
+    "smolvlm": "vlm/smolvlm2_500m.yaml",
+    "vidreason_tiny_vlm": "vlm/tiny.yaml",
+}
+"""``model_type`` to the shipped section of its family"""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_YAML_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def is_shorthand(value: str) -> bool:
+    """Whether a value of ``--vlm`` names a model and not a section file, a class or a section itself.
+
+    >>> is_shorthand("Qwen/Qwen2.5-VL-3B-Instruct"), is_shorthand("configs/vlm/tiny.yaml"), is_shorthand("my.VLM")
+    (True, False, False)
+    """
+    if value.endswith(_YAML_SUFFIXES) or value.lstrip().startswith("{") or find_config(value) is not None:
+        return False
+    return _is_folder(value) or _HUB_ID.fullmatch(value) is not None
+
+
+def expand(value: str) -> dict[str, Any]:
+    """The section that a shorthand stands for.
+
+    Args:
+        value: a hub id or a folder, as ``is_shorthand`` tells them.
+
+    Raises:
+        ValueError: where the model cannot be found, or is of a family that has no section.
+    """
+    kind = _model_type(value)
+    if kind not in SECTIONS:
+        raise ValueError(
+            f"--vlm {value}: a model of type {kind!r}; without a section file it can be {', '.join(sorted(SECTIONS))}"
+        )
+    section: dict[str, Any] = yaml.safe_load((shipped_folder() / SECTIONS[kind]).read_text(encoding="utf-8"))
+    path = str(Path(value).expanduser().absolute()) if _is_folder(value) else value
+    return {**section, "init_args": {**section["init_args"], "path": path}}
+
+
+def shorthand_settings(value: str | None) -> dict[str, object]:
+    """The section of a shorthand as dotted settings, for fingerprints; {} for anything else."""
+    if value is None or not is_shorthand(value):
+        return {}
+    section = expand(value)
+    return {
+        "vlm.class_path": section["class_path"],
+        **{f"vlm.init_args.{key}": item for key, item in section["init_args"].items()},
+    }
+
+
+def _is_folder(value: str) -> bool:
+    return value.startswith((".", "/", "~")) or Path(value).is_dir()
+
+
+def _model_type(value: str) -> str:
+    if _is_folder(value):
+        config = Path(value).expanduser() / "config.json"
+        if not config.is_file():
+            raise ValueError(f"--vlm {value}: neither a section file (.yaml) nor a model folder (no config.json in it)")
+    else:
+        config = _from_hub(value)
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--vlm {value}: {config} does not say its model_type; copy or download it again") from error
+
+
+@cache
+def _from_hub(name: str) -> Path:
+    from transformers.utils.hub import cached_file  # seconds to import
+
+    try:
+        config = cached_file(name, "config.json")
+    except OSError as error:
+        raise ValueError(
+            f"--vlm {name}: not on this machine, and the hub does not give it; check the name and the network, or run "
+            f"`hf download {name} --local-dir DIR` where there is one and give --vlm DIR"
+        ) from error
+    assert config is not None
+    return Path(config)
