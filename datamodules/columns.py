@@ -64,7 +64,7 @@ def find_columns(table: Table, asked: ColumnNames, name: str) -> Columns:
     ):
         if wanted is not None and wanted not in table.columns:
             raise ValueError(
-                f"{name}: no column {wanted!r} (--{option}-column){_suggestion(wanted, table.columns)}; "
+                f"{name}: --{option}-column {wanted}: no such column{_suggestion(wanted, table.columns)}; "
                 f"there are {', '.join(table.columns)}"
             )
     if any(PurePath(column).suffix.lower() in VIDEO_SUFFIXES for column in table.columns):
@@ -148,4 +148,4 @@ def _repeats(table: Table, column: str) -> bool:
 
 def _suggestion(column: str, columns: Sequence[str]) -> str:
     close = difflib.get_close_matches(column.casefold(), [name.casefold() for name in columns], n=1, cutoff=0.5)
-    return f", did you mean {next(c for c in columns if c.casefold() == close[0])!r}?" if close else ""
+    return f" (did you mean {next(c for c in columns if c.casefold() == close[0])!r}?)" if close else ""
