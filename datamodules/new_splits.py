@@ -38,6 +38,7 @@ def group_by_content(clips: Sequence[Clip], shas: Sequence[str]) -> tuple[Clip, 
 
     def find(key: str) -> str:
         while home.setdefault(key, key) != key:
+            home[key] = home[home[key]]
             key = home[key]
         return key
 
@@ -67,9 +68,8 @@ def assign_splits(clips: Sequence[Clip], shas: Sequence[str], seed: int) -> Assi
         check_disjoint(assignment.splits)
         return assignment
     _refuse_copies(clips, shas)
-    given: dict[str, tuple[Clip, ...]] = {}
-    for clip in clips:
-        given[clip.split] = (*given.get(clip.split, ()), clip)
+    names = dict.fromkeys(clip.split for clip in clips)
+    given = {name: tuple(clip for clip in clips if clip.split == name) for name in names}
     check_disjoint(given)
     if "train" not in given:
         raise ValueError(f"no split is called train; there are {', '.join(sorted(given))}")

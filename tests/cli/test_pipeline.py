@@ -407,6 +407,8 @@ def test_shipped_pipelines(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert all(f"configs/pipelines/{name}.yaml" in list_pipelines() for name in specs)
     assert capsys.readouterr().out.strip() == list_pipelines().strip()
+    assert all(spec.needs and spec.needs in list_pipelines() for spec in specs.values())
+    assert "configs/data/porch.yaml" in specs["teacher"].needs
 
 
 def test_help_names_the_overrides(capsys: pytest.CaptureFixture[str]) -> None:
