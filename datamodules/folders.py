@@ -42,6 +42,8 @@ class Layout:
     """Folders that are no classes because their names begin with ``_`` or ``.``"""
     loose: tuple[Path, ...]
     """Clips outside every class folder"""
+    inner: tuple[Path, ...]
+    """Folders with clips within a class folder; they count as their class"""
     others: Mapping[str, int] = field(default_factory=dict)
     """Suffix to number of files in class folders that are no clips by their name"""
 
@@ -68,18 +70,25 @@ def read_layout(folder: Path) -> Layout:
     clips: list[FolderClip] = []
     empty: list[Path] = []
     others: Counter[str] = Counter()
+    hidden: list[Path] = []
+    inner: dict[Path, None] = {}
     for place in homes:
-        files = _files_below(place.path)
+        files, hidden_here = _files_below(place.path)
+        hidden += hidden_here
         found_here = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
         others.update(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in VIDEO_SUFFIXES)
         clips += [FolderClip(path, place.label, place.split) for path in found_here]
+        deeper = (path.relative_to(place.path) for path in found_here)
+        inner.update(dict.fromkeys(place.path / path.parts[0] for path in deeper if len(path.parts) > 1))
         if not found_here:
             empty.append(place.path)
     levels = [folder, home] if home != folder else [folder]
     levels += [top for top in tops if pattern != "<class>/<clip>"]
     passed_over = [path for level in levels for path in sorted(level.iterdir()) if _is_hidden(path) and path.is_dir()]
     loose = [path for level in levels for path in _clips(level)]
-    return Layout(home, pattern, tuple(clips), tuple(empty), tuple(passed_over), tuple(loose), others)
+    return Layout(
+        home, pattern, tuple(clips), tuple(empty), (*passed_over, *hidden), tuple(loose), tuple(inner), others
+    )
 
 
 def clips_below(folder: Path) -> list[Path]:
@@ -133,9 +142,13 @@ def _clips(folder: Path) -> list[Path]:
     )
 
 
-def _files_below(home: Path) -> list[Path]:
-    """All files below a folder but hidden ones, in order; a link that leads back up is followed once."""
+def _files_below(home: Path) -> tuple[list[Path], list[Path]]:
+    """All files below a folder but hidden ones, and the folders that were passed over, both in order.
+
+    A link that leads back up is followed once.
+    """
     found: list[Path] = []
+    hidden: list[Path] = []
     seen: set[str] = set()
     for place, folders, files in os.walk(home, followlinks=True):
         real = os.path.realpath(place)
@@ -143,6 +156,7 @@ def _files_below(home: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
+        hidden += [path for name in folders if _is_hidden(path := Path(place, name))]
         folders[:] = sorted(name for name in folders if not name.startswith(("_", ".")))
         found += [path for name in files if not name.startswith(".") and (path := Path(place, name)).is_file()]
-    return sorted(found)
+    return sorted(found), sorted(hidden)

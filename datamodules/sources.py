@@ -104,6 +104,11 @@ def _from_layout(folder: Path, layout: Layout) -> Source:
         notes.append(f"no classes, as their names begin with _ or a dot: {_names(layout.passed_over, folder)}")
     if layout.empty:
         notes.append(f"no classes, as there are no clips in them: {_names(layout.empty, folder)}")
+    if layout.inner:
+        notes.append(
+            f"folders within a class, counted as it: {_names(layout.inner, folder)} (where these are the classes, give "
+            "the folder they are in)"
+        )
     if layout.loose:
         notes.append(f"left out, as they lie in no class folder: {_names(layout.loose, folder)}")
     if layout.others:

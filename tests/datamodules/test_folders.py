@@ -28,6 +28,12 @@ def test_classes_alone(tmp_path):
     )
 
 
+def test_folders_within_a_class_are_named(tmp_path):
+    touch(tmp_path, "a/1.mp4", "a/s1/x/2.mp4", "a/s1/y/3.mp4", "b/s2/4.mp4", "b/s3/5.txt")
+    layout = read_layout(tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path in layout.inner] == ["a/s1", "b/s2"]
+
+
 def test_splits_above_the_classes(tmp_path):
     touch(tmp_path, "Training/a/1.mp4", "Training/b/2.mp4", "val/a/3.mp4", "test/b/4.mp4", "test/b/x/5.mp4")
     pattern, clips = found(tmp_path)
@@ -77,7 +83,7 @@ def test_what_is_no_clip_is_counted_and_named(tmp_path):
     touch(tmp_path, "_skip/1.mp4", ".git/1.mp4", "._1.mp4")
     layout = read_layout(tmp_path)
     assert sorted(clip.path.name for clip in layout.clips) == ["1.mp4", "4.mp4"]
-    assert [path.name for path in layout.passed_over] == [".git", "_skip"]
+    assert [path.relative_to(tmp_path).as_posix() for path in layout.passed_over] == [".git", "_skip", "a/_x"]
     assert [path.name for path in layout.empty] == ["c"]
     assert [path.name for path in layout.loose] == ["loose.mp4"]
     assert layout.others == Counter({".txt": 2, "readme": 1})
