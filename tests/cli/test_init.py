@@ -224,13 +224,17 @@ def test_few_clips_and_odd_labels_are_pointed_out(here, fake_probe, capsys):
     assert "\n  0: " not in out.partition("too few")[2], "twelve are enough"
 
 
-def test_a_name_that_is_no_text_is_set_aside(here, fake_probe):
+def test_a_name_that_is_no_text_is_set_aside(here, fake_probe, capsys):
     classes("clips", 6)
     Path(os.fsdecode(b"clips/run/\xff.mp4")).write_text("x")
     assert main(["init", "clips", "--out", "task"]) == 0
     (bad,) = rows("task/unreadable.csv")
     assert bad["reason"] == "its name is not UTF-8; rename it"
     assert bad["video_id"] == "run/\\udcff.mp4"
+    Path(os.fsdecode(b"clips/\xfe")).mkdir()
+    Path(os.fsdecode(b"clips/\xfe/1.mp4")).write_text("y")
+    assert main(["init", "clips", "--out", "other"]) == 2
+    assert "rename it; mend them or take" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["clips", "clips/task", "clips/run/../task", "link/task"])

@@ -163,11 +163,11 @@ def _refuse_unreadable_classes(
         clips = [clip for clip in source.clips if clip.label == label]
         if any(clip.name in probes for clip in clips):
             continue
-        first = next(clip for clip in left_out if clip.label == label)
+        first = next(clip for clip in left_out if clip.label == printable(label))
         what = "folder" if source.path.is_dir() else "rows"
         raise ValueError(
-            f"class {label!r}: none of its clips ({len(clips)}) can be read, {first.video_id}: {first.reason}; "
-            f"mend them or take the class's {what} out"
+            f"class {printable(label)!r}: none of its clips ({len(clips)}) can be read, {first.video_id}: "
+            f"{first.reason}; mend them or take the class's {what} out"
         )
 
 
