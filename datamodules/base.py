@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from vidreason.datamodules.decoding import DecodedVideo, DecodeError, FrameOptions, read_frames
@@ -161,7 +162,10 @@ def position(trainer: L.Trainer, batches: int) -> tuple[int, int]:
         trainer: Its progress is restored, if it goes on from a checkpoint.
         batches: Of one epoch of the loader.
     """
-    epochs, done = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    epochs, current = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
+    assert isinstance(epochs, _ProcessedTracker)
+    assert isinstance(current, _ProcessedTracker)
+    done = current.processed
     if epochs.started <= epochs.processed:  # between two epochs
         return epochs.processed, 0
     if done >= batches_of_an_epoch(trainer, batches):  # saved by the epoch's last validation

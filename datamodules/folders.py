@@ -93,7 +93,7 @@ def read_layout(folder: Path) -> Layout:
 
 def clips_below(folder: Path) -> list[Path]:
     """Every clip of a folder, of any depth, sorted; nothing in folders that begin with ``_`` or ``.``."""
-    return [path for path in _files_below(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
+    return [path for path in _files_below(folder)[0] if path.suffix.lower() in VIDEO_SUFFIXES]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
@@ -19,7 +17,7 @@ def ship(trained: Path, folder: Path) -> None:
     recipe = TinyVLM(str(trained))
     model = recipe.build()
     assert isinstance(model, TinyVLMForConditionalGeneration)
-    model.to(torch.bfloat16)  # type: ignore[call-arg]  # its decorator misleads mypy
+    model.bfloat16()
     model.save_pretrained(folder)
     recipe.processor.save_pretrained(folder)
     for file in folder.iterdir():

@@ -31,9 +31,9 @@ from vidreason.cli.config_errors import explain
 from vidreason.cli.configs import PREFIX, find_config
 from vidreason.cli.finished_run import TASK_FILE
 from vidreason.cli.main import EXIT_OK, EXIT_USAGE
+from vidreason.cli.vlm_shorthand import expand, is_shorthand
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.lightning_modules.trained_weights import WeightsModule
-from vidreason.cli.vlm_shorthand import expand, is_shorthand
 from vidreason.lightning_modules.vlms.base import VLM
 
 _FILE_OPTIONS = ("-c", "--config", "--trainer", "--model", "--data", "--vlm")
