@@ -43,7 +43,7 @@ def test_copy_writes_the_tree_and_overwrites_nothing(shipped, capsys):
     assert Path("mine/data/porch.yaml").read_text() == "class_path: x\n"
     Path("mine/grpo.yaml").write_text("changed: true\n")
     Path("mine/data/porch.yaml").unlink()
-    assert main(["configs", "--copy", "mine"]) == 1
+    assert main(["configs", "--copy", "mine"]) == 2
     assert "mine/grpo.yaml exists" in capsys.readouterr().err
     assert Path("mine/grpo.yaml").read_text() == "changed: true\n"
     assert not Path("mine/data/porch.yaml").exists()

@@ -207,17 +207,17 @@ def test_errors_of_the_data_are_one_line(project, capsys, workers):
 
 def test_errors_on_construction_are_one_line_unless_a_traceback_is_wanted(project, capsys, monkeypatch):
     argv = [*FIT, "--data.init_args.broken", "init"]
-    assert main(argv) == 1
+    assert main(argv) == 2
     assert "error: clips.csv, row 3: unknown label 'dog'\n" in capsys.readouterr().err
     with pytest.raises(ValueError, match="row 3"):
-        main([*argv, "--traceback"])
+        main([*argv, "--debug"])
     monkeypatch.setenv("VIDREASON_TRACEBACK", "1")
     with pytest.raises(ValueError, match="row 3"):
         main(argv)
 
 
 def test_trainer_refusals_are_one_line(project, capsys):
-    assert main([*FIT, "--trainer.gradient_clip_algorithm", "nope"]) == 1
+    assert main([*FIT, "--trainer.gradient_clip_algorithm", "nope"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 

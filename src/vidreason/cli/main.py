@@ -30,7 +30,9 @@ COMMANDS = {
     "configs": "list the shipped YAML files, or copy them: --copy DIR",
 }
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_READING_COMMANDS = ("init",)
+_FAILURES = ("DecodeError", "ColdPolicyError")
+"""Errors that are nobody's mistake on a command line, in a YAML or in a table."""
+_TRACEBACK_OPTIONS = ("--debug", "--traceback")
 """Commands that run nothing: every error of theirs is about what the user gave"""
 _SYSTEM_SAYS_NO = {
     errno.ENOSPC: "the disk is full; free some space and give the same command again",
@@ -45,7 +47,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 _KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
-_WORKER_ERROR = re.compile(r"\ACaught \w+ in DataLoader worker process")
+_WORKER_ERROR = re.compile(r"\ACaught (\w+) in DataLoader worker process")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,11 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the program's name; the process's own by default.
 
     Returns:
-        Exit status: 0 done, 1 an error of the data or the run, 2 a wrong command line or config, 130 interrupted.
+        Exit status: 0 done, 1 the run failed, 2 a mistake on the command line, in a config or in the data's tables, 130
+        interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    show_traceback = "--traceback" in arguments or os.environ.get("VIDREASON_TRACEBACK", "") not in ("", "0")
-    arguments = [argument for argument in arguments if argument != "--traceback"]
+    asked = any(option in arguments for option in _TRACEBACK_OPTIONS)
+    show_traceback = asked or os.environ.get("VIDREASON_TRACEBACK", "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument not in _TRACEBACK_OPTIONS]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         return EXIT_OK
@@ -85,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if show_traceback or not raised_by_user_code(error):
             raise
         print(f"error: {message_of(error)}", file=sys.stderr)
-        return EXIT_USAGE if command in _READING_COMMANDS else EXIT_ERROR
+        return EXIT_ERROR if _kind_of(error) in _FAILURES else EXIT_USAGE
     except OSError as error:
         if show_traceback or (error.filename is None and error.errno not in _SYSTEM_SAYS_NO):
             raise
@@ -114,6 +118,12 @@ def raised_by_user_code(error: ValueError) -> bool:
         return True
     libraries = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     return innermost.is_file() and libraries.isdisjoint(innermost.parents)
+
+
+def _kind_of(error: ValueError) -> str:
+    """Name of the error's class, also where it comes out of a DataLoader worker."""
+    in_worker = _WORKER_ERROR.match(str(error))
+    return in_worker[1] if in_worker else type(error).__name__
 
 
 def message_of(error: ValueError) -> str:
@@ -185,7 +195,7 @@ def _help() -> str:
             "",
             "options:",
             "  --help       after a command: its own options",
-            "  --traceback  show where an error comes from (or set VIDREASON_TRACEBACK=1)",
+            "  --debug      show where an error comes from (also --traceback, or VIDREASON_TRACEBACK=1)",
             "  --version",
             "",
             "`vidreason demo` needs nothing else.",
