@@ -8,7 +8,6 @@ clutter and view. ``wide`` is what pretraining sees: every look but stripe walls
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -18,9 +17,6 @@ from vidreason.datamodules.porch_world import ABNORMAL, LABELS, Facts, label_of,
 WIDTH, HEIGHT, FRAMES = 96, 64, 12
 SHORTCUT = 0.85
 """How often, at L0, night goes with abnormal labels and the clothing with the label."""
-
-SLOWEST = 0.65
-"""Speed at which a person has no time to stand longer than the pauses laid out."""
 
 TRAIN_CLOTHING = tuple((0.02 + 0.1 * i) % 1.0 for i in range(10))
 TRAIN_WALLS = (0.06, 0.12, 0.30, 0.55, 0.62)
@@ -145,29 +141,27 @@ _Path = tuple[tuple[float, ...], tuple[bool, ...], tuple[bool, ...], tuple[bool,
 
 
 def _draw_path(rng: np.random.Generator, level: int, facts: Facts, looks: Looks, wide: bool) -> _Path:
-    """Lays waypoints with pauses, walks them at even speed and reads the clip's 12 frames off that walk.
-
-    Whoever walks faster stands longer, so that the person is in the picture for 8 frames at any speed.
-    """
+    """Lays waypoints with pauses, walks them at even speed and reads the clip's 12 frames off that walk."""
     u = rng.random(16)
-    slow, fast = (SLOWEST, 1.3) if wide else (SLOWEST, 1.6) if level >= 3 else (0.85, 1.2)
+    slow, fast = (0.65, 1.3) if wide else (0.65, 1.6) if level >= 3 else (0.85, 1.2)
     stops = _waypoints(facts, looks, u)
-    legs = [0.0] + [abs(b - a) for (a, _), (b, _) in pairwise(stops)]
-    active = FRAMES - 0.2 if facts.exits == "stays" else 9.9 + 1.5 * u[2]
-    shortest = sum(pause for _, pause in stops)
-    walking = (active - shortest) * SLOWEST / (slow + (fast - slow) * u[0])  # frames; the rest goes to the pauses
+    pauses = [pause for _, pause in stops]
+    legs = [abs(b[0] - a[0]) for a, b in zip(stops, stops[1:], strict=False)]
+    active = min(max(9.9 / (slow + (fast - slow) * u[0]), 8.8), 11.4)
+    if facts.exits == "stays":
+        active = FRAMES - 0.2
+    walking = active - sum(pauses)
     pace = max(sum(legs), 1.0) / walking  # pixels per frame
-    stretch = (active - walking) / shortest
     times: list[tuple[float, float]] = []
     now, event_at = 0.0, {"goal": -1.0, "end": -1.0}
     for i, (x, pause) in enumerate(stops):
-        now += legs[i] / pace
+        now += legs[i - 1] / pace if i else 0.0
         times.append((now, x))
         if i == len(stops) - 2 and facts.reaches != "none":
-            event_at["goal"] = now + pause * stretch * 0.55
+            event_at["goal"] = now + pause * 0.55
         if i == len(stops) - 1:
             event_at["end"] = now
-        now += pause * stretch
+        now += pause
         times.append((now, x))
     clock = np.arange(FRAMES) + 0.35
     if level >= 3 and not wide:

@@ -19,42 +19,54 @@ from vidreason.rewards.completion import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE,
 
 PHRASES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
     "start_parcel": {
-        "none": ("No parcel in view.", "There is no parcel yet.", "The porch holds no parcel."),
-        "at_door": ("A parcel is already there.", "A parcel sits outside.", "A parcel waits outside."),
-        "carried": ("Someone brings a parcel.", "A parcel is carried in.", "A parcel comes along."),
+        "none": ("No parcel is in view.", "There is no parcel at first.", "The porch holds no parcel."),
+        "at_door": (
+            "A parcel is already at the door.",
+            "A parcel lies by the door.",
+            "A parcel waits on the porch.",
+        ),
+        "carried": (
+            "Someone brings a parcel.",
+            "A parcel is carried into view.",
+            "A parcel comes along.",
+        ),
     },
     "enters": {
-        "left": ("Someone comes from the left", "From the left comes someone", "A person appears at left"),
-        "right": ("Someone comes from the right", "From the right comes someone", "A person appears at right"),
+        "left": ("A person comes from the left", "Someone walks in from the left", "From the left comes a person"),
+        "right": (
+            "A person comes from the right",
+            "Someone walks in from the right",
+            "From the right comes a person",
+        ),
     },
     "turns": {
-        "0": ("walking straight on", "without turning", "without pacing"),
+        "0": ("on a straight way", "without turning about", "without pacing"),
         "many": ("pacing back and forth", "turning again and again", "walking to and fro"),
     },
     "reaches": {
-        "none": ("stops at nothing", "keeps clear of both", "seeks no goal"),
-        "door": ("goes to the door", "stops at the door", "reaches the door"),
-        "post": ("goes to the post", "stops at the post", "reaches the post"),
+        "none": ("stops at nothing", "keeps clear of both", "goes to no goal"),
+        "door": ("goes to the door", "stops at the door", "walks up to the door"),
+        "post": ("goes to the post", "stops at the post", "walks up to the post"),
     },
     "posture": {
         "upright": ("stays upright", "keeps standing", "stays on foot"),
-        "down": ("ends up lying", "drops flat", "goes to ground"),
+        "down": ("goes to the ground", "ends up lying", "drops to the ground"),
     },
     "exits": {
-        "left": ("leaves to the left", "walks off left", "goes off left"),
-        "right": ("leaves to the right", "walks off right", "goes off right"),
+        "left": ("leaves to the left", "walks off to the left", "goes off left"),
+        "right": ("leaves to the right", "walks off to the right", "goes off right"),
         "door": ("goes inside", "walks into the house", "vanishes through the door"),
         "stays": ("does not leave", "remains in view", "waits there"),
     },
     "end_parcel": {
         "none": ("there is still no parcel", "no parcel has come", "the porch is bare"),
-        "at_door": ("the parcel lies there", "the parcel is left there", "the parcel rests outside"),
+        "at_door": ("the parcel is at the door", "the parcel lies by the door", "the parcel rests on the porch"),
         "carried": ("the parcel is in hand", "the parcel is still held", "the person holds the parcel"),
         "gone": ("the parcel is gone", "the parcel is missing", "the parcel has vanished"),
     },
     "lamp": {
-        "on": ("the lamp is on", "the lamp shines", "the light is on"),
-        "off": ("the lamp is off", "the lamp is dark", "the light is out"),
+        "on": ("the lamp is still on", "the lamp shines", "the light is on"),
+        "off": ("the lamp is off", "the lamp has gone dark", "the light is out"),
     },
 }
 """Three paraphrases per value of each fact; no phrase is part of another fact's or value's phrase."""
@@ -66,21 +78,15 @@ FORBIDDEN_STEMS = (
 """Stems of the label names and their inflections; none begins a word of a pretraining text."""
 
 RULES: Mapping[str, str] = {
-    "delivery": "Bringing a parcel there is delivery.",
+    "delivery": "Bringing a parcel and leaving it there is a delivery.",
     "theft": "Taking a parcel away is theft.",
-    "visit": "Only calling there is a visit.",
-    "entry": "Going into the house is entry.",
-    "loiter": "Pacing without purpose is loitering.",
-    "fall": "Whoever drops has had a fall.",
-    "tamper": "Putting out the lamp is tampering.",
-    "pass_by": "Touching nothing, one only passes by.",
+    "visit": "Going to the door without taking or leaving anything there is a visit.",
+    "entry": "Going into the house is an entry.",
+    "loiter": "Pacing about without purpose is loitering.",
+    "fall": "A person who ends on the ground has had a fall.",
+    "tamper": "Putting out the lamp at its post is tampering.",
+    "pass_by": "Whoever touches nothing and walks on only passes by.",
 }
-
-STYLES = (
-    "{start_parcel} {enters}, {turns}, {reaches}, {posture} and {exits}. Finally {end_parcel} and {lamp}.",
-    "{start_parcel} {enters} and {reaches}, {turns}, {posture} and {exits}. At last {end_parcel} and {lamp}.",
-)
-"""Ways to put the eight phrases together, in the order of events."""
 
 DESCRIBE_QUESTION = "Describe the video."
 FRAMES_QUESTION = "Go through the frames."
@@ -89,10 +95,13 @@ ECHO_QUESTION = "Repeat: "
 
 
 def describe(facts: Facts, rng: np.random.Generator) -> str:
-    """Returns a description of 25–40 words that states every fact once, its style and phrases drawn with ``rng``."""
-    style = STYLES[int(rng.integers(len(STYLES)))]
+    """Returns a description of 35–49 words that states every fact once, its phrases drawn with ``rng``."""
     said = {name: PHRASES[name][value][int(rng.integers(3))] for name, value in facts.as_dict().items()}
-    return style.format(**said)
+    return (
+        f"{said['start_parcel']} {said['enters']}, {said['turns']}. "
+        f"The person {said['reaches']} and {said['posture']}, then {said['exits']}. "
+        f"At the end {said['end_parcel']} and {said['lamp']}."
+    )
 
 
 def slots(facts: Facts) -> str:
@@ -152,7 +161,7 @@ _SIGNS = "!\"#$%&'()*+,-./:;<=>?@[\\]^`{|}~\n"
 
 
 def rationale(facts: Facts, rng: np.random.Generator) -> str:
-    """Returns a teacher's rationale of at most 45 words: a description and the rule that gives the label."""
+    """Returns a teacher's rationale: a description and the rule that gives the label."""
     return f"{describe(facts, rng)} {RULES[label_of(facts)]}"
 
 

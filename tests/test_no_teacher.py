@@ -42,7 +42,11 @@ STAGES = {
             "model.init_args.traces_sampled.samples": 1,
             "model.init_args.traces_sampled.sampling.max_new_tokens": 16,
         },
-        "calibration": {"trainer.max_steps": 1},
+        "calibration": {
+            "trainer.max_steps": 1,
+            "model.init_args.traces_sampled.samples": 1,
+            "model.init_args.traces_sampled.sampling.max_new_tokens": 16,
+        },
     },
 }
 TRAINED = {"label_sft": "sft_label", "rb_ft": "sft_label", "deepintuit": "calibration", "teacher": "sft_cold_start"}

@@ -11,6 +11,7 @@ import json
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from vidreason.datamodules.decoding import DecodeError
 from vidreason.lightning_modules.vlms.base import VLM
 
 
@@ -52,7 +53,7 @@ class Broken(torch.utils.data.Dataset):
         return 8
 
     def __getitem__(self, index):
-        raise ValueError(f"clip_{index}.mp4: cannot be read")
+        raise DecodeError(f"clip_{index}.mp4: cannot be read")
 
 
 class Stage(L.LightningModule):
