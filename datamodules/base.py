@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from vidreason.datamodules.decoding import DecodedVideo, DecodeError, FrameOptions, read_frames
 from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.sampling import balanced_order
 from vidreason.datamodules.split_names import STANDARD_SPLITS
 from vidreason.datamodules.splits import (
     DEFAULT_FRACTIONS,
@@ -193,6 +194,20 @@ class SeededSampler(DistributedSampler[Any]):
         return super().__iter__()
 
 
+class BalancedSampler(SeededSampler):
+    """Draws as many clips as there are, all labels equally often: each C draws, from the first on, are C labels.
+
+    Clips of a rare label come several times in an epoch, those of a frequent one not in every epoch; no clip comes
+    again before all others of its label have come. An epoch depends on seed and epoch alone, so ranks share it.
+    """
+
+    def order(self) -> Iterator[int]:
+        """This rank's positions in the order of this epoch."""
+        assert isinstance(self.dataset, ClipDataset)
+        drawn = balanced_order([clip.label for clip in self.dataset.clips], self.total_size, self.seed, self.epoch)
+        return iter(drawn[self.rank : self.total_size : self.num_replicas])
+
+
 class VideoDataModule(L.LightningDataModule, ABC):
     """Labelled videos; a data set subclasses it with ``label_names`` and ``samples``.
 
@@ -237,6 +252,8 @@ class VideoDataModule(L.LightningDataModule, ABC):
         self._clips: dict[str, tuple[Clip, ...]] | None = None
         self._made: tuple[str, ...] = ()
 
+    balance_classes: bool = False
+    """Whether training clips are drawn so that all labels are equally frequent; a stage may set it."""
     brings_texts: ClassVar[bool] = False
     """True where batches come with prompts and target texts of their own, so that no view is asked (pretraining)."""
 
@@ -405,7 +422,8 @@ class VideoDataModule(L.LightningDataModule, ABC):
         """One sampler for any number of processes; Lightning leaves a distributed sampler as it is."""
         given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         ranks = given or {"num_replicas": 1, "rank": 0}
-        sampler = SeededSampler(dataset, ranks["num_replicas"], ranks["rank"], shuffle=True, seed=self.seed)
+        kind = BalancedSampler if self.balance_classes else SeededSampler
+        sampler = kind(dataset, ranks["num_replicas"], ranks["rank"], shuffle=True, seed=self.seed)
         if self.trainer is not None:  # workers ask for clips before Lightning tells the sampler its epoch
             epoch, batches = position(self.trainer, math.ceil(len(sampler) / batch_size))
             sampler.set_epoch(epoch)

@@ -9,15 +9,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from vidreason.datamodules.types import Clip, Prompt, Text
-from vidreason.rewards.completion import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, parse_completion
+from vidreason.rewards.completion import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    CONFIDENCE_CLOSE,
+    CONFIDENCE_OPEN,
+    THINK_CLOSE,
+    THINK_FORM,
+    THINK_OPEN,
+    CompletionForm,
+    CompletionMode,
+    parse_completion,
+)
 
 if TYPE_CHECKING:  # task.py reads the templates below
     from vidreason.datamodules.task import Task
 
-PromptKind = Literal["describe", "reason", "label", "calibrate"]
+PromptKind = Literal["describe", "reason", "answer", "answer_first", "label", "calibrate"]
+
+REASON_KINDS: Mapping[CompletionMode, PromptKind] = {
+    "think": "reason",
+    "no_think": "answer",
+    "answer_first": "answer_first",
+}
+"""The template that asks for each mode of a completion."""
 
 DEFAULT_TEMPLATES: Mapping[str, str] = {
     "describe": (
@@ -28,6 +46,15 @@ DEFAULT_TEMPLATES: Mapping[str, str] = {
         "{question}\n{fields}\nThe possible answers are:\n{classes}\n"
         f"First reason about what happens in the video between {THINK_OPEN} and {THINK_CLOSE}. "
         f"Then write exactly one of these answers between {ANSWER_OPEN} and {ANSWER_CLOSE}: {{names}}."
+    ),
+    "answer": (
+        "{question}\n{fields}\nThe possible answers are:\n{classes}\n"
+        f"Write exactly one of these answers between {ANSWER_OPEN} and {ANSWER_CLOSE}, and nothing else: {{names}}."
+    ),
+    "answer_first": (
+        "{question}\n{fields}\nThe possible answers are:\n{classes}\n"
+        f"First write exactly one of these answers between {ANSWER_OPEN} and {ANSWER_CLOSE}: {{names}}. "
+        f"Then say between {THINK_OPEN} and {THINK_CLOSE} what happens in the video that shows it."
     ),
     "label": (
         "{question}\n{fields}\nThe possible answers are:\n{classes}\nAnswer with exactly one of these words: {names}."
@@ -41,6 +68,11 @@ DEFAULT_TEMPLATES: Mapping[str, str] = {
 
 LABEL_HINT = "\nThe right answer is: {label}. Say what in the video shows it, without mentioning that you were told."
 
+CONFIDENCE_REQUEST = (
+    f"\nAt the end state between {CONFIDENCE_OPEN} and {CONFIDENCE_CLOSE} how sure you are that the answer is right, "
+    "as a number from 0 to 1."
+)
+
 
 class ClipView:
     """What a stage shows the model of a clip, and the texts it puts behind it.
@@ -51,7 +83,7 @@ class ClipView:
         task: classes, question and templates.
     """
 
-    kind: ClassVar[PromptKind]
+    kind: PromptKind
     shows_video: bool = True
     """False blanks the frames: the model is shown a black video of the same length."""
 
@@ -133,9 +165,25 @@ class ReasonView(_TextsByVideo):
     Args:
         task: classes, question and templates.
         texts: target completions by video id, or None.
+        form: which blocks are asked for, in which order.
     """
 
-    kind = "reason"
+    kind: PromptKind = "reason"
+
+    def __init__(
+        self, task: Task, texts: Mapping[str, tuple[str, ...]] | None = None, form: CompletionForm = THINK_FORM
+    ) -> None:
+        super().__init__(task, texts)
+        self.kind = REASON_KINDS[form.mode]
+        self.form = form
+
+    def prompt(self, clip: Clip) -> Prompt:
+        """The prompt of the form's mode, with the request for a confidence behind it where the form has one."""
+        prompt = super().prompt(clip)
+        return Prompt(prompt.text + CONFIDENCE_REQUEST) if self.form.confidence else prompt
+
+    def _template(self) -> str:
+        return super()._template() + (CONFIDENCE_REQUEST if self.form.confidence else "")
 
 
 class LabelView(ClipView):
@@ -233,7 +281,9 @@ class ReviewView(ClipView):
 
 def render_review(trace: str) -> str:
     """A trace as the reviewer reads it: account and conclusion in plain words, an unparseable one as it stands."""
-    parsed = parse_completion(trace)
+    parsed = parse_completion(trace, CompletionForm("no_think"))
     account = parsed.reasoning if parsed.reasoning is not None else trace.strip()
+    if parsed.well_formed:  # an answer and nothing else
+        account = "none"
     conclusion = parsed.answer if parsed.answer is not None else "none"
     return f"\nAccount: {account}\nConclusion: {conclusion}"

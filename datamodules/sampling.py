@@ -1,10 +1,14 @@
-"""Which frames of a clip are looked at: index arithmetic alone, no files.
+"""Which frames of a clip, and which clips of a split, are looked at: index arithmetic alone, no files.
 
-Every function returns ascending positions in ``range(total)``. A clip with fewer frames than asked repeats some of them
-instead of failing.
+The functions for frames return ascending positions in ``range(total)``. A clip with fewer frames than asked repeats
+some of them instead of failing.
 """
 
 from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -89,6 +93,45 @@ def fps_indices(total: int, file_fps: float, fps: float, max_frames: int) -> tup
     if count > max_frames:
         return uniform_indices(total, max_frames)
     return tuple(min(int(i * file_fps / fps + 1e-6), total - 1) for i in range(count))
+
+
+def balanced_order(labels: Sequence[str | None], n: int, seed: int, epoch: int) -> list[int]:
+    """Draws ``n`` clips so that all labels are equally frequent; epochs go on where the last one ended.
+
+    Args:
+        labels: of every clip.
+        n: clips to draw; the same in every epoch.
+        seed: of the order.
+        epoch: counted from 0.
+
+    Returns:
+        [n] positions in ``labels``; the clips of a label are gone through in an order drawn anew for each lap.
+
+    Example:
+        >>> labels = ["a", "a", "a", "b"]
+        >>> [labels[i] for i in balanced_order(labels, 4, seed=0, epoch=0)].count("b")
+        2
+    """
+    clips: dict[str, list[int]] = {}
+    for position, label in enumerate(labels):
+        clips.setdefault(label or "", []).append(position)
+    names = sorted(clips)
+
+    @cache
+    def turn_order(turn: int) -> list[str]:
+        return random.Random(f"{seed}/{turn}").sample(names, len(names))
+
+    @cache
+    def lap_order(name: str, lap: int) -> list[int]:
+        return random.Random(f"{seed}/{name}/{lap}").sample(clips[name], len(clips[name]))
+
+    drawn: list[int] = []
+    for draw in range(epoch * n, (epoch + 1) * n):
+        turn, place = divmod(draw, len(names))
+        name = turn_order(turn)[place]
+        lap, index = divmod(turn, len(clips[name]))
+        drawn.append(lap_order(name, lap)[index])
+    return drawn
 
 
 def _check(total: int, n: int) -> None:

@@ -46,7 +46,7 @@ class Task:
     metadata_fields: tuple[str, ...] = ()
     """The only metadata columns that may enter a prompt."""
     prompts: Mapping[str, str] = field(default_factory=dict)
-    """Templates by kind (describe, reason, label, calibrate); a kind that is missing uses the default."""
+    """Templates by kind (the keys of ``DEFAULT_TEMPLATES``); a kind that is missing uses the default."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.question:
@@ -120,7 +120,7 @@ class Task:
         """Fills the template of a kind; a placeholder with nothing to say takes its line with it.
 
         Args:
-            kind: describe, reason, label or calibrate.
+            kind: describe, reason, answer, answer_first, label or calibrate.
             fields: the clip's metadata; columns that the task does not list are ignored.
 
         Raises:

@@ -9,7 +9,7 @@ Shape letters: B clips, C classes, N texts, L tokens, K samples per clip.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,7 @@ from vidreason.lightning_modules.rollout import Completion, generate_rollouts
 from vidreason.lightning_modules.trained_weights import WeightsModule
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
 Decide = Literal["likelihood", "answer"]
 GREEDY = Sampling(temperature=0.0)
@@ -58,6 +59,7 @@ class VLMModule(WeightsModule):
         batch_size: Clips per training batch; null takes the data section's. It belongs to the method, so that any data
             section will do.
         seed: Seed of all sampling; null takes ``seed_everything``'s.
+        completion: Which blocks a completion has: ``mode`` think, no_think or answer_first; ``confidence`` at the end.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class VLMModule(WeightsModule):
         traces_sampled: TraceOptions = OWN_TRACES,
         batch_size: int | None = None,
         seed: int | None = None,
+        completion: CompletionForm = THINK_FORM,
     ) -> None:
         super().__init__(vlm, adapter_path, optimizer, schedule, warmup, seed)
         if samples < 1:
@@ -84,6 +87,7 @@ class VLMModule(WeightsModule):
         self.predict = predict
         self.trace_options = traces_sampled
         self.batch_size = batch_size
+        self.completion = completion
         self.metrics = nn.ModuleDict()
         self._written: frozenset[str] = frozenset()
 
@@ -114,13 +118,17 @@ class VLMModule(WeightsModule):
 
     def eval_view(self) -> ClipView:
         """What a clip shows when it is decided."""
-        return LabelScoringView(self.task) if self.decide == "likelihood" else ReasonView(self.task)
+        return LabelScoringView(self.task) if self.decide == "likelihood" else self.reason_view()
 
     def written_view(self) -> ClipView:
         """What a clip shows when a rationale or trace is written about it."""
         if self.predict == "reason":
-            return ReasonView(self.task)
+            return self.reason_view()
         return DescribeView(self.task, label_hint=self.trace_options.label_hint)
+
+    def reason_view(self, texts: Mapping[str, tuple[str, ...]] | None = None) -> ReasonView:
+        """What a clip shows where completions are written or learnt."""
+        return ReasonView(self.task, texts, self.completion)
 
     # ------------------------------------------------------------------ what it writes
 
@@ -140,7 +148,14 @@ class VLMModule(WeightsModule):
         """Samples texts for every clip of a batch, [B][K]; the noise depends on the seed, the clip and the sample."""
         assert batch.prompts is not None
         return generate_rollouts(
-            self.vlm, self.policy, batch.prompts, batch.clips, options.samples, options.sampling, self.seed
+            self.vlm,
+            self.policy,
+            batch.prompts,
+            batch.clips,
+            options.samples,
+            options.sampling,
+            self.seed,
+            form=self.completion,
         ).completions
 
     def write_traces(self, writer: Writer, splits: Sequence[str], known: Collection[str] = ()) -> TraceStore:

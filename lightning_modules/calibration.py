@@ -36,7 +36,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vidreason.datamodules.prompts import ClipView, ReasonView, ReviewView
+from vidreason.datamodules.prompts import ClipView, ReviewView
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.base import VLMModule, metric_key
@@ -61,6 +61,7 @@ from vidreason.lightning_modules.vlms.adapters import (
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.building import POLICY
 from vidreason.lightning_modules.vlms.generation import evaluating
+from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
 CALIBRATOR = "calibrator"
 CALIBRATOR_LORA = LoRAOptions()
@@ -85,6 +86,7 @@ class CalibrationModule(VLMModule):
         traces_sampled: How the policy's traces are sampled, in training and at test alike.
         batch_size: Clips per training batch.
         seed: Seed of all sampling.
+        completion: Which blocks the policy's completions have.
     """
 
     stage: ClassVar[str] = "calibration"
@@ -105,6 +107,7 @@ class CalibrationModule(VLMModule):
         traces_sampled: TraceOptions = OWN_TRACES,
         batch_size: int | None = None,
         seed: int | None = None,
+        completion: CompletionForm = THINK_FORM,
     ) -> None:
         super().__init__(
             vlm,
@@ -116,6 +119,7 @@ class CalibrationModule(VLMModule):
             traces_sampled=traces_sampled,
             batch_size=batch_size,
             seed=seed,
+            completion=completion,
         )
         self.calibrator_path = calibrator_path
         self.traces = traces
@@ -228,7 +232,7 @@ class CalibrationModule(VLMModule):
         Raises:
             ValueError: The file is of another policy, task, prompt or sampling.
         """
-        writer = self.writer(ReasonView(self.task), self.trace_options)
+        writer = self.writer(self.reason_view(), self.trace_options)
         found: dict[str, tuple[TraceRecord, ...]] = {}
         if self.traces is not None:
             store = TraceStore.open(Path(self.traces))

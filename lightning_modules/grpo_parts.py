@@ -1,16 +1,30 @@
 """The parts of a GRPO step: the rollouts of some prompts, as many as go through the model at once.
 
-Shape letters: n completions of a part, L tokens.
+Shape letters: B prompts of a step, G completions per prompt, n completions of a part, L tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from vidreason.lightning_modules.functional.aggregation import StepCounts
 from vidreason.lightning_modules.rollout import CompletionBatch, RolloutGroup
+from vidreason.lightning_modules.vlms.base import VLM
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """Completions of some prompts and their rewards."""
+
+    batch: CompletionBatch
+    groups: tuple[RolloutGroup, ...]
 
 
 @dataclass(frozen=True)
@@ -25,9 +39,76 @@ class Part:
     """[n, L]; None where the update's own forward gives them"""
     ref_logprobs: Tensor | None = None
     """[n, L]; None without ``kl_coef``"""
+    completion_mask: Tensor | None = None
+    """[n, L] bool, tokens that count in the loss; None: every sampled token"""
+
+    @property
+    def counted(self) -> Tensor:
+        """[n, L] bool, tokens that count in the loss."""
+        return self.batch.texts.loss_mask if self.completion_mask is None else self.completion_mask
+
+    def take(self, vlm: VLM, rows: Sequence[int]) -> Part:
+        """Returns the groups ``rows`` of the part."""
+        size = len(self.batch.completions[0])
+        texts = [row * size + g for row in rows for g in range(size)]
+        return replace(
+            self,
+            batch=self.batch.take(vlm, rows),
+            groups=tuple(self.groups[row] for row in rows),
+            advantages=self.advantages[texts],
+            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[texts],
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[texts],
+            completion_mask=None if self.completion_mask is None else self.completion_mask[texts],
+        )
+
+    def to(self, device: torch.device | str) -> Part:
+        """Returns a copy on ``device``."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            batch=self.batch.to(device),
+            advantages=self.advantages.to(device),
+            old_logprobs=moved(self.old_logprobs),
+            ref_logprobs=moved(self.ref_logprobs),
+            completion_mask=moved(self.completion_mask),
+        )
 
 
-def split_evenly(parts: Sequence[Part], n: int) -> Iterator[list[Part]]:
+def make_parts(rolled: Sequence[Rolled], advantages: Tensor, mask_truncated: bool = False) -> list[Part]:
+    """Hands every part its rows of the advantages.
+
+    Args:
+        rolled: Completions of B prompts, in some parts.
+        advantages: [B, G].
+        mask_truncated: Leaves completions that were cut at their maximal length out of the loss.
+    """
+    parts, start = [], 0
+    for item in rolled:
+        rows = advantages[start : start + len(item.groups)].flatten().float().to(item.batch.texts.ids.device)
+        mask = whole_completions(item.batch) if mask_truncated else None
+        parts.append(Part(item.batch, item.groups, rows, completion_mask=mask))
+        start += len(item.groups)
+    return parts
+
+
+def whole_completions(batch: CompletionBatch) -> Tensor:
+    """Returns the mask [n, L] of the tokens of completions that ended by themselves."""
+    ended = [completion.finish_reason == "stop" for group in batch.completions for completion in group]
+    mask = batch.texts.loss_mask
+    return mask & torch.tensor(ended, device=mask.device).unsqueeze(1)
+
+
+def count_step(parts: Sequence[Part]) -> StepCounts:
+    """Counts what an optimizer step of this rank holds, as float32 scalars."""
+    tokens = torch.stack([part.counted.sum() for part in parts]).sum().float()
+    completions = sum(len(part.advantages) for part in parts)
+    return StepCounts(tokens, tokens.new_tensor(float(completions)), tokens.new_tensor(float(len(parts))))
+
+
+def split_evenly(parts: Sequence[T], n: int) -> Iterator[list[T]]:
     """Splits the parts of a step into at most ``n`` minibatches of about equal size, none of them empty."""
     for i in range(n):
         chunk = list(parts[i * len(parts) // n : (i + 1) * len(parts) // n])

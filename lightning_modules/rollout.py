@@ -6,18 +6,22 @@ Shape letters: B prompts, G completions per prompt, N = B·G rows in the order b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vidreason.datamodules.types import Clip, EncodedPrompts, TextBatch
 from vidreason.lightning_modules.vlms.base import VLM, Generated
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.rewards.base import RewardFn, RewardInput, RewardScore, score_completion
-from vidreason.rewards.completion import ParsedCompletion, parse_completion
+from vidreason.rewards.base import RewardFn, RewardInput, RewardScore, score_group
+from vidreason.rewards.completion import THINK_FORM, CompletionForm, ParsedCompletion, parse_completion
+
+logger = logging.getLogger(__name__)
 
 
 class ColdPolicyError(ValueError):
@@ -93,10 +97,47 @@ class CompletionBatch:
             completions=tuple(self.completions[b] for b in rows),
         )
 
+    def with_groups(self, rows: Sequence[int], fresh: CompletionBatch) -> CompletionBatch:
+        """Returns this batch with the completions of the prompts ``rows`` replaced by those of ``fresh``, in order."""
+        group_size = len(self.completions[0])
+        length = max(self.texts.ids.shape[1], fresh.texts.ids.shape[1])
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.texts.ids.device)
+        where = (index[:, None] * group_size + torch.arange(group_size, device=index.device)).flatten()
+
+        def merged(old: Tensor, new: Tensor) -> Tensor:
+            wide = functional.pad(old, (0, length - old.shape[1]))
+            return wide.index_copy(0, where, functional.pad(new, (0, length - new.shape[1])))
+
+        completions = list(self.completions)
+        for row, group in zip(rows, fresh.completions, strict=True):
+            completions[row] = group
+        ours, theirs = self.texts, fresh.texts
+        texts = replace(
+            ours,
+            ids=merged(ours.ids, theirs.ids),
+            mask=merged(ours.mask, theirs.mask),
+            loss_mask=merged(ours.loss_mask, theirs.loss_mask),
+            answer_mask=merged(ours.answer_mask, theirs.answer_mask),
+        )
+        return replace(
+            self, texts=texts, logprobs=merged(self.logprobs, fresh.logprobs), completions=tuple(completions)
+        )
+
+    def to(self, device: torch.device | str) -> CompletionBatch:
+        """Returns a copy whose tensors are on ``device``; the completions stay on the CPU."""
+        return replace(
+            self, prompts=self.prompts.to(device), texts=self.texts.to(device), logprobs=self.logprobs.to(device)
+        )
+
 
 def take_prompts(vlm: VLM, prompts: EncodedPrompts, index: Tensor) -> EncodedPrompts:
     """Returns the prompts ``index`` [n] of a batch."""
     return EncodedPrompts(vlm.repeat_prompts(prompts.inputs, index), int(index.numel()), prompts.turn_end)
+
+
+def prompt_tokens(prompts: EncodedPrompts) -> Tensor:
+    """Returns the number of tokens of each prompt, [B] int64, the video's included."""
+    return prompts.inputs["attention_mask"].sum(dim=1)
 
 
 def completion_seed(seed: int, step: int, video_id: str, sample: int) -> int:
@@ -117,6 +158,7 @@ def generate_rollouts(
     sampling: Sampling,
     seed: int,
     step: int = 0,
+    form: CompletionForm = THINK_FORM,
 ) -> CompletionBatch:
     """Samples ``group_size`` completions for every clip; each prompt is run once, the model in eval mode.
 
@@ -129,22 +171,25 @@ def generate_rollouts(
         sampling: How to sample.
         seed: The run's seed; with ``step``, the clip's id and the number of the sample it fixes the noise.
         step: Optimizer step, or 0 where there is none.
+        form: What the completions should look like.
 
     Returns:
         The B·G completions, on the model's device.
     """
     seeds = [[completion_seed(seed, step, clip.video_id, g) for g in range(group_size)] for clip in clips]
     generated = vlm.generate(model, prompts, group_size, sampling, seeds)
-    rows = completions_of(generated)
+    rows = completions_of(generated, form)
     completions = tuple(rows[b * group_size : (b + 1) * group_size] for b in range(len(clips)))
     return CompletionBatch(tuple(clips), prompts, vlm.texts_from(generated), generated.logprobs, completions)
 
 
-def completions_of(generated: Generated) -> tuple[Completion, ...]:
+def completions_of(generated: Generated, form: CompletionForm = THINK_FORM) -> tuple[Completion, ...]:
     """Returns the N rows of ``generated`` as parsed completions, their tokens on the CPU."""
     ids, logprobs, mask = generated.ids.cpu(), generated.logprobs.float().cpu(), generated.mask.cpu()
     return tuple(
-        Completion(text, parse_completion(text), ids[n][mask[n]], logprobs[n][mask[n]], generated.finish_reason[n])
+        Completion(
+            text, parse_completion(text, form), ids[n][mask[n]], logprobs[n][mask[n]], generated.finish_reason[n]
+        )
         for n, text in enumerate(generated.texts)
     )
 
@@ -166,21 +211,47 @@ def score_rollouts(
         ValueError: A clip has no label.
     """
     names = tuple(label_names)
-    return tuple(
-        RolloutGroup(clip, tuple(Rollout(c, _score(clip, c, rewards, names)) for c in completions))
-        for clip, completions in zip(batch.clips, batch.completions, strict=True)
+    groups = []
+    for clip, completions in zip(batch.clips, batch.completions, strict=True):
+        scores = score_group(rewards, [_reward_input(clip, completion, names) for completion in completions])
+        groups.append(RolloutGroup(clip, tuple(map(Rollout, completions, scores))))
+    return tuple(groups)
+
+
+def _reward_input(clip: Clip, completion: Completion, label_names: tuple[str, ...]) -> RewardInput:
+    if clip.label is None:
+        raise ValueError(f"{clip.where or clip.path}: rewards need a label, but this clip has none")
+    return RewardInput(
+        completion.text, completion.parsed, clip.label, label_names, completion.finish_reason, completion.n_tokens
     )
 
 
-def _score(
-    clip: Clip, completion: Completion, rewards: Sequence[RewardFn], label_names: tuple[str, ...]
-) -> RewardScore:
-    if clip.label is None:
-        raise ValueError(f"{clip.where or clip.path}: rewards need a label, but this clip has none")
-    item = RewardInput(completion.text, completion.parsed, clip.label, label_names, completion.finish_reason)
-    return score_completion(rewards, item)
-
-
 def reward_tensor(groups: Sequence[RolloutGroup]) -> Tensor:
-    """Returns the total rewards of B groups, [B, G] in float64."""
+    """Returns the total rewards of B groups, [B, G] in float64; NaN where a completion could not be scored."""
     return torch.tensor([[r.score.total for r in group.rollouts] for group in groups], dtype=torch.float64)
+
+
+def warn_of_failures(groups: Sequence[RolloutGroup], named: Collection[str] = ()) -> frozenset[str]:
+    """Says of every reward that could not be told about which clip that was first.
+
+    Args:
+        groups: Scored groups.
+        named: Rewards of which nothing is said any more.
+
+    Returns:
+        The rewards that were named.
+    """
+    fresh: set[str] = set()
+    for group in groups:
+        for rollout in group.rollouts:
+            for name in set(rollout.score.failed).difference(named, fresh):
+                fresh.add(name)
+                logger.warning(
+                    "reward %r returned None or NaN, first about clip %s (%r): such completions are left out and "
+                    "counted in train/rewards/%s/failures",
+                    name,
+                    group.clip.video_id,
+                    rollout.completion.text[:60],
+                    name,
+                )
+    return frozenset(fresh)

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from vidreason.datamodules.prompts import ClipView, DescribeView, LabelView, ReasonView
+from vidreason.datamodules.prompts import ClipView, DescribeView, LabelView
 from vidreason.datamodules.traces import TraceStore
 from vidreason.datamodules.types import TextBatch, VideoBatch
 from vidreason.lightning_modules.base import GREEDY, Decide, VLMModule
@@ -32,6 +32,7 @@ from vidreason.lightning_modules.own_traces import OWN_TRACES, TRACES_FILE, Trac
 from vidreason.lightning_modules.sft_targets import Texts, caption_targets, rationale_targets, trace_targets
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
 
 class RationaleSFTModule(VLMModule):
@@ -58,6 +59,7 @@ class RationaleSFTModule(VLMModule):
         traces_sampled: How texts are sampled where ``traces`` is null.
         batch_size: Clips per training batch.
         seed: Seed of all sampling.
+        completion: Which blocks the target ``trace`` has.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class RationaleSFTModule(VLMModule):
         traces_sampled: TraceOptions = OWN_TRACES,
         batch_size: int | None = None,
         seed: int | None = None,
+        completion: CompletionForm = THINK_FORM,
     ) -> None:
         super().__init__(
             vlm,
@@ -94,6 +97,7 @@ class RationaleSFTModule(VLMModule):
             traces_sampled=traces_sampled,
             batch_size=batch_size,
             seed=seed,
+            completion=completion,
         )
         self.target = target
         self.traces = traces
@@ -145,8 +149,7 @@ class RationaleSFTModule(VLMModule):
             reasons = Counter(r.reject_reason or "does not end in the label" for r in TraceStore.open(path).records())
             most = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3)) or "it holds no text"
             raise ValueError(f"{path}: no training clip has a text left to learn: {most}")
-        view = ReasonView if self.target == "trace" else DescribeView
-        self.data.set_view(view(self.task, texts=texts))
+        self.data.set_view(self.reason_view(texts) if self.target == "trace" else DescribeView(self.task, texts=texts))
 
     def target_texts(self) -> Texts:
         """Returns the target texts of the training clips by video id."""
@@ -156,7 +159,7 @@ class RationaleSFTModule(VLMModule):
         records = self.own_texts().by_video(kept_only=True)
         if self.target == "rationale":
             return rationale_targets(records)
-        return trace_targets(clips, records, self.compose, self.data.label_names)
+        return trace_targets(clips, records, self.compose, self.data.label_names, self.completion)
 
     def own_texts(self) -> TraceStore:
         """Opens the trace file, or lets the starting weights write one.
@@ -178,7 +181,7 @@ class RationaleSFTModule(VLMModule):
         """Returns who writes, or should have written, the target texts."""
         options = self.trace_options
         if self.target == "trace" and self.compose == "reason":
-            return self.writer(ReasonView(self.task), options)
+            return self.writer(self.reason_view(), options)
         return self.writer(DescribeView(self.task, label_hint=options.label_hint), options)
 
     # ------------------------------------------------------------------ training

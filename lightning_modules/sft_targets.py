@@ -7,7 +7,7 @@ from typing import Literal
 
 from vidreason.datamodules.traces import TraceRecord
 from vidreason.datamodules.types import Clip
-from vidreason.rewards.completion import match_label, render_completion
+from vidreason.rewards.completion import THINK_FORM, CompletionForm, match_label, render_completion
 
 Texts = dict[str, tuple[str, ...]]
 
@@ -27,6 +27,7 @@ def trace_targets(
     records: Mapping[str, Sequence[TraceRecord]],
     compose: Literal["describe", "reason"],
     label_names: Sequence[str],
+    form: CompletionForm = THINK_FORM,
 ) -> Texts:
     """Returns traces that end in the training label.
 
@@ -36,28 +37,37 @@ def trace_targets(
         compose: ``describe``: the model's own description is the reasoning and the training label the answer;
             ``reason``: the model's own traces, those whose answer is the label.
         label_names: All classes.
+        form: Which blocks a trace has. Without reasoning the traces of a clip are all the same, and one is returned.
+
+    Raises:
+        ValueError: The form asks for a confidence, which no text of a training clip states.
     """
+    if form.confidence:
+        raise ValueError("completion.confidence: there is no confidence to learn from; switch it on in GRPO only")
     make = _composed if compose == "describe" else _right
-    return {
+    targets = {
         clip.video_id: tuple(
             text
             for record in records.get(clip.video_id, ())
-            if record.kept and (text := make(record, clip.label, label_names)) is not None
+            if record.kept and (text := make(record, clip.label, label_names, form)) is not None
         )
         for clip in clips
         if clip.label is not None
     }
+    return targets if form.mode != "no_think" else {video_id: texts[:1] for video_id, texts in targets.items()}
 
 
-def _composed(record: TraceRecord, label: str, label_names: Sequence[str]) -> str | None:
+def _composed(record: TraceRecord, label: str, label_names: Sequence[str], form: CompletionForm) -> str | None:
     reasoning = record.reasoning if record.reasoning is not None else record.text
     try:
-        return render_completion(reasoning.strip(), label)
+        return render_completion(reasoning.strip(), label, form)
     except ValueError:  # a tag inside the description: it cannot stand in a trace
         return None
 
 
-def _right(record: TraceRecord, label: str, label_names: Sequence[str]) -> str | None:
-    if match_label(record.answer, label_names) != label or record.reasoning is None:
+def _right(record: TraceRecord, label: str, label_names: Sequence[str], form: CompletionForm) -> str | None:
+    if match_label(record.answer, label_names) != label:
         return None
-    return render_completion(record.reasoning, label)
+    if record.reasoning is None and form.mode != "no_think":
+        return None
+    return render_completion(record.reasoning or "", label, form)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,8 @@ class RewardInput:
     """All labels in the order of the task."""
     finish_reason: Literal["stop", "length"] = "stop"
     """``length``: the completion was cut at its maximal length."""
+    n_tokens: int | None = None
+    """Sampled tokens, end of turn included; None where only the text is known."""
 
     @classmethod
     def from_text(
@@ -58,8 +60,11 @@ class RewardFn(ABC):
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", stem).lower()
 
     @abstractmethod
-    def __call__(self, item: RewardInput) -> float:
-        """Returns the reward of one completion, before its weight."""
+    def __call__(self, item: RewardInput) -> float | None:
+        """Returns the reward of one completion, before its weight; None or NaN where it cannot be told.
+
+        What cannot be told is counted and left out, never taken for a number (``score_group``).
+        """
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,14 @@ class RewardScore:
     """The score of one completion."""
 
     total: float
-    """Sum of weight x part."""
+    """Sum of weight x part; NaN where a part that its siblings have is missing."""
     parts: dict[str, float]
-    """Reward by name, before its weight."""
+    """Reward by name, before its weight; NaN where the reward could not be told."""
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the rewards that could not be told."""
+        return tuple(name for name, value in self.parts.items() if math.isnan(value))
 
 
 def score_completion(rewards: Sequence[RewardFn], item: RewardInput) -> RewardScore:
@@ -80,10 +90,10 @@ def score_completion(rewards: Sequence[RewardFn], item: RewardInput) -> RewardSc
         item: The completion and its label.
 
     Returns:
-        The weighted total and the unweighted parts.
+        The weighted total and the unweighted parts; the total is NaN where a part is.
 
     Raises:
-        ValueError: There is no reward, two share a name, or one returned something that is not a finite number.
+        ValueError: There is no reward, two share a name, or one returned an infinite number.
     """
     if not rewards:
         raise ValueError("no reward functions: list at least one under `rewards`")
@@ -91,8 +101,31 @@ def score_completion(rewards: Sequence[RewardFn], item: RewardInput) -> RewardSc
     for reward in rewards:
         if reward.name in parts:
             raise ValueError(f"two rewards are named {reward.name!r}: remove one or subclass it under another name")
-        value = float(reward(item))
-        if not math.isfinite(value):
+        returned = reward(item)
+        value = math.nan if returned is None else float(returned)
+        if math.isinf(value):
             raise ValueError(f"{type(reward).__name__} returned {value} for {item.completion[:80]!r}")
         parts[reward.name] = value
-    return RewardScore(sum(reward.weight * parts[reward.name] for reward in rewards), parts)
+    return RewardScore(_total(rewards, parts), parts)
+
+
+def score_group(rewards: Sequence[RewardFn], items: Sequence[RewardInput]) -> tuple[RewardScore, ...]:
+    """Scores the completions of one prompt, so that their totals can be compared.
+
+    A reward that cannot be told of any of them does not apply to the prompt and is left out of all totals. One that
+    cannot be told of some leaves those without a total: they cannot be compared with their siblings.
+
+    Args:
+        rewards: The reward functions; their names must differ.
+        items: The completions of one prompt.
+
+    Returns:
+        Scores in the order of ``items``; all totals are NaN where no reward applies.
+    """
+    scores = [score_completion(rewards, item) for item in items]
+    applying = [r for r in rewards if not all(math.isnan(score.parts[r.name]) for score in scores)]
+    return tuple(RewardScore(_total(applying, score.parts), score.parts) for score in scores)
+
+
+def _total(rewards: Sequence[RewardFn], parts: Mapping[str, float]) -> float:
+    return sum(reward.weight * parts[reward.name] for reward in rewards) if rewards else math.nan

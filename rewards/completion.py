@@ -1,5 +1,7 @@
 """The grammar of a completion, ``<think>…</think><answer>…</answer>``: written and read in this file only.
 
+A form may leave the reasoning out, put the answer first, or ask for ``<confidence>…</confidence>`` at the end.
+
 Tags are plain text to the tokenizer, never special tokens: decoding may drop special tokens, and every reward would
 then be 0. Reading is linear in the length of the text, whatever the text is.
 """
@@ -9,11 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 ANSWER_OPEN = "<answer>"
 ANSWER_CLOSE = "</answer>"
+CONFIDENCE_OPEN = "<confidence>"
+CONFIDENCE_CLOSE = "</confidence>"
+
+CompletionMode = Literal["think", "no_think", "answer_first"]
 
 # What a decoder may leave behind a finished turn. Decoded completions come without it; a teacher's file may hold it.
 _END_TOKENS = (
@@ -31,7 +38,34 @@ _TRAILER = re.compile(rf"(?:\s|{'|'.join(map(re.escape, _END_TOKENS))})*")
 
 # Every family has its own special tokens (<|video_pad|>, <image>, <IMG_CONTEXT>, <row_1_col_2>, </s>): all of them are
 # one word in angle brackets, and no list of names would stay complete. The second form catches "< Think >".
-_MARKUP = re.compile(r"<[^<>\s]+>|<\s*(?:/\s*)?(?:think|answer)\s*>", re.IGNORECASE)
+_MARKUP = re.compile(r"<[^<>\s]+>|<\s*(?:/\s*)?(?:think|answer|confidence)\s*>", re.IGNORECASE)
+_DECIMAL = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
+
+_THINK = (THINK_OPEN, THINK_CLOSE)
+_ANSWER = (ANSWER_OPEN, ANSWER_CLOSE)
+_CONFIDENCE = (CONFIDENCE_OPEN, CONFIDENCE_CLOSE)
+
+
+@dataclass(frozen=True)
+class CompletionForm:
+    """Which blocks a well-formed completion has.
+
+    Args:
+        mode: ``think`` reasons, then answers; ``no_think`` only answers; ``answer_first`` answers, then says why.
+        confidence: Whether a confidence between 0 and 1 stands at the end.
+    """
+
+    mode: CompletionMode = "think"
+    confidence: bool = False
+
+    @property
+    def blocks(self) -> tuple[tuple[str, str], ...]:
+        """Opening and closing tags in their order."""
+        order = {"think": (_THINK, _ANSWER), "no_think": (_ANSWER,), "answer_first": (_ANSWER, _THINK)}[self.mode]
+        return (*order, _CONFIDENCE) if self.confidence else order
+
+
+THINK_FORM = CompletionForm()
 
 
 @dataclass(frozen=True)
@@ -45,15 +79,18 @@ class ParsedCompletion:
     answer: str | None
     """Stripped content of the first ``<answer>…</answer>``; None without one."""
     well_formed: bool
-    """True iff the whole text is one think block, then one answer block, and neither holds a tag or a special token.
-    White space may stand around the blocks, end tokens behind them."""
+    """True iff the whole text is the blocks of its form in their order (one think block, then one answer block), and
+    none holds a tag or a special token. White space may stand around the blocks, end tokens behind them."""
+    confidence: float | None = None
+    """Number in the first ``<confidence>…</confidence>``; None without one, or where it is not between 0 and 1."""
 
 
-def parse_completion(text: str) -> ParsedCompletion:
+def parse_completion(text: str, form: CompletionForm = THINK_FORM) -> ParsedCompletion:
     """Takes a completion apart; never fails, whatever the text is.
 
     Args:
         text: A decoded completion.
+        form: What the completion should look like.
 
     Returns:
         The first blocks, and whether the whole text follows the grammar. The answer of a malformed text is still read.
@@ -70,22 +107,28 @@ def parse_completion(text: str) -> ParsedCompletion:
         text=text,
         reasoning=None if reasoning is None else reasoning.strip(),
         answer=None if answer is None else answer.strip(),
-        well_formed=_is_well_formed(text),
+        well_formed=_is_well_formed(text, form),
+        confidence=_number(_first_block(text, *_CONFIDENCE)),
     )
 
 
-def render_completion(reasoning: str, answer: str) -> str:
+def render_completion(
+    reasoning: str, answer: str, form: CompletionForm = THINK_FORM, confidence: float | None = None
+) -> str:
     """Writes a well-formed completion.
 
     Args:
-        reasoning: What stands between the think tags; may be empty.
+        reasoning: What stands between the think tags; may be empty, and is left out where the form has none.
         answer: The label.
+        form: Which blocks, in which order.
+        confidence: Between 0 and 1, where the form has one.
 
     Returns:
         ``<think>reasoning</think><answer>answer</answer>``, both stripped; ``parse_completion`` gives them back.
 
     Raises:
-        ValueError: The answer is empty, or either holds a tag or a special token.
+        ValueError: The answer is empty, either holds a tag or a special token, or the confidence is not what the form
+            asks for.
 
     Example:
         >>> render_completion("A dog passes.", "normal")
@@ -100,7 +143,15 @@ def render_completion(reasoning: str, answer: str) -> str:
                 f"the {name} holds {markup!r}, a tag or special token that may not stand inside a block: "
                 f"remove it or reject the text ({content[:80]!r})"
             )
-    return f"{THINK_OPEN}{reasoning.strip()}{THINK_CLOSE}{ANSWER_OPEN}{answer.strip()}{ANSWER_CLOSE}"
+    if form.confidence != (confidence is not None) or not 0 <= (confidence or 0.0) <= 1:
+        wanted = "a confidence between 0 and 1" if form.confidence else "no confidence"
+        raise ValueError(f"the form {form} has {wanted}, got {confidence}")
+    contents = {
+        _THINK: reasoning.strip(),
+        _ANSWER: answer.strip(),
+        _CONFIDENCE: f"{confidence:.2f}" if confidence is not None else "",
+    }
+    return "".join(f"{opening}{contents[opening, closing]}{closing}" for opening, closing in form.blocks)
 
 
 def find_markup(text: str) -> str | None:
@@ -134,16 +185,21 @@ def _first_block(text: str, opening: str, closing: str) -> str | None:
     return None if end < 0 else text[start:end]
 
 
-def _is_well_formed(text: str) -> bool:
-    body = text.lstrip()
-    think_end = body.find(THINK_CLOSE)
-    if not body.startswith(THINK_OPEN) or think_end < 0:
-        return False
-    tail = body[think_end + len(THINK_CLOSE) :].lstrip()
-    answer_end = tail.find(ANSWER_CLOSE)
-    if not tail.startswith(ANSWER_OPEN) or answer_end < 0:
-        return False
-    reasoning = body[len(THINK_OPEN) : think_end]
-    answer = tail[len(ANSWER_OPEN) : answer_end]
-    trailer = tail[answer_end + len(ANSWER_CLOSE) :]
-    return find_markup(reasoning) is None and find_markup(answer) is None and _TRAILER.fullmatch(trailer) is not None
+def _number(block: str | None) -> float | None:
+    if block is None or not _DECIMAL.fullmatch(block.strip()):
+        return None
+    value = float(block)
+    return value if value <= 1 else None
+
+
+def _is_well_formed(text: str, form: CompletionForm) -> bool:
+    rest = text
+    for opening, closing in form.blocks:
+        rest = rest.lstrip()
+        end = rest.find(closing)
+        if not rest.startswith(opening) or end < 0 or find_markup(content := rest[len(opening) : end]) is not None:
+            return False
+        if opening == CONFIDENCE_OPEN and _number(content) is None:
+            return False
+        rest = rest[end + len(closing) :]
+    return _TRAILER.fullmatch(rest) is not None

@@ -2,9 +2,10 @@
 
 Shape letters: B prompts, G completions per prompt.
 
-Deviation from the paper's formula:
+Deviations from the paper's formula:
     1. A group whose rewards are all equal gets exactly 0. In float32 eight rewards of 1.2 have a mean that is off by
        one rounding step and a standard deviation of the same size, so that the formula gives 0.1 instead of 0.
+    2. A completion that could not be scored (NaN) takes no part in mean and deviation, and gets exactly 0.
 """
 
 from __future__ import annotations
@@ -23,30 +24,33 @@ def group_relative_advantages(
     ``A = (R - mean of the group) / (std + eps)``, in float64, standard deviations with ddof 1.
 
     Args:
-        rewards: [B, G].
+        rewards: [B, G]; NaN where a completion could not be scored.
         scale: Whose standard deviation divides: that of the ``group``, that of all B x G rewards given (``batch``), or
             ``none``.
         eps: Added to the standard deviation.
 
     Returns:
-        [B, G] in the type of the rewards (float32 for integers); exactly 0 in dead groups.
+        [B, G] in the type of the rewards (float32 for integers); exactly 0 in dead groups and where the reward is NaN.
 
     Raises:
-        ValueError: The rewards are not [B, G], not finite, or the scale is unknown.
+        ValueError: The rewards are not [B, G], one is infinite, or the scale is unknown.
     """
     dead = dead_groups(rewards)
-    if not bool(torch.isfinite(rewards).all()):
-        raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
+    if bool(torch.isinf(rewards).any()):
+        raise ValueError(f"rewards must be finite (or NaN: not scored), got {rewards.tolist()}")
     exact = rewards.detach().double()
-    centred = exact - exact.mean(dim=1, keepdim=True)
+    scored = ~torch.isnan(exact)
+    centred = exact - exact.nanmean(dim=1, keepdim=True)
     if scale == "group":
         # One completion has no ddof-1 deviation; its group is dead and overwritten below.
-        centred = centred / (exact.std(dim=1, keepdim=True, correction=min(1, rewards.shape[1] - 1)) + eps)
+        freedom = (scored.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+        centred = centred / (centred.square().nansum(dim=1, keepdim=True).div(freedom).sqrt() + eps)
     elif scale == "batch":
-        centred = centred / (exact.std(correction=min(1, rewards.numel() - 1)) + eps)
+        known = exact[scored]
+        centred = centred / (known.std(correction=1) + eps if known.numel() > 1 else 1.0)
     elif scale != "none":
         raise ValueError(f"scale must be group, batch or none, got {scale!r}")
-    advantages = centred.masked_fill(dead.unsqueeze(1), 0.0)
+    advantages = centred.masked_fill(dead.unsqueeze(1) | ~scored, 0.0)
     return advantages.to(rewards.dtype if rewards.is_floating_point() else torch.float32)
 
 
@@ -54,14 +58,16 @@ def dead_groups(rewards: Tensor) -> Tensor:
     """Which groups teach the policy nothing because all their rewards are equal.
 
     Args:
-        rewards: [B, G].
+        rewards: [B, G]; NaN where a completion could not be scored.
 
     Returns:
-        [B] bool; True also for groups of one.
+        [B] bool; True also for groups of which one completion or none was scored.
 
     Raises:
         ValueError: The rewards are not [B, G] with G >= 1.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 1:
         raise ValueError(f"rewards must be [B, G] with G >= 1, got {tuple(rewards.shape)}")
-    return rewards.amax(dim=1) == rewards.amin(dim=1)
+    values = rewards.detach().double()
+    unknown = torch.isnan(values)
+    return values.masked_fill(unknown, -torch.inf).amax(dim=1) <= values.masked_fill(unknown, torch.inf).amin(dim=1)

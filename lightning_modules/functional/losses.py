@@ -4,7 +4,8 @@ Shape letters: N texts, L tokens. Masks are True where tokens count. Every loss 
 divided by a count it is given: a mean over the whole optimizer step, whatever the micro-batches and ranks. On several
 ranks, whose gradients are averaged, the count is that of all ranks divided by their number.
 
-GRPO follows DeepIntuit (arXiv 2603.10300). Deviations from the paper:
+GRPO follows DeepIntuit (arXiv 2603.10300), the other loss types the papers that ``functional/aggregation.py`` names.
+Deviations from the papers:
     1. The log-ratios of the KL term and of the importance weights are clamped like that of the policy term.
 
 Text fine-tuning follows RB-FT (arXiv 2511.15923) and DeepIntuit's cold start. Deviations from the papers:
@@ -14,38 +15,56 @@ Text fine-tuning follows RB-FT (arXiv 2511.15923) and DeepIntuit's cold start. D
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vidreason.lightning_modules.functional.aggregation import (
+    LossType,
+    RatioLevel,
+    check_loss_type,
+    level_of,
+    log_ratio_at,
+    summed_terms,
+)
+from vidreason.lightning_modules.functional.policy_terms import (
+    Bounds,
+    ClipMasks,
+    cispo_terms,
+    clip_masks,
+    clipped_terms,
+    k3_terms,
+)
 from vidreason.lightning_modules.functional.reductions import masked_sum
 
 
 class GRPOLoss(NamedTuple):
     """Loss and statistics of one micro-batch.
 
-    Every field is a sum over the tokens that count, divided by the normalizer: added up over the micro-batches of an
-    optimizer step, each is the mean over its tokens. All are [] and, but for ``loss``, without gradient.
+    Every field is a sum divided by a count of the optimizer step: added up over its micro-batches, ``loss`` and
+    ``policy`` are what the loss type says and the others means over the step's tokens. All are [] and, but for
+    ``loss``, without gradient.
     """
 
     loss: Tensor
-    """policy + kl_coef * kl - entropy_coef * entropy"""
+    """policy + kl_coef * KL - entropy_coef * entropy; the KL is aggregated as the policy term is"""
     policy: Tensor
     kl: Tensor
-    """k3 estimate of KL(policy, reference); 0 without a reference"""
+    """k3 estimate of KL(policy, reference), token mean; 0 without a reference"""
     entropy: Tensor
-    """0 without entropies"""
+    """Token mean; 0 without entropies"""
     clip_low: Tensor
-    """Share of tokens with a negative advantage whose ratio fell below 1 - clip_eps_low"""
+    """Share of tokens with a negative advantage whose ratio fell below 1 - clip_eps_low; 0 for cispo"""
     clip_high: Tensor
-    """Share of tokens with a positive advantage whose ratio rose above 1 + clip_eps_high"""
+    """Share of tokens with a positive advantage whose ratio rose above 1 + clip_eps_high (cispo: cispo_clip_max)"""
     clip_region: Tensor
-    """clip_low + clip_high: tokens whose policy gradient is clipped away"""
+    """clip_low + clip_high: tokens whose policy gradient is clipped away (cispo: bounded)"""
     dual_clip: Tensor
-    """Share of tokens with a negative advantage whose ratio rose above dual_clip"""
+    """Share of tokens with a negative advantage whose ratio rose above dual_clip; 0 for cispo"""
     importance: Tensor
-    """Mean truncated importance weight; 1 without rollout_logprobs"""
+    """Mean truncated importance weight; 1 without importance sampling"""
     rollout_gap: Tensor
     """Mean |old_logprobs - rollout_logprobs|, how far trainer and sampler disagree; 0 without rollout_logprobs"""
 
@@ -66,39 +85,55 @@ def grpo_loss(
     completion_mask: Tensor,
     *,
     normalizer: float | Tensor,
+    token_count: float | Tensor | None = None,
     old_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
+    loss_type: LossType = "dapo",
+    ratio_level: RatioLevel | None = None,
     clip_eps_low: float = 0.2,
     clip_eps_high: float = 0.28,
+    cispo_clip_max: float = 5.0,
     dual_clip: float | None = 3.0,
+    importance_sampling: bool = True,
     importance_cap: float | None = 2.0,
     kl_coef: float = 0.0,
+    kl_bias_correction: bool = False,
     entropy_coef: float = 0.0,
     log_ratio_clamp: float = 20.0,
 ) -> GRPOLoss:
-    """The clipped policy objective, its KL term and its entropy term.
+    """The policy objective, its KL term and its entropy term.
 
-    With r = policy / old per token, the policy term is ``-min(r A, clip(r, 1 - low, 1 + high) A)``, for A < 0 at most
-    ``-dual_clip A``, times ``min(old / rollout, importance_cap)``. The KL term is ``rho - log rho - 1`` with
-    rho = reference / policy.
+    With r = policy / old, the policy term is ``-min(r A, clip(r, 1 - low, 1 + high) A)``, for A < 0 at most
+    ``-dual_clip A``; for ``cispo`` it is ``-min(r, cispo_clip_max) A log policy`` with the gradient through the
+    logarithm alone. It is multiplied by ``min(old / rollout, importance_cap)``. The KL term is ``rho - log rho - 1``
+    with rho = reference / policy, times r with ``kl_bias_correction``. ``functional/aggregation.py`` says how the
+    terms are added up.
 
     Args:
         logprobs: [N, L] of the policy that is trained.
         advantages: [N], one for all tokens of a completion.
         completion_mask: [N, L] bool. What it leaves out may hold anything.
-        normalizer: Number of tokens the loss is a mean over: those of the optimizer step, not of this micro-batch.
+        normalizer: ``loss_normalizer`` of the optimizer step, not of this micro-batch: for ``dapo`` and ``cispo`` its
+            tokens.
+        token_count: Tokens of the optimizer step, over which entropy and statistics are means. None: ``normalizer``.
         old_logprobs: [N, L] of the trainer at the time of the rollout. None: ``logprobs`` without gradient, which is
             the same thing where each rollout batch makes one optimizer step.
         rollout_logprobs: [N, L] as the sampler saw them, for truncated importance sampling. None: no correction.
         ref_logprobs: [N, L] of the policy at the start of the stage. None: no KL.
         entropy: [N, L]. None: no entropy.
+        loss_type: How the terms are added up, and for ``cispo`` which they are.
+        ratio_level: ``sequence`` takes one ratio per completion, the geometric mean of its tokens'. None: sequence for
+            ``gspo``, token for all others.
         clip_eps_low: The ratio is clipped below 1 - this.
         clip_eps_high: The ratio is clipped above 1 + this.
+        cispo_clip_max: Largest ratio of ``cispo``, an absolute bound.
         dual_clip: Largest ratio that counts against a token with a negative advantage. None: unlimited.
+        importance_sampling: False only measures the gap to ``rollout_logprobs``.
         importance_cap: Largest importance weight. None: unlimited.
         kl_coef: Weight of the KL term.
+        kl_bias_correction: Multiplies the KL term by the ratio, so that off the policy it still estimates the KL.
         entropy_coef: Weight of the entropy, which is rewarded.
         log_ratio_clamp: Log-ratios are clamped to plus or minus this before they are exponentiated.
 
@@ -109,56 +144,58 @@ def grpo_loss(
         ValueError: Shapes do not fit, a coefficient makes no sense, or one is set without the tensor it needs.
     """
     _check_shapes(completion_mask, logprobs, old_logprobs, rollout_logprobs, ref_logprobs, entropy)
-    _check_grpo(advantages, completion_mask, normalizer, dual_clip, importance_cap)
-    if kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(
-            f"kl_coef is {kl_coef} but there are no ref_logprobs: score the reference policy or set it to 0"
-        )
-    if entropy_coef != 0 and entropy is None:
-        raise ValueError(f"entropy_coef is {entropy_coef} but there is no entropy: score with entropy or set it to 0")
+    _check_grpo(advantages, completion_mask, normalizer, dual_clip, importance_cap, cispo_clip_max)
+    _check_terms(kl_coef, ref_logprobs, entropy_coef, entropy)
+    tokens = _token_count(loss_type, normalizer, token_count)
 
     def log_ratio(upper: Tensor, lower: Tensor) -> Tensor:
         # Masked here as well as in the sums, so that no padding reaches exp: its gradient at infinity is NaN.
-        return torch.where(completion_mask, upper - lower, 0.0).clamp(-log_ratio_clamp, log_ratio_clamp)
+        return torch.where(completion_mask, upper - lower, 0.0)
+
+    def clamped(values: Tensor) -> Tensor:
+        return values.clamp(-log_ratio_clamp, log_ratio_clamp)
+
+    def term(values: Tensor) -> Tensor:
+        return summed_terms(values, completion_mask, loss_type) / normalizer
 
     def mean(values: Tensor) -> Tensor:
-        return masked_sum(values, completion_mask) / normalizer
+        return masked_sum(values, completion_mask) / tokens
 
     old = logprobs.detach() if old_logprobs is None else old_logprobs.detach()
     advantage = advantages.detach().to(logprobs.dtype).unsqueeze(-1)
-    ratio = log_ratio(logprobs, old).exp()
-    policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high) * advantage)
-    if dual_clip is not None:
-        policy = torch.where(advantage < 0, torch.minimum(policy, -dual_clip * advantage), policy)
+    level = level_of(loss_type, ratio_level)
+    ratio = clamped(log_ratio_at(level, log_ratio(logprobs, old), completion_mask)).exp()
+    bounds = Bounds.of(loss_type, clip_eps_low, clip_eps_high, cispo_clip_max, dual_clip)
+    if loss_type == "cispo":
+        policy = cispo_terms(ratio, advantage, logprobs, bounds)
+    else:
+        policy = clipped_terms(ratio, advantage, bounds)
     importance, gap = torch.ones_like(ratio), torch.zeros_like(ratio)
     if rollout_logprobs is not None:
-        mismatch = log_ratio(old, rollout_logprobs.detach())
-        importance, gap = mismatch.exp(), mismatch.abs()
-        if importance_cap is not None:
-            importance = importance.clamp(max=importance_cap)
-        policy = policy * importance
+        mismatch = clamped(log_ratio(old, rollout_logprobs.detach()))
+        gap = mismatch.abs()
+        if importance_sampling:
+            importance = mismatch.exp().clamp(max=math.inf if importance_cap is None else importance_cap)
+            policy = policy * importance
 
     zero = logprobs.new_zeros(())
-    policy_mean, kl_mean, entropy_mean = mean(policy), zero, zero
+    policy_term, kl_term, kl_mean, entropy_mean = term(policy), zero, zero, zero
     if ref_logprobs is not None:
-        log_rho = log_ratio(ref_logprobs.detach(), logprobs)
-        kl_mean = mean(log_rho.exp() - log_rho - 1)
+        kl = k3_terms(clamped(log_ratio(ref_logprobs.detach(), logprobs)))
+        kl = kl * ratio if kl_bias_correction else kl
+        kl_term, kl_mean = term(kl), mean(kl.detach())
     if entropy is not None:
         entropy_mean = mean(entropy)
-
-    with torch.no_grad():
-        low = mean(((ratio < 1 - clip_eps_low) & (advantage < 0)).to(ratio.dtype))
-        high = mean(((ratio > 1 + clip_eps_high) & (advantage > 0)).to(ratio.dtype))
-        dual = zero if dual_clip is None else mean(((ratio > dual_clip) & (advantage < 0)).to(ratio.dtype))
+    clipped = ClipMasks(*(mean(beyond.to(ratio.dtype)) for beyond in clip_masks(ratio.detach(), advantage, bounds)))
     return GRPOLoss(
-        loss=policy_mean + kl_coef * kl_mean - entropy_coef * entropy_mean,
-        policy=policy_mean.detach(),
-        kl=kl_mean.detach(),
+        loss=policy_term + kl_coef * kl_term - entropy_coef * entropy_mean,
+        policy=policy_term.detach(),
+        kl=kl_mean,
         entropy=entropy_mean.detach(),
-        clip_low=low,
-        clip_high=high,
-        clip_region=low + high,
-        dual_clip=dual,
+        clip_low=clipped.low,
+        clip_high=clipped.high,
+        clip_region=clipped.low + clipped.high,
+        dual_clip=clipped.dual,
         importance=mean(importance),
         rollout_gap=mean(gap),
     )
@@ -224,6 +261,7 @@ def _check_grpo(
     normalizer: float | Tensor,
     dual_clip: float | None,
     importance_cap: float | None,
+    cispo_clip_max: float,
 ) -> None:
     if advantages.shape != completion_mask.shape[:1]:
         raise ValueError(f"advantages must be [{completion_mask.shape[0]}], got {tuple(advantages.shape)}")
@@ -233,3 +271,23 @@ def _check_grpo(
         raise ValueError(f"dual_clip must be greater than 1 (or null), got {dual_clip}")
     if importance_cap is not None and importance_cap <= 0:
         raise ValueError(f"importance_cap must be positive (or null), got {importance_cap}")
+    if cispo_clip_max <= 0:
+        raise ValueError(f"cispo_clip_max must be positive, got {cispo_clip_max}")
+
+
+def _check_terms(kl_coef: float, ref_logprobs: Tensor | None, entropy_coef: float, entropy: Tensor | None) -> None:
+    if kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(
+            f"kl_coef is {kl_coef} but there are no ref_logprobs: score the reference policy or set it to 0"
+        )
+    if entropy_coef != 0 and entropy is None:
+        raise ValueError(f"entropy_coef is {entropy_coef} but there is no entropy: score with entropy or set it to 0")
+
+
+def _token_count(loss_type: LossType, normalizer: float | Tensor, token_count: float | Tensor | None) -> float | Tensor:
+    check_loss_type(loss_type)
+    if token_count is not None:
+        return token_count
+    if loss_type not in ("dapo", "cispo"):
+        raise ValueError(f"the normalizer of {loss_type} is no number of tokens: give token_count for the statistics")
+    return normalizer

@@ -6,7 +6,7 @@ import pytest
 from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReasonView, ReviewView
 from vidreason.datamodules.task import ClassSpec, Task
 from vidreason.datamodules.types import Clip, Text
-from vidreason.rewards.completion import render_completion
+from vidreason.rewards.completion import CompletionForm, render_completion
 
 TASK = Task("door", "What happens?", (ClassSpec("theft", "a parcel is taken"), ClassSpec("visit", "someone knocks")))
 CLIP = Clip(Path("a.mp4"), "visit", "a", fields={"note": "secret"})
@@ -87,3 +87,36 @@ def test_hash_follows_the_template_not_the_texts():
     assert ReasonView(changed).sha() != ReasonView(TASK).sha()
     assert DescribeView(changed).sha() == DescribeView(TASK).sha()
     assert ReasonView(TASK).sha() != DescribeView(TASK).sha()
+
+
+def test_every_mode_asks_for_its_blocks():
+    def asked(form):
+        text = ReasonView(TASK, form=form).prompt(CLIP).text
+        return [tag for tag in ("<think>", "<answer>", "<confidence>") if tag in text], text
+
+    think, no_think, first = (CompletionForm(mode) for mode in ("think", "no_think", "answer_first"))
+    assert asked(think)[0] == ["<think>", "<answer>"]
+    assert asked(think)[1] == ReasonView(TASK).prompt(CLIP).text
+    assert asked(no_think)[0] == ["<answer>"]
+    blocks, text = asked(first)
+    assert blocks == ["<think>", "<answer>"]
+    assert text.index("<answer>") < text.index("<think>")
+    assert asked(CompletionForm("no_think", confidence=True))[0] == ["<answer>", "<confidence>"]
+    forms = [CompletionForm(mode, sure) for mode in ("think", "no_think", "answer_first") for sure in (False, True)]
+    assert len({ReasonView(TASK, form=form).sha() for form in forms}) == 6
+
+
+def test_a_task_may_word_every_mode():
+    own = replace(TASK, prompts={"answer": "{question} One word in <answer></answer>."})
+    form = CompletionForm("no_think")
+    assert ReasonView(own, form=form).prompt(CLIP).text == "What happens? One word in <answer></answer>."
+    assert ReasonView(own).sha() == ReasonView(TASK).sha()
+
+
+def test_a_review_of_a_bare_answer_has_no_account():
+    view = ReviewView(
+        TASK, {"a": (render_completion("", "visit", CompletionForm("no_think")), "I saw <answer>visit</answer>")}
+    )
+    accounts = [text.text for text in view.texts(CLIP) if text.role == "context"]
+    assert accounts[0] == "\nAccount: none\nConclusion: visit"
+    assert accounts[1].startswith("\nAccount: I saw")

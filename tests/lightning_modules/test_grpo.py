@@ -6,8 +6,8 @@ import torch
 from vidreason.lightning_modules.functional.advantages import group_relative_advantages
 from vidreason.lightning_modules.functional.losses import grpo_loss
 from vidreason.lightning_modules.grpo import REFERENCE, GRPOModule
-from vidreason.lightning_modules.grpo_parts import Part, split_evenly
-from vidreason.lightning_modules.grpo_statistics import rollout_statistics
+from vidreason.lightning_modules.grpo_parts import Part, Rolled, count_step, split_evenly
+from vidreason.lightning_modules.grpo_statistics import RolloutTable, rollout_statistics
 from vidreason.lightning_modules.rollout import ColdPolicyError, reward_tensor, score_rollouts
 from vidreason.lightning_modules.vlms.adapters import use_adapter
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -22,6 +22,13 @@ class EvenTokens(RewardFn):
     def __call__(self, item: RewardInput) -> float:
         words = item.completion.split() or [""]
         return sum(len(word) % 2 == 0 for word in words) / len(words)
+
+
+class Length(RewardFn):
+    """Tells all texts of different length apart."""
+
+    def __call__(self, item: RewardInput) -> float:
+        return float(len(item.completion))
 
 
 class Nothing(RewardFn):
@@ -63,9 +70,10 @@ def test_policy_moves(make_vlm, make_data, make_trainer, lora):
     logged = set(trainer.callback_metrics)
     wanted = """reward reward_std frac_reward_zero_std rewards/even_tokens/mean rewards/even_tokens/std
         completions/mean_length completions/clipped_ratio kl entropy clip_ratio/low_mean clip_ratio/high_mean
-        clip_ratio/region_mean num_tokens grad_norm learning_rate"""
+        clip_ratio/region_mean num_tokens grad_norm learning_rate rewards/even_tokens/failures"""
     assert {f"train/{name}" for name in wanted.split()} <= logged
     assert {"timing_s/gen", "timing_s/reward", "timing_s/update_actor", "timing_s/step"} <= logged
+    assert {"rollout_mismatch/mean", "rollout_mismatch/max", "prefix/dedup_ratio", "prefix/saved_tokens"} <= logged
 
 
 def test_dead_groups_leave_the_policy_as_it_is(make_vlm, make_data, make_trainer):
@@ -100,7 +108,8 @@ def test_loss_is_the_function_on_fixed_completions(rolled):
 
     def value():
         with torch.no_grad():
-            return float(module.loss(part, count).loss)
+            scores = module.score(part, with_entropy=module.entropy_coef != 0)
+            return float(module.loss(part, scores, count_step([part])).loss)
 
     with torch.no_grad():
         logprobs = module.vlm.score(module.policy, part.batch.prompts, texts).logprobs
@@ -131,7 +140,7 @@ def test_on_policy_ratio_is_one(rolled):
     module, part = rolled
     module.kl_coef, module.importance_cap = 0.0, None
     count = part.batch.texts.loss_mask.sum()
-    loss = module.loss(part, count)
+    loss = module.loss(part, module.score(part), count_step([part]))
     lengths = part.batch.texts.loss_mask.sum(1)
     assert loss.loss.item() == pytest.approx(-float((part.advantages * lengths).sum() / count), abs=1e-6)
     explicit = grpo_loss(
@@ -213,19 +222,36 @@ def test_inner_epochs_and_minibatches_count_as_optimizer_steps(make_vlm, make_da
     assert "timing_s/old_log_prob" in trainer.callback_metrics
 
 
-def test_resampling_tries_dead_groups_again(rolled):
+def test_resampling_tries_dead_groups_again_and_leaves_the_others_where_they_are(rolled):
     module, part = rolled
-    module.rewards = [Nothing()]
-    dead = score_rollouts(part.batch, module.rewards, module.data.label_names)
-    again = module.resample_dead([(part.batch, dead)])
-    assert [len(groups) for _, groups in again] == [3]
-    old = [c.text for group in part.batch.completions for c in group]
-    assert [c.text for group in again[0][0].completions for c in group] != old
+
+    class FirstClip(RewardFn):
+        """Tells the completions of one clip apart, and none of the others."""
+
+        def __call__(self, item: RewardInput) -> float:
+            return float(len(item.completion)) if item.label == part.groups[0].clip.label else 1.2
+
+    module.rewards = [FirstClip()]
+    groups = score_rollouts(part.batch, module.rewards, module.data.label_names)
+    old = [[c.text for c in group] for group in part.batch.completions]
+    assert len(set(map(len, old[0]))) > 1
+    (again,) = module.resample_dead([Rolled(part.batch, groups)])
+    new = [[c.text for c in group] for group in again.batch.completions]
+    assert new[0] == old[0]
+    assert new[1] != old[1]
+    assert new[2] != old[2]
+    assert [g.clip for g in again.groups] == [g.clip for g in groups] == list(again.batch.clips)
+    assert again.groups[0] == groups[0]
+    assert [[r.completion.text for r in g.rollouts] for g in again.groups] == new
+    for n, completion in enumerate(c for group in again.batch.completions for c in group):
+        mask = again.batch.texts.loss_mask[n]
+        assert again.batch.texts.ids[n][mask].tolist() == completion.ids.tolist()
+        torch.testing.assert_close(again.batch.logprobs[n][mask], completion.logprobs)
+    (other,) = module.resample_dead([Rolled(part.batch, groups)], attempt=2)
+    assert [[c.text for c in group] for group in other.batch.completions][1:] != new[1:]
     module.rewards = [EvenTokens()]
-    kept = module.resample_dead([(part.batch, part.groups)])
-    alive = [g for g in part.groups if len({r.score.total for r in g.rollouts}) > 1]
-    assert [g.clip.video_id for g in kept[0][1]] == [g.clip.video_id for g in alive]
-    assert kept[0][1] == tuple(alive)
+    alive = Rolled(part.batch, score_rollouts(part.batch, [Length()], module.data.label_names))
+    assert module.resample_dead([alive]) == [alive]
 
 
 def test_a_policy_that_never_parses_stops_the_stage(make_vlm, make_data, make_trainer):
@@ -266,7 +292,7 @@ def test_minibatches_are_even_and_never_empty(rolled):
 def test_statistics(rolled):
     _, part = rolled
     rewards = reward_tensor(part.groups)
-    values = rollout_statistics(part.groups, rewards)
+    values = rollout_statistics(RolloutTable.of(part.groups))
     completions = [r.completion for g in part.groups for r in g.rollouts]
     assert float(values["train/reward"]) == pytest.approx(float(rewards.mean()))
     assert float(values["train/completions/mean_length"]) == pytest.approx(

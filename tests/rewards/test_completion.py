@@ -5,6 +5,7 @@ import time
 import pytest
 
 from vidreason.rewards.completion import (
+    CompletionForm,
     answer_start,
     find_markup,
     match_label,
@@ -170,3 +171,45 @@ def test_reading_takes_linear_time(unit: str) -> None:
     for head in ("", PERFECT, "<think>a<", "<think>a</think><answer>b<"):
         parse_completion(head + unit * 50_000)
     assert time.perf_counter() - start < 2.0
+
+
+FORMS = {
+    "think": "<think>why</think><answer>b</answer>",
+    "no_think": "<answer>b</answer>",
+    "answer_first": "<answer>b</answer><think>why</think>",
+}
+
+
+@pytest.mark.parametrize("confidence", [False, True])
+@pytest.mark.parametrize("mode", FORMS)
+def test_a_form_accepts_its_own_blocks_and_no_others(mode: str, confidence: bool) -> None:
+    form = CompletionForm(mode, confidence)  # type: ignore[arg-type]
+    for other, text in FORMS.items():
+        for stated in (False, True):
+            whole = text + "<confidence>0.75</confidence>" * stated
+            parsed = parse_completion(f" {whole}\n<|im_end|>", form)
+            assert parsed.well_formed == (other == mode and stated == confidence)
+            assert parsed.answer == "b"
+            assert parsed.confidence == (0.75 if stated else None)
+    rendered = render_completion("why", "b", form, 0.75 if confidence else None)
+    assert rendered == FORMS[mode] + "<confidence>0.75</confidence>" * confidence
+
+
+def test_a_confidence_is_a_number_between_0_and_1() -> None:
+    form = CompletionForm("no_think", confidence=True)
+    for text, value in [
+        ("0", 0.0),
+        ("1", 1.0),
+        (" 0.5 ", 0.5),
+        ("1.01", None),
+        ("-0.1", None),
+        ("80%", None),
+        ("", None),
+    ]:
+        parsed = parse_completion(f"<answer>b</answer><confidence>{text}</confidence>", form)
+        assert (parsed.confidence, parsed.well_formed) == (value, value is not None)
+    for wrong in (None, 1.5, -0.1):
+        with pytest.raises(ValueError, match="a confidence between 0 and 1"):
+            render_completion("", "b", form, wrong)
+    with pytest.raises(ValueError, match="no confidence"):
+        render_completion("", "b", confidence=0.5)

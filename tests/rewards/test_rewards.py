@@ -1,13 +1,18 @@
 """Each reward on completions that must and must not earn it, and how they add up."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from vidreason.rewards.accuracy import AccuracyReward
-from vidreason.rewards.base import RewardFn, RewardInput, score_completion
+from vidreason.rewards.base import RewardFn, RewardInput, score_completion, score_group
+from vidreason.rewards.brier import BrierReward
 from vidreason.rewards.completion import parse_completion
 from vidreason.rewards.format import FormatReward
 from vidreason.rewards.length import LengthReward
 from vidreason.rewards.ordinal import OrdinalReward
+from vidreason.rewards.overlong import OverlongReward
 from vidreason.rewards.reasoning import ReasoningReward
 
 NAMES = ("calm", "door left open", "loud", "violent", "riot")
@@ -134,13 +139,81 @@ def test_score_weighs_parts() -> None:
 def test_score_refuses_what_it_cannot_log_or_learn_from() -> None:
     class BrokenReward(RewardFn):
         def __call__(self, item: RewardInput) -> float:
-            return float("nan")
+            return float("-inf")
 
     with pytest.raises(ValueError, match="at least one"):
         score_completion([], item(""))
     with pytest.raises(ValueError, match="two rewards are named 'accuracy'"):
         score_completion([AccuracyReward(), AccuracyReward(2.0)], item(""))
-    with pytest.raises(ValueError, match="BrokenReward returned nan"):
+    with pytest.raises(ValueError, match="BrokenReward returned -inf"):
         score_completion([BrokenReward()], item(""))
     with pytest.raises(ValueError, match="finite"):
         FormatReward(weight=float("inf"))
+
+
+class Judge(RewardFn):
+    """Knows nothing about completions that say so."""
+
+    def __call__(self, item: RewardInput) -> float | None:
+        return {"none": None, "nan": float("nan")}.get(item.completion, 0.5)
+
+
+def test_what_a_reward_cannot_tell_is_named_and_never_a_number() -> None:
+    for completion in ("none", "nan"):
+        score = score_completion([AccuracyReward(), Judge()], item(completion))
+        assert score.failed == ("judge",)
+        assert math.isnan(score.total)
+        assert score.parts["accuracy"] == 0.0
+    assert score_completion([Judge()], item("well")).failed == ()
+
+
+def test_a_group_is_compared_by_the_rewards_that_apply_to_it() -> None:
+    right = "<answer>door left open</answer>"
+    some = score_group([AccuracyReward(), Judge(weight=2.0)], [item(right), item("none")])
+    assert some[0].total == 2.0
+    assert math.isnan(some[1].total), "it cannot be compared with a sibling that has both"
+    whole = score_group([FormatReward(), Judge()], [item("none"), item("nan")])
+    assert [score.total for score in whole] == [0.0, 0.0], "a reward that tells nothing of the group is left out"
+    assert [score.failed for score in whole] == [("judge",), ("judge",)]
+    assert all(math.isnan(score.total) for score in score_group([Judge()], [item("none"), item("nan")]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "penalty"), [(0, 0), (60, 0), (80, 0), (81, -0.05), (90, -0.5), (99, -0.95), (100, -1), (130, -1)]
+)
+def test_overlong_by_hand(tokens: int, penalty: float) -> None:
+    reward = OverlongReward(max_tokens=100, buffer=20)
+    assert reward(replace(item("any"), n_tokens=tokens)) == pytest.approx(penalty)
+
+
+def test_overlong_refuses_what_it_cannot_measure() -> None:
+    with pytest.raises(ValueError, match="counts tokens"):
+        OverlongReward(100, 20)(item("any"))
+    for buffer in (0, 101):
+        with pytest.raises(ValueError, match="0 < buffer <= max_tokens"):
+            OverlongReward(100, buffer)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "answer", "reward"),
+    [
+        ("0.8", "door left open", -0.04),
+        ("0.8", "calm", -0.64),
+        ("1", "Door left open", 0.0),
+        ("0", "calm", 0.0),
+        (" .5 ", "calm", -0.25),
+        ("1.0", "calm", -1.0),
+        ("1.2", "door left open", -1.0),
+        ("-0.2", "door left open", -1.0),
+        ("sure", "door left open", -1.0),
+        ("nan", "door left open", -1.0),
+        ("", "door left open", -1.0),
+    ],
+)
+def test_brier_by_hand(confidence: str, answer: str, reward: float) -> None:
+    text = f"<think>a</think><answer>{answer}</answer><confidence>{confidence}</confidence>"
+    assert BrierReward()(item(text)) == pytest.approx(reward)
+
+
+def test_brier_without_a_stated_confidence_is_the_worst() -> None:
+    assert BrierReward()(item("<think>a</think><answer>door left open</answer>")) == -1.0

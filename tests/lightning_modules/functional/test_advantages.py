@@ -75,6 +75,20 @@ def test_errors() -> None:
         with pytest.raises(ValueError, match=r"\[B, G\]"):
             group_relative_advantages(wrong)
     with pytest.raises(ValueError, match="finite"):
-        group_relative_advantages(torch.tensor([[0.0, float("nan")]]))
+        group_relative_advantages(torch.tensor([[0.0, float("inf")]]))
     with pytest.raises(ValueError, match="scale"):
         group_relative_advantages(torch.tensor([[0.0, 1.0]]), scale="std")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_what_could_not_be_scored_is_in_no_mean(scale: str) -> None:
+    nan = float("nan")
+    rewards = torch.tensor([[1.0, nan, 0.0, 0.5], [nan, nan, nan, 3.0], [2.0, 2.0, nan, 2.0]], dtype=torch.float64)
+    advantages = group_relative_advantages(rewards, scale=scale)  # type: ignore[arg-type]
+    deviation = {"group": statistics.stdev([1, 0, 0.5]), "batch": statistics.stdev([1, 0, 0.5, 3, 2, 2, 2]), "none": 1}
+    eps = 0 if scale == "none" else 1e-6
+    expected = [0.5 / (deviation[scale] + eps), 0, -0.5 / (deviation[scale] + eps), 0]
+    assert advantages[0].tolist() == pytest.approx(expected, abs=1e-12)
+    assert advantages[1:].tolist() == [[0.0] * 4] * 2, "one score is no comparison, equal scores are none either"
+    assert dead_groups(rewards).tolist() == [False, True, True]
+    assert dead_groups(torch.tensor([[nan, nan]])).tolist() == [True]
