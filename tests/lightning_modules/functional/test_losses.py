@@ -181,6 +181,15 @@ def test_every_option_by_hand() -> None:
         {"log_ratio_clamp": 0.3},
         {"normalizer": 13},
         {"old_logprobs": None},
+        {"importance_sampling": False},
+        {"kl_bias_correction": True},
+        {"loss_type": "cispo"},
+        {"loss_type": "cispo", "cispo_clip_max": 1.1},
+        {"loss_type": "grpo", "normalizer": 6, "token_count": 26},
+        {"loss_type": "gspo", "normalizer": 6, "token_count": 26},
+        {"loss_type": "dr_grpo", "normalizer": 6 * 12, "token_count": 26},
+        {"ratio_level": "sequence"},
+        {"token_count": 13},
     ],
 )
 def test_every_flag_changes_the_loss(option: dict[str, Any]) -> None:
