@@ -1,0 +1,166 @@
+"""One GRPO run on any number of ranks; as a script, the same runs on two gloo ranks.
+
+    python tests/ddp_ranks.py BASE CLIPS OUT PORT
+
+writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``. Loaded by path, as ``stage_world.py`` is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import multiprocessing
+
+from vidreason.lightning_modules.grpo import GRPOModule
+from vidreason.lightning_modules.grpo_parts import Rolled
+from vidreason.lightning_modules.rollout import CompletionBatch, RolloutGroup
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
+from vidreason.rewards.base import RewardFn, RewardInput, RewardScore
+
+_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
+assert _spec is not None
+assert _spec.loader is not None
+world = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(world)
+
+CLIPS = world.SPLIT_SIZES["train"]
+PENALTIES: dict[str, Any] = {"kl_coef": 0.1, "entropy_coef": 0.01}
+CASES: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo", **PENALTIES},
+    "dr_grpo": {"loss_type": "dr_grpo", **PENALTIES},
+    "dapo": {"loss_type": "dapo", **PENALTIES},
+    "cispo": {"loss_type": "cispo", **PENALTIES},
+    "gspo": {"loss_type": "gspo", **PENALTIES},
+    "batch": {"advantage_scale": "batch", "prompts_per_forward": 2},
+    "minibatches": {"minibatches": 3, "inner_epochs": 2, "loss_type": "gspo"},
+    "truncated": {"mask_truncated": True, "loss_type": "grpo"},
+    "resampled": {"resample": 2},
+    "dead": {},
+    "dead_with_penalties": PENALTIES,
+    "full": {"lora": False},
+}
+
+
+class Stopping(TinyVLM):
+    """Ends its turn at every fourth token of the vocabulary, so that random completions differ in length."""
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        return super().stop_ids | frozenset(range(0, len(self.tokenizer), 4))
+
+
+class EvenLetters(RewardFn):
+    """Many values, a third of the groups dead: whether the number of characters is even, and a little more."""
+
+    def __call__(self, item: RewardInput) -> float:
+        return float(len(item.completion) % 2 == 0) + 0.01 * (item.n_tokens or 0)
+
+
+class Watched(GRPOModule):
+    """Writes down what it sampled and learnt from; the groups of some clips, or of a whole rank, are dead."""
+
+    dead_rank: int | None = None
+    dead_clips: tuple[str, ...] = ()
+
+    def rewarded(self, batch: CompletionBatch) -> Rolled:
+        rolled = super().rewarded(batch)
+        self.seen: dict[str, list[str]] = getattr(self, "seen", {})
+        for group in rolled.groups:
+            self.seen[group.clip.video_id] = [r.completion.text for r in group.rollouts]
+        return Rolled(batch, tuple(self._killed(group) for group in rolled.groups))
+
+    def _killed(self, group: RolloutGroup) -> RolloutGroup:
+        if self.global_rank != self.dead_rank and group.clip.video_id not in self.dead_clips:
+            return group
+        score = RewardScore(0.7, dict.fromkeys(group.rollouts[0].score.parts, 0.7))
+        return RolloutGroup(group.clip, tuple(type(r)(r.completion, score) for r in group.rollouts))
+
+    def clip_gradients_(self, max_norm: float) -> torch.Tensor:
+        gradients = {n: p.grad.clone() for n, p in self.named_parameters() if p.requires_grad and p.grad is not None}
+        self.gradients: list[dict[str, torch.Tensor]] = [*getattr(self, "gradients", []), gradients]
+        return super().clip_gradients_(max_norm)
+
+
+def run(name: str, base: Path, clips: Path, out: Path, ranks: int, dead_clips: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Trains two batches of all clips and returns what this rank saw.
+
+    Args:
+        name: A key of ``CASES``.
+        base: The base model.
+        clips: Folder of clips.
+        out: Run folder.
+        ranks: Number of processes.
+        dead_clips: Clips whose groups are dead, for one process that stands for two.
+    """
+    options = dict(CASES[name])
+    lora = LoRAOptions(r=4, alpha=8, target_modules=("q_proj", "v_proj", "down_proj"))
+    vlm = Stopping(path=str(base), lora=lora if options.pop("lora", True) else None)
+    module = Watched(
+        vlm,
+        rewards=[EvenLetters()],
+        group_size=3,
+        train_sampling=Sampling(max_new_tokens=8),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+        warmup=0,
+        cold_steps=10**6,
+        max_grad_norm=0.0,
+        **options,
+    )
+    if name.startswith("dead"):
+        module.dead_rank, module.dead_clips = (1, ()) if ranks == 2 else (None, dead_clips)
+    logged: list[dict[str, float]] = []
+    module.on_train_batch_end = lambda *_: logged.append(
+        {k: float(v) for k, v in module.trainer.callback_metrics.items()}
+    )
+    torch.manual_seed(0)  # LoRA's A
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60)) if ranks > 1 else "auto",
+        max_epochs=2,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out,
+    )
+    trainer.fit(module, world.GreyClips(clips, encoder=vlm, batch_size=CLIPS // ranks))
+    return {
+        "logged": logged,
+        "seen": module.seen,
+        "gradients": module.gradients,
+        "weights": {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad},
+        "steps": trainer.global_step,
+    }
+
+
+def _rank(rank: int, base: Path, clips: Path, out: Path, port: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    folder = out / f"run{rank}"
+    folder.mkdir()
+    torch.save({name: run(name, base, clips, folder, 2) for name in CASES}, out / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    base, clips, out = map(Path, sys.argv[1:4])
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(rank, base, clips, out, sys.argv[4]), daemon=True) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in ranks))
