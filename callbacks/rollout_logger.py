@@ -1,4 +1,4 @@
-"""Shows GRPO's completions with rewards and advantages, and the clips they are about, in TensorBoard."""
+"""Shows GRPO's completions in TensorBoard: film strip, prompt, completions with their rewards and advantages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vidreason.callbacks.film_strip import captioned_strips, film_strip
 from vidreason.callbacks.tensorboard_text import log_image, log_text, markdown_table
+from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.rollout import RolloutGroup
 
 
@@ -19,11 +20,13 @@ class RolloutLogger(L.Callback):
     Args:
         every_n_steps: Batches between two tables.
         prompts: Groups in a table.
+        strips: Whether the frames of the clips are shown.
     """
 
-    def __init__(self, every_n_steps: int = 10, prompts: int = 2) -> None:
+    def __init__(self, every_n_steps: int = 10, prompts: int = 2, strips: bool = True) -> None:
         self.every_n_steps = every_n_steps
         self.prompts = prompts
+        self.strips = strips
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -32,9 +35,14 @@ class RolloutLogger(L.Callback):
         if not trainer.is_global_zero or trainer.fit_loop.total_batch_idx % self.every_n_steps:
             return
         if isinstance(outputs, Mapping) and "groups" in outputs:
-            table = rollout_table(outputs["groups"][: self.prompts], outputs["advantages"])
-            log_text(trainer, "train/rollouts", table)
-            strips = [(g.clip, film_strip(g.clip.path)) for g in outputs["groups"][: self.prompts]]
+            groups: tuple[RolloutGroup, ...] = outputs["groups"][: self.prompts]
+            log_text(trainer, "train/rollouts", rollout_table(groups, outputs["advantages"]))
+            assert isinstance(pl_module, VLMModule)
+            view = pl_module.data.view
+            assert view is not None
+            prompts = [[group.clip.video_id, view.prompt(group.clip).text] for group in groups]
+            log_text(trainer, "train/rollouts/prompts", markdown_table(["clip", "prompt"], prompts))
+            strips = [(group.clip, film_strip(group.clip.path)) for group in groups if self.strips]
             sheet = [(f"{clip.video_id}: {clip.label}", strip) for clip, strip in strips if strip is not None]
             if sheet:
                 log_image(trainer, "train/rollouts/clips", captioned_strips(sheet))

@@ -197,8 +197,8 @@ class SeededSampler(DistributedSampler[Any]):
 class BalancedSampler(SeededSampler):
     """Draws as many clips as there are, all labels equally often: each C draws, from the first on, are C labels.
 
-    Clips of a rare label come several times in an epoch, those of a frequent one not in every epoch; no clip comes
-    again before all others of its label have come. An epoch depends on seed and epoch alone, so ranks share it.
+    Clips of a rare label come several times in an epoch, those of a frequent one not in every epoch; the clips of a
+    label take turns. An epoch depends on seed and epoch alone, so ranks share it.
     """
 
     def order(self) -> Iterator[int]:

@@ -96,7 +96,7 @@ def fps_indices(total: int, file_fps: float, fps: float, max_frames: int) -> tup
 
 
 def balanced_order(labels: Sequence[str | None], n: int, seed: int, epoch: int) -> list[int]:
-    """Draws ``n`` clips so that all labels are equally frequent; epochs go on where the last one ended.
+    """Draws ``n`` clips so that all labels are equally frequent; an epoch goes on where the last one ended.
 
     Args:
         labels: of every clip.
@@ -125,9 +125,10 @@ def balanced_order(labels: Sequence[str | None], n: int, seed: int, epoch: int) 
     def lap_order(name: str, lap: int) -> list[int]:
         return random.Random(f"{seed}/{name}/{lap}").sample(clips[name], len(clips[name]))
 
+    turns = -(-n // len(names))
     drawn: list[int] = []
-    for draw in range(epoch * n, (epoch + 1) * n):
-        turn, place = divmod(draw, len(names))
+    for draw in range(n):
+        turn, place = epoch * turns + draw // len(names), draw % len(names)
         name = turn_order(turn)[place]
         lap, index = divmod(turn, len(clips[name]))
         drawn.append(lap_order(name, lap)[index])

@@ -91,6 +91,14 @@ def test_watchers_change_nothing_and_show_everything(make_vlm, make_data, make_t
         table = events.Tensors("train/rollouts/text_summary")[0].tensor_proto.string_val[0].decode()
         assert "| clip | label | reward | format | length | advantage | tokens | completion |" in table
         assert len(table.splitlines()) == 2 + 2 * 2
+        asked = events.Tensors("train/rollouts/prompts/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert "First reason about what happens" in asked
+        assert {
+            "rollout_mismatch/mean",
+            "timing_s/gen",
+            "prefix/saved_tokens",
+            "train/rewards/format/failures",
+        } <= scalars
 
 
 def test_a_strip_shows_frames_side_by_side(tmp_path, write_clip):

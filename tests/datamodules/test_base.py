@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 
-from vidreason.datamodules.base import ClipKey, SeededSampler, VideoDataModule
+from vidreason.datamodules.base import BalancedSampler, ClipKey, SeededSampler, VideoDataModule
 from vidreason.datamodules.decoding import DecodeError, FrameOptions
 from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReviewView
 from vidreason.datamodules.types import Clip, Encoded, EncodedPrompts, Example, TextBatch
@@ -308,3 +308,18 @@ def test_given_splits_are_not_written(make, tmp_path):
     data.set_view(LabelView(data.task))
     fit(data, tmp_path / "run", epochs=1)
     assert not (tmp_path / "run" / "splits.csv").exists()
+
+
+def test_balanced_classes_are_equally_frequent_on_any_number_of_ranks(make):
+    data = make(batch_size=2)
+    data.counts = {**data.counts, "train": 9}
+    data.set_view(LabelView(data.task))
+    data.balance_classes = True
+    loader = data.train_dataloader()
+    assert type(loader.sampler) is BalancedSampler
+    batches = epoch(loader, 1)
+    assert [sorted(batch.labels.tolist()) for batch in batches[:4]] == [[0, 1]] * 4
+    assert order(batches) != order(epoch(loader, 2))
+    whole = list(BalancedSampler(loader.dataset, 1, 0, shuffle=True, seed=0))
+    ranks = [list(BalancedSampler(loader.dataset, 3, rank, shuffle=True, seed=0)) for rank in range(3)]
+    assert [key for turn in zip(*ranks, strict=True) for key in turn] == whole

@@ -1,7 +1,9 @@
+from collections import Counter
+
 import pytest
 import torch
 
-from vidreason.datamodules.sampling import fps_indices, segment_indices, uniform_indices
+from vidreason.datamodules.sampling import balanced_order, fps_indices, segment_indices, uniform_indices
 
 
 def test_uniform_takes_the_middle_of_each_stretch():
@@ -58,3 +60,22 @@ def test_nothing_out_of_nothing(call):
 def test_fps_needs_rates():
     with pytest.raises(ValueError, match="must be positive"):
         fps_indices(10, 0.0, 2.0, 8)
+
+
+LABELS = ["a"] * 10 + ["b"] * 3 + ["c"] * 5
+
+
+def test_balanced_order_draws_every_label_equally_often():
+    drawn = [balanced_order(LABELS, 18, seed=1, epoch=epoch) for epoch in range(4)]
+    for order in drawn:
+        assert Counter(LABELS[i] for i in order) == {"a": 6, "b": 6, "c": 6}
+        assert all({LABELS[i] for i in order[k : k + 3]} == {"a", "b", "c"} for k in range(0, 18, 3))
+    assert len({tuple(order) for order in drawn}) == 4
+    of_a = [i for order in drawn for i in order if LABELS[i] == "a"]
+    assert sorted(of_a[:10]) == sorted(of_a[10:20]) == list(range(10)), "none again before all others have come"
+    assert drawn[0] != balanced_order(LABELS, 18, seed=2, epoch=0)
+    assert drawn[0] == balanced_order(LABELS, 18, seed=1, epoch=0)
+
+
+def test_balanced_order_takes_what_has_no_label_for_one_more():
+    assert Counter(balanced_order(["a", None, "a"], 8, 0, 0))[1] == 4
