@@ -1,5 +1,7 @@
 """Every shipped YAML builds what it names; no weights are loaded and nothing is rendered."""
 
+import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,15 @@ from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.grpo import GRPOModule
 from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.generation import Sampling
+
+_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
+assert _spec is not None
+assert _spec.loader is not None
+world = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(world)
+small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_folder, world.make_vlm, world.make_data
+make_trainer = world.make_trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 STAGES = {
@@ -22,6 +33,7 @@ STAGES = {
     "generate.yaml": ("predict", VLMModule),
     "test.yaml": ("test", VLMModule),
 }
+RECIPES = sorted(p.name for p in (CONFIGS / "recipes").glob("*.yaml"))
 OVERLAYS = sorted(p.name for p in (CONFIGS / "strategy").glob("*.yaml"))
 
 
@@ -58,6 +70,38 @@ def test_strategy_overlays(overlay):
     if isinstance(strategy, dict):
         assert type(cli.trainer.strategy).__name__ == strategy["class_path"].rsplit(".", 1)[1]
     assert isinstance(cli.model, GRPOModule)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_switched_on_by_its_overlay(recipe):
+    base, overlay = CONFIGS / "grpo.yaml", CONFIGS / "recipes" / recipe
+    model = build("fit", ["--config", str(base), "--config", str(overlay)]).model
+    asked = yaml.safe_load(overlay.read_text())["model"]["init_args"]
+    added = asked.pop("rewards+", [])
+    form = asked.pop("completion", {})
+    lengths = [asked.pop(name)["max_new_tokens"] for name in ("train_sampling", "sampling") if name in asked]
+    assert {name: getattr(model, name) for name in asked} == asked
+    assert [type(reward).__name__ for reward in model.rewards] == [
+        "AccuracyReward",
+        "FormatReward",
+        *(reward["class_path"].rsplit(".", 1)[1] for reward in added),
+    ]
+    assert {name: getattr(model.completion, name) for name in form} == form
+    assert all(length == model.train_sampling.max_new_tokens for length in lengths)
+    overlong = [reward.max_tokens for reward in model.rewards if reward.name == "overlong"]
+    assert overlong in ([], [model.train_sampling.max_new_tokens])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains(recipe, make_vlm, make_data, make_trainer):
+    module = build("fit", ["--config", str(CONFIGS / "grpo.yaml"), "--config", str(CONFIGS / "recipes" / recipe)]).model
+    module.vlm = make_vlm()
+    module.train_sampling = module.sampling = Sampling(max_new_tokens=6)
+    module.batch_size, module.group_size, module.cold_steps = 3, 3, 99
+    trainer = make_trainer(max_steps=2, limit_val_batches=0)
+    trainer.fit(module, make_data(module.vlm))
+    assert trainer.global_step >= 2
+    assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
 
 
 def test_all_strategies_of_the_documentation_exist():
