@@ -136,7 +136,7 @@ def render_completion(
     """
     if not answer.strip():
         raise ValueError("the answer of a completion is empty: give it the clip's label")
-    for name, content in (("reasoning", reasoning), ("answer", answer)):
+    for name, content in (("reasoning", "" if form.mode == "no_think" else reasoning), ("answer", answer)):
         markup = find_markup(content)
         if markup is not None:
             raise ValueError(

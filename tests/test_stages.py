@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
 from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.callbacks.trace_writer import TraceWriter
+from vidreason.datamodules.prompts import ReasonView
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.grpo import GRPOModule
@@ -19,6 +20,7 @@ from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.completion import CompletionForm, parse_completion
 
 _spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
 assert _spec is not None
@@ -207,3 +209,32 @@ def test_the_same_seed_gives_the_same_run(make_vlm, make_data, make_trainer):
     first, again, other = weights("a", 0), weights("b", 0), weights("c", 1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("mode", ["no_think", "answer_first"])
+def test_a_form_goes_through_cold_start_grpo_and_test(make_vlm, make_data, make_trainer, mode):
+    form = CompletionForm(mode)
+    cold = RationaleSFTModule(make_vlm(), target="trace", traces_sampled=OWN, optimizer=adamw, completion=form)
+    data = make_data(cold.vlm)
+    make_trainer("cold", max_steps=1, limit_val_batches=0, callbacks=[AdapterCheckpoint()]).fit(cold, data)
+    targets = [text for texts in data.view.targets.values() for text in texts]
+    assert targets
+    assert all(text.startswith("<answer>") and parse_completion(text, form).well_formed for text in targets)
+    grpo = GRPOModule(
+        make_vlm(),
+        adapter_path=str(cold.run_dir / "adapter"),
+        group_size=2,
+        train_sampling=SHORT,
+        sampling=SHORT,
+        cold_steps=99,
+        optimizer=adamw,
+        completion=form,
+    )
+    data = make_data(grpo.vlm)
+    make_trainer("grpo", max_steps=1, limit_val_batches=1).fit(grpo, data)
+    asked = data.view.prompt(data.clips("train")[0]).text
+    assert asked == ReasonView(data.task, form=form).prompt(data.clips("train")[0]).text
+    tested = VLMModule(make_vlm(), decide="answer", sampling=SHORT, completion=form)
+    data = make_data(tested.vlm)
+    make_trainer("test").test(tested, data)
+    assert data._eval_view.form == form

@@ -1,9 +1,11 @@
 from pathlib import Path
 
+import pytest
+
 from vidreason.datamodules.traces import TraceRecord
 from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.sft_targets import caption_targets, rationale_targets, trace_targets
-from vidreason.rewards.completion import parse_completion, render_completion
+from vidreason.rewards.completion import CompletionForm, parse_completion, render_completion
 
 CLIPS = [Clip(Path("a"), "walk", "a"), Clip(Path("b"), "run", "b"), Clip(Path("c"), None, "c")]
 NAMES = ("walk", "run")
@@ -44,3 +46,19 @@ def test_captions_come_from_a_column():
     clips = [Clip(Path("a"), None, "a", fields={"said": "hello "}), Clip(Path("b"), None, "b", fields={"said": " "})]
     assert caption_targets(clips, "said") == {"a": ("hello",)}
     assert caption_targets(clips, "words") == {}
+
+
+def test_traces_take_the_form_that_is_asked_for():
+    described = {"a": (record("a", "Legs move."), record("a", "A </think> tag.", 1), record("a", "Slowly.", 2))}
+    first = trace_targets(CLIPS, described, "describe", NAMES, CompletionForm("answer_first"))
+    assert first["a"] == (
+        "<answer>walk</answer><think>Legs move.</think>",
+        "<answer>walk</answer><think>Slowly.</think>",
+    )
+    bare = trace_targets(CLIPS, described, "describe", NAMES, CompletionForm("no_think"))
+    assert bare["a"] == ("<answer>walk</answer>",), "the same text three times teaches nothing more"
+    own = {"a": (record("a", "<answer>run</answer>"), record("a", "<answer>Walk</answer>", 1))}
+    assert trace_targets(CLIPS, own, "reason", NAMES, CompletionForm("no_think"))["a"] == ("<answer>walk</answer>",)
+    assert trace_targets(CLIPS, own, "reason", NAMES)["a"] == ()
+    with pytest.raises(ValueError, match="no confidence to learn from"):
+        trace_targets(CLIPS, own, "reason", NAMES, CompletionForm(confidence=True))
