@@ -46,7 +46,7 @@ from vidreason.lightning_modules.vlms.adapters import copy_adapter, use_adapter
 from vidreason.lightning_modules.vlms.base import Scores
 from vidreason.lightning_modules.vlms.building import POLICY
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.shared_prefix import would_checkpoint
+from vidreason.lightning_modules.vlms.layout import would_checkpoint
 from vidreason.rewards.base import RewardFn
 
 REFERENCE = "reference"
