@@ -211,7 +211,7 @@ class GRPOModule(PolicyModule):
                 rolled = self.resample_dead(rolled, attempt)
         with clock("reward"):
             groups = tuple(group for part in rolled for group in part.groups)
-            table = RolloutTable.of(groups).over_ranks(self.over_ranks)
+            table = RolloutTable.of(groups, self.data.label_names).over_ranks(self.over_ranks)
             self.refuse_cold_policy(table, groups[0].rollouts[0].completion.text)
             advantages = self.advantages(table, len(groups))
             parts = make_parts(rolled, advantages, self.mask_truncated)

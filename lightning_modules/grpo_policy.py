@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -46,7 +46,6 @@ from vidreason.lightning_modules.vlms.adapters import copy_adapter, use_adapter
 from vidreason.lightning_modules.vlms.base import Scores
 from vidreason.lightning_modules.vlms.building import POLICY
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.layout import would_checkpoint
 from vidreason.rewards.base import RewardFn
 
 REFERENCE = "reference"
@@ -188,8 +187,9 @@ class PolicyModule(VLMModule):
         self._parsed += int(table.fact("parsed").sum())
         if self._parsed == 0 and self._rollout_steps >= self.cold_steps:
             raise ColdPolicyError(
-                f"none of the completions of the first {self._rollout_steps} steps has an <answer> block (the last one "
-                f"begins {example[:60]!r}), so no reward can teach this policy. Run the cold start first:\n"
+                f"none of the completions of the first {self._rollout_steps} steps names a class in an <answer> "
+                f"block (the last one begins {example[:60]!r}), so no reward can teach this policy. Run the cold start "
+                "first:\n"
                 "  vidreason fit --config configs/sft_cold_start.yaml --run_dir runs/cold_start\n"
                 "and hand its weights over:\n"
                 "  vidreason fit --config configs/grpo.yaml --model.init_args.adapter_path "
@@ -224,7 +224,21 @@ class PolicyModule(VLMModule):
 
     def shares_prefix(self) -> bool:
         """Whether a forward encodes each prompt once."""
-        return self.vlm.route == "expand" or (self.vlm.route == "auto" and not would_checkpoint(self.policy))
+        return self.vlm.route != "naive"
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As every stage, with what is counted over the whole fit."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["grpo"] = {"rollout_steps": self._rollout_steps, "parsed": self._parsed, "tokens": self._tokens}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As every stage, with what was counted."""
+        super().on_load_checkpoint(checkpoint)
+        counted = checkpoint["grpo"]
+        self._rollout_steps, self._parsed = counted["rollout_steps"], counted["parsed"]
+        self._tokens = counted["tokens"]
 
     # ------------------------------------------------------------------ ranks
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from vidreason.lightning_modules.functional.advantages import dead_groups
 from vidreason.lightning_modules.functional.losses import GRPOLoss
 from vidreason.lightning_modules.rollout import RolloutGroup
+from vidreason.rewards.completion import match_label
 
 _FACTS = ("reward", "length", "truncated", "parsed", "logprob_sum")
 
@@ -25,14 +26,14 @@ class RolloutTable:
     """A row of numbers about every completion of a step, so that one gather brings together what all ranks sampled."""
 
     values: Tensor
-    """[B, G, 5 + P] float64: total reward, tokens, whether it was cut, whether it has an answer, sum of the sampler's
-    log-probs, then the rewards before their weights; NaN where a reward could not be told"""
+    """[B, G, 5 + P] float64: total reward, tokens, whether it was cut, whether its answer names a class, sum of the
+    sampler's log-probs, then the rewards before their weights; NaN where a reward could not be told"""
     reward_names: tuple[str, ...]
     """[P]"""
 
     @classmethod
-    def of(cls, groups: Sequence[RolloutGroup]) -> RolloutTable:
-        """Reads the groups [B] of one rank."""
+    def of(cls, groups: Sequence[RolloutGroup], label_names: Sequence[str]) -> RolloutTable:
+        """Reads the groups [B] of one rank; answers are matched to the C class names."""
         names = tuple(groups[0].rollouts[0].score.parts)
         rows = [
             [
@@ -40,7 +41,7 @@ class RolloutTable:
                     r.score.total,
                     float(r.completion.n_tokens),
                     float(r.completion.finish_reason == "length"),
-                    float(r.completion.parsed.answer is not None),
+                    float(match_label(r.completion.parsed.answer, label_names) is not None),
                     float(r.completion.logprobs.sum()),
                     *(r.score.parts[name] for name in names),
                 ]

@@ -104,7 +104,7 @@ def test_compromised_lightning_releases_are_excluded(setup_cfg):
 
 def test_ci_clears_stale_builds():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert script.index("rm -rf build") < script.index("-m build --wheel")
+    assert script.index("rm -rf build") < script.index("-m build --sdist --wheel")
 
 
 def test_modules_are_importable_under_one_name_only():

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vidreason.lightning_modules.rollout import ColdPolicyError, reward_tensor, 
 from vidreason.lightning_modules.vlms.adapters import use_adapter
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.base import RewardFn, RewardInput
+from vidreason.rewards.completion import parse_completion, render_completion
 
 SHORT = Sampling(max_new_tokens=6)
 
@@ -258,6 +260,19 @@ def test_a_policy_that_never_parses_stops_the_stage(make_vlm, make_data, make_tr
         fit(make(make_vlm(), cold_steps=2), make_data, make_trainer, max_steps=5)
 
 
+def test_an_answer_that_names_no_class_has_not_parsed(rolled):
+    """A base that has spelt tags writes an empty or a made-up answer now and then; no reward can teach it either."""
+    module, part = rolled
+    said = [render_completion("x", answer) for answer in ("delierer", module.data.label_names[0])]
+    (first, second, *_), names = part.groups[0].rollouts, module.data.label_names
+    rollouts = tuple(
+        replace(r, completion=replace(r.completion, text=text, parsed=parse_completion(text)))
+        for r, text in zip((first, second), said, strict=True)
+    )
+    table = RolloutTable.of([replace(part.groups[0], rollouts=rollouts)], names)
+    assert table.fact("parsed").tolist() == [[0.0, 1.0]]
+
+
 def test_without_adapter_path_it_says_so(make_vlm, ready):
     module = make(make_vlm())
     said = []
@@ -289,9 +304,9 @@ def test_minibatches_are_even_and_never_empty(rolled):
 
 
 def test_statistics(rolled):
-    _, part = rolled
+    module, part = rolled
     rewards = reward_tensor(part.groups)
-    values = rollout_statistics(RolloutTable.of(part.groups))
+    values = rollout_statistics(RolloutTable.of(part.groups, module.data.label_names))
     completions = [r.completion for g in part.groups for r in g.rollouts]
     assert float(values["train/reward"]) == pytest.approx(float(rewards.mean()))
     assert float(values["train/completions/mean_length"]) == pytest.approx(

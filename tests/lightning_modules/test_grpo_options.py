@@ -99,7 +99,7 @@ def test_rewards_that_cannot_be_told_are_counted_named_and_left_out(rolled, capl
     known = [[1.0 + len(t) for t in group if len(t) % 2] for group in texts]
     failures = sum(len(t) % 2 == 0 for group in texts for t in group)
     assert 0 < failures < 12
-    table = RolloutTable.of(scored.groups)
+    table = RolloutTable.of(scored.groups, module.data.label_names)
     logged = rollout_statistics(table)
     flat = [value for group in known for value in group]
     assert float(logged["train/rewards/fickle/failures"]) == failures
@@ -126,7 +126,7 @@ def test_training_goes_on_without_the_rewards_that_fail(make_vlm, make_data, mak
 def parts_of(module, item, rewards, step=0):
     """Parts with old log-probs, advantages from ``rewards``."""
     scored = Rolled(item.batch, score_rollouts(item.batch, rewards, module.data.label_names))
-    advantages = module.advantages(RolloutTable.of(scored.groups), 3)
+    advantages = module.advantages(RolloutTable.of(scored.groups, module.data.label_names), 3)
     (part,) = make_parts([scored], advantages)
     return replace(part, old_logprobs=module.frozen_logprobs(part, None))
 
