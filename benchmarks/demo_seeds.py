@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from vidreason.cli.main import main as vidreason
-from vidreason.lightning_modules.functional.calibration import wilson_interval
+from vidreason.cli.summary import wilson_interval
 
 
 def main() -> None:
@@ -53,12 +53,12 @@ def main() -> None:
 def _pool(rows: list[dict[str, float]]) -> dict[str, float]:
     total = sum(int(row["n"]) for row in rows)
     right = sum(round(row["acc"] * row["n"]) for row in rows)
-    interval = wilson_interval(right, total)
+    low, high = wilson_interval(right, total)
     return {
         "n": total,
         "acc": right / total,
-        "acc_lo": interval.low,
-        "acc_hi": interval.high,
+        "acc_lo": low,
+        "acc_hi": high,
         "acc_sd": statistics.stdev(row["acc"] for row in rows) if len(rows) > 1 else 0.0,
         "twin_acc": statistics.mean(row["twin_acc"] for row in rows),
         "ece": statistics.mean(row["ece"] for row in rows),

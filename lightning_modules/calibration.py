@@ -135,11 +135,8 @@ class CalibrationModule(VLMModule):
 
     def setup(self, stage: str) -> None:
         """Reads what the calibrator's folder says; then as every stage."""
-        if stage == "fit" and self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                "trainer.accumulate_grad_batches must be 1: the loss is a mean over the label tokens of the whole "
-                "optimizer step; raise model.init_args.batch_size instead"
-            )
+        if stage == "fit":
+            self.refuse_accumulation()
         if self.calibrator_path is not None:
             self.read_calibrator(Path(self.calibrator_path))
         elif stage in ("test", "validate"):
@@ -282,10 +279,6 @@ class CalibrationModule(VLMModule):
             loss = -label_log_probabilities(asked.scores).gather(1, truth[:, None]).sum() / count
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         return loss
-
-    def mean_over_ranks(self, count: Tensor) -> Tensor:
-        """Gradients are averaged over ranks, so sums are divided by the ranks' mean count."""
-        return self.trainer.strategy.reduce(count.float(), reduce_op="mean")
 
     # ------------------------------------------------------------------ deciding
 

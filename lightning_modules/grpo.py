@@ -233,7 +233,7 @@ class GRPOModule(PolicyModule):
         """One optimizer step on the completions of some parts, divided by the counts of all parts of all ranks."""
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        counts = self.mean_over_ranks(count_step(minibatch))
+        counts = StepCounts(*self.mean_over_ranks(torch.stack(count_step(minibatch))).unbind())
         optimizer.zero_grad()
         losses, gaps = [], []
         for number, part in enumerate(minibatch, start=1):

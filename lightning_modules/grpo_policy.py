@@ -20,7 +20,6 @@ from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, EncodedPrompts, VideoBatch
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.functional.advantages import dead_groups, group_relative_advantages
-from vidreason.lightning_modules.functional.aggregation import StepCounts
 from vidreason.lightning_modules.functional.losses import GRPOLoss
 from vidreason.lightning_modules.grpo_parts import Part, Rolled
 from vidreason.lightning_modules.grpo_replay import ReplayBuffer
@@ -249,11 +248,6 @@ class PolicyModule(VLMModule):
         gathered = self.all_gather(values.to(self.device))
         assert isinstance(gathered, Tensor)
         return gathered.reshape(-1, *values.shape[1:]).cpu()
-
-    def mean_over_ranks(self, counts: StepCounts) -> StepCounts:
-        """Gradients are averaged over ranks, so sums are divided by the ranks' mean counts."""
-        mean: Tensor = self.trainer.strategy.reduce(torch.stack(counts), reduce_op="mean")
-        return StepCounts(*mean.unbind())
 
     def syncing(self, last: bool) -> AbstractContextManager[object]:
         """The context of one of a step's backward passes: ranks exchange gradients in the last one only.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-INFO_FILE = "vidreason.json"
+from vidreason.lightning_modules.vlms import adapters
+from vidreason.lightning_modules.vlms.adapters import INFO_FILE
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ def read_info(folder: str | Path) -> dict[str, object]:
     Raises:
         ValueError: Where there is no such file, naming the folder.
     """
-    path = Path(folder) / INFO_FILE
-    if not path.is_file():
+    info = adapters.read_info(folder)
+    if not info:
         raise ValueError(f"{folder}: no {INFO_FILE} here; expected the adapter/ or weights/ folder that a stage wrote")
-    info: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
     return info

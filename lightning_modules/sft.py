@@ -115,12 +115,8 @@ class RationaleSFTModule(VLMModule):
 
     def setup(self, stage: str) -> None:
         """Refuses gradient accumulation; then as every stage."""
-        if stage == "fit" and self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: the loss is a mean over "
-                "the tokens of the whole optimizer step, so a step must be one batch; set it to 1 and raise "
-                "model.init_args.batch_size, or use more devices"
-            )
+        if stage == "fit":
+            self.refuse_accumulation()
         super().setup(stage)
 
     def train_view(self) -> ClipView:
@@ -212,7 +208,8 @@ class RationaleSFTModule(VLMModule):
 
     def text_loss(self, logprobs: Tensor, texts: TextBatch) -> TextLoss:
         """Returns the loss of one batch; its means run over the batches of all ranks."""
-        counts = self.mean_over_ranks(count_tokens(texts.loss_mask, texts.answer_mask))
+        own = count_tokens(texts.loss_mask, texts.answer_mask)
+        counts = TokenCounts(self.mean_over_ranks(own.reasoning), self.mean_over_ranks(own.answer))
         return weighted_text_loss(
             logprobs,
             texts.loss_mask,
@@ -221,12 +218,6 @@ class RationaleSFTModule(VLMModule):
             reasoning_count=counts.reasoning,
             answer_count=counts.answer,
         )
-
-    def mean_over_ranks(self, counts: TokenCounts) -> TokenCounts:
-        """Gradients are averaged over ranks, so sums are divided by the ranks' mean count."""
-        reduce = self.trainer.strategy.reduce
-        reasoning = reduce(counts.reasoning.float(), reduce_op="mean")
-        return TokenCounts(reasoning, reduce(counts.answer.float(), reduce_op="mean"))
 
     # ------------------------------------------------------------------ watching
 

@@ -203,6 +203,24 @@ class WeightsModule(L.LightningModule):
             self.log("train/grad_norm", grad_norm(trainable(self)))
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
+    def mean_over_ranks(self, counts: Tensor) -> Tensor:
+        """Gradients are averaged over ranks, so sums are divided by the ranks' mean counts."""
+        mean: Tensor = self.trainer.strategy.reduce(counts.float(), reduce_op="mean")
+        return mean
+
+    def refuse_accumulation(self) -> None:
+        """For losses that are means over a whole optimizer step, so that a step must be one batch.
+
+        Raises:
+            ValueError: The trainer accumulates gradients.
+        """
+        if self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: the loss is a mean over "
+                "the tokens of the whole optimizer step, so a step must be one batch; set it to 1 and raise "
+                "model.init_args.batch_size, or use more devices"
+            )
+
     def clip_gradients_(self, max_norm: float) -> Tensor:
         """Clips the gradient of all trainable parameters in place; returns its norm before, a scalar.
 

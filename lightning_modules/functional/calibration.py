@@ -5,7 +5,6 @@ Shape letters: N clips, C classes.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -23,13 +22,6 @@ class TemperatureFit(NamedTuple):
     nll_after: float
     at_bound: bool
     """True where the clips would push the temperature further: all right or (nearly) all wrong, or too few."""
-
-
-class Interval(NamedTuple):
-    """A confidence interval."""
-
-    low: float
-    high: float
 
 
 def fit_temperature(
@@ -138,30 +130,6 @@ def brier(probs: Tensor, labels: Tensor) -> Tensor:
     _check(probs, labels)
     truth = torch.nn.functional.one_hot(labels, probs.shape[-1])
     return (probs - truth).square().sum(-1)
-
-
-def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> Interval:
-    """Wilson's confidence interval of a proportion; 95 % by default.
-
-    Args:
-        correct: Number of successes.
-        total: Number of trials.
-        z: Normal quantile.
-
-    Raises:
-        ValueError: There are no trials, or the successes are not between 0 and their number.
-
-    Example:
-        >>> [round(x, 3) for x in wilson_interval(8, 10)]
-        [0.49, 0.943]
-    """
-    if total < 1 or not 0 <= correct <= total:
-        raise ValueError(f"need 0 <= correct <= total and total >= 1, got {correct} of {total}")
-    share = correct / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
 
 
 def _check(scores: Tensor, labels: Tensor) -> None:

@@ -38,6 +38,15 @@ def clip(
     return Prediction("v", "test_L0", group, label, pred, probs, pred is None and not failed, failed)
 
 
+@pytest.mark.parametrize(("right", "n"), [(0, 5), (5, 5), (8, 10), (1, 1), (37, 80)])
+def test_wilson_interval_solves_its_equation(right: int, n: int) -> None:
+    """The bounds are where the score test just rejects: |share - p| = z * sqrt(p (1 - p) / n)."""
+    low, high = wilson_interval(right, n)
+    for bound in (low, high):
+        assert abs(right / n - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / n), abs=1e-6)
+    assert 0 <= low <= right / n <= high <= 1
+
+
 def test_wilson_interval_against_published_values() -> None:
     # Newcombe 1998, table I (score method without continuity correction)
     for right, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]:

@@ -10,7 +10,6 @@ from vidreason.lightning_modules.functional.calibration import (
     brier,
     fit_temperature,
     nll,
-    wilson_interval,
 )
 
 
@@ -85,22 +84,3 @@ def test_nll_and_brier_by_hand() -> None:
     assert brier(probs, torch.tensor([0, 2])).tolist() == pytest.approx([0.09 + 0.04 + 0.01, 0.0])
     with pytest.raises(ValueError, match=r"\[N, C\]"):
         brier(probs, labels[:1])
-
-
-@pytest.mark.parametrize(("correct", "total"), [(0, 5), (5, 5), (8, 10), (1, 1), (37, 80)])
-def test_wilson_interval_solves_its_equation(correct: int, total: int) -> None:
-    """The bounds are where the score test just rejects: |share - p| = z * sqrt(p (1 - p) / n)."""
-    z = 1.959963984540054
-    interval = wilson_interval(correct, total)
-    share = correct / total
-    for bound in interval:
-        assert abs(share - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / total), abs=1e-7)
-    assert 0 <= interval.low <= share <= interval.high <= 1
-    wide = wilson_interval(correct, total, z=3.0)
-    assert wide.high - wide.low > interval.high - interval.low
-
-
-def test_wilson_errors() -> None:
-    for correct, total in ((0, 0), (-1, 3), (4, 3)):
-        with pytest.raises(ValueError, match="correct <= total"):
-            wilson_interval(correct, total)
