@@ -106,6 +106,15 @@ def test_the_yaml_decides_where_it_says_so(project):
     assert {file.name for file in Path("runs/from_yaml").iterdir()} == {"command.txt", "config.yaml"}
 
 
+@pytest.fixture
+def interruptible():
+    """A process that was started in the background of a script ignores Ctrl-C, and so would its tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_run_says_how_to_resume_and_does(project, capsys, module):
     argv = [*FIT, "--run_dir", "runs/i", "--trainer.max_steps", "5"]
     assert main([*argv, "--model.init_args.interrupt_at", "3"]) == 130
