@@ -186,6 +186,14 @@ class ReasonView(_TextsByVideo):
         return super()._template() + (CONFIDENCE_REQUEST if self.form.confidence else "")
 
 
+class RewardedView(ReasonView):
+    """As ReasonView, for clips whose completions are rewarded: they need a label."""
+
+    def keep(self, clip: Clip) -> bool:
+        """False for an unlabelled clip."""
+        return clip.label is not None
+
+
 class LabelView(ClipView):
     """Asks for the label alone.
 

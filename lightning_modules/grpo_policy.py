@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from peft import PeftModel
 from torch import Tensor, nn
 
-from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.prompts import ClipView, RewardedView
 from vidreason.datamodules.types import Clip, EncodedPrompts, VideoBatch
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.functional.advantages import dead_groups, group_relative_advantages
@@ -103,8 +103,8 @@ class PolicyModule(VLMModule):
             self.print("grpo: no adapter_path given, the policy starts from the base")
 
     def train_view(self) -> ClipView:
-        """The reasoning prompt, without targets."""
-        return self.reason_view()
+        """The reasoning prompt, without targets, of the clips that have a label."""
+        return RewardedView(self.task, form=self.completion)
 
     def build_model(self) -> nn.Module:
         """Builds the policy and, where the KL term is on, keeps a copy of it as it starts."""

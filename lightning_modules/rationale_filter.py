@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from vidreason.rewards.completion import match_label, parse_completion
+from vidreason.rewards.completion import find_markup, match_label, parse_completion
 
 _TOLD = re.compile(
     r"\b(?:given|provided|stated|supplied|known|true|correct|ground[- ]truth) (?:label|class|category|answer)\b"
@@ -18,6 +18,8 @@ _TOLD = re.compile(
 @dataclass(frozen=True)
 class RationaleFilter:
     """Rules by which a rationale is rejected; rejected ones stay in the trace file with their reason.
+
+    One that holds a tag of the grammar or a special token is always rejected: no target could be made of it.
 
     Args:
         min_words: Fewest words of the rationale; an empty one is always rejected.
@@ -60,6 +62,8 @@ class RationaleFilter:
             return f"too short: {words} words"
         if self.max_words is not None and words > self.max_words:
             return f"too long: {words} words"
+        if (markup := find_markup(rationale.strip())) is not None:
+            return f"holds {markup!r}, which cannot stand in a trace"
         if cut and self.complete:
             return "cut at max_new_tokens"
         if label_hint and self.told and _TOLD.search(rationale):

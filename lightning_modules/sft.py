@@ -136,7 +136,7 @@ class RationaleSFTModule(VLMModule):
         texts = self.target_texts()
         clips = self.data.clips("train")
         usable = sum(bool(texts.get(clip.video_id)) for clip in clips)
-        number = sum(map(len, texts.values()))
+        number = sum(len(texts.get(clip.video_id, ())) for clip in clips)
         self.print(f"{self.stage_name}: {number} target texts about {usable} of {len(clips)} training clips")
         if not usable and self.target == "caption":
             raise ValueError(f"no training clip has a text in the manifest's column {self.caption_field!r}")

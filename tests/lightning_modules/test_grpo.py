@@ -1,3 +1,4 @@
+import logging
 import math
 from dataclasses import replace
 
@@ -271,6 +272,16 @@ def test_an_answer_that_names_no_class_has_not_parsed(rolled):
     )
     table = RolloutTable.of([replace(part.groups[0], rollouts=rollouts)], names)
     assert table.fact("parsed").tolist() == [[0.0, 1.0]]
+
+
+def test_clips_without_a_label_are_left_out(make_vlm, ready, caplog):
+    module = ready(make(make_vlm()))
+    train = module.data._clips["train"]
+    module.data._clips = {**module.data._clips, "train": (replace(train[0], label=None), *train[1:])}
+    with caplog.at_level(logging.WARNING):
+        seen = [video_id for batch in module.data.train_dataloader() for video_id in batch.video_ids]
+    assert set(seen) == {clip.video_id for clip in train[1:]}
+    assert train[0].video_id in caplog.text
 
 
 def test_without_adapter_path_it_says_so(make_vlm, ready):
