@@ -1,4 +1,4 @@
-"""Logs where the time of a training step goes: waiting for data, decoding, the step itself."""
+"""Logs where the time of a training step goes, and how many clips could not be read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,47 @@ from vidreason.datamodules.types import VideoBatch
 
 
 class Throughput(L.Callback):
-    """Logs ``train/step_time``, ``data/wait_s``, ``data/decode_ms`` and ``train/clips_per_s`` for every batch."""
+    """Logs ``train/step_time``, ``data/wait_s``, ``data/decode_ms`` and ``train/clips_per_s`` for every batch.
+
+    ``data/decode_failures`` counts the clips of a validation or test that could not be read; training stops at one.
+    """
 
     def __init__(self) -> None:
+        self._failures = 0
         self._started = 0.0
         self._ended: float | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Does not count what lies between epochs as waiting for data."""
         self._ended = time.perf_counter()
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts counting."""
+        self._failures = 0
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts counting."""
+        self._failures = 0
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Counts what could not be read."""
+        self._failures += len(batch.failed) if isinstance(batch, VideoBatch) else 0
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the count."""
+        pl_module.log("data/decode_failures", float(self._failures), reduce_fx="sum", sync_dist=True)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Does not count validation as waiting for data."""

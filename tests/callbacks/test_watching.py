@@ -19,6 +19,7 @@ from vidreason.callbacks.progress import RunProgress
 from vidreason.callbacks.rollout_logger import RolloutLogger
 from vidreason.callbacks.tensorboard_text import markdown_table
 from vidreason.callbacks.throughput import Throughput
+from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.grpo import GRPOModule
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -99,6 +100,14 @@ def test_watchers_change_nothing_and_show_everything(make_vlm, make_data, make_t
             "prefix/saved_tokens",
             "train/rewards/format/failures",
         } <= scalars
+
+
+@pytest.mark.parametrize("broken", [(), ("test_a_0", "test_b_1")])
+def test_unreadable_clips_are_counted(make_vlm, make_data, make_trainer, broken):
+    module = VLMModule(make_vlm())
+    trainer = make_trainer(callbacks=[Throughput()])
+    trainer.test(module, make_data(module.vlm, broken=broken), verbose=False)
+    assert float(trainer.callback_metrics["data/decode_failures"]) == len(broken)
 
 
 def test_a_strip_shows_frames_side_by_side(tmp_path, write_clip):
