@@ -25,6 +25,7 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from vidreason.datamodules.decoding import DecodedVideo, DecodeError, FrameOptions, read_frames
+from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.sampling import balanced_order
 from vidreason.datamodules.split_names import STANDARD_SPLITS
@@ -286,6 +287,8 @@ class VideoDataModule(L.LightningDataModule, ABC):
             check_disjoint(given)
             self._clips, made = complete_splits(given, DEFAULT_FRACTIONS, self.split_seed)
             self._made = (*self._made, *made)
+            for leak in find_leaks(self._clips.get("train", ()), self.task.metadata_fields):
+                _LOG.warning("%s; leave it out of the task's metadata_fields unless it is known in use, too", leak)
             sizes = ", ".join(f"{name} {len(clips)}" for name, clips in self._clips.items())
             _LOG.info("clips: %s", sizes)
         if self._made and self.trainer is not None and self.trainer.is_global_zero:
