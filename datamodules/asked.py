@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vidreason.datamodules.base import BatchEncoder, ClipDataset, VideoDataModule
+from vidreason.datamodules.base import BatchEncoder, VideoDataModule
+from vidreason.datamodules.clip_dataset import ClipDataset
 from vidreason.datamodules.decoding import DecodedVideo, FrameOptions, take_frames
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task

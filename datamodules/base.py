@@ -7,27 +7,24 @@ A stage says what it shows of a clip by a ``ClipView``; the model family says ho
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import lightning as L
 import torch
-from lightning.pytorch.loops.progress import _ProcessedTracker
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader
 
-from vidreason.datamodules.decoding import DecodedVideo, DecodeError, FrameOptions, read_frames
+from vidreason.datamodules.clip_dataset import ClipDataset, LoadedClip
+from vidreason.datamodules.clip_order import BalancedSampler, SeededSampler, position
+from vidreason.datamodules.decoding import FrameOptions
 from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
-from vidreason.datamodules.sampling import balanced_order
 from vidreason.datamodules.split_names import STANDARD_SPLITS
 from vidreason.datamodules.splits import (
     DEFAULT_FRACTIONS,
@@ -37,7 +34,7 @@ from vidreason.datamodules.splits import (
     write_splits,
 )
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import Clip, Encoded, Example, FailedClip, VideoBatch, VideoSample
+from vidreason.datamodules.types import Clip, Encoded, Example, FailedClip, VideoBatch
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,72 +47,6 @@ class BatchEncoder(Protocol):
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Encodes B clips with their prompts and the N texts behind them."""
         ...
-
-
-class ClipKey(NamedTuple):
-    """What the training sampler asks for: a clip, and the epoch that its jitter depends on."""
-
-    position: int
-    epoch: int
-
-
-@dataclass(frozen=True)
-class LoadedClip:
-    """One clip out of the dataset, or the reason why there is none."""
-
-    content: Example | FailedClip
-    decode_ms: float
-
-
-class ClipDataset(Dataset[LoadedClip]):
-    """Clips, decoded one at a time and joined with what the view shows of them.
-
-    Args:
-        clips: what to read.
-        view: prompt and texts of a clip.
-        frames: which frames to take.
-        seed: of the jitter in training.
-        train: jitters segment sampling, and raises where a clip cannot be read instead of passing the failure on.
-    """
-
-    def __init__(self, clips: Sequence[Clip], view: ClipView, frames: FrameOptions, seed: int, train: bool) -> None:
-        self.clips = tuple(clips)
-        self.view = view
-        self.frames = frames
-        self.seed = seed
-        self.train = train
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, key: int | ClipKey) -> LoadedClip:
-        """Reads a clip.
-
-        Raises:
-            DecodeError: in training, if the clip cannot be read.
-        """
-        position, epoch = key if isinstance(key, ClipKey) else (key, 0)
-        clip = self.clips[position]
-        start = time.perf_counter()
-        try:
-            video = self.read(clip, self._jitter(clip, epoch) if self.train else None)
-        except DecodeError as error:
-            if self.train:
-                raise DecodeError(f"{error} (from {clip.where or clip.video_id}); mend or remove the clip") from error
-            return LoadedClip(FailedClip(clip, str(error)), 1000 * (time.perf_counter() - start))
-        pixels = video.frames if self.view.shows_video else torch.zeros_like(video.frames)
-        sample = VideoSample(clip.video_id, pixels, clip.label, video.timing, clip)
-        example = Example(sample, self.view.prompt(clip), self.view.texts(clip))
-        return LoadedClip(example, 1000 * (time.perf_counter() - start))
-
-    def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
-        """Reads the frames of a clip from its file."""
-        return read_frames(clip.path, self.frames, jitter)
-
-    def _jitter(self, clip: Clip, epoch: int) -> torch.Generator:
-        """A generator of its own for each seed, epoch and clip, so that workers and resuming change nothing."""
-        digest = hashlib.blake2b(f"{self.seed}/{epoch}/{clip.video_id}".encode(), digest_size=7).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 class BatchCollator:
@@ -149,64 +80,6 @@ class BatchCollator:
 def run_seed(seed: int | None) -> int:
     """The seed itself, or where it is None the one given to ``seed_everything``, which Lightning keeps; else 0."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
-
-
-def batches_of_an_epoch(trainer: L.Trainer, batches: int) -> int:
-    """How many of a loader's ``batches`` the trainer takes in an epoch."""
-    limit = trainer.limit_train_batches
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-
-
-def position(trainer: L.Trainer, batches: int) -> tuple[int, int]:
-    """Where a fit stands, or goes on: the epoch of the next batch, and how many batches of it have been trained on.
-
-    Args:
-        trainer: Its progress is restored, if it goes on from a checkpoint.
-        batches: Of one epoch of the loader.
-    """
-    epochs, current = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
-    assert isinstance(epochs, _ProcessedTracker)
-    assert isinstance(current, _ProcessedTracker)
-    done = current.processed
-    if epochs.started <= epochs.processed:  # between two epochs
-        return epochs.processed, 0
-    if done >= batches_of_an_epoch(trainer, batches):  # saved by the epoch's last validation
-        return epochs.processed + 1, 0
-    return epochs.processed, done
-
-
-class SeededSampler(DistributedSampler[Any]):
-    """Shuffles by seed and epoch alone, on one process or many; Lightning calls its ``set_epoch``.
-
-    The epoch travels with each index, since workers that live on would not see it change on the dataset.
-    """
-
-    consumed: tuple[int, int] = (0, 0)
-    """An epoch, and how many of its clips this rank had seen when the run was interrupted"""
-
-    def __iter__(self) -> Iterator[ClipKey]:
-        """Yields this rank's clips in the order of this epoch; of one that was interrupted, those not seen yet."""
-        epoch, seen = self.consumed
-        rest = islice(self.order(), seen if epoch == self.epoch else 0, None)
-        return (ClipKey(index, self.epoch) for index in rest)
-
-    def order(self) -> Iterator[int]:
-        """This rank's positions in the order of this epoch, from its beginning."""
-        return super().__iter__()
-
-
-class BalancedSampler(SeededSampler):
-    """Draws as many clips as there are, all labels equally often: each C draws, from the first on, are C labels.
-
-    Clips of a rare label come several times in an epoch, those of a frequent one not in every epoch; the clips of a
-    label take turns. An epoch depends on seed and epoch alone, so ranks share it.
-    """
-
-    def order(self) -> Iterator[int]:
-        """This rank's positions in the order of this epoch."""
-        assert isinstance(self.dataset, ClipDataset)
-        drawn = balanced_order([clip.label for clip in self.dataset.clips], self.total_size, self.seed, self.epoch)
-        return iter(drawn[self.rank : self.total_size : self.num_replicas])
 
 
 class VideoDataModule(L.LightningDataModule, ABC):

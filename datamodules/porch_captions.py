@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from vidreason.datamodules.base import BatchCollator, BatchEncoder, LoadedClip, VideoDataModule
+from vidreason.datamodules.base import BatchCollator, BatchEncoder, VideoDataModule
+from vidreason.datamodules.clip_dataset import LoadedClip
 from vidreason.datamodules.porch_scene import FRAMES
 from vidreason.datamodules.porch_stream import StreamSampler, pretraining_frames, pretraining_scene
 from vidreason.datamodules.porch_texts import (

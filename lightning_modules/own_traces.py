@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from vidreason.datamodules.base import LoadedClip, VideoDataModule
+from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.clip_dataset import LoadedClip
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.datamodules.types import Clip, VideoBatch

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
-from vidreason.datamodules.base import VideoDataModule, batches_of_an_epoch, run_seed
+from vidreason.datamodules.base import VideoDataModule, run_seed
+from vidreason.datamodules.clip_order import batches_of_an_epoch
 from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.lineage import Lineage
 from vidreason.lightning_modules.vlms.adapters import adapter_sha, is_adapter_folder, save_adapter, save_weights

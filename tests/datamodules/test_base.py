@@ -7,7 +7,9 @@ import lightning as L
 import pytest
 import torch
 
-from vidreason.datamodules.base import BalancedSampler, ClipKey, SeededSampler, VideoDataModule
+from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.clip_dataset import ClipKey
+from vidreason.datamodules.clip_order import BalancedSampler, SeededSampler
 from vidreason.datamodules.decoding import DecodeError, FrameOptions
 from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReviewView
 from vidreason.datamodules.types import Clip, Encoded, EncodedPrompts, Example, TextBatch

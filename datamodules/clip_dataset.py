@@ -1,0 +1,82 @@
+"""Clips one at a time: decoded, and joined with what a stage shows of them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+from vidreason.datamodules.decoding import DecodedVideo, DecodeError, FrameOptions, read_frames
+from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
+
+
+class ClipKey(NamedTuple):
+    """What the training sampler asks for: a clip, and the epoch that its jitter depends on."""
+
+    position: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class LoadedClip:
+    """One clip out of the dataset, or the reason why there is none."""
+
+    content: Example | FailedClip
+    decode_ms: float
+
+
+class ClipDataset(Dataset[LoadedClip]):
+    """Clips, decoded one at a time and joined with what the view shows of them.
+
+    Args:
+        clips: what to read.
+        view: prompt and texts of a clip.
+        frames: which frames to take.
+        seed: of the jitter in training.
+        train: jitters segment sampling, and raises where a clip cannot be read instead of passing the failure on.
+    """
+
+    def __init__(self, clips: Sequence[Clip], view: ClipView, frames: FrameOptions, seed: int, train: bool) -> None:
+        self.clips = tuple(clips)
+        self.view = view
+        self.frames = frames
+        self.seed = seed
+        self.train = train
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, key: int | ClipKey) -> LoadedClip:
+        """Reads a clip.
+
+        Raises:
+            DecodeError: in training, if the clip cannot be read.
+        """
+        position, epoch = key if isinstance(key, ClipKey) else (key, 0)
+        clip = self.clips[position]
+        start = time.perf_counter()
+        try:
+            video = self.read(clip, self._jitter(clip, epoch) if self.train else None)
+        except DecodeError as error:
+            if self.train:
+                raise DecodeError(f"{error} (from {clip.where or clip.video_id}); mend or remove the clip") from error
+            return LoadedClip(FailedClip(clip, str(error)), 1000 * (time.perf_counter() - start))
+        pixels = video.frames if self.view.shows_video else torch.zeros_like(video.frames)
+        sample = VideoSample(clip.video_id, pixels, clip.label, video.timing, clip)
+        example = Example(sample, self.view.prompt(clip), self.view.texts(clip))
+        return LoadedClip(example, 1000 * (time.perf_counter() - start))
+
+    def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
+        """Reads the frames of a clip from its file."""
+        return read_frames(clip.path, self.frames, jitter)
+
+    def _jitter(self, clip: Clip, epoch: int) -> torch.Generator:
+        """A generator of its own for each seed, epoch and clip, so that workers and resuming change nothing."""
+        digest = hashlib.blake2b(f"{self.seed}/{epoch}/{clip.video_id}".encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

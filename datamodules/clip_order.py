@@ -1,0 +1,72 @@
+"""In which order training takes the clips, and where a fit that was interrupted goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loops.progress import _ProcessedTracker
+from torch.utils.data import DistributedSampler
+
+from vidreason.datamodules.clip_dataset import ClipDataset, ClipKey
+from vidreason.datamodules.sampling import balanced_order
+
+
+def batches_of_an_epoch(trainer: L.Trainer, batches: int) -> int:
+    """How many of a loader's ``batches`` the trainer takes in an epoch."""
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def position(trainer: L.Trainer, batches: int) -> tuple[int, int]:
+    """Where a fit stands, or goes on: the epoch of the next batch, and how many batches of it have been trained on.
+
+    Args:
+        trainer: Its progress is restored, if it goes on from a checkpoint.
+        batches: Of one epoch of the loader.
+    """
+    epochs, current = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
+    assert isinstance(epochs, _ProcessedTracker)
+    assert isinstance(current, _ProcessedTracker)
+    done = current.processed
+    if epochs.started <= epochs.processed:  # between two epochs
+        return epochs.processed, 0
+    if done >= batches_of_an_epoch(trainer, batches):  # saved by the epoch's last validation
+        return epochs.processed + 1, 0
+    return epochs.processed, done
+
+
+class SeededSampler(DistributedSampler[Any]):
+    """Shuffles by seed and epoch alone, on one process or many; Lightning calls its ``set_epoch``.
+
+    The epoch travels with each index, since workers that live on would not see it change on the dataset.
+    """
+
+    consumed: tuple[int, int] = (0, 0)
+    """An epoch, and how many of its clips this rank had seen when the run was interrupted"""
+
+    def __iter__(self) -> Iterator[ClipKey]:
+        """Yields this rank's clips in the order of this epoch; of one that was interrupted, those not seen yet."""
+        epoch, seen = self.consumed
+        rest = islice(self.order(), seen if epoch == self.epoch else 0, None)
+        return (ClipKey(index, self.epoch) for index in rest)
+
+    def order(self) -> Iterator[int]:
+        """This rank's positions in the order of this epoch, from its beginning."""
+        return super().__iter__()
+
+
+class BalancedSampler(SeededSampler):
+    """Draws as many clips as there are, all labels equally often: each C draws, from the first on, are C labels.
+
+    Clips of a rare label come several times in an epoch, those of a frequent one not in every epoch; the clips of a
+    label take turns. An epoch depends on seed and epoch alone, so ranks share it.
+    """
+
+    def order(self) -> Iterator[int]:
+        """This rank's positions in the order of this epoch."""
+        assert isinstance(self.dataset, ClipDataset)
+        drawn = balanced_order([clip.label for clip in self.dataset.clips], self.total_size, self.seed, self.epoch)
+        return iter(drawn[self.rank : self.total_size : self.num_replicas])
