@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from vidreason.datamodules.base import BatchEncoder, VideoDataModule
 from vidreason.datamodules.clip_dataset import ClipDataset
 from vidreason.datamodules.decoding import DecodedVideo, FrameOptions, take_frames
+from vidreason.datamodules.probing import content_sha
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip
@@ -111,11 +111,11 @@ class KnownClips:
     def find(self, path: Path) -> Clip | None:
         """Returns the clip with the same bytes; None where there is none. Reads only files of the same size."""
         alike = self._by_size.get(path.stat().st_size, ()) if path.is_file() else ()
-        return next((clip for clip in alike if self._digest(clip.path) == self._digest(path)), None)
+        digest = content_sha(path) if alike else ""
+        return next((clip for clip in alike if self._digest(clip.path) == digest), None)
 
     def _digest(self, path: Path) -> str:
-        key = path.resolve()
-        if key not in self._digests:
-            with path.open("rb") as file:
-                self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._digests[key]
+        """Of a clip of the data set, read once."""
+        if path not in self._digests:
+            self._digests[path] = content_sha(path)
+        return self._digests[path]
