@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vidreason.datamodules.decoding import DecodeError, FrameOptions, read_frames
+from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.decoding import FrameOptions, read_frames
 
 STRIP_FRAMES = 6
 STRIP_HEIGHT = 128

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vidreason.datamodules.base import BatchEncoder, VideoDataModule
 from vidreason.datamodules.clip_dataset import ClipDataset
-from vidreason.datamodules.decoding import DecodedVideo, FrameOptions, take_frames
+from vidreason.datamodules.decoded import DecodedVideo
+from vidreason.datamodules.decoding import FrameOptions, take_frames
 from vidreason.datamodules.probing import content_sha
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from vidreason.datamodules.decoding import DecodedVideo, DecodeError, FrameOptions, read_frames
+from vidreason.datamodules.decoded import DecodedVideo, DecodeError
+from vidreason.datamodules.decoding import FrameOptions, read_frames
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from pebble import ProcessExpired, ProcessPool
 
-from vidreason.datamodules.decoding import DecodeError, FrameOptions, read_frames
+from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.decoding import FrameOptions, read_frames
 
 _LOOK = FrameOptions(num_frames=4)  # spread over the clip; four frames of a 4K video are 100 MB, and a copy of them
 _HASH_DIGITS = 16
@@ -74,7 +75,7 @@ def probe_clip(path: Path) -> ClipProbe:
     except OSError as error:
         raise DecodeError(error.strerror or str(error)) from error
     height, width = video.frames.shape[-2:]
-    return ClipProbe(sha, video.timing.total_frames, video.timing.fps, width, height, video.partial)
+    return ClipProbe(sha, video.frames_in_file, video.timing.fps, width, height, video.partial)
 
 
 def _refuse_stand_ins(path: Path) -> None:

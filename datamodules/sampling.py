@@ -6,11 +6,18 @@ some of them instead of failing.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
+
+FrameChooser = Callable[[int, float], tuple[int, ...]]
+"""(frames in the file, its frames per second) -> positions to take, as if the frames were evenly spaced"""
 
 
 def uniform_indices(total: int, n: int) -> tuple[int, ...]:
@@ -89,10 +96,58 @@ def fps_indices(total: int, file_fps: float, fps: float, max_frames: int) -> tup
     _check(total, max_frames)
     if not (file_fps > 0 and fps > 0):
         raise ValueError(f"frame rates must be positive, got {file_fps} for the file and {fps} for the sample")
-    count = max(int(total / file_fps * fps + 1e-6), 1)
+    count = max(int(total / file_fps * fps + 1e-3), 1)
     if count > max_frames:
         return uniform_indices(total, max_frames)
-    return tuple(min(int(i * file_fps / fps + 1e-6), total - 1) for i in range(count))
+    return tuple(min(int(i * file_fps / fps + 1e-3), total - 1) for i in range(count))
+
+
+@dataclass(frozen=True)
+class ShownFrames:
+    """The frames on screen at chosen moments of a clip, as of a clip of constant rate."""
+
+    frames: tuple[int, ...]
+    """[T] positions in the file"""
+    moments: tuple[int, ...]
+    """[T] in units of 1 / fps from the first frame on"""
+    total: int
+    """length of the clip in those units"""
+    fps: float
+
+
+def choose_by_time(choose: FrameChooser, times: Sequence[float], header_fps: float) -> ShownFrames:
+    """Chooses moments of a clip and takes the frames that are on screen then.
+
+    Where the frames come at a constant rate, moments are positions. Else the clip is cut into moments as short as its
+    shortest frame.
+
+    Args:
+        choose: which moments to take.
+        times: when each frame of the file is shown, ascending, in seconds; any origin. Times that make no sense (not
+            finite, not ascending) are passed over, and the frames taken for evenly spaced.
+        header_fps: what the file says its rate is; believed within 1 %.
+
+    Example:
+        >>> choose_by_time(lambda total, fps: uniform_indices(total, 2), (9.0, 9.1, 9.2, 9.3, 9.4, 14.0), 1.0).frames
+        (4, 4)
+    """
+    total = len(times)
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    # a file that keeps no times answers with the smallest integers
+    if not gaps or not min(gaps) > 0 or not math.isfinite(sum(gaps)) or abs(times[0]) > 1e9:
+        moments = choose(total, header_fps)
+        return ShownFrames(moments, moments, total, header_fps)
+    mean = sum(gaps) / len(gaps)
+    fps = header_fps if math.isclose(header_fps * mean, 1.0, rel_tol=0.01) else 1 / mean
+    if all(abs(time - times[0] - place * mean) < mean / 4 for place, time in enumerate(times)):
+        moments = choose(total, fps)
+        return ShownFrames(moments, moments, total, fps)
+    unit = max(min(gaps), mean / 100)
+    total = round((times[-1] - times[0]) / unit) + 1
+    moments = choose(total, 1 / unit)
+    # containers round times to a clock of their own: a quarter late is in time
+    frames = tuple(bisect_right(times, times[0] + (moment + 0.25) * unit) - 1 for moment in moments)
+    return ShownFrames(frames, moments, total, 1 / unit)
 
 
 def balanced_order(labels: Sequence[str | None], n: int, seed: int, epoch: int) -> list[int]:

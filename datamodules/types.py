@@ -35,10 +35,11 @@ class FrameTiming:
     """When the frames of a clip were taken."""
 
     fps: float
-    """Frames per second of the file, not of the sample."""
+    """Frames per second of the file, not of the sample; the highest where the rate varies."""
     total_frames: int
+    """Frames in the file; as many as it would have at a constant ``fps`` where the rate varies."""
     indices: tuple[int, ...]
-    """[T] positions of the sampled frames in the file."""
+    """[T] positions of the sampled frames at that rate: seconds x fps."""
 
     @property
     def duration(self) -> float:

@@ -9,13 +9,7 @@ Deviations from the paper:
        fine-tuning: a fresh adapter on the policy's weights).
     2. K traces at test as in training, at the same temperature, and a temperature fitted on ``cal``.
 
-What it hands on, read by ``calibrator_path``::
-
-    adapter/                 the calibrator, a PEFT folder
-      vidreason.json         lineage, and: temperature, input, policy
-      policy/                copy of the policy's adapter, where it has one
-    ``policy`` says where the policy is, seen from ``adapter/``: ``policy`` (the copy), the way to a ``weights/`` folder
-    after full fine-tuning (so that a run folder can be moved as a whole), or null: the base.
+What it hands on is described in ``calibrator_info.py``.
 
 Shape letters: B clips, K traces per clip, C classes, R = traces in a batch, N texts, L tokens.
 """
@@ -40,11 +34,12 @@ from vidreason.datamodules.prompts import ClipView, ReviewView
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.base import VLMModule, metric_key
+from vidreason.lightning_modules.calibrator_info import CalibratorInfo, CalibratorInput, calibrator_extra
 from vidreason.lightning_modules.deciding import closed_set, decide_by_probs, update_metrics
 from vidreason.lightning_modules.functional.calibration import apply_temperature, fit_temperature
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import average_over_traces, label_log_probabilities
-from vidreason.lightning_modules.lineage import Lineage, read_info
+from vidreason.lightning_modules.lineage import Lineage
 from vidreason.lightning_modules.metrics import ClassificationMetrics
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.predictions import Decisions, TraceText
@@ -97,7 +92,7 @@ class CalibrationModule(VLMModule):
         adapter_path: str | None = None,
         calibrator_path: str | None = None,
         traces: str | None = None,
-        input: Literal["video+trace", "trace", "video"] = "video+trace",
+        input: CalibratorInput = "video+trace",
         loss: Literal["tokens", "classes"] = "tokens",
         lora: LoRAOptions = CALIBRATOR_LORA,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -138,7 +133,7 @@ class CalibrationModule(VLMModule):
         if stage == "fit":
             self.refuse_accumulation()
         if self.calibrator_path is not None:
-            self.read_calibrator(Path(self.calibrator_path))
+            self.take_calibrator(Path(self.calibrator_path))
         elif stage in ("test", "validate"):
             raise ValueError(
                 "calibration: give --model.init_args.calibrator_path, the adapter/ that a calibration stage wrote"
@@ -146,41 +141,24 @@ class CalibrationModule(VLMModule):
         super().setup(stage)
         self.scaled_metrics = nn.ModuleDict({key: self.new_metrics() for key in self.metrics})
 
-    def read_calibrator(self, folder: Path) -> None:
-        """Takes temperature and policy from ``vidreason.json``.
+    def take_calibrator(self, folder: Path) -> None:
+        """Takes policy and temperature from the calibrator's folder.
 
         Raises:
             ValueError: It is no calibrator, or is of another policy, input or class list.
         """
-        info = read_info(folder)
-        if info.get("stage") != self.stage_name:
-            raise ValueError(
-                f"calibrator_path: {folder} was written by stage {info.get('stage')!r}, not by {self.stage_name}"
-            )
-        if info.get("input") != self.input:
-            raise ValueError(
-                f"calibrator_path: {folder} was trained with input {info.get('input')!r}, but model.init_args.input is "
-                f"{self.input!r}"
-            )
-        if info.get("label_names") != list(self.data.label_names):
-            raise ValueError(f"calibrator_path: {folder} was trained on the classes {info.get('label_names')}")
-        if info.get("task_sha") != self.task.sha():
-            raise ValueError(
-                f"calibrator_path: {folder} was trained on another task file (its question, definitions or prompts)"
-            )
-        policy = info.get("policy")
-        if self.adapter_path is None and policy is not None:
-            self.adapter_path = os.path.normpath(folder.resolve() / str(policy))
-        if self.parent_sha != info.get("parent_sha"):
+        found = CalibratorInfo.read(folder, self.stage_name)
+        found.check(folder, self.input, self.data.label_names, self.task.sha())
+        if self.adapter_path is None and found.policy is not None:
+            self.adapter_path = os.path.normpath(folder.resolve() / found.policy)
+        if self.parent_sha != found.parent_sha:
             raise ValueError(
                 f"calibrator_path: {folder} reviews the traces of another policy than {self.adapter_path}; "
                 "leave adapter_path null to take its own"
             )
-        if info.get("sampling") != asdict(self.trace_options.sampling):
-            rank_zero_warn(
-                f"traces are sampled otherwise than those that {folder} was trained on: {info.get('sampling')}"
-            )
-        self.temperature = float(str(info["temperature"]))
+        if found.sampling != asdict(self.trace_options.sampling):
+            rank_zero_warn(f"traces are sampled otherwise than those that {folder} was trained on: {found.sampling}")
+        self.temperature = found.temperature
 
     def build_model(self) -> nn.Module:
         """Builds the policy and beside it the calibrator, which is active but where the policy samples."""
@@ -361,14 +339,7 @@ class CalibrationModule(VLMModule):
         if self.adapter_path is not None:
             folder = (self.run_dir / ADAPTER_FOLDER).resolve()
             policy = os.path.relpath(Path(self.adapter_path).resolve(), folder) if self.starts_from_weights else POLICY
-        extra: dict[str, object] = {
-            "temperature": self.temperature,
-            "input": self.input,
-            "loss": self.loss_kind,
-            "policy": policy,
-            "samples": self.trace_options.samples,
-            "sampling": asdict(self.trace_options.sampling),
-        }
+        extra = calibrator_extra(self.temperature, self.input, self.loss_kind, policy, self.trace_options)
         return replace(super().lineage(), extra=extra)
 
     def export(self, run_dir: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -24,8 +25,12 @@ def write_video(
     size: tuple[int, int] = (96, 64),
     fps: int = 10,
     codec: str = "libx264",
+    times: Sequence[float] | None = None,
 ) -> Path:
-    """Writes a clip of (width, height); a number of frames stands for frames that carry their index."""
+    """Writes a clip of (width, height); a number of frames stands for frames that carry their index.
+
+    ``times`` (seconds) shows each frame at its own moment: a variable rate.
+    """
     pictures = [frame_pattern(i, *size) for i in range(frames)] if isinstance(frames, int) else list(frames)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -33,8 +38,13 @@ def write_video(
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for place, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = round(times[place] * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
 

@@ -11,7 +11,7 @@ import json
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from vidreason.datamodules.decoding import DecodeError
+from vidreason.datamodules.decoded import DecodeError
 from vidreason.lightning_modules.vlms.base import VLM
 
 

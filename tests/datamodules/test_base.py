@@ -10,7 +10,8 @@ import torch
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clip_dataset import ClipKey
 from vidreason.datamodules.clip_order import BalancedSampler, SeededSampler
-from vidreason.datamodules.decoding import DecodeError, FrameOptions
+from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.decoding import FrameOptions
 from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReviewView
 from vidreason.datamodules.types import Clip, Encoded, EncodedPrompts, Example, TextBatch
 

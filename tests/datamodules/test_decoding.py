@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from vidreason.datamodules import decoding
-from vidreason.datamodules.decoding import DecodeError, FrameOptions, fit_size, read_frames
+from vidreason.datamodules.decoded import DecodeError, fit_size
+from vidreason.datamodules.decoding import FrameOptions, read_frames
 
 READERS = ["decord", "pyav"]
 
@@ -47,6 +48,20 @@ def test_fps_sampling(write_clip, tmp_path, reader):
     path = write_clip(tmp_path / "clip.mp4", frames=30, fps=10)
     video = read_frames(path, FrameOptions(num_frames=32, sampling="fps", fps=2.0, reader=reader))
     assert indices_shown(video.frames) == (0, 5, 10, 15, 20, 25)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("start", [0.0, 100.0])
+def test_frames_of_a_variable_rate_are_chosen_by_their_times(write_clip, tmp_path, reader, start):
+    """Ten frames in the first second, then five frames two seconds apart: 15 frames, the last at 10.9 s."""
+    times = [start + t for t in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 2.9, 4.9, 6.9, 8.9, 10.9)]
+    path = write_clip(tmp_path / "clip.mkv", frames=15, times=times)
+    every_second = read_frames(path, FrameOptions(num_frames=32, sampling="fps", fps=1.0, reader=reader))
+    assert indices_shown(every_second.frames) == (0, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13)
+    seconds = [position / every_second.timing.fps for position in every_second.timing.indices]
+    assert seconds == pytest.approx(list(range(11)))
+    # the middles of three thirds lie at 1.6, 5.5 and 9.3 seconds; by position frames 2, 7 and 12 would be taken
+    assert indices_shown(read_frames(path, FrameOptions(num_frames=3, reader=reader)).frames) == (9, 11, 13)
 
 
 @pytest.mark.parametrize("reader", READERS)

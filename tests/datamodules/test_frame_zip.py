@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vidreason.datamodules.decoding import DecodeError, FrameOptions, read_frames
+from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.decoding import FrameOptions, read_frames
 
 
 def picture(value: int, size: tuple[int, int] = (16, 12), kind: str = "PNG", mode: str = "RGB") -> bytes:

@@ -1,0 +1,82 @@
+"""What a calibration stage hands on, read by ``calibrator_path``.
+
+::
+
+    adapter/                 the calibrator, a PEFT folder
+      vidreason.json         lineage, and: temperature, input, loss, policy, samples, sampling
+      policy/                copy of the policy's adapter, where it has one
+
+``policy`` says where the policy is, seen from ``adapter/``: ``policy`` (the copy), the way to a ``weights/`` folder
+after full fine-tuning (so that a run folder can be moved as a whole), or null: the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from vidreason.lightning_modules.lineage import read_info
+from vidreason.lightning_modules.own_traces import TraceOptions
+
+CalibratorInput = Literal["video+trace", "trace", "video"]
+"""what the calibrator is shown"""
+
+
+def calibrator_extra(
+    temperature: float, input: CalibratorInput, loss: str, policy: str | None, traces: TraceOptions
+) -> dict[str, object]:
+    """What ``vidreason.json`` says of a calibrator beside its lineage."""
+    return {
+        "temperature": temperature,
+        "input": input,
+        "loss": loss,
+        "policy": policy,
+        "samples": traces.samples,
+        "sampling": asdict(traces.sampling),
+    }
+
+
+@dataclass(frozen=True)
+class CalibratorInfo:
+    """What an ``adapter/`` says of its calibrator."""
+
+    temperature: float
+    input: str
+    policy: str | None
+    sampling: Mapping[str, object] | None
+    label_names: Sequence[str]
+    task_sha: str
+    parent_sha: str | None
+
+    @classmethod
+    def read(cls, folder: Path, stage: str) -> CalibratorInfo:
+        """Reads an ``adapter/``.
+
+        Raises:
+            ValueError: Another stage wrote it.
+        """
+        info = read_info(folder)
+        if info.get("stage") != stage:
+            raise ValueError(f"calibrator_path: {folder} was written by stage {info.get('stage')!r}, not by {stage}")
+        values: dict[str, Any] = {field.name: info.get(field.name) for field in fields(cls)}
+        return cls(**values)
+
+    def check(self, folder: Path, input: CalibratorInput, label_names: Sequence[str], task_sha: str) -> None:
+        """Compares with what a run asks for.
+
+        Raises:
+            ValueError: It was trained with another input, class list or task.
+        """
+        if self.input != input:
+            raise ValueError(
+                f"calibrator_path: {folder} was trained with input {self.input!r}, but model.init_args.input is "
+                f"{input!r}"
+            )
+        if list(self.label_names) != list(label_names):
+            raise ValueError(f"calibrator_path: {folder} was trained on the classes {self.label_names}")
+        if self.task_sha != task_sha:
+            raise ValueError(
+                f"calibrator_path: {folder} was trained on another task file (its question, definitions or prompts)"
+            )
