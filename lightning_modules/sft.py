@@ -30,7 +30,7 @@ from vidreason.lightning_modules.functional.losses import TextLoss, weighted_tex
 from vidreason.lightning_modules.functional.reductions import TokenCounts, count_tokens
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TRACES_FILE, TraceOptions, Writer
 from vidreason.lightning_modules.sft_targets import Texts, caption_targets, rationale_targets, trace_targets
-from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.base import VLM, Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
@@ -202,6 +202,7 @@ class RationaleSFTModule(VLMModule):
         loss = self.text_loss(scores.logprobs, batch.texts)
         self.log("train/loss", loss.loss.detach(), prog_bar=True, batch_size=len(batch))
         self.log("train/loss_reasoning", loss.reasoning, batch_size=len(batch))
+        self.log_token_accuracy("train", scores, batch.texts)
         if self.target == "trace":
             self.log("train/loss_answer", loss.answer, batch_size=len(batch))
         return loss.loss
@@ -219,6 +220,12 @@ class RationaleSFTModule(VLMModule):
             answer_count=counts.answer,
         )
 
+    def log_token_accuracy(self, split: str, scores: Scores, texts: TextBatch) -> None:
+        """Logs the share of target tokens that greedy decoding would write behind the target so far."""
+        tokens = int(texts.loss_mask.sum())
+        hits = scores.greedy[texts.loss_mask].sum()
+        self.log(f"{split}/mean_token_accuracy", hits / max(tokens, 1), batch_size=max(tokens, 1))
+
     # ------------------------------------------------------------------ watching
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> Any:
@@ -230,6 +237,7 @@ class RationaleSFTModule(VLMModule):
         scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
         loss = self.text_loss(scores.logprobs, batch.texts)
         self.log("val/loss", loss.loss, prog_bar=True, batch_size=int(batch.texts.loss_mask.sum()))
+        self.log_token_accuracy("val", scores, batch.texts)
         return {"predictions": ()}
 
     def on_validation_epoch_end(self) -> None:

@@ -18,6 +18,8 @@ class TokenScores(NamedTuple):
 
     logprobs: Tensor
     """[...] at least float32"""
+    greedy: Tensor
+    """[...] 1 where the token is the likeliest, else 0; no gradient"""
     entropy: Tensor | None
     """[...] entropy of the distribution the token was drawn from, None where it was not asked for"""
 
@@ -103,25 +105,23 @@ def chunked_token_logprobs(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
-    def score(states: Tensor, tokens: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
+    def score(states: Tensor, tokens: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         scaled = _scale(head(states), temperature, suppressed)
+        chosen = _chosen(scaled, tokens, place)
+        greedy = (chosen >= _at(scaled.amax(-1), place)).to(scaled.dtype)
         if not with_entropy:
-            return _chosen(scaled, tokens, place) - _at(scaled.logsumexp(-1), place), scaled.new_zeros(tokens.shape)
+            return chosen - _at(scaled.logsumexp(-1), place), greedy, scaled.new_zeros(tokens.shape)
         logprobs = scaled.log_softmax(-1)
-        return _chosen(logprobs, tokens, place), _at(_entropy(logprobs), place)
+        return _chosen(logprobs, tokens, place), greedy, _at(_entropy(logprobs), place)
 
     states = torch.split(hidden.reshape(-1, hidden.shape[-1]), chunk_size)
     tokens, places = _per_chunk(ids.reshape(-1), state, len(states), chunk_size)
-    logprobs, entropies = [], []
+    scored = []
     for chunk in zip(states, tokens, places, strict=True):
         again = torch.is_grad_enabled() and len(states) > 1
-        scored = checkpoint(score, *chunk, use_reentrant=False) if again else score(*chunk)
-        logprobs.append(scored[0])
-        entropies.append(scored[1])
-    return TokenScores(
-        torch.cat(logprobs).reshape(ids.shape),
-        torch.cat(entropies).reshape(ids.shape) if with_entropy else None,
-    )
+        scored.append(checkpoint(score, *chunk, use_reentrant=False) if again else score(*chunk))
+    logprobs, greedy, entropy = (torch.cat(parts).reshape(ids.shape) for parts in zip(*scored, strict=True))
+    return TokenScores(logprobs, greedy, entropy if with_entropy else None)
 
 
 def _per_chunk(

@@ -35,6 +35,8 @@ class Scores(NamedTuple):
 
     logprobs: Tensor
     """[N, L] fp32, 0 outside ``texts.loss_mask``"""
+    greedy: Tensor
+    """[N, L] fp32, 1 where the token is the likeliest, else 0; no gradient"""
     entropy: Tensor | None
     """[N, L] fp32 of the distribution that predicts each token, 0 outside ``texts.loss_mask``; None unless asked"""
 
@@ -272,11 +274,11 @@ class VLM(ABC):
         found = score_texts(self, model, prompts, texts, scoring, choice.route, options)
         blank = torch.zeros(texts.ids.shape, dtype=torch.float32, device=texts.ids.device)
         if not found:
-            return Scores(blank, blank if with_entropy else None)
+            return Scores(blank, blank, blank if with_entropy else None)
         index = (torch.cat([x.text_rows for x in found]), torch.cat([x.text_cols for x in found]))
         values = torch.cat([x.scores for x in found], dim=1).float()
-        entropy = blank.index_put(index, values[1]) if with_entropy else None
-        return Scores(blank.index_put(index, values[0]), entropy)
+        logprobs, greedy, *entropy = (blank.index_put(index, row) for row in values)
+        return Scores(logprobs, greedy.detach(), entropy[0] if with_entropy else None)
 
     def generate(
         self,

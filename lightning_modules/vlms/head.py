@@ -42,7 +42,7 @@ class Scored(NamedTuple):
     text_cols: Tensor
     """[K] int64"""
     scores: Tensor
-    """[1, K] log-probs, or [2, K] with the entropies behind them; fp32"""
+    """[2, K] log-probs and ``TokenScores.greedy``, or [3, K] with the entropies behind them; fp32"""
 
 
 def logits_at(rows: Tensor, cols: Tensor) -> Answer:
@@ -64,7 +64,8 @@ def scores_of(targets: Targets, ids: Tensor, scoring: Scoring) -> Answer:
             with_entropy=scoring.with_entropy,
             state=targets.state,
         )
-        return torch.stack([found.logprobs] if found.entropy is None else [found.logprobs, found.entropy])
+        entropy = [] if found.entropy is None else [found.entropy]
+        return torch.stack([found.logprobs, found.greedy, *entropy])
 
     return answer
 

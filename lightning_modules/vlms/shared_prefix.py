@@ -173,7 +173,7 @@ def _in_chunks(
         found = run(part)
         if not found:
             nowhere = part.owner[:0]
-            return nowhere, nowhere, torch.zeros(1 + scoring.with_entropy, 0, device=nowhere.device)
+            return nowhere, nowhere, torch.zeros(2 + scoring.with_entropy, 0, device=nowhere.device)
         rows, cols, scores = zip(*found, strict=True)
         return torch.cat(rows), torch.cat(cols), torch.cat(scores, dim=1)
 

@@ -198,6 +198,30 @@ def test_captions_are_validated_by_their_loss(make_vlm, make_data, make_trainer)
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_token_accuracy_is_the_share_of_likeliest_tokens(make_vlm, make_data, make_trainer):
+    vlm = make_vlm(lora=False)
+    module = RationaleSFTModule(vlm, target="caption", optimizer=adamw)
+    trainer = make_trainer(max_epochs=12, limit_val_batches=0)
+    trainer.fit(module, make_data(vlm))
+    texts = {clip.video_id: (clip.fields["caption"],) for clip in module.data.clips("train")}
+    hits, tokens, logged = 0, 0, {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})
+    for batch in module.data.loader("train", DescribeView(module.task, texts), batch_size=1):
+        ids, inputs = batch.texts.ids[0, batch.texts.loss_mask[0]], dict(batch.prompts.inputs)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[None]], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            logits = module.policy.eval()(**inputs).logits[0, -len(ids) - 1 : -1]
+            logits[:, sorted(vlm.suppressed_ids)] = -torch.inf
+            scores = vlm.score(module.policy, batch.prompts, batch.texts)
+        of_clip = (logits.argmax(-1) == ids).tolist()
+        module.log_token_accuracy("train", scores, batch.texts)
+        assert logged["train/mean_token_accuracy"] == pytest.approx(sum(of_clip) / len(of_clip))
+        hits, tokens = hits + sum(of_clip), tokens + len(of_clip)
+    assert 0 < hits < tokens
+    assert 0 < float(trainer.callback_metrics["train/mean_token_accuracy"]) <= 1
+
+
 def test_training_lowers_the_loss(make_vlm, make_data, make_trainer):
     vlm = make_vlm(lora=False)
     losses = []

@@ -90,6 +90,10 @@ def test_chunks_equal_the_whole_in_value_and_gradient(chunk_size: int, suppresse
         plain = chunked_token_logprobs(hidden, ids, lambda x: x @ weight.T, chunk_size=chunk_size)
     assert plain.entropy is None
     torch.testing.assert_close(plain.logprobs, token_logprobs(hidden @ weight.T, ids))
+    likeliest = (hidden @ weight.T).argmax(-1)
+    for given in (ids, likeliest):
+        greedy = chunked_token_logprobs(hidden, given, lambda x: x @ weight.T, chunk_size=chunk_size).greedy
+        assert torch.equal(greedy, (given == likeliest).double())
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 8])
