@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from vidreason.datamodules.whole_files import naming, write_text
 from vidreason.lightning_modules.predictions import Prediction
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -26,7 +27,8 @@ class PredictionWriter(L.Callback):
         """Starts this rank's part afresh."""
         path = _part(trainer, trainer.global_rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("", encoding="utf-8")
+        with naming(path):
+            path.write_text("", encoding="utf-8")
 
     def on_test_batch_end(
         self,
@@ -39,7 +41,8 @@ class PredictionWriter(L.Callback):
     ) -> None:
         """Appends the predictions of a batch."""
         predictions: tuple[Prediction, ...] = outputs["predictions"] if isinstance(outputs, Mapping) else ()
-        with _part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
+        path = _part(trainer, trainer.global_rank)
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,12 +56,15 @@ class PredictionWriter(L.Callback):
             for line in part.read_text(encoding="utf-8").split("\n")[:-1]:
                 record = json.loads(line)
                 lines.setdefault((record["split"], record["video_id"]), line)
-        whole = parts[0]
-        whole.write_text("".join(line + "\n" for line in lines.values()), encoding="utf-8")
-        whole.replace(whole.with_name(PREDICTIONS_FILE))
-        for part in parts[1:]:
+        whole = parts[0].with_name(PREDICTIONS_FILE)
+        write_text(whole, "".join(line + "\n" for line in lines.values()))
+        for part in parts:
             part.unlink()
-        rank_zero_info(f"{whole.with_name(PREDICTIONS_FILE)} written ({len(lines)} clips)")
+        rank_zero_info(f"{whole} written ({len(lines)} clips)")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Removes this rank's part; an earlier file stays."""
+        _part(trainer, trainer.global_rank).unlink(missing_ok=True)
 
 
 def _part(trainer: L.Trainer, rank: int) -> Path:

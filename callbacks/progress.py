@@ -9,6 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from vidreason.callbacks.time_left import BEHIND, pipeline_left
+
 _METRICS_SHOWN = 4
 
 
@@ -54,7 +56,7 @@ class RunProgress(ProgressBar):
         bar = self._bars[-1]
         bar.update(fit_position(trainer) - bar.n)
         shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
-        bar.set_postfix(dict(list(shown.items())[:_METRICS_SHOWN]), refresh=False)
+        bar.set_postfix(dict(list(shown.items())[:_METRICS_SHOWN]) | self._pipeline(bar), refresh=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bar of the fit."""
@@ -67,7 +69,7 @@ class RunProgress(ProgressBar):
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Moves the bar."""
-        self._bars[-1].update()
+        self._bars[-1].update()  # that of the fit says how long the pipeline takes
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bar."""
@@ -79,7 +81,7 @@ class RunProgress(ProgressBar):
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Moves the bar."""
-        self._bars[-1].update()
+        self._advance(1)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bar."""
@@ -91,7 +93,7 @@ class RunProgress(ProgressBar):
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Moves the bar."""
-        self._bars[-1].update()
+        self._advance(1)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bar."""
@@ -101,6 +103,20 @@ class RunProgress(ProgressBar):
         """Closes what is open, so that the error stands below the bars."""
         while self._bars:
             self._close()
+
+    def _advance(self, count: int) -> None:
+        bar = self._bars[-1]
+        bar.update(count)
+        if left := self._pipeline(bar):
+            bar.set_postfix(left, refresh=False)
+
+    def _pipeline(self, bar: tqdm[Any]) -> dict[str, str]:
+        """What is left of the pipeline that this stage is part of; {} outside of one, and where no end is known."""
+        behind, done = BEHIND.get(), bar.n - bar.initial
+        if behind is None or bar.total is None or done < 1:
+            return {}
+        seconds = (bar.total - bar.n) * float(bar.format_dict["elapsed"]) / done
+        return {"pipeline": f"{pipeline_left(seconds, behind)} left"}
 
     def _open(
         self, module: L.LightningModule, what: str, total: int | None, done: int, unit: str, leave: bool = True

@@ -32,6 +32,7 @@ from vidreason.datamodules.porch_world import ABNORMAL, LABELS, Facts, draw_fact
 from vidreason.datamodules.prompts import ReasonView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
+from vidreason.datamodules.whole_files import naming
 from vidreason.rewards.completion import render_completion
 
 _LOG = logging.getLogger(__name__)
@@ -165,10 +166,14 @@ class PorchDataModule(ManifestDataModule):
         items = self._items()
         _LOG.info("rendering %d clips into %s", len(items), self.folder)
         draft = self.folder.with_name(f"{self.folder.name}.part{os.getpid()}")
-        for item in tqdm(items, desc="rendering", unit="clip", leave=False):
-            self._write_clip(draft / "clips" / f"{item.name}.mp4", item)
-        self._write_facts(draft / "facts.jsonl", items)
-        self._write_manifest(draft / "manifest.csv", items)
+        try:
+            for item in tqdm(items, desc="rendering", unit="clip", leave=False):
+                self._write_clip(draft / "clips" / f"{item.name}.mp4", item)
+            self._write_facts(draft / "facts.jsonl", items)
+            self._write_manifest(draft / "manifest.csv", items)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         if self.manifest.is_file():  # another process was faster
             shutil.rmtree(draft)
         else:
@@ -217,7 +222,7 @@ class PorchDataModule(ManifestDataModule):
         return label
 
     def _write_manifest(self, path: Path, items: Sequence[_Item]) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with naming(path), path.open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             rows.writerow(["path", "label", "split", "group", "video_id"])
             for item in items:
@@ -225,7 +230,7 @@ class PorchDataModule(ManifestDataModule):
                 rows.writerow([f"clips/{item.name}.mp4", label, item.split, item.group, item.name])
 
     def _write_facts(self, path: Path, items: Sequence[_Item]) -> None:
-        with path.open("w", encoding="utf-8") as file:
+        with naming(path), path.open("w", encoding="utf-8") as file:
             for item in items:
                 written = rationale(item.facts, self._words(item))
                 row = {"video_id": item.name, "facts": item.facts.as_dict(), "rationale": written}

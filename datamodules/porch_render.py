@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidreason.datamodules.porch_scene import FRAMES, HEIGHT, WIDTH, Looks, Scene
+from vidreason.datamodules.whole_files import whole_file
 
 Image = NDArray[np.float32]
 Frames = NDArray[np.uint8]
@@ -44,8 +45,7 @@ def to_mono(frames: Frames) -> Frames:
 
 def write_mp4(path: Path, frames: Frames, fps: int = 4) -> None:
     """Writes frames [T, H, W, 3] uint8 as an H.264 file; the same frames give the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with whole_file(path) as draft, av.open(str(draft), "w") as container:
         video = container.add_stream("libx264", rate=fps, options=_ENCODER)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from vidreason.datamodules.split_names import STANDARD_SPLITS
 from vidreason.datamodules.types import Clip
+from vidreason.datamodules.whole_files import whole_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -126,8 +127,7 @@ def limit_clips(clips: Sequence[Clip], limit: int, seed: int) -> tuple[Clip, ...
 
 def write_splits(path: Path, splits: Mapping[str, Sequence[Clip]]) -> None:
     """Writes which clip lies in which split as CSV: video_id, split, group, label."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("video_id", "split", "group", "label"))
         for split, clips in splits.items():

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from vidreason.datamodules.prompts import DEFAULT_TEMPLATES
+from vidreason.datamodules.whole_files import write_text
 from vidreason.rewards.completion import find_markup
 
 _TASK_KEYS = ("name", "question", "classes", "ordinal", "metadata_fields", "prompts")
@@ -101,7 +102,7 @@ class Task:
             "metadata_fields": list(self.metadata_fields),
             "prompts": dict(self.prompts),
         }
-        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def sha(self) -> str:
         """Hash of everything in the task; traces and adapters carry it."""

@@ -11,8 +11,11 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, Literal
+
+from vidreason.datamodules.whole_files import naming
 
 _LOG = logging.getLogger(__name__)
 
@@ -249,7 +252,22 @@ def _is_json(line: bytes) -> bool:
 
 
 def _append(path: Path, lines: Sequence[str]) -> None:
-    with path.open("ab", buffering=0) as file:
-        for line in lines:
-            file.write(line.encode("utf-8") + b"\n")
-        os.fsync(file.fileno())
+    before = path.stat().st_size if path.exists() else None
+    try:
+        with naming(path), path.open("ab", buffering=0) as file:
+            for line in lines:
+                _write_all(file, line.encode("utf-8") + b"\n")
+            os.fsync(file.fileno())
+    except OSError:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            os.truncate(path, before)
+        raise
+
+
+def _write_all(file: RawIOBase, content: bytes) -> None:
+    """Writes all of it, and not only what still fits: a raw file says how much that was."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]

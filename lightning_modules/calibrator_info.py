@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from vidreason.lightning_modules.lineage import read_info
+from vidreason.lightning_modules.lineage import REVIEWED, read_info
 from vidreason.lightning_modules.own_traces import TraceOptions
 
 CalibratorInput = Literal["video+trace", "trace", "video"]
@@ -32,7 +32,7 @@ def calibrator_extra(
         "temperature": temperature,
         "input": input,
         "loss": loss,
-        "policy": policy,
+        REVIEWED: policy,
         "samples": traces.samples,
         "sampling": asdict(traces.sampling),
     }

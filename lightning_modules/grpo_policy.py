@@ -34,7 +34,6 @@ from vidreason.lightning_modules.rollout import (
     ColdPolicyError,
     CompletionBatch,
     generate_rollouts,
-    prompt_tokens,
     reward_tensor,
     score_rollouts,
     take_prompts,
@@ -44,6 +43,7 @@ from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER
 from vidreason.lightning_modules.vlms.adapters import copy_adapter, use_adapter
 from vidreason.lightning_modules.vlms.base import Scores
 from vidreason.lightning_modules.vlms.building import POLICY
+from vidreason.lightning_modules.vlms.context import prompt_tokens
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.base import RewardFn
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from vidreason.lightning_modules.vlms import adapters
 from vidreason.lightning_modules.vlms.adapters import INFO_FILE
 
+REVIEWED = "policy"
+"""Key of ``vidreason.json`` that only calibrators have: whose traces they review"""
+
 
 @dataclass(frozen=True)
 class Lineage:

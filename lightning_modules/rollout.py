@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from vidreason.datamodules.types import Clip, EncodedPrompts, TextBatch
 from vidreason.lightning_modules.vlms.base import VLM, Generated
+from vidreason.lightning_modules.vlms.context import refuse_too_long
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.base import RewardFn, RewardInput, RewardScore, score_group
 from vidreason.rewards.completion import THINK_FORM, CompletionForm, ParsedCompletion, parse_completion
@@ -135,11 +136,6 @@ def take_prompts(vlm: VLM, prompts: EncodedPrompts, index: Tensor) -> EncodedPro
     return EncodedPrompts(vlm.repeat_prompts(prompts.inputs, index), int(index.numel()), prompts.turn_end)
 
 
-def prompt_tokens(prompts: EncodedPrompts) -> Tensor:
-    """Returns the number of tokens of each prompt, [B] int64, the video's included."""
-    return prompts.inputs["attention_mask"].sum(dim=1)
-
-
 def completion_seed(seed: int, step: int, video_id: str, sample: int) -> int:
     """Returns the seed of one completion's noise, a 63-bit integer.
 
@@ -175,7 +171,12 @@ def generate_rollouts(
 
     Returns:
         The B·G completions, on the model's device.
+
+    Raises:
+        ValueError: A clip's prompt leaves no room in the model's context for ``sampling.max_new_tokens``.
     """
+    names, room = [clip.video_id for clip in clips], [sampling.max_new_tokens] * len(clips)
+    refuse_too_long(names, prompts, room, vlm.context_length, "max_new_tokens asks for")
     seeds = [[completion_seed(seed, step, clip.video_id, g) for g in range(group_size)] for clip in clips]
     generated = vlm.generate(model, prompts, group_size, sampling, seeds)
     rows = completions_of(generated, form)

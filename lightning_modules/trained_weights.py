@@ -24,8 +24,14 @@ from transformers import PreTrainedModel, get_scheduler
 from vidreason.datamodules.base import VideoDataModule, run_seed
 from vidreason.datamodules.clip_order import batches_of_an_epoch
 from vidreason.datamodules.task import Task
-from vidreason.lightning_modules.lineage import Lineage
-from vidreason.lightning_modules.vlms.adapters import adapter_sha, is_adapter_folder, save_adapter, save_weights
+from vidreason.lightning_modules.lineage import REVIEWED, Lineage
+from vidreason.lightning_modules.vlms.adapters import (
+    adapter_sha,
+    is_adapter_folder,
+    read_info,
+    save_adapter,
+    save_weights,
+)
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.building import POLICY, checkpoint_sha
 
@@ -125,7 +131,16 @@ class WeightsModule(L.LightningModule):
             self.prepare_views()
 
     def build_model(self) -> nn.Module:
-        """Returns the weights that the stage starts from."""
+        """Returns the weights that the stage starts from.
+
+        Raises:
+            ValueError: ``adapter_path`` is of another base or size, or reviews another model's traces.
+        """
+        if self.adapter_path is not None and REVIEWED in (info := read_info(self.adapter_path)):
+            raise ValueError(
+                f"adapter_path: {self.adapter_path} was written by stage {info.get('stage')!r} and reviews another "
+                "model's traces; give the adapter/ or weights/ of the stage before it"
+            )
         return self.vlm.build(self.adapter_path)
 
     def prepare_views(self) -> None:
@@ -263,8 +278,7 @@ class WeightsModule(L.LightningModule):
             save_adapter(self.policy, run_dir / ADAPTER_FOLDER, POLICY, info)
             return run_dir / ADAPTER_FOLDER
         assert isinstance(self.policy, PreTrainedModel)
-        save_weights(self.policy, run_dir / WEIGHTS_FOLDER, info)
-        self.vlm.processor.save_pretrained(run_dir / WEIGHTS_FOLDER)
+        save_weights(self.policy, run_dir / WEIGHTS_FOLDER, info, self.vlm.processor)
         return run_dir / WEIGHTS_FOLDER
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from vidreason.datamodules.whole_files import naming
 
 INFO_FILE = "vidreason.json"
 CONFIG_FILE = "adapter_config.json"
@@ -81,20 +85,37 @@ def read_info(folder: str | Path) -> dict[str, object]:
     return info
 
 
-def _publish(draft: Path, folder: Path, info: Mapping[str, object]) -> None:
-    """Writes the info file and moves a finished draft to its place, so that a crash leaves no half folder."""
-    (draft / INFO_FILE).write_text(json.dumps(dict(info), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    draft.rename(folder)
+@contextmanager
+def _published(folder: Path, info: Mapping[str, object]) -> Iterator[Path]:
+    """Yields a draft; adds the info file and moves it to its place, so that no failure leaves half a folder.
 
-
-def _draft(folder: Path) -> Path:
+    Raises:
+        OSError: Naming ``folder``, where it cannot be written.
+    """
     draft = folder.with_name(folder.name + ".part")
-    if draft.exists():
-        shutil.rmtree(draft)
-    draft.mkdir(parents=True)
-    return draft
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        with naming(folder), _full_disk_said():
+            draft.mkdir(parents=True)
+            yield draft
+            (draft / INFO_FILE).write_text(json.dumps(dict(info), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def _full_disk_said() -> Iterator[None]:
+    """Safetensors has an error of its own for what the system refuses; it is the system's again here."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _peft(model: nn.Module, name: str) -> PeftModel:
@@ -121,23 +142,29 @@ def save_adapter(
         beside: Adapter folders to copy into it, by the names they get; they may lie in what is replaced.
     """
     peft_model, folder = _peft(model, name), Path(folder)
-    draft = _draft(folder)
     weights: dict[str, Tensor] = get_peft_model_state_dict(peft_model, adapter_name=name)
-    save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, draft / WEIGHTS_FILE)
     config = deepcopy(peft_model.peft_config[name])
     config.inference_mode = True
-    config.save_pretrained(str(draft))
-    for inner, other in (beside or {}).items():
-        shutil.copytree(other, draft / inner, ignore=shutil.ignore_patterns(inner))
-    _publish(draft, folder, info)
+    with _published(folder, info) as draft:
+        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, draft / WEIGHTS_FILE)
+        config.save_pretrained(str(draft))
+        for inner, other in (beside or {}).items():
+            shutil.copytree(other, draft / inner, ignore=shutil.ignore_patterns(inner))
 
 
-def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, object]) -> None:
-    """Writes a fully fine-tuned model as a model folder with ``info`` in ``vidreason.json``."""
-    folder = Path(folder)
-    draft = _draft(folder)
-    model.save_pretrained(draft)
-    _publish(draft, folder, info)
+def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, object], processor: Any = None) -> None:
+    """Writes a fully fine-tuned model as a model folder with ``info`` in ``vidreason.json``.
+
+    Args:
+        model: The model.
+        folder: Where to.
+        info: Content of ``vidreason.json``.
+        processor: Written beside it.
+    """
+    with _published(Path(folder), info) as draft:
+        model.save_pretrained(draft)
+        if processor is not None:
+            processor.save_pretrained(draft)
 
 
 def load_adapter(

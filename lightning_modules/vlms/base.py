@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file
 from vidreason.datamodules.types import Encoded, EncodedPrompts, Example, TextBatch
 from vidreason.lightning_modules.vlms import building, chat, generation
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.context import longest_texts, max_position_embeddings, refuse_too_long
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.head import Scoring
 from vidreason.lightning_modules.vlms.shared_prefix import Choice, RouteOptions, choose_route, score_texts
@@ -181,6 +182,12 @@ class VLM(ABC):
         """Tokens that end a completion: the model's, the tokenizer's and the chat template's."""
         return frozenset({*self._model_stop_ids(), self.chat_frame.end_of_turn[-1]})
 
+    @cached_property
+    def context_length(self) -> int | None:
+        """Most tokens of a prompt and what stands behind it; None where the model's configuration does not say."""
+        with building.readable(self.path):
+            return max_position_embeddings(self.path)
+
     def _model_stop_ids(self) -> set[int]:
         ids = {self.tokenizer.eos_token_id}
         if cached_file(self.path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None:
@@ -200,7 +207,8 @@ class VLM(ABC):
         """Turns B clips, their prompts and texts into one batch; runs in data workers.
 
         Raises:
-            ValueError: Open and closed prompts are mixed, or a text does not fit where it stands.
+            ValueError: Open and closed prompts are mixed, a text does not fit where it stands, or a clip's prompt and
+                texts are longer than the model's context.
         """
         if len({example.prompt.open for example in examples}) != 1:
             raise ValueError(f"a batch needs prompts that are all open or all closed, got {len(examples)} examples")
@@ -208,7 +216,10 @@ class VLM(ABC):
         frame, is_open = self.chat_frame, examples[0].prompt.open
         turn_end = chat.tokens(self.processor, frame.turn_end) if is_open else []
         prompts = EncodedPrompts(inputs, len(examples), torch.tensor(turn_end, dtype=torch.long))
-        return Encoded(prompts, chat.encode_texts(self.processor, frame, examples, self.suppressed_ids))
+        texts = chat.encode_texts(self.processor, frame, examples, self.suppressed_ids)
+        names, behind = [example.sample.video_id for example in examples], longest_texts(texts, len(examples))
+        refuse_too_long(names, prompts, behind, self.context_length, "the longest text behind it")
+        return Encoded(prompts, texts)
 
     def texts_from(self, generated: Generated) -> TextBatch:
         """Completions as texts behind their prompts, exactly the sampled tokens."""

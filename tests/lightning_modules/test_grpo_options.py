@@ -12,7 +12,8 @@ from vidreason.lightning_modules.grpo import GRPOModule
 from vidreason.lightning_modules.grpo_parts import Rolled, count_step, make_parts, whole_completions
 from vidreason.lightning_modules.grpo_replay import ReplayBuffer
 from vidreason.lightning_modules.grpo_statistics import RolloutTable, prefix_statistics, rollout_statistics
-from vidreason.lightning_modules.rollout import prompt_tokens, score_rollouts
+from vidreason.lightning_modules.rollout import score_rollouts
+from vidreason.lightning_modules.vlms.context import prompt_tokens
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.base import RewardFn, RewardInput
 from vidreason.rewards.completion import CompletionForm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vidreason.cli.main import EXIT_ERROR, EXIT_OK
+from vidreason.cli.options import CommandParser
 from vidreason.cli.table import percent, render_table
 from vidreason.datamodules.folders import clips_below
 
@@ -34,15 +34,13 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: There is no such run, stage or file.
     """
-    parser = argparse.ArgumentParser(
-        prog="vidreason classify", allow_abbrev=False, description="Ask the model of a finished run about clips."
-    )
+    parser = CommandParser(prog="vidreason classify", description="Ask the model of a finished run about clips.")
     parser.add_argument("clips", nargs="+", metavar="FILE|FOLDER", type=Path, help="clips, or folders of clips")
     parser.add_argument("--run", required=True, type=Path, metavar="RUN", help="run folder of a pipeline or a stage")
     parser.add_argument("--stage", metavar="NAME", help="stage of the pipeline to ask (default: what it tested last)")
     parser.add_argument("--traces", type=int, metavar="K", help="traces per clip (default: the run's)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, and nothing else, on stdout")
-    options = parser.parse_args(list(argv))
+    options = parser.parse_options(argv)
     paths = list(find_clips(options.clips))
 
     from vidreason.cli.classifier import VideoClassifier

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import lightning as L
 import yaml
@@ -25,6 +26,9 @@ _NOISE = (
     "object_type=",
 )
 _MAX_CHARS = 400
+_MOST_LISTED = 24
+_NOT_GIVEN = ("self", "args", "kwargs", "vlm", "encoder", "params")
+"""Arguments of classes that no YAML gives"""
 
 
 def explain(message: str, files: Sequence[Path]) -> str:
@@ -49,6 +53,12 @@ def explain(message: str, files: Sequence[Path]) -> str:
     if required:
         sections = re.sub(r"\w+\.(?=\w)", "", required[1])
         return f"nothing says what {sections} should be: give --config configs/<stage>.yaml (see `vidreason configs`)"
+    nested = re.search(
+        r"class_path '([\w.]+)':\s+(?:Group '(\S+)' does not accept option '(\S+)'|unrecognized arguments: --([\w.]+))",
+        message,
+    )
+    if nested:
+        return _nested_argument(nested[1], nested[4] or f"{nested[2]}.{nested[3]}", files if nested[2] else ())
     unknown = re.search(r"does not accept option '(\S+)'", message)
     if unknown:
         return _unknown_key(unknown[1], files)
@@ -101,9 +111,30 @@ def _unknown_key(key: str, files: Sequence[Path]) -> str:
 def _rejected_argument(name: str, message: str, files: Sequence[Path]) -> str:
     classes = re.findall(r"class_path(?:=|'?:? )'([\w.]+)'", message)
     known = [parameter for path in classes for parameter in _parameters(path)]
-    owner = next((path for path in reversed(classes) if _did_you_mean(name, _parameters(path))), None)
+    owner = next((path for path in reversed(classes) if _near(name, _parameters(path))), None)
     taker = owner or (classes[0] if classes else "the class")
     return f"{taker} takes no argument {name!r}{_named_in(name, files)}{_did_you_mean(name, known)}"
+
+
+def _nested_argument(class_path: str, dotted: str, files: Sequence[Path]) -> str:
+    """An argument that an argument of a class does not take, ``frames.num_frame`` of a data module."""
+    *outer, name = dotted.split(".")
+    for argument in outer:
+        class_path = _class_of_argument(class_path, argument) or class_path
+    return (
+        f"{class_path} takes no argument {name!r}{_named_in(name, files)}{_did_you_mean(name, _parameters(class_path))}"
+    )
+
+
+def _class_of_argument(class_path: str, argument: str) -> str | None:
+    """The class that an argument of a class is made of."""
+    module, _, name = class_path.rpartition(".")
+    for base in inspect.getmro(getattr(import_module(module), name)):
+        hint = get_type_hints(vars(base)["__init__"]).get(argument) if "__init__" in vars(base) else None
+        for option in (hint, *get_args(hint)):
+            if inspect.isclass(option) and option.__module__ != "builtins":
+                return f"{option.__module__}.{option.__qualname__}"
+    return None
 
 
 def _parameters(class_path: str) -> list[str]:
@@ -123,9 +154,18 @@ def _named_in(word: str, files: Sequence[Path]) -> str:
     return f" in {users[0]}" if users else ""
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def _near(name: str, known: Iterable[str]) -> str | None:
     near = get_close_matches(name, list(known), n=1)
-    return f": did you mean {near[0]!r}?" if near and near[0] != name else ""
+    return near[0] if near else None
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest of the names there are; where none is near, and they are few, all of them."""
+    names = dict.fromkeys(other for other in known if other not in _NOT_GIVEN)
+    near = _near(name, names)
+    if near is None:
+        return f"; there are {', '.join(names)}" if 0 < len(names) <= _MOST_LISTED else ""
+    return f": did you mean {near!r}?" if near != name else ""
 
 
 def _flat(message: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+
+from vidreason.cli.options import CommandParser
 
 PREFIX = "configs"
 
@@ -73,11 +74,9 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         Exit status.
     """
-    parser = argparse.ArgumentParser(
-        prog="vidreason configs", description="List or copy the shipped YAML files.", allow_abbrev=False
-    )
+    parser = CommandParser(prog="vidreason configs", description="List or copy the shipped YAML files.")
     parser.add_argument("--copy", metavar="DIR", type=Path, help="copy them into this folder, to be changed there")
-    options = parser.parse_args(list(argv))
+    options = parser.parse_options(argv)
     if options.copy is not None:
         written = copy_configs(options.copy)
         print(f"{len(written)} files written to {options.copy}")

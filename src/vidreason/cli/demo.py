@@ -6,7 +6,6 @@ adds nothing to the pipelines but the settings below; every line that it prints 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -15,10 +14,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vidreason.callbacks.time_left import Behind
 from vidreason.cli.demo_report import write_report
+from vidreason.cli.options import CommandParser
 from vidreason.cli.pipeline import run_pipeline
 from vidreason.cli.pipeline_commands import Commands, trainer_commands
 from vidreason.cli.pipeline_spec import SECTIONS, read_pipeline
+from vidreason.cli.pipeline_state import NOTHING, RunState, seconds_behind, seconds_taken
 
 METHODS = ("zero_shot", "label_sft", "rb_ft", "deepintuit")
 DATA = "configs/data/porch.yaml"
@@ -69,22 +71,21 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
     Returns:
         Exit status, as for :func:`main`.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="vidreason demo",
-        allow_abbrev=False,
         description="Zero-shot, label SFT, RB-FT and DeepIntuit from one small base on a rendered world, compared.",
     )
     parser.add_argument("--run_dir", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     parser.add_argument("--seed", type=int, default=0, help="of the world, its clips and every stage")
     parser.add_argument("--quick", action="store_true", help="levels L0 and L1, a few clips: does everything work?")
-    options = parser.parse_args(list(argv))
+    options = parser.parse_options(argv)
     started = time.monotonic()
     _introduce(options.run_dir, options.quick)
     settings = demo_settings(options.run_dir, options.seed, options.quick)
     for number, method in enumerate(METHODS, 1):
         line = pipeline_options(method, options.run_dir, options.seed, settings)
         print(f"\n=== {number}/{len(METHODS)} {method}\n$ {shlex.join(['vidreason', 'pipeline', *line])}", flush=True)
-        status = run_pipeline(line, commands)
+        status = run_pipeline(line, commands, later_methods(options.run_dir, METHODS[number:]))
         if status != 0:
             again = shlex.join(["vidreason", "demo", *argv])
             print(f"the demo stopped in {method}; finished stages are kept, go on with\n  $ {again}", file=sys.stderr)
@@ -94,6 +95,17 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
     minutes = (time.monotonic() - started) / 60
     print(f"\nthis call took {minutes:.1f} minutes; remove everything with: {_removal(options.run_dir)}")
     return 0
+
+
+def later_methods(run_dir: Path, methods: Sequence[str]) -> Behind:
+    """What the methods after the running one will take, if they take as long as in an earlier run of this folder.
+
+    Stages that a method takes from another cost nothing.
+    """
+    total = NOTHING
+    for method in methods:
+        total += seconds_behind(_stages_of(method), seconds_taken(RunState.load(run_dir / method)))
+    return total
 
 
 def demo_settings(run_dir: Path, seed: int, quick: bool) -> dict[str, object]:

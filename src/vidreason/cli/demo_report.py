@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vidreason.cli.pipeline_spec import read_pipeline
-from vidreason.cli.pipeline_state import RunState, artefact_path, write_atomically
+from vidreason.cli.pipeline_state import RunState, artefact_path
 from vidreason.cli.summary import Prediction, SummaryRow, load_rows, read_predictions, save_rows
 from vidreason.cli.table import decimal, percent, render_table
+from vidreason.datamodules.whole_files import write_text
 
 if TYPE_CHECKING:
     from vidreason.datamodules.types import Clip
@@ -50,7 +51,7 @@ def write_report(run_dir: Path, methods: Sequence[str]) -> str:
     draw_accuracy(rows, 1 / classes, picture)
     examples = [] if REASONER not in methods else work_examples(run_dir / REASONER, run_dir / "examples")
     text = "\n\n".join([render_comparison(rows), *map(render_example, examples), _where(run_dir, methods, picture)])
-    write_atomically(run_dir / "summary.txt", text + "\n")
+    write_text(run_dir / "summary.txt", text + "\n")
     return text
 
 

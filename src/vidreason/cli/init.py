@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 from vidreason.cli import init_files, init_report
 from vidreason.cli.init_files import LeftOut, printable
+from vidreason.cli.options import CommandParser
 from vidreason.datamodules.columns import ColumnNames
 from vidreason.datamodules.sources import Source, SourceClip, SourceOptions, read_source
+from vidreason.datamodules.whole_files import write_text
 
 if TYPE_CHECKING:
     from vidreason.datamodules.new_splits import Assignment
@@ -37,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         ValueError: A mistake in the source or the options; the message names file, row or option and the remedy.
         SystemExit: ``--help``, or a wrong option.
     """
-    options = _parser().parse_args(list(argv))
+    options = _parser().parse_options(argv)
     where = dict(_pair(text) for text in options.where)
     _refuse_to_overwrite(options.source, options.out, options.force)
     columns = ColumnNames(options.path_column, options.label_column, options.split_column, options.group_column)
@@ -54,10 +56,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="vidreason init",
-        allow_abbrev=False,
         description="Look into every clip of a source and write manifest, task and data section for it into a folder.",
     )
     parser.add_argument(
@@ -201,7 +202,6 @@ def _write(
 ) -> None:
     """Writes the files and prints what stands in them and what to do next."""
     from vidreason.cli.init_frames import suggest_frames
-    from vidreason.cli.pipeline_state import write_atomically
 
     out: Path = options.out
     folder = out.resolve()
@@ -229,7 +229,7 @@ def _write(
     else:
         (folder / init_files.UNREADABLE).unlink(missing_ok=True)
     for name, text in texts.items():
-        write_atomically(folder / name, text)
+        write_text(folder / name, text)
     print(f"written to {out}: {', '.join(name for name in init_files.FILES if name in texts)}")
     print(f"next: say in {out / init_files.TASK} what the classes mean (the lines marked EDIT), then")
     for command in commands:

@@ -21,18 +21,20 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from vidreason.cli.config_errors import explain
 from vidreason.cli.configs import PREFIX, find_config
-from vidreason.cli.finished_run import TASK_FILE
+from vidreason.cli.devices import refuse_missing_gpus
 from vidreason.cli.main import EXIT_OK, EXIT_USAGE
+from vidreason.cli.run_record import RunRecord, from_the_start
 from vidreason.cli.vlm_shorthand import expand, is_shorthand
-from vidreason.datamodules.base import VideoDataModule
+from vidreason.lightning_modules.checkpoints import WholeCheckpointIO
 from vidreason.lightning_modules.trained_weights import WeightsModule
 from vidreason.lightning_modules.vlms.base import VLM
 
@@ -40,68 +42,11 @@ _FILE_OPTIONS = ("-c", "--config", "--trainer", "--model", "--data", "--vlm")
 _CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
 
 
-class RunRecord(SaveConfigCallback):
-    """Writes ``config.yaml``, ``command.txt`` and ``task.yaml`` into the run folder when a run starts.
+class StrictParser(LightningArgumentParser):
+    """A parser without abbreviations, also for the arguments of classes: the parsers of those are made by its type."""
 
-    Args:
-        parser: The parser that made ``config``.
-        config: The parsed configuration.
-        command_line: What the user typed.
-        overwrite: A second run into the same folder replaces the record of the first.
-    """
-
-    def __init__(
-        self, parser: LightningArgumentParser, config: Namespace, command_line: str, overwrite: bool = True
-    ) -> None:
-        super().__init__(parser, config, overwrite=overwrite, save_to_log_dir=False)
-        self.command_line = command_line
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes both files and the task; a test into the folder of a training run leaves its record alone."""
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        command = folder / "command.txt"
-        trained_here = command.is_file() and command.read_text(encoding="utf-8").startswith("vidreason fit")
-        name = self.command_line.split()[1]
-        suffix = f"_{name}" if trained_here and name != "fit" else ""
-        (folder / f"command{suffix}.txt").write_text(_from_the_start(self.command_line) + "\n", encoding="utf-8")
-        self.parser.save(
-            self.config, folder / f"config{suffix}.yaml", skip_unset=False, overwrite=True, multifile=False
-        )
-        self._log_text(trainer, (folder / f"config{suffix}.yaml").read_text(encoding="utf-8"))
-        data: object = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, VideoDataModule):
-            data.task.to_yaml(folder / TASK_FILE)  # the model can be asked where the data set is not
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Puts settings and final metrics beside each other, for TensorBoard's table of runs."""
-        self._log_outcome(trainer)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As after a fit."""
-        self._log_outcome(trainer)
-
-    def _log_text(self, trainer: L.Trainer, config: str) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                quoted = "\n".join(f"    {line}" for line in [self.command_line, "", *config.splitlines()])
-                logger.experiment.add_text("config", quoted, trainer.global_step)
-
-    def _log_outcome(self, trainer: L.Trainer) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(_settings(self.config), metrics or None, trainer.global_step)
-
-
-def _settings(config: Namespace) -> dict[str, Any]:
-    """What distinguishes runs: the arguments of model, model family and data, and how long it trains."""
-    keys = ("model.", "vlm.", "data.", "seed_everything", "trainer.max_epochs", "trainer.max_steps")
-    return {
-        key.replace("init_args.", ""): value
-        for key, value in vars(config.as_flat()).items()
-        if key.startswith(keys) and isinstance(value, str | int | float | bool)
-    }
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
 
 class VideoCLI(LightningCLI):
@@ -132,9 +77,9 @@ class VideoCLI(LightningCLI):
                 "prog": "vidreason",
                 "description": "Train or run one stage.",
                 "parser_mode": "omegaconf",
-                "allow_abbrev": False,
                 "exit_on_error": False,
             },
+            parser_class=StrictParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=[command, *arguments],
@@ -192,6 +137,7 @@ class VideoCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Builds the Trainer with its logs and checkpoints in the run folder, unless the YAML puts them elsewhere."""
         config: Namespace = self.config_init[self.subcommand].trainer
+        refuse_missing_gpus(config.accelerator, config.devices)
         kwargs["default_root_dir"] = str(self.run_dir)
         if config.logger is None or config.logger is True:
             kwargs["logger"] = TensorBoardLogger(save_dir=self.run_dir, name="tb", version="")
@@ -211,6 +157,8 @@ class VideoCLI(LightningCLI):
         for checkpoint in checkpoints:
             checkpoint.dirpath = checkpoint.dirpath or str((self.run_dir / "checkpoints").absolute())
         trainer: L.Trainer = super().instantiate_trainer(callbacks=listed, **kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
 
     def before_fit(self) -> None:
@@ -245,7 +193,7 @@ class VideoCLI(LightningCLI):
         path = saved[0]
         if path.is_relative_to(Path.cwd()):
             path = path.relative_to(Path.cwd())
-        again = f"{_from_the_start(self.command_line)} --ckpt_path {shlex.quote(str(path))}"
+        again = f"{from_the_start(self.command_line)} --ckpt_path {shlex.quote(str(path))}"
         return f"interrupted; resume with: {again}"
 
 
@@ -328,15 +276,6 @@ def _with_shipped_files(argv: Sequence[str]) -> tuple[list[str], str | None]:
         if option in ("-c", "--config") and first_config is None:
             first_config = value
     return arguments, first_config
-
-
-def _from_the_start(command_line: str) -> str:
-    """The command without the checkpoint that it goes on from."""
-    words = [word for word in shlex.split(command_line) if not word.startswith("--ckpt_path=")]
-    if "--ckpt_path" in words:
-        at = words.index("--ckpt_path")
-        del words[at : at + 2]
-    return shlex.join(words)
 
 
 def _section_of(value: str) -> str:

@@ -12,15 +12,17 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
 
+from vidreason.callbacks.time_left import Behind
 from vidreason.cli.configs import PREFIX, shipped_folder
+from vidreason.cli.options import CommandParser, nearest_option
 from vidreason.cli.pipeline_commands import USAGE_STATUS, Commands, trainer_commands
 from vidreason.cli.pipeline_run import PipelineRun
 from vidreason.cli.pipeline_spec import PipelineSpec, locate_config, read_pipeline
+from vidreason.cli.pipeline_state import NOTHING
 from vidreason.cli.vlm_shorthand import expand, is_shorthand
 
 _SETTING = re.compile(r"--(\w[\w.]*\+?)(?:=(.*))?", re.DOTALL)
@@ -51,12 +53,13 @@ def main(argv: Sequence[str]) -> int:
     return run_pipeline(argv)
 
 
-def run_pipeline(argv: Sequence[str], commands: Commands | None = None) -> int:
+def run_pipeline(argv: Sequence[str], commands: Commands | None = None, later: Behind = NOTHING) -> int:
     """Runs the pipeline that the options describe.
 
     Args:
         argv: Options of ``vidreason pipeline``.
         commands: How to reach the ordinary commands; by default in this process.
+        later: What follows this pipeline, to say how long everything will take.
 
     Returns:
         Exit status, as for :func:`main`.
@@ -64,7 +67,7 @@ def run_pipeline(argv: Sequence[str], commands: Commands | None = None) -> int:
     try:
         call = read_call(argv)
         again = shlex.join(["vidreason", "pipeline", *argv])
-        run = PipelineRun(call.spec, call.run_dir, commands or trainer_commands(), again, call.use)
+        run = PipelineRun(call.spec, call.run_dir, commands or trainer_commands(), again, call.use, later)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_STATUS
@@ -81,9 +84,8 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
         ValueError: An option, stage or file that does not exist; the message names it.
         SystemExit: ``--help``, or a required option is missing.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="vidreason pipeline",
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run stages in order; skip what is finished, resume what was interrupted.",
         epilog="Any setting can be overridden:\n"
@@ -158,9 +160,9 @@ def _read_overrides(arguments: Sequence[str], known: Iterable[str]) -> dict[str,
         word = rest.pop(0)
         match = _SETTING.fullmatch(word)
         if match is None or "." not in match[1]:
-            near = get_close_matches(word.partition("=")[0].lstrip("-"), list(known), n=1)
-            hint = f"did you mean --{near[0]}?" if near else "settings read --STAGE.dotted.key VALUE"
-            raise ValueError(f"unknown option {word!r}: {hint}")
+            hint = nearest_option(word.partition("=")[0], [f"--{name}" for name in known])
+            hint = hint or ": settings read --STAGE.dotted.key VALUE"
+            raise ValueError(f"unknown option {word!r}{hint} (`vidreason pipeline --help`)")
         if match[2] is None and (not rest or rest[0].startswith("--")):
             raise ValueError(f"{word}: a value is missing")
         text = rest.pop(0) if match[2] is None else match[2]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vidreason import __version__
+from vidreason.callbacks.time_left import BEHIND, Behind, pipeline_left
 from vidreason.cli.fingerprints import (
     fingerprint_artefact,
     fingerprint_config,
@@ -21,15 +22,18 @@ from vidreason.cli.fingerprints import (
 from vidreason.cli.pipeline_commands import COLD_POLICY_STATUS, INTERRUPTED_STATUS, USAGE_STATUS, Commands
 from vidreason.cli.pipeline_spec import ARTEFACT_FILES, PipelineSpec, Reference, StageSpec, locate_config
 from vidreason.cli.pipeline_state import (
+    NOTHING,
     RunState,
     StageRecord,
     artefact_path,
     changed_inputs,
     find_taken_stage,
-    write_atomically,
+    seconds_behind,
+    seconds_taken,
 )
 from vidreason.cli.summary import write_summary
 from vidreason.cli.vlm_shorthand import shorthand_settings
+from vidreason.datamodules.whole_files import write_text
 
 _ARTEFACT = "artefact"
 
@@ -38,7 +42,13 @@ class PipelineRun:
     """One pipeline in one run folder."""
 
     def __init__(
-        self, spec: PipelineSpec, run_dir: Path, commands: Commands, again: str, use: Mapping[str, Path] | None = None
+        self,
+        spec: PipelineSpec,
+        run_dir: Path,
+        commands: Commands,
+        again: str,
+        use: Mapping[str, Path] | None = None,
+        later: Behind = NOTHING,
     ) -> None:
         """Loads the folder's state.
 
@@ -48,6 +58,7 @@ class PipelineRun:
             commands: How to run a stage.
             again: The command line that goes on with this run, for messages.
             use: Stage name to the folder of another run in which it is finished.
+            later: What follows this pipeline, where it is one of several.
 
         Raises:
             ValueError: The folder's state cannot be read or belongs to another pipeline; a stage in ``use`` is unknown.
@@ -55,6 +66,7 @@ class PipelineRun:
         self.spec, self.run_dir, self.commands, self.again = spec, run_dir, commands, again
         self.use = {spec.stage(name).name: folder for name, folder in (use or {}).items()}
         self.state = RunState.load(run_dir) or RunState(spec.name)
+        self.later, self.took = later, seconds_taken(self.state)
         if self.state.pipeline != spec.name:
             raise ValueError(
                 f"--run_dir {run_dir} holds a run of pipeline {self.state.pipeline!r}, not of {spec.name!r}; "
@@ -74,11 +86,13 @@ class PipelineRun:
             ValueError: ``until`` is no stage; a stage of ``--use`` does not fit; a stage did not write its artefact.
         """
         last = self.spec.stage(until).name if until else self.spec.stages[-1].name
-        write_atomically(self.run_dir / "pipeline.yaml", self.spec.as_yaml())
+        write_text(self.run_dir / "pipeline.yaml", self.spec.as_yaml())
         if not self._check(last):
             return USAGE_STATUS
         for number, stage in enumerate(self.spec.stages, 1):
             title = f"[{number}/{len(self.spec.stages)}] {stage.name}"
+            following = self._until(last)[number:]
+            self.behind = seconds_behind([s.name for s in following if s.name not in self.use], self.took) + self.later
             status = self._take(stage, title) if stage.name in self.use else self._advance(stage, title)
             if status != 0:
                 return status
@@ -90,7 +104,7 @@ class PipelineRun:
 
     def _check(self, last: str) -> bool:
         """Builds every stage that will run once, without weights: a typo shows now and not hours later."""
-        for stage in self.spec.stages[: [stage.name for stage in self.spec.stages].index(last) + 1]:
+        for stage in self._until(last):
             record = self.state.stages.get(stage.name)
             known = (
                 record is not None and record.done and not changed_inputs(_settled(record.inputs), self._given(stage))
@@ -102,6 +116,10 @@ class PipelineRun:
                 print(f"error: stage {stage.name}: {error}", file=sys.stderr)
                 return False
         return True
+
+    def _until(self, last: str) -> tuple[StageSpec, ...]:
+        """The stages up to and with ``last``."""
+        return self.spec.stages[: [stage.name for stage in self.spec.stages].index(last) + 1]
 
     def _take(self, stage: StageSpec, title: str) -> int:
         """Takes a finished stage from another run, if it was made on the inputs that it would have here."""
@@ -165,8 +183,8 @@ class PipelineRun:
         folder = self.run_dir / record.folder
         record.command = self._command_line(stage, folder)
         line = shlex.join(["vidreason", *record.command])
-        print(f"{title}\n  $ {line}", flush=True)
-        write_atomically(folder / "command.txt", line + "\n")
+        print(f"{title}{self._left(stage)}\n  $ {line}", flush=True)
+        write_text(folder / "command.txt", line + "\n")
         record.status = "running"
         self.state.save(self.run_dir)
         status = self._timed(record, title)
@@ -186,6 +204,11 @@ class PipelineRun:
             self._finish(stage, record, folder)
         self.state.save(self.run_dir)
         return 0
+
+    def _left(self, stage: StageSpec) -> str:
+        """How long this stage and what follows will take, where an earlier run of this folder tells."""
+        total = seconds_behind([stage.name], self.took) + self.behind
+        return f"  (time left for all: {pipeline_left(0, total)})" if total.seconds > 0 else ""
 
     def _finish(self, stage: StageSpec, record: StageRecord, folder: Path) -> None:
         path = artefact_path(folder, stage.artefact)
@@ -210,7 +233,11 @@ class PipelineRun:
         record.status = "failed"  # stands if the command leaves by an exception
         status = None
         try:
-            status = self.commands.run(record.command)
+            token = BEHIND.set(self.behind)
+            try:
+                status = self.commands.run(record.command)
+            finally:
+                BEHIND.reset(token)
         except KeyboardInterrupt:
             status = INTERRUPTED_STATUS
         finally:

@@ -7,13 +7,14 @@ before or the state after.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from vidreason.callbacks.time_left import Behind
 from vidreason.cli.pipeline_spec import ARTEFACT_FILES, Artefact
+from vidreason.datamodules.whole_files import write_text
 
 Status = Literal["running", "interrupted", "failed", "finished", "skipped"]
 STATE_FILE = "state.json"
@@ -55,7 +56,7 @@ class RunState:
 
     def save(self, run_dir: Path) -> None:
         """Writes ``state.json`` atomically."""
-        write_atomically(run_dir / STATE_FILE, json.dumps({"vidreason_state": _VERSION, **asdict(self)}, indent=1))
+        write_text(run_dir / STATE_FILE, json.dumps({"vidreason_state": _VERSION, **asdict(self)}, indent=1))
 
     @classmethod
     def load(cls, run_dir: Path) -> RunState | None:
@@ -79,14 +80,6 @@ class RunState:
             return cls(content["pipeline"], content.get("train_clips"), stages)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: cannot be read ({error}); delete it to run every stage again") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that neither a reader nor a killed process leaves half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def artefact_path(folder: Path, artefact: Artefact) -> Path | None:
@@ -137,3 +130,18 @@ def find_taken_stage(name: str, folder: Path) -> tuple[Path, StageRecord]:
     if folder != run_dir and folder.resolve() != stage_folder.resolve():
         raise ValueError(f"{option}: stage {name!r} of {run_dir} lies in {stage_folder}")
     return stage_folder, record
+
+
+NOTHING = Behind(0.0, complete=True)
+
+
+def seconds_taken(state: RunState | None) -> dict[str, float]:
+    """Seconds of the stages that were finished in a folder, by name; those taken from another run cost none."""
+    stages = state.stages.items() if state else ()
+    return {name: 0.0 if record.taken else record.wall_seconds for name, record in stages if record.done}
+
+
+def seconds_behind(names: Iterable[str], took: Mapping[str, float]) -> Behind:
+    """What stages will take, if they take as long as before."""
+    names = list(names)
+    return Behind(sum(took.get(name, 0.0) for name in names), all(name in took for name in names))

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vidreason.cli.pipeline_spec import PipelineSpec
-from vidreason.cli.pipeline_state import RunState, artefact_path, write_atomically
+from vidreason.cli.pipeline_state import RunState, artefact_path
 from vidreason.cli.table import decimal, percent, render_table
+from vidreason.datamodules.whole_files import write_text
 
 ECE_BINS = 15
 _Z = 1.959963984540054  # 97.5 % point of the normal distribution
@@ -251,7 +252,7 @@ def render_summary(rows: Sequence[SummaryRow]) -> str:
 def save_rows(path: Path, rows: Sequence[SummaryRow]) -> None:
     """Writes rows as JSON."""
     listed = [{key: value for key, value in asdict(row).items() if key != "note" or value} for row in rows]
-    write_atomically(path, json.dumps(listed, indent=1) + "\n")
+    write_text(path, json.dumps(listed, indent=1) + "\n")
 
 
 def load_rows(path: Path) -> list[SummaryRow]:
@@ -264,6 +265,6 @@ def write_summary(run_dir: Path, spec: PipelineSpec, state: RunState) -> list[Su
     rows = summarise_run(run_dir, spec, state)
     save_rows(run_dir / "summary.json", rows)
     text = render_summary(rows)
-    write_atomically(run_dir / "summary.txt", text + "\n")
+    write_text(run_dir / "summary.txt", text + "\n")
     print(text)
     return rows

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from vidreason.datamodules.types import Encoded, Example, Text
+from vidreason.datamodules.types import Encoded, Example, Text, TextBatch
 from vidreason.lightning_modules.vlms.base import VLM, Generated
+from vidreason.lightning_modules.vlms.context import longest_texts
 
 MakeVLM = Callable[..., VLM]
 TRACE = "<think>a person leaves</think><answer>cat</answer>"
@@ -217,3 +218,26 @@ def test_encodes_in_spawned_workers(make_vlm: MakeVLM, builders: ModuleType) -> 
     )
     there = next(iter(loader))
     assert there.texts.ids.equal(vlm.encode([example] * 2).texts.ids)
+
+
+def test_what_is_longer_than_the_context_is_refused_by_name(make_vlm: MakeVLM, builders: ModuleType) -> None:
+    vlm = make_vlm("qwen")
+    examples = [builders.make_example([TRACE, "no tags"]), builders.make_example(["x"], prompt="longer " * 9, seed=1)]
+    encoded = vlm.encode(examples)
+    prompts, texts = encoded.prompts.inputs["attention_mask"].sum(1).tolist(), encoded.texts.mask.sum(1).tolist()
+    needed = [prompts[0] + max(texts[:2]), prompts[1] + texts[2]]  # by hand: each prompt and its own longest text
+    vlm.context_length = max(needed)  # type: ignore[misc]
+    vlm.encode(examples)
+    vlm.context_length = max(needed) - 1  # type: ignore[misc]
+    name = examples[needed.index(max(needed))].sample.video_id
+    with pytest.raises(ValueError, match=rf"clip {name}: its prompt has .* context is {max(needed) - 1} .*num_frames"):
+        vlm.encode(examples)
+    vlm.context_length = None  # type: ignore[misc]
+    vlm.encode(examples)
+
+
+def test_a_chain_of_texts_counts_as_a_whole() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    zeros = torch.zeros(4, 4)
+    texts = TextBatch(zeros.long(), mask, mask, zeros.bool(), torch.tensor([0, 0, 0, 2]), torch.tensor([-1, 0, -1, -1]))
+    assert longest_texts(texts, 3) == [5, 0, 4]  # 3 + 2 behind it, nothing, 4
