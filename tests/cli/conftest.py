@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 CLASSES = """
 import json
+import os
+import signal
 
 import lightning as L
 import torch
@@ -57,8 +60,15 @@ class Broken(torch.utils.data.Dataset):
 
 
 class Stage(L.LightningModule):
-    def __init__(self, vlm: VLM, optimizer: OptimizerCallable = torch.optim.SGD, interrupt_at: int = -1):
+    def __init__(
+        self,
+        vlm: VLM,
+        optimizer: OptimizerCallable = torch.optim.SGD,
+        interrupt_at: int = -1,
+        killed: bool = False,
+    ):
         super().__init__()
+        self.killed = killed
         self.vlm, self.optimizer, self.interrupt_at, self.net = vlm, optimizer, interrupt_at, None
 
     def configure_model(self):
@@ -67,7 +77,10 @@ class Stage(L.LightningModule):
 
     def training_step(self, batch, index):
         if self.global_step == self.interrupt_at:
-            raise KeyboardInterrupt
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGTERM)  # as a scheduler does, or a machine that is shut down
+            else:
+                raise KeyboardInterrupt
         return self.net(batch).pow(2).mean()
 
     def test_step(self, batch, index):
@@ -126,3 +139,35 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "module").write_text(module)
     yield tmp_path
     sys.modules.pop(module, None)
+
+
+ONE_STEP = {
+    "trainer": {
+        "max_steps": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "logger": False,
+        "limit_val_batches": 1,
+    }
+}
+TABLE = {
+    "class_path": "vidreason.datamodules.manifest.ManifestDataModule",
+    "init_args": {"manifest": "t.csv", "batch_size": 2, "num_workers": 0, "frames": {"num_frames": 2}},
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, write_clip):
+    """Eight clips of two classes, a table, a data section and an overlay that makes every stage one step long."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VIDREASON_TRACEBACK", raising=False)
+    lines = ["path,label,split"]
+    for i, split in enumerate(["train", "train", "val", "val", "cal", "cal", "test", "test"]):
+        write_clip(Path("clips", "ab"[i % 2], f"{i}.mp4"), i + 2, size=(48, 32))
+        lines.append(f"clips/{'ab'[i % 2]}/{i}.mp4,{'ab'[i % 2]},{split}")
+    Path("t.csv").write_text("\n".join(lines) + "\n")
+    Path("data.yaml").write_text(yaml.safe_dump(TABLE))
+    Path("small.yaml").write_text(yaml.safe_dump(ONE_STEP))
+    return tmp_path

@@ -128,6 +128,16 @@ def test_interrupted_run_says_how_to_resume_and_does(project, capsys, module):
     assert torch.load(last, weights_only=True)["global_step"] == 5
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_a_run_that_the_system_ends_is_interrupted_and_not_finished(project, capsys):
+    argv = [*FIT, "--run_dir", "runs/k", "--trainer.max_steps", "50", "--model.init_args.killed", "true"]
+    assert main([*argv, "--model.init_args.interrupt_at", "3"]) == 130
+    assert "--ckpt_path runs/k/checkpoints/last.ckpt" in capsys.readouterr().err
+    import torch
+
+    assert torch.load("runs/k/checkpoints/last.ckpt", weights_only=True)["global_step"] in (3, 4)
+
+
 def test_configs_of_the_package_are_found_and_named(project, module, monkeypatch, capsys):
     package = project / "package"
     Path("configs").rename(package)

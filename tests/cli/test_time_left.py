@@ -10,7 +10,7 @@ from vidreason.callbacks.progress import RunProgress
 from vidreason.callbacks.time_left import BEHIND, Behind, pipeline_left
 from vidreason.cli import pipeline_run
 from vidreason.cli.demo import later_methods
-from vidreason.cli.pipeline import run_pipeline
+from vidreason.cli.pipeline import main, run_pipeline
 from vidreason.cli.pipeline_commands import Commands
 from vidreason.cli.pipeline_state import NOTHING, RunState, StageRecord
 
@@ -123,3 +123,13 @@ def test_the_bar_adds_the_rest_of_its_stage():
         assert bars._pipeline(Bar()) == {}
     finally:
         BEHIND.reset(token)
+
+
+def test_a_finished_pipeline_says_what_to_do_next(tmp_path, monkeypatch, capsys):
+    calls: list[int] = [0, 0, 1]
+    monkeypatch.setattr("vidreason.cli.pipeline.run_pipeline", lambda argv: calls.pop(0))
+    whole = ["--config", "configs/pipelines/zero_shot.yaml", "--run_dir", "runs/my run"]
+    said = "next: vidreason classify new_clip.mp4 --run 'runs/my run'"
+    for options, expected in ((whole, True), ([*whole, "--until", "test"], False), (whole, False)):
+        main(options)
+        assert (said in capsys.readouterr().out) is expected

@@ -17,7 +17,7 @@ from pathlib import Path
 from vidreason.callbacks.time_left import Behind
 from vidreason.cli.demo_report import write_report
 from vidreason.cli.options import CommandParser
-from vidreason.cli.pipeline import run_pipeline
+from vidreason.cli.pipeline import next_command, run_pipeline
 from vidreason.cli.pipeline_commands import Commands, trainer_commands
 from vidreason.cli.pipeline_spec import SECTIONS, read_pipeline
 from vidreason.cli.pipeline_state import NOTHING, RunState, seconds_behind, seconds_taken
@@ -94,6 +94,7 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
     print(write_report(options.run_dir, METHODS))
     minutes = (time.monotonic() - started) / 60
     print(f"\nthis call took {minutes:.1f} minutes; remove everything with: {_removal(options.run_dir)}")
+    print(f"next: {next_command(options.run_dir / METHODS[-1])}")
     return 0
 
 

@@ -25,7 +25,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from vidreason.cli.config_errors import explain
@@ -175,8 +175,9 @@ class VideoCLI(LightningCLI):
             with _interrupts_restored():
                 super()._run_subcommand(subcommand)
         except SystemExit as stop:
-            # Lightning shuts down in order, then exits with 1 from inside its `except KeyboardInterrupt`
-            if isinstance(stop.__context__, KeyboardInterrupt):
+            # Lightning shuts down in order, then exits with 1 from inside its `except KeyboardInterrupt`, and without a
+            # status, as if all were well, where the system ends it (a scheduler, a shutdown)
+            if isinstance(stop.__context__, KeyboardInterrupt) or isinstance(stop, SIGTERMException):
                 say(self._how_to_resume())
                 raise KeyboardInterrupt from None
             raise

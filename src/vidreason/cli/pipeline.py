@@ -50,7 +50,15 @@ def main(argv: Sequence[str]) -> int:
     if not argv:
         print(list_pipelines())
         return 0
-    return run_pipeline(argv)
+    status = run_pipeline(argv)
+    if status == 0 and (call := read_call(argv)).until is None and call.spec.stages[-1].command == "test":
+        print(f"\nnext: {next_command(call.run_dir)}")
+    return status
+
+
+def next_command(run_dir: Path) -> str:
+    """What is done with a finished run."""
+    return shlex.join(["vidreason", "classify", "new_clip.mp4", "--run", str(run_dir)])
 
 
 def run_pipeline(argv: Sequence[str], commands: Commands | None = None, later: Behind = NOTHING) -> int:

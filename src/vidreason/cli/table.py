@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.cells import cell_len
+
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligns columns: the first to the left, the others to the right.
+    """Aligns columns: the first to the left, the others to the right; a wide character takes two places.
 
     >>> print(render_table(["method", "acc"], [["rb_ft", "50.0"], ["zero_shot", "9.1"]]))
     method      acc
     ---------  ----
     rb_ft      50.0
     zero_shot   9.1
+    >>> print(render_table(["class", "n"], [["走路", "12"], ["run", "3"]]))
+    class   n
+    -----  --
+    走路   12
+    run     3
     """
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    widths = [max(cell_len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def blank(cell: str, width: int) -> str:
+        return " " * (width - cell_len(cell))
 
     def line(cells: Sequence[str]) -> str:
         first, *others = cells
-        return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))])
+        right = [blank(cell, width) + cell for cell, width in zip(others, widths[1:], strict=True)]
+        return "  ".join([first + blank(first, widths[0]), *right])
 
     return "\n".join(line(row).rstrip() for row in (header, ["-" * width for width in widths], *rows))
 
