@@ -44,7 +44,7 @@ def describe_level(
                 truth = draw_any_facts(stream(SEED, "test", level, index, "facts"))
                 scene = draw_scene(SEED, "test", level, index, truth)
                 frames = render(
-                    scene, stream(SEED, "test", level, index, "sensor"), stream(SEED, "test", level, index, "clutter")
+                    scene, stream(SEED, "test", level, index, "grain"), stream(SEED, "test", level, index, "clutter")
                 )
                 path = Path(folder) / f"{index}.mp4"
                 write_mp4(path, to_mono(frames) if camera == "mono" else frames)

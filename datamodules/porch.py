@@ -36,7 +36,7 @@ from vidreason.datamodules.whole_files import naming
 from vidreason.rewards.completion import render_completion
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 3
+_VERSION = 4
 """Raised when the pictures or draws change, so that clips of an older version are not taken for current ones."""
 
 
@@ -203,7 +203,7 @@ class PorchDataModule(ManifestDataModule):
         scene = draw_scene(seed, item.stream, item.level, item.index, item.facts, shortcut=self.shortcut)
         frames = render(
             scene,
-            stream(seed, item.stream, item.level, item.index, "sensor"),
+            stream(seed, item.stream, item.level, item.index, "grain"),
             stream(seed, item.stream, item.level, item.index, "clutter"),
         )
         write_mp4(path, to_mono(frames) if self.camera == "mono" else frames)

@@ -25,15 +25,15 @@ DOOR_HALF, DOOR_HEIGHT = 9, 33
 PARCEL_HALF, PARCEL_HEIGHT = 4, 7
 
 
-def render(scene: Scene, sensor_rng: np.random.Generator, clutter_rng: np.random.Generator) -> Frames:
+def render(scene: Scene, grain_rng: np.random.Generator, clutter_rng: np.random.Generator) -> Frames:
     """Renders a clip, [FRAMES, HEIGHT, WIDTH, 3] uint8."""
-    backdrop = _backdrop(scene.looks, sensor_rng)
+    backdrop = _backdrop(scene.looks, grain_rng)
     clutter = clutter_rng.random(16)
     frames = np.empty((FRAMES, HEIGHT, WIDTH, 3), np.float32)
     for t in range(FRAMES):
         frames[t] = backdrop
         _draw_frame(frames[t], scene, t, clutter)
-    return _sense(frames, scene, sensor_rng, clutter)
+    return _sense(frames, scene, grain_rng, clutter)
 
 
 def to_mono(frames: Frames) -> Frames:

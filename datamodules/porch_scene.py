@@ -8,6 +8,7 @@ clutter and view. ``wide`` is what pretraining sees: every look but stripe walls
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,9 @@ from vidreason.datamodules.porch_world import ABNORMAL, LABELS, Facts, label_of,
 WIDTH, HEIGHT, FRAMES = 96, 64, 12
 SHORTCUT = 0.85
 """How often, at L0, night goes with abnormal labels and the clothing with the label."""
+
+VISIT, LONGEST_VISIT, SHORTEST_VISIT, UNEVEN_VISIT = 9.9, 11.4, 9.0, 9.7
+"""Frames from entering to leaving: at speed 1, at most, at least, and at least where frame times are uneven."""
 
 TRAIN_CLOTHING = tuple((0.02 + 0.1 * i) % 1.0 for i in range(10))
 TRAIN_WALLS = (0.06, 0.12, 0.30, 0.55, 0.62)
@@ -141,21 +145,28 @@ _Path = tuple[tuple[float, ...], tuple[bool, ...], tuple[bool, ...], tuple[bool,
 
 
 def _draw_path(rng: np.random.Generator, level: int, facts: Facts, looks: Looks, wide: bool) -> _Path:
-    """Lays waypoints with pauses, walks them at even speed and reads the clip's 12 frames off that walk."""
+    """Lays waypoints with pauses, walks them at even speed and reads the clip's 12 frames off that walk.
+
+    Whoever walks too fast to be in the picture for 8 frames stands longer instead.
+    """
     u = rng.random(16)
+    uneven = level >= 3 and not wide
     slow, fast = (0.65, 1.3) if wide else (0.65, 1.6) if level >= 3 else (0.85, 1.2)
     stops = _waypoints(facts, looks, u)
-    pauses = [pause for _, pause in stops]
-    legs = [abs(b[0] - a[0]) for a, b in zip(stops, stops[1:], strict=False)]
-    active = min(max(9.9 / (slow + (fast - slow) * u[0]), 8.8), 11.4)
+    legs = [0.0] + [abs(b - a) for (a, _), (b, _) in pairwise(stops)]
+    speed, shortest = slow + (fast - slow) * u[0], UNEVEN_VISIT if uneven else SHORTEST_VISIT
+    active = min(max(VISIT / speed, shortest), LONGEST_VISIT)
     if facts.exits == "stays":
         active = FRAMES - 0.2
-    walking = active - sum(pauses)
+    standing = sum(pause for _, pause in stops)
+    walking = (active - standing) / max(speed * shortest / VISIT, 1.0)
+    longer = (active - walking) / standing
     pace = max(sum(legs), 1.0) / walking  # pixels per frame
     times: list[tuple[float, float]] = []
     now, event_at = 0.0, {"goal": -1.0, "end": -1.0}
     for i, (x, pause) in enumerate(stops):
-        now += legs[i - 1] / pace if i else 0.0
+        now += legs[i] / pace
+        pause *= longer
         times.append((now, x))
         if i == len(stops) - 2 and facts.reaches != "none":
             event_at["goal"] = now + pause * 0.55
@@ -164,7 +175,7 @@ def _draw_path(rng: np.random.Generator, level: int, facts: Facts, looks: Looks,
         now += pause
         times.append((now, x))
     clock = np.arange(FRAMES) + 0.35
-    if level >= 3 and not wide:
+    if uneven:
         clock = clock + (rng.random(FRAMES) - 0.5) * 0.5
     x = np.interp(clock, [t for t, _ in times], [p for _, p in times])
     leaves = facts.exits != "stays"

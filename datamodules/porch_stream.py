@@ -31,7 +31,7 @@ def pretraining_scene(seed: int, index: int) -> Scene:
 
 def pretraining_frames(seed: int, index: int, scene: Scene) -> Frames:
     """Frames of that scene, [FRAMES, H, W, 3] uint8."""
-    frames = render(scene, stream(seed, "pretrain", 0, index, "sensor"), stream(seed, "pretrain", 0, index, "clutter"))
+    frames = render(scene, stream(seed, "pretrain", 0, index, "grain"), stream(seed, "pretrain", 0, index, "clutter"))
     return frames if index % 4 == 0 else halve_chroma(frames)
 
 

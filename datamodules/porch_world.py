@@ -28,7 +28,8 @@ FACT_VALUES: Mapping[str, tuple[str, ...]] = {
 LABELS = ("delivery", "theft", "visit", "entry", "loiter", "fall", "tamper", "pass_by")
 ABNORMAL = frozenset({"theft", "loiter", "fall", "tamper"})
 SPLIT_CODES: Mapping[str, int] = {"pretrain": 0, "train": 1, "val": 2, "cal": 3, "test": 4}
-PURPOSES: Mapping[str, int] = {"facts": 0, "looks": 1, "path": 2, "sensor": 3, "texts": 4, "clutter": 5, "labels": 6}
+PURPOSES: Mapping[str, int] = {"facts": 0, "looks": 1, "path": 2, "sensor": 3, "texts": 4, "clutter": 5, "labels": 6,
+                                "grain": 7}  # fmt: skip
 
 
 def stream(seed: int, split: str, level: int, index: int, purpose: str) -> np.random.Generator:

@@ -33,16 +33,16 @@ def scene_of(
 
 
 def frames_of(scene: Scene, seed: int, split: str, level: int, index: int) -> Frames:
-    sensor, clutter = (stream(seed, split, level, index, purpose) for purpose in ("sensor", "clutter"))
+    sensor, clutter = (stream(seed, split, level, index, purpose) for purpose in ("grain", "clutter"))
     return render(scene, sensor, clutter)
 
 
 PINS = {
-    0: "dd91ac7ca00e7090ade86a31a955f6ca005c706b0f0ef45970571485ec3d51e3",
-    1: "e2b67d9db4db320bb3e90d8cd5dd78821a7170c07a2c54a167a32ebdf16ff51d",
-    2: "9ce4447e7619b482fb415cd2c8f99a26aa2f6693510189d0e22a18e550f19149",
-    3: "4a231474a41ffc26c8d9535bce64329fc0d3cf56f90ae2c2460784c600f88d36",
-    4: "d5a224c70880ee79fda970869ad01e82cf71183aefe647d4d17d691eb29c86f3",
+    0: "aba07662185097c211f2c8ea940ab3e6f586eaad73ec02aaa515d2b7bbc1c91e",
+    1: "dea9367ff84d3fc98fc50c8d1f511e53cb916730c0445dfa22bbafc0062d23c4",
+    2: "ef5a4852f63fd3c3828306680d172e95f8f9386c09cf2d66d6db32f00ad3cee1",
+    3: "d901a168638049f96f83954ee72085d59d6ecdfc49870ab3bc41aefcc8a3ec3a",
+    4: "4ca6492bded03531c564aa25b6fc6d38004d20a158b9660d23784e2b6833d7db",
 }
 
 
@@ -111,19 +111,20 @@ def in_picture(scene: Scene) -> int:
     return sum(x + half > 0 and x - half < WIDTH for x in scene.x)  # NaN compares false
 
 
-@pytest.mark.parametrize(
-    "level",
-    [
-        *(0, 1, 2),
-        *(
-            pytest.param(level, marks=pytest.mark.xfail(reason="fast walks: 7 of 12 frames in about 1 % of clips"))
-            for level in (3, 4)
-        ),
-    ],
-)
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 4])
 def test_the_person_is_in_the_picture_in_eight_frames(level: int) -> None:
-    counts = [in_picture(scene_of(7, "test", level, index)) for index in range(400)]
+    counts = [in_picture(scene_of(7, "test", level, index)) for index in range(1000)]
     assert min(counts) >= 8, f"{np.mean(np.array(counts) < 8):.1%} of the clips have fewer"
+
+
+def test_level_three_walks_faster_than_training() -> None:
+    """Longest step between two frames, in pixels, where nobody turns."""
+
+    def pace(level: int) -> float:
+        passing = [scene_of(7, "test", level, index, "pass_by") for index in range(300)]
+        return float(np.quantile([np.nanmax(np.abs(np.diff(s.x))) for s in passing if s.facts.reaches == "none"], 0.9))
+
+    assert pace(3) > 1.2 * pace(1)
 
 
 def test_the_goal_is_reached_and_held() -> None:
