@@ -58,13 +58,17 @@ def test_functions_need_torch_only():
         assert tops(path) - sys.stdlib_module_names <= {"vidreason", "torch"}, relative(path)
 
 
-def test_one_file_imports_a_decoder():
+def test_decoders_stand_behind_one_file():
     """Writing mp4 files is not decoding: files named for rendering may use PyAV's muxer."""
     users = {
         relative(path) for path in SOURCES if tops(path) & DECODERS and not relative(path).startswith("benchmarks")
     }
     readers = {name for name in users if "render" not in name and "write" not in name}
-    assert readers == {"datamodules/decoding.py"}
+    assert readers == {"datamodules/pyav_reader.py"}
+    behind = {"vidreason.datamodules.pyav_reader", "vidreason.datamodules.frame_zip"}
+    assert {relative(path) for path in SOURCES if imported(path) & behind} == {"datamodules/decoding.py"}
+    named = {relative(path) for path in SOURCES if '"decord"' in path.read_text(encoding="utf-8").replace("'", '"')}
+    assert {name for name in named if "import_module" in (ROOT / name).read_text()} == {"datamodules/decoding.py"}
 
 
 def test_the_grammar_is_written_in_one_file():
