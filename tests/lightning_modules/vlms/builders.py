@@ -1,6 +1,6 @@
 """Writes tiny checkpoints of real families to disk, in the hub's own format. Random weights, seconds to build."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,9 @@ def _write(folder: Path, config: Any, processor: Any, seed: int, end: int, pad: 
     return folder
 
 
-def write_qwen(folder: Path, seed: int = 0, two: bool = False, **sizes: int) -> Path:
+def write_qwen(
+    folder: Path, seed: int = 0, two: bool = False, vision_sizes: Mapping[str, Any] | None = None, **sizes: Any
+) -> Path:
     """A Qwen2.5-VL (or Qwen2-VL, with ``two``) of about 0.3 M parameters; ``sizes`` go into its text config."""
     names = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
     specials = [f"<|{name}|>" for name in names]
@@ -105,6 +107,7 @@ def write_qwen(folder: Path, seed: int = 0, two: bool = False, **sizes: int) -> 
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
         }
+    vision |= vision_sizes or {}
     config = (Qwen2VLConfig if two else Qwen2_5_VLConfig)(
         text_config=text,
         vision_config=vision,

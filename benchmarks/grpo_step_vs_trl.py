@@ -1,0 +1,140 @@
+"""A whole GRPO step against TRL's own ``GRPOTrainer``: CPU-seconds of rollout, scoring and update, on the same weights.
+
+    python benchmarks/grpo_step_vs_trl.py [--repeats 5] [--steps 3] [--json FILE]
+
+The model is a Qwen2.5-VL of 13 M parameters with random weights and a frozen vision tower. TRL gets 8 images, ours a
+video of 16 frames in 8 temporal patches: 512 visual tokens each, in prompts of equal length. The text arms have prompts
+of that length without pixels. Both sides take the same number of prompts, group size, completion length (no completion
+may end before it), loss, optimizer, precision and number of threads; images and frames lie decoded in memory.
+
+Ours is ``GRPOModule.training_step`` under a Lightning trainer with its data module, TRL's is ``GRPOTrainer.train``. A
+step is everything from the end of one to the end of the next. The update is what follows the scored rollouts:
+log-probs, loss, backward, clipping, optimizer. Each run is a process of its own, arms take turns, the first step of
+each is left out (it counts FLOPs and patches instead). A figure is the median over all runs of each run's median step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ARMS = ("video_trl", "video_ours", "text_trl", "text_ours")
+PACKAGES = ("torch", "transformers", "trl", "lightning", "peft")
+SIZES = {
+    "reference": {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+        "vision_sizes": {"depth": 4, "hidden_size": 256, "intermediate_size": 704, "fullatt_block_indexes": [3]},
+    },
+    "tiny": {},
+}
+"""Of the decoder and the vision tower; ``tiny`` is for a test of this script."""
+
+
+def write_model(folder: Path, size: str) -> None:
+    """Writes the model that all arms load."""
+    spec = importlib.util.spec_from_file_location("builders", ROOT / "tests/lightning_modules/vlms/builders.py")
+    assert spec is not None
+    assert spec.loader is not None
+    builders: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builders)
+    builders.write_qwen(folder, **SIZES[size])
+
+
+def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Runs one arm in a process of its own and returns what it printed last."""
+    command = [sys.executable, str(Path(__file__).with_name("grpo_step_arms.py")), arm, str(model)]
+    for name in ("steps", "prompts", "group_size", "completion", "side"):
+        command += [f"--{name}", str(getattr(options, name))]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Returns the ratios, and the medians that they are made of."""
+    figures: dict[str, Any] = {}
+    seconds = {
+        (arm, what): [statistics.median(run[what]) for run in runs[arm]] for arm in runs for what in ("step", "update")
+    }
+    for kind in ("video", "text"):
+        for what in ("step", "update"):
+            trl, ours = (statistics.median(seconds[f"{kind}_{side}", what]) for side in ("trl", "ours"))
+            figures[f"{kind}_{what}_ratio"] = trl / ours
+    for (arm, what), values in seconds.items():
+        figures[f"{arm}_{what}_cpu_s"] = statistics.median(values)
+        figures[f"{arm}_{what}_cpu_s_all"] = [round(value, 4) for value in values]
+    for arm, repeats in runs.items():
+        figures |= {f"{arm}_{name}": value for name, value in repeats[0].items() if name not in ("step", "update")}
+    return figures
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """Prints ratios and seconds, a row per kind and part of the step."""
+    print(f"{'':14s}{'TRL CPU-s':>11s}{'ours CPU-s':>11s}{'TRL / ours':>11s}")
+    for kind in ("video", "text"):
+        for what in ("step", "update"):
+            trl, ours = (figures[f"{kind}_{side}_{what}_cpu_s"] for side in ("trl", "ours"))
+            print(f"{kind + ' ' + what:14s}{trl:11.3f}{ours:11.3f}{figures[f'{kind}_{what}_ratio']:11.2f}")
+    for name in ("prompt_tokens", "completion_tokens", "step_gflop", "vision_patches", "peak_rss_mb", "grad_norm"):
+        print(f"{name:18s}" + "   ".join(f"{arm} {figures[f'{arm}_{name}']}" for arm in ARMS))
+
+
+def main() -> None:
+    """Runs all arms in turns and writes what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="processes per arm")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps per process")
+    parser.add_argument("--prompts", type=int, default=1, help="prompts per step")
+    parser.add_argument("--group_size", type=int, default=8)
+    parser.add_argument("--completion", type=int, default=64, help="tokens of every completion")
+    parser.add_argument("--side", type=int, default=224, help="pixels per side of a frame, a multiple of 28")
+    parser.add_argument("--size", choices=sorted(SIZES), default="reference")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), options.size)
+        for repeat in range(options.repeats):
+            for arm in ARMS if repeat % 2 == 0 else ARMS[::-1]:
+                runs[arm].append(run_arm(arm, Path(folder), options))
+                step = statistics.median(runs[arm][-1]["step"])
+                print(f"repeat {repeat + 1}, {arm}: {step:.3f} CPU-s a step", file=sys.stderr, flush=True)
+    setting = {name: value for name, value in vars(options).items() if name != "json"}
+    figures = {
+        "date": date.today().isoformat(),
+        "device": f"CPU, {platform.machine()}, one thread",
+        "versions": {name: version(name) for name in PACKAGES},
+        "load_average": [round(load, 2), round(os.getloadavg()[0], 2)],
+        "setting": setting,
+        **summarise(runs),
+    }
+    print(f"{figures['date']}, {figures['device']}, {figures['versions']}, load {figures['load_average']}, {setting}")
+    print_table(figures)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

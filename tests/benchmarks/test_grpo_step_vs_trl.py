@@ -1,0 +1,69 @@
+"""The benchmark against TRL at a tiny size: both sides do the same work, and the ratios are what they say."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    arms, parent = load("grpo_step_arms"), load("grpo_step_vs_trl")
+    folder = tmp_path_factory.mktemp("model")
+    parent.write_model(folder, "tiny")
+    options = argparse.Namespace(steps=1, prompts=2, group_size=3, completion=5, side=56)
+    return {arm: arms.run_arm(arm, str(folder), options) for arm in parent.ARMS}
+
+
+def test_both_sides_get_the_same_prompts_and_write_as_much(runs):
+    assert {run["prompt_tokens"] for run in runs.values()} == {8 * 4 + 37}
+    assert {run["completion_tokens"] for run in runs.values()} == {5}
+
+
+def test_only_video_arms_see_pixels_and_ours_once_per_prompt_and_forward(runs):
+    patches = 8 * 16 * 2  # eight pictures of 4 x 4 patches, two prompts
+    assert runs["video_ours"]["vision_patches"] == 2 * patches, "sampling and update"
+    assert runs["video_trl"]["vision_patches"] == 2 * 3 * patches, "once for every completion"
+    assert runs["text_ours"]["vision_patches"] == runs["text_trl"]["vision_patches"] == 0
+
+
+def test_both_sides_learn_in_every_step(runs):
+    for run in runs.values():
+        assert run["grad_norm"] > 0
+        assert len(run["step"]) == len(run["update"]) == 1
+        assert 0 < run["update"][0] < run["step"][0]
+        assert run["step_gflop"] > 0
+
+
+def test_ratios_are_medians_of_medians():
+    parent = load("grpo_step_vs_trl")
+
+    def arm(*steps):
+        return [{"step": step, "update": [s / 4 for s in step], "prompt_tokens": 9} for step in steps]
+
+    made = parent.summarise(
+        {
+            "video_trl": arm([4.0, 6.0, 100.0], [8.0], [7.0]),  # medians 6, 8, 7
+            "video_ours": arm([2.0], [2.0], [50.0]),
+            "text_trl": arm([3.0]),
+            "text_ours": arm([2.0]),
+        }
+    )
+    assert made["video_step_ratio"] == 3.5
+    assert made["video_update_ratio"] == 3.5
+    assert made["text_step_ratio"] == made["text_update_ratio"] == 1.5
+    assert made["video_trl_step_cpu_s"] == 7
+    assert sum("ratio" in name for name in made) == 4
