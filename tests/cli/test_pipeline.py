@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from vidreason.cli import pipeline_run
-from vidreason.cli.configs import shipped_folder
+from vidreason.cli.configs import find_config, shipped_folder
 from vidreason.cli.pipeline import list_pipelines, main, read_call, run_pipeline
 from vidreason.cli.pipeline_commands import COLD_POLICY_STATUS, Commands
 from vidreason.cli.pipeline_spec import read_pipeline
@@ -70,7 +70,8 @@ class FakeTrainer:
         for key in ("model.init_args.traces", "model.init_args.adapter_path"):
             if key in settings:
                 settings[key] = _content(Path(settings[key]))
-        settings["config"] = Path(settings["config"]).read_text()
+        files = [find_config(argv[i + 1]) for i, word in enumerate(argv) if word == "--config"]
+        settings["config"] = "\n".join(file.read_text() for file in files if file is not None)
         text = json.dumps(settings, sort_keys=True)
         if argv[0] == "predict":
             (folder / "traces.jsonl").write_text(text)

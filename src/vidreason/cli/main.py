@@ -30,8 +30,6 @@ COMMANDS = {
     "configs": "list the shipped YAML files, or copy them: --copy DIR",
 }
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_FAILURES = ("DecodeError", "ColdPolicyError")
-"""Errors that are nobody's mistake on a command line, in a YAML or in a table."""
 _TRACEBACK_OPTIONS = ("--debug", "--traceback")
 """Commands that run nothing: every error of theirs is about what the user gave"""
 _SYSTEM_SAYS_NO = {
@@ -44,8 +42,12 @@ _SYSTEM_SAYS_NO = {
 EXIT_OK = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
+EXIT_COLD_POLICY = 5
+"""A stage gave up because no completion parses"""
 EXIT_INTERRUPTED = 130
 
+_FAILURES = {"DecodeError": EXIT_ERROR, "ColdPolicyError": EXIT_COLD_POLICY}
+"""Errors that are nobody's mistake on a command line, in a YAML or in a table, and their exit status"""
 _KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
 _WORKER_ERROR = re.compile(r"\ACaught (\w+) in DataLoader worker process")
 
@@ -57,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the program's name; the process's own by default.
 
     Returns:
-        Exit status: 0 done, 1 the run failed, 2 a mistake on the command line, in a config or in the data's tables, 130
-        interrupted.
+        Exit status: 0 done, 1 the run failed, 2 a mistake on the command line, in a config or in the data's tables, 5
+        no completion of GRPO parses, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     asked = any(option in arguments for option in _TRACEBACK_OPTIONS)
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if show_traceback or not raised_by_user_code(error):
             raise
         print(f"error: {message_of(error)}", file=sys.stderr)
-        return EXIT_ERROR if _kind_of(error) in _FAILURES else EXIT_USAGE
+        return _FAILURES.get(_kind_of(error), EXIT_USAGE)
     except OSError as error:
         if show_traceback or (error.filename is None and error.errno not in _SYSTEM_SAYS_NO):
             raise

@@ -110,6 +110,13 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
         help="model for every stage: a section (configs/vlm/...), a hub id such as Qwen/Qwen2.5-VL-3B-Instruct, or a "
         "model folder",
     )
+    parser.add_argument(
+        "--strategy",
+        action="append",
+        default=[],
+        metavar="[STAGE=]NAME",
+        help="how a stage, or every stage, trains: an overlay of configs/strategy (qlora, fsdp, ...) or a file",
+    )
     parser.add_argument("--seed", type=int, help="seed of every stage (default: the pipeline's, else 0)")
     parser.add_argument(
         "--use",
@@ -131,6 +138,9 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
             else:
                 locate_config(name)
             spec = replace(spec, **{section: name})
+    for item in options.strategy:
+        stage, equals, name = item.rpartition("=")
+        spec = spec.with_strategy(name, stage if equals else None)
     if options.seed is not None:
         spec = replace(spec, seed=options.seed)
     if options.until is not None:

@@ -6,15 +6,17 @@ import argparse
 import gc
 import io
 import logging
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
-COLD_POLICY_STATUS = 5
-"""Exit status of a stage that gave up because no completion parses"""
-USAGE_STATUS = 2
-INTERRUPTED_STATUS = 130
+from vidreason.cli.main import EXIT_COLD_POLICY, EXIT_INTERRUPTED, EXIT_USAGE
+
+COLD_POLICY_STATUS = EXIT_COLD_POLICY
+USAGE_STATUS = EXIT_USAGE
+INTERRUPTED_STATUS = EXIT_INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,14 @@ def run_stage(argv: list[str]) -> int:
     from vidreason.cli import lightning
     from vidreason.lightning_modules.rollout import ColdPolicyError
 
+    nodes, devices = _processes(argv)
+    if nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes is {nodes}, but a pipeline runs on one machine: choose another strategy for this stage "
+            "(--strategy STAGE=NAME), or start each stage by itself on every node (docs/strategies.md)"
+        )
+    if devices > 1:
+        return run_apart(argv)
     try:
         return lightning.run(argv[0], argv[1:])
     except ColdPolicyError as error:
@@ -60,6 +70,38 @@ def run_stage(argv: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:
         gc.collect()  # a finished stage's model, before the next one is built
+
+
+def _processes(argv: list[str]) -> tuple[int, int]:
+    """Nodes, and processes on each, that a command would train with; a mistake in it shows when it runs."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from vidreason.cli import lightning
+
+    try:
+        with quietly():
+            trainer = lightning.build(argv[0], argv[1:]).trainer
+    except (argparse.ArgumentError, OmegaConfBaseException, MisconfigurationException):
+        return 1, 1
+    return trainer.num_nodes, trainer.num_devices
+
+
+def run_apart(argv: list[str]) -> int:
+    """Runs a command as a process of its own: a trainer with several starts the others by its own command line.
+
+    Args:
+        argv: As for :func:`run_stage`.
+
+    Returns:
+        Exit status.
+    """
+    with subprocess.Popen([sys.executable, "-m", "vidreason", *argv]) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # it went to the stage, too, which saves a checkpoint first
+                continue
 
 
 def check_stage(argv: list[str]) -> str | None:

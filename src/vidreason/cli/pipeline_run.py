@@ -32,6 +32,7 @@ from vidreason.cli.pipeline_state import (
     seconds_taken,
 )
 from vidreason.cli.summary import write_summary
+from vidreason.cli.usage import cpu_seconds, gpus_used, reset_gpu_peak
 from vidreason.cli.vlm_shorthand import shorthand_settings
 from vidreason.datamodules.whole_files import write_text
 
@@ -228,8 +229,8 @@ class PipelineRun:
 
     def _timed(self, record: StageRecord, title: str) -> int:
         """Runs the stage's command and adds what it took to the record, however it ends."""
-        cpu, wall = _cpu_seconds(), time.monotonic()
-        _reset_gpu_peak()
+        cpu, wall = cpu_seconds(), time.monotonic()
+        reset_gpu_peak()
         record.status = "failed"  # stands if the command leaves by an exception
         status = None
         try:
@@ -245,8 +246,8 @@ class PipelineRun:
                 self._say_how_to_go_on(title, "failed")
             elapsed = time.monotonic() - wall
             record.wall_seconds += elapsed
-            record.cpu_seconds += _cpu_seconds() - cpu
-            record.gpu_seconds += elapsed * _gpus_used()
+            record.cpu_seconds += cpu_seconds() - cpu
+            record.gpu_seconds += elapsed * gpus_used()
             self.state.save(self.run_dir)
         return status
 
@@ -254,6 +255,10 @@ class PipelineRun:
         """The stage as the arguments of an ordinary ``vidreason`` call."""
         argv: list[str] = [stage.command, "--config", stage.config]
         settings = {"run_dir": folder.as_posix(), **self._settings(stage)}
+        for section in ("data", "vlm"):
+            if section in settings and stage.strategy is not None:  # the overlay goes on top of them
+                argv += [f"--{section}", str(settings.pop(section))]
+        argv += ["--config", stage.strategy] if stage.strategy is not None else []
         settings |= {key: self._resolve(refs)[1].as_posix() for key, refs in stage.inputs.items()}
         checkpoint = folder / "checkpoints" / "last.ckpt"
         if stage.command == "fit" and checkpoint.is_file():
@@ -274,6 +279,8 @@ class PipelineRun:
         inputs = {"command": stage.command, "vidreason": __version__, "base": fingerprint_embedded_weights()}
         inputs |= fingerprint_config(locate_config(stage.config), stage.config)
         inputs |= fingerprint_settings(shorthand_settings(self.spec.vlm))
+        if stage.strategy is not None:
+            inputs |= fingerprint_config(locate_config(stage.strategy), stage.strategy)
         return inputs | fingerprint_settings(self._settings(stage))
 
     def _inputs(self, stage: StageSpec) -> dict[str, str]:
@@ -307,24 +314,3 @@ def _put_aside(folder: Path) -> None:
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-
-
-def _cpu_seconds() -> float:
-    """CPU time of this process and its finished children (data workers)."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
-
-
-def _reset_gpu_peak() -> None:
-    torch = sys.modules.get("torch")  # not imported before the first stage
-    if torch is not None and torch.cuda.is_available():
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(device)
-
-
-def _gpus_used() -> int:
-    """How many GPUs held memory of this process since the last reset."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return 0
-    return sum(torch.cuda.max_memory_allocated(device) > 0 for device in range(torch.cuda.device_count()))

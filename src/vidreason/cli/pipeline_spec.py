@@ -16,7 +16,7 @@ from typing import Literal, cast
 
 import yaml
 
-from vidreason.cli.configs import find_config
+from vidreason.cli.configs import PREFIX, find_config, shipped_folder
 from vidreason.cli.fingerprints import read_yaml
 
 Command = Literal["fit", "predict", "test"]
@@ -30,8 +30,8 @@ ARTEFACT_FILES: Mapping[str, tuple[str, ...]] = {
 }
 SECTIONS = ("data", "vlm", "model", "trainer", "optimizer", "lr_scheduler", "seed_everything")
 
-_STAGE_KEYS = ("name", "command", "config", "args", "inputs", "on_cold_policy")
-_PIPELINE_KEYS = ("name", "description", "needs", "data", "vlm", "seed", "args", "stages")
+_STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_cold_policy")
+_PIPELINE_KEYS = ("name", "description", "needs", "data", "vlm", "strategy", "seed", "args", "stages")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _REFERENCE = re.compile(r"\{([^{}]+)\}")
 
@@ -60,6 +60,8 @@ class StageSpec:
     """Dotted setting to where its path comes from: the first of the alternatives that exists"""
     on_cold_policy: Literal["stop", "skip"] = "stop"
     """What to do where the stage gives up because no completion parses"""
+    strategy: str | None = None
+    """An overlay on the config, ``configs/strategy/NAME.yaml``"""
 
     @property
     def artefact(self) -> Artefact:
@@ -103,6 +105,16 @@ class PipelineSpec:
         number = [stage.name for stage in self.stages].index(name) + 1
         return f"stages/{number:02d}_{name}"
 
+    def with_strategy(self, strategy: str, stage: str | None = None) -> PipelineSpec:
+        """Lays an overlay of ``configs/strategy`` on one stage, or on every stage.
+
+        Raises:
+            ValueError: There is no such stage or overlay.
+        """
+        path, chosen = strategy_file(strategy), None if stage is None else self.stage(stage)
+        stages = tuple(replace(s, strategy=path) if chosen in (None, s) else s for s in self.stages)
+        return replace(self, stages=stages)
+
     def with_overrides(self, overrides: Mapping[str, object]) -> PipelineSpec:
         """Lays ``stage.dotted.key`` (that stage) and ``section.dotted.key`` (every stage) on top.
 
@@ -137,6 +149,8 @@ class PipelineSpec:
         stages: list[dict[str, object]] = []
         for stage in self.stages:
             row: dict[str, object] = {"name": stage.name, "command": stage.command, "config": stage.config}
+            if stage.strategy is not None:
+                row["strategy"] = stage.strategy
             if stage.args:
                 row["args"] = dict(stage.args)
             if stage.inputs:
@@ -161,6 +175,19 @@ def locate_config(name: str) -> Path:
     return path
 
 
+def strategy_file(name: str) -> str:
+    """The overlay that a name stands for: ``qlora`` is ``configs/strategy/qlora.yaml``; a file stands for itself.
+
+    Raises:
+        ValueError: There is no such file; the message lists the shipped ones.
+    """
+    path = name if name.endswith((".yaml", ".yml")) else f"{PREFIX}/strategy/{name}.yaml"
+    if find_config(path) is None:
+        shipped = sorted(p.stem for p in (shipped_folder() / "strategy").glob("*.yaml"))
+        raise ValueError(f"no strategy {name!r} ({path}); shipped are {', '.join(shipped)}{_suggest(name, shipped)}")
+    return path
+
+
 def read_pipeline(config: str) -> PipelineSpec:
     """Reads and checks a pipeline file.
 
@@ -175,7 +202,7 @@ def read_pipeline(config: str) -> PipelineSpec:
         raise ValueError(f"{path}: key 'stages' must be a list of stages")
     stages: list[StageSpec] = []
     for number, row in enumerate(rows, 1):
-        stages.append(_read_stage(row, f"{path}: stages[{number}]", stages))
+        stages.append(_read_stage(row, f"{path}: stages[{number}]", stages, top.get("strategy")))
     seed = top.get("seed", 0)
     if not isinstance(seed, int):
         raise ValueError(f"{path}: key 'seed' must be a whole number, got {seed!r}")
@@ -192,7 +219,7 @@ def read_pipeline(config: str) -> PipelineSpec:
     )
 
 
-def _read_stage(row: object, where: str, before: Sequence[StageSpec]) -> StageSpec:
+def _read_stage(row: object, where: str, before: Sequence[StageSpec], strategy: object) -> StageSpec:
     stage = _mapping(row, where, _STAGE_KEYS)
     for key in ("name", "command", "config"):
         if not isinstance(stage.get(key), str):
@@ -217,7 +244,12 @@ def _read_stage(row: object, where: str, before: Sequence[StageSpec]) -> StageSp
         for key, value in _settings(stage.get("inputs"), f"{where}: key 'inputs'").items()
     }
     args = _settings(stage.get("args"), f"{where}: key 'args'")
-    return StageSpec(name, cast(Command, command), config, args, inputs, policy)
+    strategy = stage.get("strategy", strategy)
+    try:
+        overlay = None if strategy is None else strategy_file(str(strategy))
+    except ValueError as error:
+        raise ValueError(f"{where}: key 'strategy': {error}") from error
+    return StageSpec(name, cast(Command, command), config, args, inputs, policy, overlay)
 
 
 def _read_references(value: object, where: str, before: Sequence[StageSpec]) -> tuple[Reference, ...]:
