@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -110,17 +111,19 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=64, help="tokens of every completion")
     parser.add_argument("--side", type=int, default=224, help="pixels per side of a frame, a multiple of 28")
     parser.add_argument("--size", choices=sorted(SIZES), default="reference")
+    parser.add_argument("--at_once", type=int, default=1, help="processes at a time; 4: all arms meet the same load")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), options.size)
-        for repeat in range(options.repeats):
-            for arm in ARMS if repeat % 2 == 0 else ARMS[::-1]:
-                runs[arm].append(run_arm(arm, Path(folder), options))
-                step = statistics.median(runs[arm][-1]["step"])
-                print(f"repeat {repeat + 1}, {arm}: {step:.3f} CPU-s a step", file=sys.stderr, flush=True)
+        with ThreadPoolExecutor(options.at_once) as pool:
+            order = [arm for i in range(options.repeats) for arm in (ARMS if i % 2 == 0 else ARMS[::-1])]
+            for arm, found in zip(order, pool.map(lambda arm: run_arm(arm, Path(folder), options), order), strict=True):
+                runs[arm].append(found)
+                step = statistics.median(found["step"])
+                print(f"{arm} {len(runs[arm])}: {step:.3f} CPU-s a step", file=sys.stderr, flush=True)
     setting = {name: value for name, value in vars(options).items() if name != "json"}
     figures = {
         "date": date.today().isoformat(),

@@ -14,14 +14,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from vidreason.datamodules.clip_dataset import ClipDataset, LoadedClip
-from vidreason.datamodules.clip_order import BalancedSampler, SeededSampler, position
+from vidreason.datamodules.clip_order import BalancedSampler, EveryClipOnce, SeededSampler, position
 from vidreason.datamodules.decoding import FrameOptions
 from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
@@ -265,7 +265,8 @@ class VideoDataModule(L.LightningDataModule, ABC):
             raise ValueError(f"label that label_names ({', '.join(self.label_names)}) lacks: {first_five(rows)}")
 
     def _eval_loader(self, splits: Sequence[str]) -> DataLoader[LoadedClip]:
-        return self._loader(self._of(splits), self._shown(self._eval_view or self.view), None, train=False)
+        clips, view = self._of(splits), self._shown(self._eval_view or self.view)
+        return self._loader(clips, view, None, train=False, shared_out=True)
 
     def _of(self, splits: Sequence[str]) -> tuple[Clip, ...]:
         for split in splits:
@@ -279,25 +280,33 @@ class VideoDataModule(L.LightningDataModule, ABC):
         return view
 
     def _loader(
-        self, clips: Sequence[Clip], view: ClipView, batch_size: int | None, train: bool
+        self, clips: Sequence[Clip], view: ClipView, batch_size: int | None, train: bool, shared_out: bool = False
     ) -> DataLoader[LoadedClip]:
         if self.encoder is None:
             raise ValueError("the data module has no encoder: give it the VLM, as the vlm section of a config does")
         dataset = self.dataset(clips, view, train)
+        sampler: DistributedSampler[Any] | None = None
+        if train:
+            sampler = self._sampler(dataset, batch_size or self.batch_size)
+        elif shared_out and self._ranks()["num_replicas"] > 1:
+            sampler = EveryClipOnce(dataset, **self._ranks())
         return DataLoader(
             dataset,
             batch_size=batch_size or (self.batch_size if train else self.eval_batch_size),
-            sampler=self._sampler(dataset, batch_size or self.batch_size) if train else None,
+            sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=BatchCollator(self.encoder, self.label_names),
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),
         )
 
+    def _ranks(self) -> dict[str, int]:
+        given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return given or {"num_replicas": 1, "rank": 0}
+
     def _sampler(self, dataset: ClipDataset, batch_size: int) -> SeededSampler:
         """One sampler for any number of processes; Lightning leaves a distributed sampler as it is."""
-        given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        ranks = given or {"num_replicas": 1, "rank": 0}
+        ranks = self._ranks()
         kind = BalancedSampler if self.balance_classes else SeededSampler
         sampler = kind(dataset, ranks["num_replicas"], ranks["rank"], shuffle=True, seed=self.seed)
         if self.trainer is not None:  # workers ask for clips before Lightning tells the sampler its epoch

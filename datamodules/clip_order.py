@@ -58,6 +58,20 @@ class SeededSampler(DistributedSampler[Any]):
         return super().__iter__()
 
 
+class EveryClipOnce(DistributedSampler[Any]):
+    """Clips in their order, shared out over processes, none of them twice: for everything that is counted."""
+
+    def __init__(self, dataset: ClipDataset, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+        self.num_samples = len(range(rank, len(dataset), num_replicas))
+        self.total_size = len(dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields this rank's positions."""
+        assert isinstance(self.dataset, ClipDataset)
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+
 class BalancedSampler(SeededSampler):
     """Draws as many clips as there are, all labels equally often: each C draws, from the first on, are C labels.
 

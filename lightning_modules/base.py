@@ -250,6 +250,7 @@ class VLMModule(WeightsModule):
 
     def on_predict_start(self) -> None:
         """Finds out what the run folder holds already; those clips are not written again."""
+        super().on_predict_start()
         path = self.run_dir / TRACES_FILE
         if not path.exists():
             return

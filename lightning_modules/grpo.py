@@ -15,6 +15,7 @@ Deviations from the paper:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -33,7 +34,7 @@ from vidreason.lightning_modules.functional.aggregation import (
 )
 from vidreason.lightning_modules.functional.losses import GRPOLoss, grpo_loss
 from vidreason.lightning_modules.functional.policy_terms import largest_gap
-from vidreason.lightning_modules.grpo_parts import Part, count_step, make_parts, split_evenly
+from vidreason.lightning_modules.grpo_parts import Part, Rolled, count_step, make_parts, split_evenly
 from vidreason.lightning_modules.grpo_policy import REFERENCE, PolicyModule
 from vidreason.lightning_modules.grpo_replay import ReplayBuffer
 from vidreason.lightning_modules.grpo_statistics import (
@@ -43,6 +44,7 @@ from vidreason.lightning_modules.grpo_statistics import (
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.vlms.base import VLM, Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.sharding import whole
 from vidreason.rewards.accuracy import AccuracyReward
 from vidreason.rewards.base import RewardFn
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
@@ -202,13 +204,7 @@ class GRPOModule(PolicyModule):
             ``{"groups": [B] RolloutGroup, "advantages": [B, G]}`` for callbacks.
         """
         clock = Stopwatch()
-        with clock("gen"):
-            sampled = self.generate(batch)
-        with clock("reward"):
-            rolled = [self.rewarded(part) for part in sampled]
-        for attempt in range(1, self.resample + 1):
-            with clock("gen"):
-                rolled = self.resample_dead(rolled, attempt)
+        rolled = self.roll_out(batch, clock)
         with clock("reward"):
             groups = tuple(group for part in rolled for group in part.groups)
             table = RolloutTable.of(groups, self.data.label_names).over_ranks(self.over_ranks)
@@ -229,6 +225,19 @@ class GRPOModule(PolicyModule):
         self.log_step(batch, table, clock)
         return {"groups": groups, "advantages": advantages}
 
+    def roll_out(self, batch: VideoBatch, clock: Stopwatch) -> list[Rolled]:
+        """Samples and scores a batch; ranks may write unequal lengths, and sample unequal numbers of groups again."""
+        with ExitStack() as gathered:
+            with clock("gen"):
+                gathered.enter_context(whole(self.policy))
+                sampled = self.generate(batch)
+            with clock("reward"):
+                rolled = [self.rewarded(part) for part in sampled]
+            for attempt in range(1, self.resample + 1):
+                with clock("gen"):
+                    rolled = self.resample_dead(rolled, attempt)
+        return rolled
+
     def update(self, minibatch: Sequence[Part]) -> None:
         """One optimizer step on the completions of some parts, divided by the counts of all parts of all ranks."""
         optimizer = self.optimizers()
@@ -236,6 +245,7 @@ class GRPOModule(PolicyModule):
         counts = StepCounts(*self.mean_over_ranks(torch.stack(count_step(minibatch))).unbind())
         optimizer.zero_grad()
         losses, gaps = [], []
+        minibatch = self.as_many_on_all_ranks(minibatch)
         for number, part in enumerate(minibatch, start=1):
             with self.syncing(last=number == len(minibatch)):
                 scores = self.score(part, with_entropy=self.entropy_coef != 0)

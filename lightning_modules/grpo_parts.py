@@ -61,6 +61,14 @@ class Part:
             completion_mask=None if self.completion_mask is None else self.completion_mask[texts],
         )
 
+    def without_weight(self) -> Part:
+        """Returns the part with no token that counts: the same forward and backward, and no gradient."""
+        return replace(
+            self,
+            advantages=torch.zeros_like(self.advantages),
+            completion_mask=torch.zeros_like(self.batch.texts.loss_mask),
+        )
+
     def to(self, device: torch.device | str) -> Part:
         """Returns a copy on ``device``."""
 

@@ -45,6 +45,7 @@ from vidreason.lightning_modules.vlms.base import Scores
 from vidreason.lightning_modules.vlms.building import POLICY
 from vidreason.lightning_modules.vlms.context import prompt_tokens
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.layout import is_sharded
 from vidreason.rewards.base import RewardFn
 
 REFERENCE = "reference"
@@ -115,6 +116,10 @@ class PolicyModule(VLMModule):
             else:
                 self.reference = copy.deepcopy(model).requires_grad_(False).eval()
         return model
+
+    def weights(self) -> Sequence[nn.Module]:
+        """Returns the policy, and the reference after full fine-tuning."""
+        return [self.policy] if self.reference is None else [self.policy, self.reference]
 
     # ------------------------------------------------------------------ rollouts
 
@@ -248,6 +253,16 @@ class PolicyModule(VLMModule):
         gathered = self.all_gather(values.to(self.device))
         assert isinstance(gathered, Tensor)
         return gathered.reshape(-1, *values.shape[1:]).cpu()
+
+    def as_many_on_all_ranks(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """Returns the parts, with others of no weight behind them where weights are sharded: no rank gathers alone.
+
+        Replayed groups make the numbers differ.
+        """
+        if not is_sharded(self.policy):
+            return parts
+        most = int(self.over_ranks(torch.tensor([len(parts)])).max())
+        return [*parts, *(parts[-1].without_weight() for _ in range(most - len(parts)))]
 
     def syncing(self, last: bool) -> AbstractContextManager[object]:
         """The context of one of a step's backward passes: ranks exchange gradients in the last one only.

@@ -207,10 +207,17 @@ class RationaleSFTModule(VLMModule):
             self.log("train/loss_answer", loss.answer, batch_size=len(batch))
         return loss.loss
 
-    def text_loss(self, logprobs: Tensor, texts: TextBatch) -> TextLoss:
-        """Returns the loss of one batch; its means run over the batches of all ranks."""
-        own = count_tokens(texts.loss_mask, texts.answer_mask)
-        counts = TokenCounts(self.mean_over_ranks(own.reasoning), self.mean_over_ranks(own.answer))
+    def text_loss(self, logprobs: Tensor, texts: TextBatch, over_ranks: bool = True) -> TextLoss:
+        """Returns the loss of one batch.
+
+        Args:
+            logprobs: [N, L].
+            texts: N target texts.
+            over_ranks: Its means run over the batches of all ranks, each of which must have one.
+        """
+        counts = count_tokens(texts.loss_mask, texts.answer_mask)
+        if over_ranks:
+            counts = TokenCounts(self.mean_over_ranks(counts.reasoning), self.mean_over_ranks(counts.answer))
         return weighted_text_loss(
             logprobs,
             texts.loss_mask,
@@ -235,8 +242,8 @@ class RationaleSFTModule(VLMModule):
         if batch.prompts is None or batch.texts is None or not len(batch.texts):
             return {"predictions": ()}
         scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
-        loss = self.text_loss(scores.logprobs, batch.texts)
-        self.log("val/loss", loss.loss, prog_bar=True, batch_size=int(batch.texts.loss_mask.sum()))
+        loss = self.text_loss(scores.logprobs, batch.texts, over_ranks=False)
+        self.log("val/loss", loss.loss, prog_bar=True, batch_size=int(batch.texts.loss_mask.sum()), sync_dist=True)
         self.log_token_accuracy("val", scores, batch.texts)
         return {"predictions": ()}
 

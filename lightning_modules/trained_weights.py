@@ -6,25 +6,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
 from vidreason.datamodules.base import VideoDataModule, run_seed
 from vidreason.datamodules.clip_order import batches_of_an_epoch
 from vidreason.datamodules.task import Task
+from vidreason.lightning_modules.fsdp import ShardedModule
 from vidreason.lightning_modules.lineage import REVIEWED, Lineage
+from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable
 from vidreason.lightning_modules.vlms.adapters import (
     adapter_sha,
     is_adapter_folder,
@@ -34,6 +34,7 @@ from vidreason.lightning_modules.vlms.adapters import (
 )
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.building import POLICY, checkpoint_sha
+from vidreason.lightning_modules.vlms.layout import is_sharded
 
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FOLDER = "weights"
@@ -47,7 +48,7 @@ class _Start(NamedTuple):
     full: bool
 
 
-class WeightsModule(L.LightningModule):
+class WeightsModule(ShardedModule):
     """Weights of a vision-language model under a trainer.
 
     Args:
@@ -129,6 +130,11 @@ class WeightsModule(L.LightningModule):
             self.model = self.build_model()
         if self.trainer.state.fn != TrainerFn.PREDICTING:
             self.prepare_views()
+        self.shard_weights()
+
+    def weights(self) -> Sequence[nn.Module]:
+        """Returns what was built."""
+        return [self.policy]
 
     def build_model(self) -> nn.Module:
         """Returns the weights that the stage starts from.
@@ -183,6 +189,11 @@ class WeightsModule(L.LightningModule):
         if not parameters:
             raise ValueError("nothing to train: give the vlm section lora options or leave its weights unfrozen")
         optimizer = self.optimizer_factory(parameters)
+        if is_sharded(self.policy) and type(optimizer).__module__.startswith("bitsandbytes"):
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot step sharded weights: set model.init_args.optimizer to "
+                "torch.optim.AdamW, or choose a strategy that does not shard (configs/strategy/qlora.yaml)"
+            )
         total = self.total_steps()
         warmup = round(self.warmup * total) if self.warmup < 1 else int(self.warmup)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
@@ -313,29 +324,3 @@ class WeightsModule(L.LightningModule):
                 f"this checkpoint was written by stage {found!r}, but the stage running is {self.stage_name!r}: "
                 "--ckpt_path only resumes the same stage; hand weights over with --model.init_args.adapter_path"
             )
-
-
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters that require a gradient."""
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Returns the 2-norm of all gradients, a scalar, gathered where it is sharded."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def set_train_mode(model: nn.Module, parent: bool = True) -> None:
-    """Puts what holds a trainable parameter into train mode and what holds frozen ones alone into eval mode.
-
-    So a frozen tower's BatchNorm keeps its statistics. What has no parameters (dropout) goes with what it is part of.
-
-    Args:
-        model: The module, changed in place with all its parts.
-        parent: Mode of what it is part of.
-    """
-    parameters = list(model.parameters())
-    model.training = any(p.requires_grad for p in parameters) if parameters else parent
-    for child in model.children():
-        set_train_mode(child, model.training)

@@ -8,7 +8,6 @@ writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``. Loaded by path, as ``stage_world.p
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from datetime import timedelta
 from functools import cached_property
@@ -17,8 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
-from torch import multiprocessing
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from vidreason.lightning_modules.grpo import GRPOModule
 from vidreason.lightning_modules.grpo_parts import Rolled
@@ -28,11 +26,18 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 from vidreason.rewards.base import RewardFn, RewardInput, RewardScore
 
-_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
-assert _spec is not None
-assert _spec.loader is not None
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
+
+def load(name: str) -> Any:
+    """Loads a file beside this one; ``tests`` is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+world, processes = load("stage_world"), load("rank_processes")
 
 CLIPS = world.SPLIT_SIZES["train"]
 PENALTIES: dict[str, Any] = {"kl_coef": 0.1, "entropy_coef": 0.01}
@@ -87,12 +92,22 @@ class Watched(GRPOModule):
         return RolloutGroup(group.clip, tuple(type(r)(r.completion, score) for r in group.rollouts))
 
     def clip_gradients_(self, max_norm: float) -> torch.Tensor:
-        gradients = {n: p.grad.clone() for n, p in self.named_parameters() if p.requires_grad and p.grad is not None}
+        found = {n: p.grad for n, p in self.named_parameters() if p.requires_grad and p.grad is not None}
+        gradients = {n: processes.gathered(g).clone() for n, g in found.items()}
         self.gradients: list[dict[str, torch.Tensor]] = [*getattr(self, "gradients", []), gradients]
         return super().clip_gradients_(max_norm)
 
 
-def run(name: str, base: Path, clips: Path, out: Path, ranks: int, dead_clips: tuple[str, ...] = ()) -> dict[str, Any]:
+def run(
+    name: str,
+    base: Path,
+    clips: Path,
+    out: Path,
+    ranks: int,
+    dead_clips: tuple[str, ...] = (),
+    strategy: Strategy | None = None,
+    **vlm_options: Any,
+) -> dict[str, Any]:
     """Trains two batches of all clips and returns what this rank saw.
 
     Args:
@@ -102,10 +117,12 @@ def run(name: str, base: Path, clips: Path, out: Path, ranks: int, dead_clips: t
         out: Run folder.
         ranks: Number of processes.
         dead_clips: Clips whose groups are dead, for one process that stands for two.
+        strategy: Of two processes; None is DDP.
+        vlm_options: Of the model, beside LoRA.
     """
     options = dict(CASES[name])
     lora = LoRAOptions(r=4, alpha=8, target_modules=("q_proj", "v_proj", "down_proj"))
-    vlm = Stopping(path=str(base), lora=lora if options.pop("lora", True) else None)
+    vlm = Stopping(path=str(base), lora=lora if options.pop("lora", True) else None, **vlm_options)
     module = Watched(
         vlm,
         rewards=[EvenLetters()],
@@ -127,7 +144,9 @@ def run(name: str, base: Path, clips: Path, out: Path, ranks: int, dead_clips: t
     trainer = L.Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60)) if ranks > 1 else "auto",
+        strategy=(strategy or DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60)))
+        if ranks > 1
+        else "auto",
         max_epochs=2,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -142,13 +161,12 @@ def run(name: str, base: Path, clips: Path, out: Path, ranks: int, dead_clips: t
         "logged": logged,
         "seen": module.seen,
         "gradients": module.gradients,
-        "weights": {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad},
+        "weights": {n: processes.gathered(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad},
         "steps": trainer.global_step,
     }
 
 
-def _rank(rank: int, base: Path, clips: Path, out: Path, port: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+def _rank(rank: int, base: Path, clips: Path, out: Path) -> None:
     folder = out / f"run{rank}"
     folder.mkdir()
     torch.save({name: run(name, base, clips, folder, 2) for name in CASES}, out / f"rank{rank}.pt")
@@ -156,11 +174,4 @@ def _rank(rank: int, base: Path, clips: Path, out: Path, port: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    base, clips, out = map(Path, sys.argv[1:4])
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, base, clips, out, sys.argv[4]), daemon=True) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    sys.exit(max(abs(process.exitcode or 0) for process in ranks))
+    processes.fork_two(_rank, tuple(map(Path, sys.argv[1:4])), port=sys.argv[4])

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vidreason.datamodules.whole_files import naming
+from vidreason.lightning_modules.vlms.layout import is_sharded
+from vidreason.lightning_modules.vlms.sharding import whole_state
 
 INFO_FILE = "vidreason.json"
 CONFIG_FILE = "adapter_config.json"
@@ -142,7 +144,8 @@ def save_adapter(
         beside: Adapter folders to copy into it, by the names they get; they may lie in what is replaced.
     """
     peft_model, folder = _peft(model, name), Path(folder)
-    weights: dict[str, Tensor] = get_peft_model_state_dict(peft_model, adapter_name=name)
+    state = whole_state(peft_model) if is_sharded(peft_model) else None
+    weights: dict[str, Tensor] = get_peft_model_state_dict(peft_model, state, adapter_name=name)
     config = deepcopy(peft_model.peft_config[name])
     config.inference_mode = True
     with _published(folder, info) as draft:
@@ -162,7 +165,7 @@ def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, 
         processor: Written beside it.
     """
     with _published(Path(folder), info) as draft:
-        model.save_pretrained(draft)
+        model.save_pretrained(draft, state_dict=whole_state(model) if is_sharded(model) else None)
         if processor is not None:
             processor.save_pretrained(draft)
 

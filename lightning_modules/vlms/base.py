@@ -24,6 +24,7 @@ from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.context import longest_texts, max_position_embeddings, refuse_too_long
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.head import Scoring
+from vidreason.lightning_modules.vlms.sharding import whole
 from vidreason.lightning_modules.vlms.shared_prefix import Choice, RouteOptions, choose_route, score_texts
 
 __all__ = ["VLM", "Generated", "Sampling", "Scores"]
@@ -321,17 +322,18 @@ class VLM(ABC):
             if [len(row) for row in seeds] != [group_size] * prompts.batch_size:
                 raise ValueError(f"seeds must be [{prompts.batch_size}][{group_size}], got {[len(r) for r in seeds]}")
             noise = generation.draw_noise([seed for row in seeds for seed in row], sampling.max_new_tokens)
-        made = generation.sample(
-            self,
-            model,
-            prompts,
-            group_size,
-            sampling,
-            noise,
-            sorted(self.stop_ids),
-            sorted(self.suppressed_ids),
-            chat.pad_id(self.processor),
-        )
+        with whole(model):
+            made = generation.sample(
+                self,
+                model,
+                prompts,
+                group_size,
+                sampling,
+                noise,
+                sorted(self.stop_ids),
+                sorted(self.suppressed_ids),
+                chat.pad_id(self.processor),
+            )
         texts = []
         stopped = made.stopped.tolist()
         for row, length in enumerate(made.mask.sum(1).tolist()):

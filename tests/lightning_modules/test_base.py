@@ -10,8 +10,8 @@ from vidreason.callbacks.trace_writer import TraceWriter
 from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReasonView
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.own_traces import TraceOptions
+from vidreason.lightning_modules.parameters import set_train_mode
 from vidreason.lightning_modules.sft import RationaleSFTModule
-from vidreason.lightning_modules.trained_weights import set_train_mode
 from vidreason.lightning_modules.vlms.generation import Sampling
 
 SHORT = Sampling(max_new_tokens=4)

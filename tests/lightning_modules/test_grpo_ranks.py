@@ -1,10 +1,6 @@
 """Two gloo ranks learn what one process learns from the same global batch, and how it is cut up does not matter."""
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,20 +20,7 @@ NOT_SUMMED = {"train/num_tokens"}
 def two_ranks(small_base, clip_folder, tmp_path_factory):
     """What both ranks saw in every case; a hang fails after a time limit."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, ddp.__file__, str(small_base), str(clip_folder), str(out), str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        try:
-            said, _ = process.communicate(timeout=LIMIT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            pytest.fail(f"two ranks did not finish within {LIMIT_S} s: one waits for the other")
-    assert process.returncode == 0, said[-3000:]
+    ddp.processes.launch(ddp.__file__, small_base, clip_folder, out, limit_s=LIMIT_S)
     return [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaModel
 
 import vidreason.lightning_modules.vlms  # noqa: F401  makes TinyVLM known to the Auto classes
-from vidreason.lightning_modules.trained_weights import set_train_mode
+from vidreason.lightning_modules.parameters import set_train_mode
 from vidreason.lightning_modules.vlms.tiny.configuration import TinyVLMConfig
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration, parameter_count
 from vidreason.lightning_modules.vlms.tiny.processing import TinyVLMProcessor

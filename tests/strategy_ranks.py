@@ -1,0 +1,150 @@
+"""Every stage under ddp, fsdp and fsdp_qlora on two gloo ranks, or in one process on the same global batch.
+
+    python tests/strategy_ranks.py BASE CLIPS OUT all|STRATEGY,STRATEGY PORT
+
+writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``. Loaded by path, as ``stage_world.py`` is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
+from vidreason.callbacks.prediction_writer import PredictionWriter
+from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.calibration import CalibrationModule
+from vidreason.lightning_modules.fsdp import FSDP2
+from vidreason.lightning_modules.own_traces import TraceOptions
+from vidreason.lightning_modules.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
+
+_spec = importlib.util.spec_from_file_location("ddp_ranks", Path(__file__).with_name("ddp_ranks.py"))
+assert _spec is not None
+assert _spec.loader is not None
+grpo = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(grpo)
+world, processes = grpo.world, grpo.processes
+
+SHORT = Sampling(max_new_tokens=6)
+OWN = TraceOptions(samples=2, sampling=SHORT, filter=RationaleFilter(complete=False))
+STAGES = ("sft_label", "sft_trace", "calibration", "grpo")
+STRATEGIES = ("ddp", "ddp_full", "fsdp", "fsdp_full", "fsdp_qlora")
+GRPO_CASES = {"grpo": "grpo", "grpo_dead": "dead", "grpo_resampled": "resampled"}
+TIMEOUT_S = 120
+
+
+def strategy_of(name: str) -> Strategy:
+    """The strategy of two processes."""
+    if name.startswith("fsdp"):
+        return FSDP2(timeout_s=TIMEOUT_S)
+    return DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=TIMEOUT_S))
+
+
+def vlm_options(name: str) -> dict[str, Any]:
+    """What the overlay of that name says of the model."""
+    return {"quantize": "nf4"} if name.endswith("qlora") else {}
+
+
+def module_of(stage: str, vlm: TinyVLM) -> VLMModule:
+    """The stage with an optimizer whose step shows the gradient."""
+    options: dict[str, Any] = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}
+    if stage == "calibration":
+        return CalibrationModule(vlm, traces_sampled=OWN, lora=LoRAOptions(r=4, alpha=8), **options)
+    target: Any = stage.removeprefix("sft_")
+    return RationaleSFTModule(vlm, target=target, traces_sampled=OWN, **options)
+
+
+class Watch(L.Callback):
+    """Keeps the gradients of every step and what was logged at its end."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.losses: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Gathers the gradients."""
+        found = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
+        self.gradients.append({n: processes.gathered(g).clone() for n, g in found.items()})
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Averages the loss over ranks, as gradients are."""
+        self.losses.append(float(trainer.strategy.reduce(trainer.callback_metrics["train/loss"], reduce_op="mean")))
+
+
+def run(
+    stage: str, strategy: str, base: Path, clips: Path, out: Path, ranks: int, dead: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Trains two epochs of one batch, validates, tests, exports; returns what this rank saw."""
+    if stage.startswith("grpo"):
+        full = strategy.endswith("full")
+        case = {**grpo.CASES[GRPO_CASES[stage]], **({"lora": False} if full else {})}
+        grpo.CASES["chosen"] = case
+        name = "dead_chosen" if stage == "grpo_dead" else "chosen"
+        grpo.CASES[name] = case
+        given = strategy_of(strategy) if ranks > 1 else None
+        found: dict[str, Any] = grpo.run(name, base, clips, out, ranks, dead, given, **vlm_options(strategy))
+        return found
+    lora = None if strategy.endswith("full") else LoRAOptions(r=4, alpha=8, target_modules=("q_proj", "v_proj"))
+    vlm = TinyVLM(path=str(base), lora=lora, **vlm_options(strategy))
+    module, watch = module_of(stage, vlm), Watch()
+    torch.manual_seed(0)  # LoRA's A
+    folder = out / f"{stage}_{strategy}"
+
+    def trainer(**kwargs: Any) -> L.Trainer:
+        return L.Trainer(
+            accelerator="cpu",
+            devices=ranks,
+            strategy=strategy_of(strategy) if ranks > 1 else "auto",
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            default_root_dir=folder,
+            **kwargs,
+        )
+
+    data = world.GreyClips(clips, encoder=vlm, batch_size=grpo.CLIPS // ranks, eval_batch_size=1)
+    fit = trainer(max_epochs=2, gradient_clip_val=1e3, callbacks=[watch, AdapterCheckpoint()])
+    fit.fit(module, data)
+    metrics = {k: float(v) for k, v in fit.callback_metrics.items() if k.startswith("val/")}
+    weights = {n: processes.gathered(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad}
+    if stage == "sft_label":
+        fit.save_checkpoint(folder / "last.ckpt")
+        tester = trainer(callbacks=[PredictionWriter()])
+        tester.test(module, world.GreyClips(clips, encoder=vlm, eval_batch_size=1), verbose=False)
+        metrics |= {k: float(v) for k, v in tester.callback_metrics.items()}
+    return {
+        "losses": watch.losses,
+        "gradients": watch.gradients,
+        "weights": weights,
+        "metrics": metrics,
+        "steps": fit.global_step,
+    }
+
+
+def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
+    found = {}
+    for strategy in STRATEGIES if chosen == "all" else chosen.split(","):
+        for stage in (*STAGES, "grpo_dead", "grpo_resampled"):
+            print(f"rank {rank}: {stage} under {strategy}", flush=True)
+            folder = out / (f"grpo{rank}" if stage.startswith("grpo") else "run")
+            folder.mkdir(exist_ok=True)
+            found[stage, strategy] = run(stage, strategy, base, clips, folder, 2)
+    torch.save(found, out / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    processes.fork_two(_rank, (*map(Path, sys.argv[1:4]), sys.argv[4]), port=sys.argv[5])

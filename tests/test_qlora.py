@@ -1,0 +1,82 @@
+"""A 4-bit base with an adapter, on a CPU: it trains, scores and writes after sampling; its checkpoints resume."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidreason.lightning_modules.grpo import GRPOModule
+from vidreason.lightning_modules.rollout import generate_rollouts
+from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
+from vidreason.rewards.base import RewardFn
+
+_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
+world = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(world)
+small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_folder, world.make_vlm, world.make_data
+make_trainer, parameters = world.make_trainer, world.parameters
+
+SHORT = Sampling(max_new_tokens=6)
+
+
+class Letters(RewardFn):
+    def __call__(self, item):
+        return float(len(item.completion) % 3)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+@pytest.fixture
+def make_module(small_base):
+    def make(stage):
+        vlm = TinyVLM(path=str(small_base), lora=LoRAOptions(r=4, alpha=8), quantize="nf4")
+        if stage == "sft":
+            return RationaleSFTModule(vlm, target="label", optimizer=adamw)
+        return GRPOModule(
+            vlm, rewards=[Letters()], group_size=4, train_sampling=SHORT, optimizer=adamw, warmup=0, cold_steps=99
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_resumed_fit_equals_an_unbroken_one(stage, make_module, make_data, make_trainer, tmp_path):
+    def fit(folder, epochs, checkpoint=None):
+        module = make_module(stage)
+        trainer = make_trainer(folder, max_epochs=epochs, limit_val_batches=0)
+        trainer.fit(module, make_data(module.vlm), ckpt_path=checkpoint)
+        return module, trainer
+
+    whole, _ = fit("whole", 2)
+    half, trainer = fit("half", 1)
+    path = tmp_path / "half.ckpt"
+    trainer.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert saved
+    assert all("lora_" in name for name in saved), "the 4-bit base is not in the checkpoint"
+    resumed, _ = fit("resumed", 2, path)
+    moved = 0
+    for name, wanted in parameters(whole).items():
+        torch.testing.assert_close(parameters(resumed)[name], wanted, rtol=0, atol=0)
+        moved += int(not torch.equal(parameters(half)[name], wanted))
+    assert moved, "the second epoch changes something"
+
+
+def test_it_writes_and_scores_what_it_wrote(make_module, make_data, make_trainer):
+    module = make_module("sft")
+    trainer = make_trainer("run", max_epochs=1)  # with a validation: forwards without gradient come first
+    data = make_data(module.vlm)
+    trainer.fit(module, data)
+    batch = next(iter(data.train_dataloader()))
+    rolled = generate_rollouts(module.vlm, module.policy, batch.prompts, batch.clips, 2, SHORT, seed=1)
+    scores = module.vlm.score(module.policy, batch.prompts, rolled.texts)
+    torch.testing.assert_close(scores.logprobs, rolled.logprobs, atol=1e-4, rtol=0)
+    (-scores.logprobs.sum()).backward()
+    gradients = [p.grad for n, p in module.named_parameters() if "lora_B" in n]
+    assert all(g is not None and bool(g.any()) for g in gradients), "sampling has packed no weights"
