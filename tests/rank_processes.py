@@ -35,10 +35,15 @@ def launch(script: str, *arguments: object, limit_s: float) -> None:
     assert process.returncode == 0, said[-6000:]
 
 
-def fork_two(target: Callable[..., None], arguments: tuple[Any, ...], port: str) -> None:
-    """Calls ``target(rank, *arguments)`` in two forks with the environment of two ranks, then ends this process."""
+def fork_two(target: Callable[..., None], arguments: tuple[Any, ...], port: str, machines: int = 1) -> None:
+    """Calls ``target(rank, *arguments)`` in two forks with the environment of two ranks, then ends this process.
+
+    With two ``machines`` each is alone on its own, and finds the first by its address.
+    """
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(target, rank, arguments, port), daemon=True) for rank in (0, 1)]
+    ranks = [
+        context.Process(target=_rank, args=(target, rank, arguments, port, machines), daemon=True) for rank in (0, 1)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -46,8 +51,9 @@ def fork_two(target: Callable[..., None], arguments: tuple[Any, ...], port: str)
     sys.exit(max(abs(process.exitcode or 0) for process in ranks))
 
 
-def _rank(target: Callable[..., None], rank: int, arguments: tuple[Any, ...], port: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+def _rank(target: Callable[..., None], rank: int, arguments: tuple[Any, ...], port: str, machines: int) -> None:
+    local, node = (rank, 0) if machines == 1 else (0, rank)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(local), "NODE_RANK": str(node)}
     target(rank, *arguments)
 
 

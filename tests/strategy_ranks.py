@@ -42,6 +42,8 @@ STAGES = ("sft_label", "sft_trace", "calibration", "grpo")
 STRATEGIES = ("ddp", "ddp_full", "fsdp", "fsdp_full", "fsdp_qlora")
 GRPO_CASES = {"grpo": "grpo", "grpo_dead": "dead", "grpo_resampled": "resampled"}
 TIMEOUT_S = 120
+MACHINES = "machines"
+"""In place of a strategy: two machines of one process each"""
 
 
 def strategy_of(name: str) -> Strategy:
@@ -83,7 +85,14 @@ class Watch(L.Callback):
 
 
 def run(
-    stage: str, strategy: str, base: Path, clips: Path, out: Path, ranks: int, dead: tuple[str, ...] = ()
+    stage: str,
+    strategy: str,
+    base: Path,
+    clips: Path,
+    out: Path,
+    ranks: int,
+    dead: tuple[str, ...] = (),
+    machines: int = 1,
 ) -> dict[str, Any]:
     """Trains two epochs of one batch, validates, tests, exports; returns what this rank saw."""
     if stage.startswith("grpo"):
@@ -104,7 +113,8 @@ def run(
     def trainer(**kwargs: Any) -> L.Trainer:
         return L.Trainer(
             accelerator="cpu",
-            devices=ranks,
+            devices=ranks // machines,
+            num_nodes=machines,
             strategy=strategy_of(strategy) if ranks > 1 else "auto",
             num_sanity_val_steps=0,
             logger=False,
@@ -136,6 +146,10 @@ def run(
 
 def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
     found = {}
+    if chosen == MACHINES:
+        found["sft_label", "ddp"] = run("sft_label", "ddp", base, clips, out, 2, machines=2)
+        torch.save(found, out / f"rank{rank}.pt")
+        return
     for strategy in STRATEGIES if chosen == "all" else chosen.split(","):
         for stage in (*STAGES, "grpo_dead", "grpo_resampled"):
             print(f"rank {rank}: {stage} under {strategy}", flush=True)
@@ -147,4 +161,5 @@ def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    processes.fork_two(_rank, (*map(Path, sys.argv[1:4]), sys.argv[4]), port=sys.argv[5])
+    machines = 2 if sys.argv[4] == MACHINES else 1
+    processes.fork_two(_rank, (*map(Path, sys.argv[1:4]), sys.argv[4]), port=sys.argv[5], machines=machines)

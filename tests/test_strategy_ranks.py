@@ -96,3 +96,13 @@ def test_what_sharded_ranks_hand_on_is_what_they_trained(two, out):
         assert saved.keys() == weights.keys()
         for name, value in weights.items():
             torch.testing.assert_close(saved[name], value)
+
+
+@pytest.mark.slow
+def test_two_machines_of_one_process_equal_one_process(small_base, clip_folder, tmp_path):
+    ranks.processes.launch(ranks.__file__, small_base, clip_folder, tmp_path, ranks.MACHINES, limit_s=LIMIT_S)
+    one = ranks.run("sft_label", "ddp", small_base, clip_folder, tmp_path / "one", 1)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"rank{rank}.pt")["sft_label", "ddp"]
+        assert found["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        close(found["weights"], one["weights"], 1e-6)

@@ -32,6 +32,7 @@ from vidreason.cli.config_errors import explain
 from vidreason.cli.configs import PREFIX, find_config
 from vidreason.cli.devices import refuse_missing_gpus
 from vidreason.cli.main import EXIT_OK, EXIT_USAGE
+from vidreason.cli.processes import describe, refuse_unreachable_machines
 from vidreason.cli.run_record import RunRecord, from_the_start
 from vidreason.cli.vlm_shorthand import expand, is_shorthand
 from vidreason.lightning_modules.checkpoints import WholeCheckpointIO
@@ -170,7 +171,10 @@ class VideoCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.execute:
             return
+        refuse_unreachable_machines(self.trainer)
         say(f"run folder: {self.run_dir}")
+        if subcommand == "fit" and isinstance(self.model, WeightsModule):
+            say(f"strategy: {describe(self.trainer, self.model.vlm)}")
         try:
             with _interrupts_restored():
                 super()._run_subcommand(subcommand)

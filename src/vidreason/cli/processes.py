@@ -1,0 +1,40 @@
+"""On how many processes and machines a stage runs, what it trains there, and what it lacks to do so."""
+
+from __future__ import annotations
+
+import os
+
+import lightning as L
+from lightning.pytorch.strategies import ParallelStrategy
+
+from vidreason.lightning_modules.vlms.base import VLM
+
+
+def describe(trainer: L.Trainer, vlm: VLM) -> str:
+    """One line: strategy, processes and precision, and what of the model is trained."""
+    number = trainer.num_nodes * trainer.num_devices
+    kind = type(trainer.strategy).__name__.removesuffix("Strategy")
+    where = f"{kind}, {number} process{'es' if number > 1 else ''}, precision {trainer.precision}"
+    if vlm.lora is None:
+        return f"{where}; trains the model's own weights"
+    base = "a base in 4 bits (nf4)" if vlm.quantize == "nf4" else "a base as it is"
+    return f"{where}; trains a LoRA adapter (r {vlm.lora.r}) on {base}"
+
+
+def refuse_unreachable_machines(trainer: L.Trainer) -> None:
+    """Refuses to wait for other machines that cannot find this one.
+
+    Raises:
+        ValueError: There are to be several, and nothing says where the first is.
+    """
+    strategy = trainer.strategy
+    if trainer.num_nodes == 1 or "MASTER_ADDR" in os.environ or not isinstance(strategy, ParallelStrategy):
+        return
+    environment = strategy.cluster_environment
+    if environment is not None and environment.creates_processes_externally:
+        return
+    raise ValueError(
+        f"trainer.num_nodes is {trainer.num_nodes}, but nothing says where the other machines are: start it with "
+        "torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each (docs/strategies.md); on one machine "
+        "take configs/strategy/ddp.yaml"
+    )
