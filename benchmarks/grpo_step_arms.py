@@ -1,12 +1,8 @@
-"""One arm of ``grpo_step_vs_trl.py``: some GRPO steps on one side, their CPU-seconds as a line of JSON.
-
-python benchmarks/grpo_step_arms.py video_ours MODEL --steps 3 --prompts 1 --group_size 8 --completion 64 --side 224
-"""
+"""The arms of ``grpo_step_vs_trl.py``: some GRPO steps on one side, and their CPU-seconds."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import resource
 import statistics
@@ -22,9 +18,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clip_dataset import ClipDataset
@@ -242,10 +241,6 @@ def run_ours(path: str, options: argparse.Namespace, video: bool) -> dict[str, A
 
 def run_trl(path: str, options: argparse.Namespace, video: bool) -> dict[str, Any]:
     """Trains some steps with TRL's trainer."""
-    from datasets import Dataset
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
     clock = Clock()
 
     class TimedTrainer(GRPOTrainer):
@@ -332,20 +327,7 @@ def run_arm(arm: str, path: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"ours": run_ours, "trl": run_trl}[side](path, options, kind == "video")
 
 
-def main() -> None:
-    """Prints what the arm took."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arm")
-    parser.add_argument("model")
-    for name in ("steps", "prompts", "group_size", "completion", "side"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def quiet() -> None:
+    """Silences what trainers say about themselves."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    print(json.dumps(run_arm(options.arm, options.model, options)))
-
-
-if __name__ == "__main__":
-    main()

@@ -9,8 +9,9 @@ may end before it), loss, optimizer, precision and number of threads; images and
 
 Ours is ``GRPOModule.training_step`` under a Lightning trainer with its data module, TRL's is ``GRPOTrainer.train``. A
 step is everything from the end of one to the end of the next. The update is what follows the scored rollouts:
-log-probs, loss, backward, clipping, optimizer. Each run is a process of its own, arms take turns, the first step of
-each is left out (it counts FLOPs and patches instead). A figure is the median over all runs of each run's median step.
+log-probs, loss, backward, clipping, optimizer. Each run is a process of its own, a fork of one that has imported
+everything; arms take turns, and the first step of each is left out (it counts FLOPs and patches instead). A figure is
+the median over all runs of each run's median step.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from datetime import date
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import grpo_step_arms
+import torch
 
 ROOT = Path(__file__).parent.parent
 ARMS = ("video_trl", "video_ours", "text_trl", "text_ours")
@@ -59,17 +65,37 @@ def write_model(folder: Path, size: str) -> None:
     builders.write_qwen(folder, **SIZES[size])
 
 
-def run_arm(arm: str, model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs one arm in a process of its own and returns what it printed last."""
-    command = [sys.executable, str(Path(__file__).with_name("grpo_step_arms.py")), arm, str(model)]
-    for name in ("steps", "prompts", "group_size", "completion", "side"):
-        command += [f"--{name}", str(getattr(options, name))]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+def run_arm(arm: str, model: Path, options: argparse.Namespace, answer: Connection) -> None:
+    """Runs one arm in this process, a fork of the parent, and sends what came out."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    answer.send(grpo_step_arms.run_arm(arm, str(model), options))
+
+
+def run_all(order: Sequence[str], model: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs the arms one after the other, ``at_once`` at a time; yields each as it ends.
+
+    Raises:
+        RuntimeError: One of them failed.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(order), {}
+    while waiting or running:
+        while waiting and len(running) < options.at_once:
+            ours, theirs = context.Pipe(duplex=False)
+            arm = waiting.pop(0)
+            process = context.Process(target=run_arm, args=(arm, model, options, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            running[ours] = arm, process
+        for ours in multiprocessing.connection.wait(list(running)):
+            arm, process = running.pop(ours)
+            try:
+                found = ours.recv()
+            except EOFError:
+                raise RuntimeError(f"{arm} failed, see above") from None
+            process.join()
+            yield arm, found
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -116,14 +142,15 @@ def main() -> None:
     options = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     load = os.getloadavg()[0]
+    torch.set_num_threads(1)
+    grpo_step_arms.quiet()
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), options.size)
-        with ThreadPoolExecutor(options.at_once) as pool:
-            order = [arm for i in range(options.repeats) for arm in (ARMS if i % 2 == 0 else ARMS[::-1])]
-            for arm, found in zip(order, pool.map(lambda arm: run_arm(arm, Path(folder), options), order), strict=True):
-                runs[arm].append(found)
-                step = statistics.median(found["step"])
-                print(f"{arm} {len(runs[arm])}: {step:.3f} CPU-s a step", file=sys.stderr, flush=True)
+        order = [arm for i in range(options.repeats) for arm in (ARMS if i % 2 == 0 else ARMS[::-1])]
+        for arm, found in run_all(order, Path(folder), options):
+            runs[arm].append(found)
+            step = statistics.median(found["step"])
+            print(f"{arm} {len(runs[arm])}: {step:.3f} CPU-s a step", file=sys.stderr, flush=True)
     setting = {name: value for name, value in vars(options).items() if name != "json"}
     figures = {
         "date": date.today().isoformat(),

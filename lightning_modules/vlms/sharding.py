@@ -30,11 +30,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, frozen: Sequence[str] = ()) -> Non
         ValueError: Trainable parameters are of several dtypes, which FSDP2 cannot gather together.
     """
     base = unwrap(model)
-    whole = {p for name in frozen for p in base.get_submodule(name).parameters()}
+    kept = {p for name in frozen for p in base.get_submodule(name).parameters()}
     _refuse_mixed_dtypes(model)
     for layer in base.get_decoder().layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=kept)
 
 
 def _refuse_mixed_dtypes(model: nn.Module) -> None:

@@ -21,7 +21,8 @@ def load(name):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    arms, parent = load("grpo_step_arms"), load("grpo_step_vs_trl")
+    arms = load("grpo_step_arms")
+    parent = load("grpo_step_vs_trl")
     folder = tmp_path_factory.mktemp("model")
     parent.write_model(folder, "tiny")
     options = argparse.Namespace(steps=1, prompts=2, group_size=3, completion=5, side=56)
@@ -48,8 +49,8 @@ def test_both_sides_learn_in_every_step(runs):
         assert run["step_gflop"] > 0
 
 
-def test_ratios_are_medians_of_medians():
-    parent = load("grpo_step_vs_trl")
+def test_ratios_are_medians_of_medians(runs):
+    parent = sys.modules["grpo_step_vs_trl"]
 
     def arm(*steps):
         return [{"step": step, "update": [s / 4 for s in step], "prompt_tokens": 9} for step in steps]
