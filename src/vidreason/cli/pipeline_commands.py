@@ -6,10 +6,11 @@ import argparse
 import gc
 import io
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 
 from vidreason.cli.main import EXIT_COLD_POLICY, EXIT_INTERRUPTED, EXIT_USAGE
@@ -97,11 +98,13 @@ def run_apart(argv: list[str]) -> int:
         Exit status.
     """
     with subprocess.Popen([sys.executable, "-m", "vidreason", *argv]) as process:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:  # it went to the stage, too, which saves a checkpoint first
-                continue
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # the stage saves a checkpoint first
+        try:
+            while True:
+                with suppress(KeyboardInterrupt):  # it went to the stage, too
+                    return process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def check_stage(argv: list[str]) -> str | None:
