@@ -27,7 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clip_dataset import ClipDataset
-from vidreason.datamodules.decoding import DecodedVideo
+from vidreason.datamodules.decoded import DecodedVideo
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Encoded, EncodedPrompts, Example, FrameTiming, Prompt
 from vidreason.lightning_modules.grpo import GRPOModule
@@ -152,7 +152,7 @@ class InMemory(ClipDataset):
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
         """Two equal frames for each image that the other side gets."""
         frames = torch.stack([picture(i // 2, self.side) for i in range(FRAMES)])
-        return DecodedVideo(frames, FrameTiming(8.0, FRAMES, tuple(range(FRAMES))), "memory")
+        return DecodedVideo(frames, FrameTiming(8.0, FRAMES, tuple(range(FRAMES))), FRAMES, reader="memory")
 
 
 class Noise(VideoDataModule):
