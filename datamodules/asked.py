@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -93,6 +94,13 @@ class _AskedDataset(ClipDataset):
         if clip.video_id in self.in_memory:
             return take_frames(*self.in_memory[clip.video_id], self.frames)
         return super().read(clip, jitter)
+
+    def content(self, clip: Clip) -> str:
+        """Of frames in memory, a hash of them all."""
+        if clip.video_id not in self.in_memory:
+            return super().content(clip)
+        frames = self.in_memory[clip.video_id][0]
+        return hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest()
 
 
 class KnownClips:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from vidreason.datamodules.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.decoding import FrameOptions, read_frames
+from vidreason.datamodules.probing import content_sha
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
 
@@ -49,6 +50,7 @@ class ClipDataset(Dataset[LoadedClip]):
         self.frames = frames
         self.seed = seed
         self.train = train
+        self._contents: dict[tuple[str, int, int], str] = {}
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -69,13 +71,36 @@ class ClipDataset(Dataset[LoadedClip]):
                 raise DecodeError(f"{error} (from {clip.where or clip.video_id}); mend or remove the clip") from error
             return LoadedClip(FailedClip(clip, str(error)), 1000 * (time.perf_counter() - start))
         pixels = video.frames if self.view.shows_video else torch.zeros_like(video.frames)
-        sample = VideoSample(clip.video_id, pixels, clip.label, video.timing, clip)
+        sample = VideoSample(clip.video_id, pixels, clip.label, video.timing, clip, self._identity(clip, video))
         example = Example(sample, self.view.prompt(clip), self.view.texts(clip))
         return LoadedClip(example, 1000 * (time.perf_counter() - start))
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
         """Reads the frames of a clip from its file."""
         return read_frames(clip.path, self.frames, jitter)
+
+    def content(self, clip: Clip) -> str:
+        """Hash of what the frames are taken from; empty where a clip is no file."""
+        try:
+            found = clip.path.stat()
+        except OSError:
+            return ""
+        key = (str(clip.path), found.st_mtime_ns, found.st_size)
+        if key not in self._contents:
+            self._contents[key] = content_sha(clip.path)
+        return self._contents[key]
+
+    def _identity(self, clip: Clip, video: DecodedVideo) -> str:
+        """As ``VideoSample.identity``."""
+        shape = tuple(video.frames.shape)
+        if not self.view.shows_video:
+            return f"blank {shape}"
+        jittered = self.train and self.frames.sampling == "segment"
+        content = "" if jittered else self.content(clip)
+        if not content:
+            return ""
+        taken = f"{content} {video.timing.indices} {shape} {video.reader} {self.frames}"
+        return hashlib.sha256(taken.encode()).hexdigest()
 
     def _jitter(self, clip: Clip, epoch: int) -> torch.Generator:
         """A generator of its own for each seed, epoch and clip, so that workers and resuming change nothing."""

@@ -7,7 +7,7 @@ Shape letters: B clips (prompts) in a batch, N texts behind them, L tokens of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +57,9 @@ class VideoSample:
     label: str | None
     timing: FrameTiming
     clip: Clip
+    identity: str = ""
+    """Equal for equal frames: a hash of the file's content and of which frames were taken how; empty where they are
+    drawn anew each time, or nobody says"""
 
     def __post_init__(self) -> None:
         if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[1] != 3:
@@ -155,11 +158,13 @@ class EncodedPrompts:
     batch_size: int
     turn_end: Tensor
     """[K] int64, tokens that close an open user turn and open the assistant's (empty where prompts are closed)"""
+    videos: tuple[str, ...] = ()
+    """[B] ``VideoSample.identity`` of each prompt's video; empty where nobody says"""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> EncodedPrompts:
         """Returns a copy on ``device``."""
         inputs = {k: v.to(device, non_blocking=non_blocking) for k, v in self.inputs.items()}
-        return EncodedPrompts(inputs, self.batch_size, self.turn_end.to(device))
+        return replace(self, inputs=inputs, turn_end=self.turn_end.to(device))
 
 
 @dataclass(frozen=True)

@@ -233,9 +233,14 @@ class VLMModule(WeightsModule):
         """Decides about a batch of ``val``."""
         return self.evaluate_batch(batch, "val")
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs ``vision_cache/*``."""
+        self.log_vision_cache()
+
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/*``."""
         self.log_metrics("val")
+        self.log_vision_cache()
 
     def test_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Decides about a batch of a test split."""
@@ -245,6 +250,15 @@ class VLMModule(WeightsModule):
         """Logs ``<split>/*`` of every test split."""
         for split in self.data.test_split_names:
             self.log_metrics(split)
+        self.log_vision_cache()
+
+    def log_vision_cache(self) -> None:
+        """Logs, where videos were looked up since the last time, how many were found and how much is kept."""
+        cache = self.vlm.vision_cache
+        taken = None if cache is None else cache.take_statistics()
+        if taken is not None and taken.lookups:
+            rates = {"vision_cache/hit_rate": taken.hits / taken.lookups, "vision_cache/gb": taken.gb}
+            self.log_dict(rates, batch_size=taken.lookups)
 
     # ------------------------------------------------------------------ predict
 

@@ -133,7 +133,8 @@ class CompletionBatch:
 
 def take_prompts(vlm: VLM, prompts: EncodedPrompts, index: Tensor) -> EncodedPrompts:
     """Returns the prompts ``index`` [n] of a batch."""
-    return EncodedPrompts(vlm.repeat_prompts(prompts.inputs, index), int(index.numel()), prompts.turn_end)
+    videos = tuple(prompts.videos[b] for b in index.tolist()) if prompts.videos else ()
+    return EncodedPrompts(vlm.repeat_prompts(prompts.inputs, index), int(index.numel()), prompts.turn_end, videos)
 
 
 def completion_seed(seed: int, step: int, video_id: str, sample: int) -> int:

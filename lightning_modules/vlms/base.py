@@ -5,10 +5,12 @@ Letters: B prompts, G completions of each, N texts, L tokens of the longest text
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +28,7 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.head import Scoring
 from vidreason.lightning_modules.vlms.sharding import whole
 from vidreason.lightning_modules.vlms.shared_prefix import Choice, RouteOptions, choose_route, score_texts
+from vidreason.lightning_modules.vlms.vision_cache import IN_MEMORY, VisionCache, VisionCacheOptions
 
 __all__ = ["VLM", "Generated", "Sampling", "Scores"]
 
@@ -81,6 +84,7 @@ class VLM(ABC):
             their number, but in training they are run twice.
         text_memory_gb: Most memory, in GB, that the texts may take in a forward; where they are estimated to need more
             they go through in chunks.
+        vision_cache: Where embeddings of a frozen vision path are kept; null keeps none.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class VLM(ABC):
         route: Literal["auto", "expand", "packed", "naive"] = "auto",
         completion_chunk: int | None = None,
         text_memory_gb: float | None = None,
+        vision_cache: VisionCacheOptions | None = IN_MEMORY,
     ) -> None:
         if quantize != "none" and lora is None:
             raise ValueError("vlm.quantize: nf4 weights cannot be trained themselves; set vlm.lora")
@@ -114,6 +119,7 @@ class VLM(ABC):
         self.route = route
         self.completion_chunk = completion_chunk
         self.text_memory_gb = text_memory_gb
+        self.vision_cache_options = vision_cache
         self.video_options()  # a budget the family cannot keep is refused here
         self._processor: Any = None
         self._announced: set[Choice] = set()
@@ -170,7 +176,7 @@ class VLM(ABC):
 
     def __getstate__(self) -> dict[str, object]:
         """Leaves the processor and what was derived from it behind; a worker loads its own."""
-        cached = {"chat_frame", "stop_ids", "suppressed_ids"}
+        cached = {"chat_frame", "stop_ids", "suppressed_ids", "vision_cache"}
         return {k: v for k, v in self.__dict__.items() if k not in cached} | {"_processor": None}
 
     @cached_property
@@ -216,7 +222,8 @@ class VLM(ABC):
         inputs = chat.encode_prompts(self.processor, examples, self.video_options())
         frame, is_open = self.chat_frame, examples[0].prompt.open
         turn_end = chat.tokens(self.processor, frame.turn_end) if is_open else []
-        prompts = EncodedPrompts(inputs, len(examples), torch.tensor(turn_end, dtype=torch.long))
+        videos = tuple(example.sample.identity for example in examples)
+        prompts = EncodedPrompts(inputs, len(examples), torch.tensor(turn_end, dtype=torch.long), videos)
         texts = chat.encode_texts(self.processor, frame, examples, self.suppressed_ids)
         names, behind = [example.sample.video_id for example in examples], longest_texts(texts, len(examples))
         refuse_too_long(names, prompts, behind, self.context_length, "the longest text behind it")
@@ -283,7 +290,8 @@ class VLM(ABC):
             self._announced.add(choice)
             rank_zero_info(f"texts are scored by route '{choice.route}': {choice.reason}")
         scoring = Scoring(temperature, banned, with_entropy)
-        found = score_texts(self, model, prompts, texts, scoring, choice.route, options)
+        with self._vision_fed(model, prompts, choice.route):
+            found = score_texts(self, model, prompts, texts, scoring, choice.route, options)
         blank = torch.zeros(texts.ids.shape, dtype=torch.float32, device=texts.ids.device)
         if not found:
             return Scores(blank, blank, blank if with_entropy else None)
@@ -322,7 +330,7 @@ class VLM(ABC):
             if [len(row) for row in seeds] != [group_size] * prompts.batch_size:
                 raise ValueError(f"seeds must be [{prompts.batch_size}][{group_size}], got {[len(r) for r in seeds]}")
             noise = generation.draw_noise([seed for row in seeds for seed in row], sampling.max_new_tokens)
-        with whole(model):
+        with self._vision_fed(model, prompts, "expand"), whole(model):
             made = generation.sample(
                 self,
                 model,
@@ -341,6 +349,24 @@ class VLM(ABC):
         owner = torch.arange(prompts.batch_size, device=made.ids.device).repeat_interleave(group_size)
         reasons: tuple[Literal["stop", "length"], ...] = tuple("stop" if s else "length" for s in stopped)
         return Generated(made.ids, made.mask, made.logprobs, reasons, owner, tuple(texts))
+
+    @cached_property
+    def vision_cache(self) -> VisionCache | None:
+        """Embeddings of a frozen vision path; None where ``vision_cache`` is null."""
+        options = self.vision_cache_options
+        return None if options is None else VisionCache(options, lambda: self._vision_recipe)
+
+    @cached_property
+    def _vision_recipe(self) -> str:
+        """What is done to frames before the model, and how its weights were loaded."""
+        parts = [getattr(self.processor, name, None) for name in ("video_processor", "image_processor")]
+        frames = [[type(part).__name__, part.to_dict()] for part in parts if part is not None]
+        loading = [self.dtype, self.attn_implementation, self.quantize]
+        return json.dumps([frames, self.video_options(), loading], sort_keys=True, default=str)
+
+    def _vision_fed(self, model: nn.Module, prompts: EncodedPrompts, route: str) -> AbstractContextManager[None]:
+        cache = self.vision_cache
+        return nullcontext() if cache is None else cache.feeding(self, model, prompts, route)
 
     def base_sha(self) -> str:
         """SHA-256 of the base checkpoint's files."""

@@ -61,6 +61,18 @@ def build(
     """Builds a model in train mode, its frozen modules in eval mode; see ``VLM.build``."""
     path, adapter = _sources(path, adapter_path, lora, base_sha)
     base = load_base(path, nf4=nf4, unquantised=unquantised, dtype=dtype, attn_implementation=attn_implementation)
+    return equip(base, adapter, lora=lora, frozen=frozen, gradient_checkpointing=gradient_checkpointing)
+
+
+def equip(
+    base: PreTrainedModel,
+    adapter: str | None,
+    *,
+    lora: LoRAOptions | None,
+    frozen: tuple[str, ...],
+    gradient_checkpointing: bool,
+) -> nn.Module:
+    """Makes a loaded base ready to train: frozen modules in eval mode, the ``policy`` adapter, train mode elsewhere."""
     if gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     towers = [base.get_submodule(name) for name in frozen]

@@ -326,3 +326,33 @@ def test_balanced_classes_are_equally_frequent_on_any_number_of_ranks(make):
     whole = list(BalancedSampler(loader.dataset, 1, 0, shuffle=True, seed=0))
     ranks = [list(BalancedSampler(loader.dataset, 3, rank, shuffle=True, seed=0)) for rank in range(3)]
     assert [key for turn in zip(*ranks, strict=True) for key in turn] == whole
+
+
+def identities(data, train=False, view=None):
+    loader = data.loader("train", view or LabelView(data.task), batch_size=10, train=train)
+    dataset = loader.dataset
+    return [dataset[ClipKey(i, 0)].content.sample.identity for i in range(len(dataset))]
+
+
+def test_equal_frames_have_one_identity(make, tmp_path, write_clip):
+    """The file's content and which frames were taken; not its name, and nothing where frames are drawn anew."""
+    first = identities(make())
+    assert len(set(first)) == 3  # ten clips of three files
+    assert all(first)
+    assert identities(make()) == first
+    (tmp_path / "1.mp4").write_bytes((tmp_path / "0.mp4").read_bytes())
+    assert identities(make())[1] == first[0]
+    write_clip(tmp_path / "0.mp4", frames=30, size=(48, 32))
+    assert identities(make())[0] not in first
+    for other in (FrameOptions(num_frames=3), FrameOptions(num_frames=4, max_pixels=600)):
+        assert identities(make(frames=other))[2] != first[2]
+    jittered = make(frames=FrameOptions(num_frames=4, sampling="segment"))
+    assert set(identities(jittered, train=True)) == {""}
+    assert all(identities(jittered))
+
+
+def test_a_blind_view_has_an_identity_of_its_own(make):
+    data = make()
+    blind = ReviewView(data.task, {f"train{i}": ("a trace",) for i in range(10)}, "all", input="trace")
+    assert len(set(identities(data, view=blind))) == 1
+    assert set(identities(data, view=blind)).isdisjoint(identities(data))

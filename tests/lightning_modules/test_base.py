@@ -9,10 +9,15 @@ from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.callbacks.trace_writer import TraceWriter
 from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReasonView
 from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.calibration import CalibrationModule
+from vidreason.lightning_modules.grpo import GRPOModule
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.parameters import set_train_mode
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.layout import unwrap
+from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
+from vidreason.lightning_modules.vlms.vision_cache import VisionCacheOptions
 
 SHORT = Sampling(max_new_tokens=4)
 
@@ -240,3 +245,36 @@ def test_a_foreign_checkpoint_is_refused_by_a_look_into_it(make_vlm, make_data, 
     label.refuse_foreign_checkpoint(saving.last_model_path)
     with pytest.raises(ValueError, match="written by stage 'sft_label', but the stage running is 'sft_trace'"):
         RationaleSFTModule(make_vlm(), target="trace").refuse_foreign_checkpoint(saving.last_model_path)
+
+
+def watched(model, vlm, calls):
+    """Collects the forwards of the tower."""
+    tower = unwrap(model).get_submodule(vlm.vision_modules[0])
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    return model
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo", "calibration", "test"])
+def test_the_tower_runs_once_per_video_in_every_stage(make_vlm, make_data, make_trainer, stage, tmp_path, monkeypatch):
+    """Three files under many names, over epochs, sampling, scoring, validation; the next run finds them on disk."""
+    calls = []
+    make = {
+        "sft": lambda vlm: RationaleSFTModule(vlm, target="label"),
+        "grpo": lambda vlm: GRPOModule(vlm, group_size=2, train_sampling=SHORT, sampling=SHORT, cold_steps=99),
+        "calibration": lambda vlm: CalibrationModule(vlm, traces_sampled=TraceOptions(samples=2, sampling=SHORT)),
+        "test": VLMModule,
+    }[stage]
+    build = TinyVLM.build
+    monkeypatch.setattr(TinyVLM, "build", lambda self, path=None: watched(build(self, path), self, calls))
+    for expected in (3, 0):
+        vlm = make_vlm(lora=True)
+        vlm.vision_cache_options = VisionCacheOptions(folder=str(tmp_path / "embeddings"))
+        calls.clear()
+        trainer = make_trainer(f"run{expected}", max_epochs=2)
+        if stage == "test":
+            trainer.test(make(vlm), make_data(vlm), verbose=False)
+        else:
+            trainer.fit(make(vlm), make_data(vlm))
+        assert len(calls) == expected
+        assert 0 < float(trainer.callback_metrics["vision_cache/hit_rate"]) <= 1
+        assert float(trainer.callback_metrics["vision_cache/gb"]) > 0

@@ -12,6 +12,7 @@ from torch import nn
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration, scratch_config
+from vidreason.lightning_modules.vlms.vision_cache import IN_MEMORY, VisionCacheOptions
 
 
 def embedded_folder() -> Path:
@@ -34,6 +35,7 @@ class TinyVLM(VLM):
         route: See VLM; so are the next two.
         completion_chunk: Texts that go through the model at once.
         text_memory_gb: Most memory that the texts may take in a forward.
+        vision_cache: Where embeddings of a frozen vision path are kept; null keeps none.
         seed: Seed of the random weights of ``scratch``.
     """
 
@@ -51,6 +53,7 @@ class TinyVLM(VLM):
         route: Literal["auto", "expand", "packed", "naive"] = "auto",
         completion_chunk: int | None = None,
         text_memory_gb: float | None = None,
+        vision_cache: VisionCacheOptions | None = IN_MEMORY,
         seed: int = 0,
     ) -> None:
         self.scratch = path == "scratch"
@@ -67,6 +70,7 @@ class TinyVLM(VLM):
             route=route,
             completion_chunk=completion_chunk,
             text_memory_gb=text_memory_gb,
+            vision_cache=vision_cache,
         )
 
     def build(self, adapter_path: str | None = None) -> nn.Module:

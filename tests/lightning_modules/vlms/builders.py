@@ -217,12 +217,13 @@ def make_example(
     seed: int = 0,
     frames: int = 4,
     size: tuple[int, int] = (56, 56),
+    identity: str = "",
 ) -> Example:
     """A clip of noise with a prompt and texts."""
     pixels = torch.randint(0, 256, (frames, 3, *size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     name = f"clip{seed}"
     timing = FrameTiming(fps=4.0, total_frames=16, indices=tuple(range(0, 16, 16 // frames))[:frames])
-    sample = VideoSample(name, pixels, None, timing, Clip(Path(f"{name}.mp4"), None, name))
+    sample = VideoSample(name, pixels, None, timing, Clip(Path(f"{name}.mp4"), None, name), identity)
     return Example(sample, Prompt(prompt, open_prompt), tuple(Text(t) if isinstance(t, str) else t for t in texts))
 
 
