@@ -1,0 +1,240 @@
+"""GRPO updates of Qwen2.5-VL-3B and -7B on one GPU: naive at its best micro-batch against the shared prefix.
+
+    make links && PYTHONPATH=.typing python benchmarks/gpu_grpo.py --json benchmarks/results/gpu_grpo.json
+
+Real shapes with random weights in bf16, LoRA on the decoder, vision tower frozen: one video of 32 frames (4,096 visual
+tokens, prompt 4,296), G completions of C tokens, forward and backward of the GRPO loss. Times are medians of device
+events after a warm-up. Naive repeats prompt and pixels, goes through as many completions at once as is fastest, and
+backward after each micro-batch. Ours is ``vlm.route: auto`` with the vision cache filled within the run. MFU is the
+FLOPs that a side executes over its time and over the bf16 rate of a large matrix product measured here. An update that
+does not fit is reported as that and enters no ratio. It ends within ten minutes; what is left then is named.
+``--smoke`` runs the same code on a CPU with sizes of nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import grpo, naive_logprobs
+from gpu_rows import Clock, Row, Side, matmul_rate, print_rows
+from harness import flop_counter
+from reference_model import Grid, make_prompts, make_texts, make_vlm
+from torch import nn
+
+from vidreason.datamodules.types import EncodedPrompts, TextBatch
+from vidreason.lightning_modules.functional.losses import grpo_loss
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.base import VLM
+
+LORA = LoRAOptions(r=16, alpha=32)
+PACKAGES = ("torch", "transformers", "peft", "lightning")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    sizes: tuple[str, ...]
+    grid: Grid
+    words_behind: int
+    lengths: tuple[int, ...]
+    groups: tuple[int, ...]
+    matrix: int
+    dtype: str
+    device: str
+
+
+FULL = Scale(("3b", "7b"), (16, 32, 32), 194, (256, 512), (8, 16), 8192, "bfloat16", "cuda")
+SMOKE = Scale(("reference",), (1, 4, 4), 8, (4,), (2,), 64, "float32", "cpu")
+
+
+@dataclass
+class Bench:
+    """A model and what it is run on."""
+
+    vlm: VLM
+    model: nn.Module
+    prompts: EncodedPrompts
+    clock: Clock
+
+    def ours(self, texts: TextBatch) -> Callable[[], None]:
+        """All completions at once behind one prompt."""
+
+        def step() -> None:
+            self.model.zero_grad()
+            grpo(self.vlm.score(self.model, self.prompts, texts).logprobs, texts).backward()  # type: ignore[no-untyped-call]
+
+        return step
+
+    def naive(self, texts: TextBatch, size: int) -> Callable[[], None]:
+        """``size`` completions at once, each behind a prompt of its own."""
+        advantages = torch.linspace(-1.5, 1.5, len(texts), device=texts.ids.device)
+
+        def step() -> None:
+            self.model.zero_grad()
+            for start in range(0, len(texts), size):
+                part = rows(texts, start, start + size)
+                found = naive_logprobs(self.vlm, self.model, self.prompts, part)
+                count = texts.loss_mask.sum()
+                ahead = advantages[start : start + size]
+                old = found.detach() + 0.1
+                loss = grpo_loss(found, ahead, part.loss_mask, normalizer=count, old_logprobs=old).loss
+                loss.backward()  # type: ignore[no-untyped-call]
+
+        return step
+
+    def side(self, step: Callable[[], None], micro_batch: int, gflop: float, repeats: int = 3) -> Side:
+        """Measures a step after a warm-up."""
+        found = self.clock.run(step, 1 + repeats)
+        self.model.zero_grad()
+        if found is None:
+            return Side(None, None, gflop, micro_batch)
+        return Side(statistics.median(found[0][1:]), found[1], gflop, micro_batch)
+
+    def cached(self, on: bool) -> None:
+        """Takes the embeddings from the vision cache, or computes them in each update."""
+        if on:
+            self.vlm.__dict__.pop("vision_cache", None)
+        else:
+            self.vlm.vision_cache = None  # type: ignore[misc]
+
+    def difference(self, texts: TextBatch) -> float:
+        """Largest difference of the log-probs of two completions."""
+        two = rows(texts, 0, 2)
+        with torch.no_grad():
+            gap = self.vlm.score(self.model, self.prompts, two).logprobs
+            gap = gap - naive_logprobs(self.vlm, self.model, self.prompts, two)
+        return float(gap.abs().max())
+
+
+def rows(texts: TextBatch, start: int, end: int) -> TextBatch:
+    """Some texts, all of one prompt."""
+    names = ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")
+    return TextBatch(*(getattr(texts, name)[start:end] for name in names))
+
+
+def gflop(step: Callable[[], None]) -> float:
+    """Of one step."""
+    with flop_counter() as counter:
+        step()
+    return counter.get_total_flops() / 1e9
+
+
+def best_naive(bench: Bench, texts: TextBatch, single: float, known: int) -> tuple[Side, Side]:
+    """Naive at its fastest micro-batch, and with all completions at once.
+
+    Args:
+        bench: The model.
+        texts: G completions.
+        single: GFLOP of one of them.
+        known: The fastest micro-batch where it has been found already, for fewer completions; else 0.
+    """
+    group = len(texts)
+    at_once = bench.side(bench.naive(texts, group), group, group * single, repeats=2)
+    fitting = [at_once] if at_once.seconds is not None else []
+    sizes = [known] if known else [group // 2**i for i in range(1, group.bit_length())]
+    for size in sizes:
+        if len(fitting) == 2 or size == group:
+            break
+        side = bench.side(bench.naive(texts, size), size, group * single, repeats=2)
+        fitting += [side] if side.seconds is not None else []
+    best = min(fitting, key=lambda side: side.seconds or 0.0, default=at_once)
+    return best, at_once
+
+
+def measure(
+    bench: Bench, scale: Scale, size: str, checkpointing: bool, length: int, group: int, micro_batch: int
+) -> Row:
+    """Measures one setting; ``micro_batch`` as ``known`` of ``best_naive``."""
+    texts = make_texts([length] * group, [0] * group, [-1] * group, 0, scale.device)
+    weights = torch.cuda.memory_allocated() / 1e9 if bench.clock.cuda else 0.0
+    single = gflop(bench.naive(rows(texts, 0, 1), 1))
+    bench.cached(False)
+    without = bench.side(bench.ours(texts), group, gflop(bench.ours(texts)))
+    bench.cached(True)
+    bench.ours(texts)()  # fills the cache, as rollouts do
+    ours = bench.side(bench.ours(texts), group, gflop(bench.ours(texts)))
+    naive, at_once = best_naive(bench, texts, single, micro_batch)
+    gap = bench.difference(texts)
+    return Row(size, checkpointing, length, group, weights, naive, at_once, ours, without, gap)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures all settings that the time allows."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no setting is begun after them")
+    options = parser.parse_args(arguments)
+    scale = SMOKE if options.smoke else FULL
+    if scale.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here; --smoke runs the same code on a CPU")
+    clock = Clock(scale.device)
+    rate = matmul_rate(scale.matrix, getattr(torch, scale.dtype), scale.device)
+    name = torch.cuda.get_device_name() if clock.cuda else f"CPU {platform.machine()}"
+    where = {
+        "date": date.today().isoformat(),
+        "device": name,
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "cuda": torch.version.cuda,
+        "matmul_tflops": rate / 1e12,
+    }
+    print(where)
+    found: list[Row] = []
+    left: list[str] = []
+    for size in scale.sizes:
+        options_ = {"dtype": scale.dtype, "lora": LORA, "device": scale.device, "size": size}
+        vlm = make_vlm("qwen", scale.grid, 0, gradient_checkpointing=False, **options_)
+        model = vlm.build()
+        prompts = make_prompts(
+            "qwen", scale.grid, 1, 0, scale.device, getattr(torch, scale.dtype), words_behind=scale.words_behind
+        )
+        bench = Bench(vlm, model, prompts, clock)
+        micro_batches: dict[tuple[bool, int], int] = {}
+        for group, checkpointing, length in product(scale.groups, (False, True), scale.lengths):
+            set_checkpointing(model, checkpointing)
+            if time.monotonic() - started > 60 * options.minutes:
+                left.append(f"{size}, checkpointing {checkpointing}, C {length}, G {group}")
+                continue
+            known = micro_batches.get((checkpointing, length), 0)
+            found.append(measure(bench, scale, size, checkpointing, length, group, known))
+            micro_batches[checkpointing, length] = found[-1].naive.micro_batch
+            print_rows(found[-1:], rate)
+        del bench, model
+    print_rows(found, rate)
+    if left:
+        print("not measured for lack of time: " + "; ".join(left))
+    ratios = [{"ratio": row.ratio, "memory_ratio": row.memory_ratio} for row in found]
+    table = [asdict(row) | extra for row, extra in zip(found, ratios, strict=True)]
+    result = {**where, "scale": asdict(scale), "not_measured": left, "rows": table}
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Turns gradient checkpointing of the decoder on or off."""
+    base: Any = model.get_base_model()  # type: ignore[operator]
+    kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(base, f"{kind}_checkpointing_disable")()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What ``gpu_grpo.py`` measures with and what it writes down: a clock, the sides of a setting, a table."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of one setting."""
+
+    seconds: float | None
+    """Median of an update; None where it does not fit"""
+    peak_gb: float | None
+    """Most memory allocated, weights included"""
+    gflop: float
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting."""
+
+    size: str
+    checkpointing: bool
+    completion: int
+    group_size: int
+    weights_gb: float
+    naive: Side
+    naive_at_once: Side
+    ours: Side
+    ours_no_cache: Side
+    largest_logprob_difference: float
+    """Of the two sides in this precision"""
+
+    @property
+    def ratio(self) -> float | None:
+        """Time of naive at its best micro-batch over ours."""
+        return self.naive.seconds / self.ours.seconds if self.naive.seconds and self.ours.seconds else None
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Memory of naive over ours, both with all completions at once."""
+        both = self.naive_at_once.peak_gb, self.ours.peak_gb
+        return both[0] / both[1] if both[0] and both[1] else None
+
+
+class Clock:
+    """Times and memory of the device."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def run(self, step: Callable[[], None], repeats: int) -> tuple[list[float], float] | None:
+        """Seconds of each repeat and the peak in GB; None where the memory does not suffice."""
+        seconds = []
+        try:
+            if self.cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            for _ in range(repeats):
+                seconds.append(self._one(step))
+        except torch.OutOfMemoryError:
+            return None
+        return seconds, torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0.0
+
+    def _one(self, step: Callable[[], None]) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            step()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        milliseconds: float = begin.elapsed_time(end)
+        return milliseconds / 1e3
+
+
+def matmul_rate(size: int, dtype: torch.dtype, device: str) -> float:
+    """FLOPs per second of a matrix product of that size."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+
+    def ten() -> None:
+        for _ in range(10):
+            a @ a
+
+    found = Clock(device).run(ten, 6)
+    assert found is not None
+    return 10 * 2 * size**3 / statistics.median(found[0][1:])
+
+
+def print_rows(found: Sequence[Row], rate: float) -> None:
+    """A line per setting."""
+    head = (
+        "model",
+        "ckpt",
+        "C",
+        "G",
+        "naive s",
+        "mb",
+        "ours s",
+        "ratio",
+        "tok/s",
+        "MFU naive",
+        "MFU",
+        "GB naive",
+        "GB",
+    )
+    print("".join(f"{name:>11s}" for name in head))
+    for row in found:
+        ours, naive = row.ours, row.naive
+        tokens = row.completion * row.group_size / ours.seconds if ours.seconds else None
+        cells: list[Any] = [
+            row.size,
+            row.checkpointing,
+            row.completion,
+            row.group_size,
+            naive.seconds,
+            naive.micro_batch,
+        ]
+        cells += [ours.seconds, row.ratio, tokens, mfu(naive, rate), mfu(ours, rate)]
+        cells += [row.naive_at_once.peak_gb, ours.peak_gb]
+        print("".join(f"{_cell(cell):>11s}" for cell in cells), flush=True)
+
+
+def mfu(side: Side, rate: float) -> float | None:
+    """Share of the measured matrix rate."""
+    return side.gflop * 1e9 / side.seconds / rate if side.seconds else None
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "no memory"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

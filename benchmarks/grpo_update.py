@@ -1,0 +1,55 @@
+"""One GRPO update, one video and G completions: repeated prompts (naive) against the shared prefix, on a CPU.
+
+    python benchmarks/grpo_update.py [--json FILE] [--family qwen] [--grid 8,16,16] [--group_size 8] [--text_tokens 64]
+
+Forward and backward of the GRPO loss in fp32, vision tower frozen, all else trained, no optimizer. ``ours`` is what
+``vlm.route: auto`` takes, with the vision cache filled by an earlier pass of the same run, as rollouts fill it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from arms import grpo, naive, shared
+from harness import Setting, arguments, circumstances, gradient_difference, in_a_fork, measure, report
+
+from vidreason.lightning_modules.vlms.shared_prefix import RouteOptions, choose_route
+
+ARMS = {
+    "naive": naive(grpo),
+    "expand": shared(grpo, route="expand"),
+    "packed": shared(grpo, route="packed"),
+    "expand+cache": shared(grpo, route="expand", cached=True, filled=True),
+    "packed+cache": shared(grpo, route="packed", cached=True, filled=True),
+}
+
+
+def automatic(setting: Setting) -> str:
+    """The route that ``auto`` takes."""
+    work = ARMS["expand+cache"](setting)
+    return choose_route(RouteOptions(), work.model, {}).route
+
+
+def figures(setting: Setting) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+    """The headline, the arms, and what else is known."""
+    route = in_a_fork(automatic, setting)
+    found = measure(ARMS, setting)
+    gradient, single = in_a_fork(gradient_difference, list(ARMS.values()), setting)
+    first, ours, bare = found["naive"], found[f"{route}+cache"], found[route]
+    headline = {
+        "naive_gflop": first.gflop,
+        "ours_gflop": ours.gflop,
+        "flop_ratio": first.gflop / ours.gflop,
+        "flop_ratio_no_cache": first.gflop / bare.gflop,
+        "cpu_ratio": first.cpu_s / ours.cpu_s,
+        "rss_ratio": ours.peak_mb / first.peak_mb,
+        "grad_rel_diff": gradient,
+        "vision_calls_per_video": float(ours.vision_calls_in_run),
+    }
+    return headline, found, {"ours": f"{route}+cache", "grad_rel_diff_per_tensor": single}
+
+
+if __name__ == "__main__":
+    setting, options = arguments(__doc__)
+    headline, found, more = figures(setting)
+    report(headline, found, circumstances(setting), options.json, **more)

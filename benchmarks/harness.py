@@ -1,0 +1,278 @@
+"""How the CPU benchmarks measure: one process per arm and repeat, arms in turns, medians.
+
+The parent imports everything and computes nothing; each measurement is a fork of it, so that imports are paid once and
+belong to the level above which memory is counted. In the fork: build, a small step that loads every kernel, then the
+peak of resident memory is reset, and one step is measured in CPU-seconds, wall seconds and peak memory. FLOPs and
+forwards of the vision tower are the same each time and counted in a fork of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.layout import unwrap
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # routes and caches announce themselves in every fork
+PACKAGES = ("torch", "transformers", "peft", "lightning")
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a benchmark runs on."""
+
+    family: str
+    grid: tuple[int, int, int]
+    group_size: int
+    text_tokens: int
+    seed: int
+    repeats: int = 5
+
+
+@dataclass
+class Work:
+    """One arm, built."""
+
+    vlm: VLM
+    model: nn.Module
+    step: Callable[[], None]
+    """What is measured"""
+    small: Callable[[], None]
+    """The same on a small input, which loads kernels"""
+    fill: Callable[[], None] | None = None
+    """What comes before in the same run, such as the rollouts that fill the vision cache"""
+
+
+Make = Callable[[Setting], Work]
+
+
+class Run(NamedTuple):
+    """One measured step."""
+
+    cpu_s: float
+    wall_s: float
+    peak_mb: float
+    """Above the level after imports and build; 1e6 bytes"""
+
+
+class Counted(NamedTuple):
+    """What does not change from run to run."""
+
+    gflop: float
+    vision_calls: int
+    """In ``step``"""
+    vision_calls_in_run: int
+    """In ``fill`` and ``step`` together"""
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts the CPU's attention kernel too, also where the installed torch does not."""
+    own: dict[Any, Any] = {}
+    if ATTENTION not in flop_registry:
+        own[ATTENTION] = lambda q, k, v, *_, **__: sdpa_flop_count(q, _heads(k, q), _heads(v, q))
+        own[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward] = lambda g, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(g, q, _heads(k, q), _heads(v, q))
+        )
+    return FlopCounterMode(display=False, custom_mapping=own)
+
+
+def _heads(shape: Sequence[int], like: Sequence[int]) -> tuple[int, ...]:
+    """A shape [n, K, S, D] with as many heads as ``like``."""
+    return (shape[0], like[1], *shape[2:])
+
+
+def _status(name: str) -> float:
+    """A line of /proc/self/status in MB of 1e6 bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise ValueError(f"/proc/self/status has no {name}: these benchmarks run on Linux")
+
+
+def run(make: Make, setting: Setting) -> Run:
+    """Builds an arm and measures one step of it."""
+    work = make(setting)
+    work.small()
+    if work.fill is not None:
+        work.fill()
+    work.model.zero_grad()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # from here on a new peak
+    level, cpu, wall = _status("VmRSS"), time.process_time(), time.perf_counter()
+    work.step()
+    return Run(time.process_time() - cpu, time.perf_counter() - wall, _status("VmHWM") - level)
+
+
+def count(make: Make, setting: Setting) -> Counted:
+    """Builds an arm and counts what one step of it does."""
+    work = make(setting)
+    work.small()
+    calls: list[int] = []
+    unwrap(work.model).get_submodule(work.vlm.vision_modules[0]).register_forward_hook(lambda *_: calls.append(1))
+    if work.fill is not None:
+        work.fill()
+    before = len(calls)
+    with flop_counter() as counter:
+        work.step()
+    return Counted(counter.get_total_flops() / 1e9, len(calls) - before, len(calls))
+
+
+def in_a_fork(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function in a fork of this process and returns what it returns.
+
+    Raises:
+        RuntimeError: The fork did not come back with a result.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        theirs.send(function(*args))
+
+    process = context.Process(target=child)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{function.__name__} ended with exit code {process.exitcode}; see above") from None
+    finally:
+        process.join()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Medians of one arm."""
+
+    cpu_s: float
+    wall_s: float
+    peak_mb: float
+    gflop: float
+    vision_calls: int
+    vision_calls_in_run: int
+    cpu_s_all: tuple[float, ...]
+    peak_mb_all: tuple[float, ...]
+
+
+def measure(arms: Mapping[str, Make], setting: Setting) -> dict[str, Figures]:
+    """Measures every arm ``repeats`` times, in turns."""
+    runs: dict[str, list[Run]] = {name: [] for name in arms}
+    counted: dict[str, Counted] = {}
+    for repeat in range(setting.repeats):
+        for name in list(arms) if repeat % 2 == 0 else list(arms)[::-1]:
+            runs[name].append(in_a_fork(run, arms[name], setting))
+            print(f"{name} {repeat + 1}: {runs[name][-1].cpu_s:.3f} CPU-s", file=sys.stderr, flush=True)
+    for name, make in arms.items():
+        counted[name] = in_a_fork(count, make, setting)
+    return {
+        name: Figures(
+            *(round(statistics.median(column), 4) for column in zip(*runs[name], strict=True)),
+            gflop=round(counted[name].gflop, 3),
+            vision_calls=counted[name].vision_calls,
+            vision_calls_in_run=counted[name].vision_calls_in_run,
+            cpu_s_all=tuple(round(run.cpu_s, 3) for run in runs[name]),
+            peak_mb_all=tuple(round(run.peak_mb, 1) for run in runs[name]),
+        )
+        for name in arms
+    }
+
+
+def gradients(work: Work) -> dict[str, torch.Tensor]:
+    """Of one step, by parameter."""
+    if work.fill is not None:
+        work.fill()
+    work.model.zero_grad()
+    work.step()
+    return {name: p.grad.clone() for name, p in work.model.named_parameters() if p.grad is not None}
+
+
+def gradient_difference(makes: Sequence[Make], setting: Setting) -> tuple[float, float]:
+    """Largest difference to the first arm: over all parameters, and of one tensor with a floor of 1e-6 of the norm."""
+    first = gradients(makes[0](setting))
+    norm = float(torch.stack([g.norm() for g in first.values()]).norm())
+    overall, single = 0.0, 0.0
+    for make in makes[1:]:
+        other = gradients(make(setting))
+        if other.keys() != first.keys():
+            raise ValueError("the arms train different parameters")
+        gaps = {name: float((other[name] - g).norm()) for name, g in first.items()}
+        overall = max(overall, float(torch.tensor(list(gaps.values())).norm()) / norm)
+        single = max(single, *(gap / max(float(first[name].norm()), 1e-6 * norm) for name, gap in gaps.items()))
+    return overall, single
+
+
+def arguments(doc: str, group_size: int = 8, text_tokens: int = 64) -> tuple[Setting, argparse.Namespace]:
+    """Parses what all CPU benchmarks take."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file that the figures are written to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", choices=("qwen", "smolvlm", "tiny"), default="qwen")
+    parser.add_argument("--grid", type=_grid, default=(8, 16, 16), help="T,H,W patches; 4 make a token")
+    parser.add_argument("--group_size", type=int, default=group_size, help="texts behind the video")
+    parser.add_argument("--text_tokens", type=int, default=text_tokens, help="tokens of each text")
+    parser.add_argument("--repeats", type=int, default=5, help="processes per arm")
+    options = parser.parse_args()
+    if min(options.group_size, options.text_tokens - 1, options.repeats) < 1:
+        parser.error("--group_size and --repeats must be at least 1, --text_tokens at least 2")
+    names = ("family", "grid", "group_size", "text_tokens", "seed", "repeats")
+    return Setting(**{name: getattr(options, name) for name in names}), options
+
+
+def _grid(text: str) -> tuple[int, int, int]:
+    numbers = tuple(int(part) for part in text.split(","))
+    if len(numbers) != 3 or min(numbers) < 1 or numbers[1] % 2 or numbers[2] % 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: give T,H,W with even H and W")
+    return numbers
+
+
+def circumstances(setting: Setting) -> dict[str, Any]:
+    """When and where: date, device, versions, load."""
+    return {
+        "date": date.today().isoformat(),
+        "device": f"CPU {platform.machine()}, one thread",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "setting": asdict(setting),
+    }
+
+
+def report(
+    headline: Mapping[str, float], arms: Mapping[str, Figures], where: Mapping[str, Any], file: Path | None, **more: Any
+) -> None:
+    """Prints the figures as a table and writes them as JSON: the headline, and ``details`` with all else."""
+    setting, versions = where["setting"], ", ".join(f"{k} {v}" for k, v in where["versions"].items())
+    print(f"{where['date']}, {where['device']}, {versions}, load average {where['load_average']}")
+    print(", ".join(f"{name} {value}" for name, value in setting.items()))
+    head = ("CPU-s", "wall s", "GFLOP", "peak MB", "vision calls", "in the run")
+    print(f"{'':16s}" + "".join(f"{name:>14s}" for name in head))
+    for name, f in arms.items():
+        row = (f.cpu_s, f.wall_s, f.gflop, f.peak_mb)
+        print(f"{name:16s}" + "".join(f"{x:14.2f}" for x in row) + f"{f.vision_calls:14d}{f.vision_calls_in_run:14d}")
+    for name, value in headline.items():
+        print(f"{name:22s}{value:.4g}")
+    if file is not None:
+        details = {**where, **more, "arms": {name: asdict(figures) for name, figures in arms.items()}}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**headline, "details": details}, indent=1) + "\n", encoding="utf-8")

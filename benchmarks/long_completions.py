@@ -1,0 +1,63 @@
+"""Memory of long completions: naive one at a time, the shared prefix at once, and in chunks, on a CPU.
+
+    python benchmarks/long_completions.py [--json FILE] [--group_size 8] [--text_tokens 2048]
+
+Forward and backward in fp32 with the vision tower frozen, on the reference model. Naive goes through the completions
+one by one and backward after each, which is the least memory that it can do with. The vision cache is off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from arms import fan, naive_logprobs, shared
+from harness import Setting, Work, arguments, circumstances, gradient_difference, in_a_fork, measure, report
+from reference_model import make_prompts
+from torch import Tensor
+
+from vidreason.datamodules.types import TextBatch
+
+
+def mean(logprobs: Tensor, texts: TextBatch) -> Tensor:
+    """The SFT loss."""
+    return -logprobs.sum() / texts.loss_mask.sum()
+
+
+def one_at_a_time(setting: Setting) -> Work:
+    """Naive, a backward after each completion."""
+    work = shared(mean, route="naive")(setting)
+    prompts, texts = make_prompts(setting.family, setting.grid, 1, setting.seed), fan(setting)
+    total = texts.loss_mask.sum()
+
+    def step() -> None:
+        for row in range(len(texts)):
+            one = TextBatch(
+                *(getattr(texts, name)[row : row + 1] for name in ("ids", "mask", "loss_mask", "answer_mask")),
+                owner=texts.owner[row : row + 1],
+                parent=texts.parent[row : row + 1],
+            )
+            (-naive_logprobs(work.vlm, work.model, prompts, one).sum() / total).backward()  # type: ignore[no-untyped-call]
+
+    return replace(work, step=step)
+
+
+ARMS = {
+    "naive, one by one": one_at_a_time,
+    "at once": shared(mean),
+    "chunks of 2": shared(mean, completion_chunk=2),
+    "chunks of 1": shared(mean, completion_chunk=1),
+}
+
+if __name__ == "__main__":
+    setting, options = arguments(__doc__, text_tokens=2048)
+    found = measure(ARMS, setting)
+    gradient, _ = in_a_fork(gradient_difference, list(ARMS.values()), setting)
+    first = found["at once"]
+    headline = {
+        "chunked_peak_ratio": found["chunks of 1"].peak_mb / first.peak_mb,
+        "naive_peak_ratio": found["naive, one by one"].peak_mb / first.peak_mb,
+        "chunked_flop_ratio": found["chunks of 1"].gflop / first.gflop,
+        "naive_flop_ratio": found["naive, one by one"].gflop / first.gflop,
+        "grad_rel_diff": gradient,
+    }
+    report(headline, found, circumstances(setting), options.json)

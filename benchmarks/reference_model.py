@@ -1,0 +1,257 @@
+"""The model that the benchmarks run: sizes of PERFORMANCE's reference or of a real one, random weights, random prompts.
+
+Nothing is read from disk, so a benchmark needs neither tokenizer nor processor nor a download. A grid of T x H x W
+patches makes T·H·W / 4 visual tokens in every family.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    SmolVLMConfig,
+)
+
+from vidreason.datamodules.types import EncodedPrompts, TextBatch
+from vidreason.lightning_modules.vlms import building
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.qwen import QwenVL
+from vidreason.lightning_modules.vlms.smolvlm import SmolVLM
+from vidreason.lightning_modules.vlms.tiny.configuration import TinyVLMConfig
+from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
+
+Grid = tuple[int, int, int]
+"""Temporal patches, and rows and columns of patches"""
+
+FAMILIES = ("qwen", "smolvlm", "tiny")
+WORDS_BEFORE, WORDS_BEHIND = 4, 31
+"""Text tokens of a prompt around its video, which has a mark at each end: 37 beside the visual tokens"""
+START, END, VIDEO, FIRST_WORD = 1, 2, 3, 10
+"""Token ids; words are all ids from ``FIRST_WORD`` on"""
+TEXT = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": END,
+    "pad_token_id": 0,
+}
+VISION = {"hidden_size": 256, "intermediate_size": 704, "num_heads": 8, "depth": 4}
+REAL_TEXT: dict[str, dict[str, int]] = {
+    "3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152_064,
+    },
+}
+"""Decoders of Qwen2.5-VL (arXiv 2502.13923 and the published configurations)"""
+
+
+def qwen_config(size: str = "reference") -> PreTrainedConfig:
+    """Qwen2.5-VL of the reference's sizes, or with those of ``3b`` or ``7b``."""
+    text: dict[str, Any] = {**TEXT, **REAL_TEXT.get(size, {})}
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
+        "rope_theta": 1e6,
+    }
+    if size == "reference":
+        vision: dict[str, Any] = {**VISION, "fullatt_block_indexes": [3]}
+    else:
+        vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+        vision["fullatt_block_indexes"] = [7, 15, 23, 31]
+        text["tie_word_embeddings"] = size == "3b"
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={**vision, "out_hidden_size": text["hidden_size"], "tokens_per_second": 2},
+        image_token_id=4,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+def smolvlm_config(grid: Grid) -> PreTrainedConfig:
+    """SmolVLM2 with the reference's decoder; its connector takes square frames alone.
+
+    Raises:
+        ValueError: The grid is not square.
+    """
+    if grid[1] != grid[2]:
+        raise ValueError(f"--grid: SmolVLM takes square frames, got {grid[1]} x {grid[2]} patches")
+    vision = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_hidden_layers": 4}
+    return SmolVLMConfig(
+        image_token_id=VIDEO,
+        scale_factor=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        vision_config={**vision, "image_size": 14 * grid[1], "patch_size": 14},
+        text_config={"model_type": "llama", **TEXT},
+    )
+
+
+def tiny_config(grid: Grid) -> PreTrainedConfig:
+    """TinyVLM with the reference's decoder."""
+    return TinyVLMConfig(
+        text_config=LlamaConfig(**TEXT),
+        frame_height=16 * grid[1],
+        frame_width=16 * grid[2],
+        max_frames=grid[0],
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+    )
+
+
+class RandomWeights(VLM):
+    """A family without files: weights are drawn, and nothing is tokenised."""
+
+    config: PreTrainedConfig
+    seed: int
+    device: str
+
+    @cached_property
+    def suppressed_ids(self) -> frozenset[int]:
+        """Placeholders."""
+        return frozenset(range(FIRST_WORD)) - {END}
+
+    @cached_property
+    def _vision_recipe(self) -> str:
+        return "random pixels"
+
+    def build(self, adapter_path: str | None = None) -> nn.Module:
+        """Draws weights from ``seed`` on ``device``, then as every family."""
+        torch.manual_seed(self.seed)
+        with torch.device(self.device):
+            base = AutoModelForImageTextToText.from_config(
+                self.config, dtype=building._dtype(self.dtype), attn_implementation=self.attn_implementation
+            )
+        assert isinstance(base, PreTrainedModel)
+        frozen = self.vision_modules if self.freeze_vision else ()
+        model = building.equip(
+            base, None, lora=self.lora, frozen=frozen, gradient_checkpointing=self.gradient_checkpointing
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # 0 at initialisation, and with it the gradient of A
+                nn.init.normal_(parameter, std=0.02)
+        return model.to(self.device)
+
+
+class RandomQwen(RandomWeights, QwenVL):
+    """Qwen2.5-VL."""
+
+
+class RandomSmolVLM(RandomWeights, SmolVLM):
+    """SmolVLM2."""
+
+
+class RandomTiny(RandomWeights, TinyVLM):
+    """TinyVLM; as in every fine-tuning of the others, what joins its tower to the decoder is frozen with it."""
+
+    vision_modules = ("model.visual", "model.projector")
+
+
+def make_vlm(family: str, grid: Grid, seed: int, size: str = "reference", device: str = "cpu", **options: Any) -> VLM:
+    """A family's recipe.
+
+    Args:
+        family: One of ``FAMILIES``.
+        grid: The largest grid that it will see.
+        seed: Of the weights.
+        size: ``reference``, and for Qwen also ``3b`` and ``7b``.
+        device: Where the weights are drawn.
+        options: As ``VLM`` takes them.
+    """
+    if grid[1] % 2 or grid[2] % 2 or min(grid) < 1:
+        raise ValueError(f"--grid: rows and columns of patches must be even, got {grid}")
+    kind = {"qwen": RandomQwen, "smolvlm": RandomSmolVLM, "tiny": RandomTiny}[family]
+    vlm: RandomWeights = kind("random", **{"dtype": "float32", **options})
+    made = {
+        "qwen": lambda: qwen_config(size),
+        "smolvlm": lambda: smolvlm_config(grid),
+        "tiny": lambda: tiny_config(grid),
+    }
+    vlm.config, vlm.seed, vlm.device = made[family](), seed, device
+    if family == "smolvlm":  # its connector is trained by default, as TinyVLM's projector
+        vlm.vision_modules = ("model.vision_model", "model.connector")  # type: ignore[misc]
+    return vlm
+
+
+def visual_tokens(grid: Grid) -> int:
+    """Of one video."""
+    return grid[0] * grid[1] * grid[2] // 4
+
+
+def make_prompts(
+    family: str,
+    grid: Grid,
+    videos: int,
+    seed: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    words_behind: int = WORDS_BEHIND,
+) -> EncodedPrompts:
+    """Prompts of equal length with a video of noise each, on ``device``."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(FIRST_WORD, TEXT["vocab_size"], (videos, WORDS_BEFORE + words_behind), generator=generator)  # type: ignore[call-overload]
+
+    def column(token: int, length: int = 1) -> Tensor:
+        return torch.full((videos, length), token)
+
+    places = column(VIDEO, visual_tokens(grid))
+    ids = torch.cat([words[:, :WORDS_BEFORE], column(START), places, column(END), words[:, WORDS_BEFORE:]], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    t, h, w = grid
+    if family == "qwen":
+        inputs["mm_token_type_ids"] = (ids == VIDEO).int() * 2
+        inputs["video_grid_thw"] = torch.tensor([grid] * videos)
+        inputs["second_per_grid_ts"] = torch.ones(videos)
+        inputs["pixel_values_videos"] = torch.randn(videos * t * h * w, 3 * 2 * 14 * 14, generator=generator)
+    elif family == "smolvlm":
+        inputs["pixel_values"] = torch.randn(videos, t, 3, 14 * h, 14 * w, generator=generator)
+    else:
+        inputs["pixel_values_videos"] = torch.randn(videos, t, 3, 16 * h, 16 * w, generator=generator)
+    moved = {k: v.to(device, dtype if k.startswith("pixel") else v.dtype) for k, v in inputs.items()}
+    names = tuple(f"noise {seed} {i}" for i in range(videos))
+    return EncodedPrompts(moved, videos, torch.zeros(0, dtype=torch.long, device=device), names)
+
+
+def make_texts(lengths: list[int], owner: list[int], parent: list[int], seed: int, device: str = "cpu") -> TextBatch:
+    """Random texts, right-padded; all their tokens count, but of those that others continue none does."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    ids = torch.randint(FIRST_WORD, 8192, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    loss = mask.clone()
+    loss[[row for row in parent if row >= 0]] = False
+    batch = TextBatch(ids, mask, loss, torch.zeros_like(mask), torch.tensor(owner), torch.tensor(parent))
+    return batch.to(device)
+
+
+CALIBRATOR = LoRAOptions(r=16, alpha=32)
+"""As the calibration stage takes by default"""
