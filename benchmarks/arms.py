@@ -69,11 +69,10 @@ def shared_logprobs(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: 
     return vlm.score(model, prompts, texts).logprobs
 
 
-def fan(setting: Setting, videos: int = 1) -> TextBatch:
-    """``group_size`` texts directly behind each video."""
-    n = setting.group_size * videos
-    owner = [i // setting.group_size for i in range(n)]
-    return make_texts([setting.text_tokens] * n, owner, [-1] * n, setting.seed)
+def fan(setting: Setting) -> TextBatch:
+    """``group_size`` texts directly behind one video."""
+    n = setting.group_size
+    return make_texts([setting.text_tokens] * n, [0] * n, [-1] * n, setting.seed)
 
 
 def grpo(logprobs: Tensor, texts: TextBatch) -> Tensor:
@@ -105,7 +104,7 @@ def arm(
         score: ``naive_logprobs`` or ``shared_logprobs``.
         loss: Of the log-probs; None scores without gradient.
         texts: What stands behind the videos.
-        videos: Number of prompts; they go through the model one at a time, as a batch of one each.
+        videos: Number of prompts, which go through the model together.
         filled: Whether an earlier pass of the same run has filled the vision cache.
         cached: Whether there is a vision cache.
         options: Of the model family, as ``VLM`` takes them.
@@ -118,7 +117,7 @@ def arm(
         cache = IN_MEMORY if cached else None
         vlm = make_vlm(setting.family, grid, setting.seed, vision_cache=cache, **options)  # type: ignore[arg-type]
         model = vlm.build()
-        prompts = [make_prompts(setting.family, setting.grid, 1, setting.seed + v) for v in range(videos)]
+        prompts = make_prompts(setting.family, setting.grid, videos, setting.seed)
         batch = texts(setting)
 
         def run(given: EncodedPrompts, behind: TextBatch, backward: bool) -> None:
@@ -128,18 +127,16 @@ def arm(
                     loss(logprobs, behind).backward()  # type: ignore[no-untyped-call]
 
         def step() -> None:
-            for given in prompts:
-                run(given, batch, loss is not None)
+            run(prompts, batch, loss is not None)
 
         def small() -> None:
             size = SMALL if setting.family == "qwen" else (1, *setting.grid[1:])
             few = Setting(setting.family, size, 2, 4, setting.seed + 99)
-            run(make_prompts(setting.family, size, 1, few.seed), texts(few), loss is not None)
+            run(make_prompts(setting.family, size, videos, few.seed), texts(few), loss is not None)
             model.zero_grad()
 
         def fill() -> None:
-            for given in prompts:
-                run(given, batch, backward=False)
+            run(prompts, batch, backward=False)
 
         return Work(vlm, model, step, small, fill if filled else None)
 

@@ -3,9 +3,9 @@
     python benchmarks/calibration_epoch.py [--json FILE] [--family qwen] [--grid 8,16,16] [--group_size 4]
         [--text_tokens 64]
 
-Two videos, one after the other; forward and backward of the label's cross-entropy through a LoRA adapter, in fp32. The
-naive side encodes the video for every trace; ours is a second epoch, whose vision cache the first has filled. ``ratio``
-is CPU-seconds of naive over ours.
+A batch of two videos; forward and backward of the label's cross-entropy through a LoRA adapter, in fp32. The naive side
+encodes the video for every trace; ours is a second epoch, whose vision cache the first has filled. ``ratio`` is
+CPU-seconds of naive over ours.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from reference_model import CALIBRATOR, make_texts
 from vidreason.datamodules.types import TextBatch
 
 LABEL_TOKENS = 8
+VIDEOS = 2
 
 
 def tree(setting: Setting) -> TextBatch:
-    """K traces, and a label behind each."""
-    k = setting.group_size
-    lengths = [setting.text_tokens] * k + [min(LABEL_TOKENS, setting.text_tokens)] * k
-    return make_texts(lengths, [0] * 2 * k, [-1] * k + list(range(k)), setting.seed)
+    """K traces behind each video, and a label behind each trace."""
+    n = setting.group_size * VIDEOS
+    owner = [row // setting.group_size for row in range(n)]
+    lengths = [setting.text_tokens] * n + [min(LABEL_TOKENS, setting.text_tokens)] * n
+    return make_texts(lengths, owner * 2, [-1] * n + list(range(n)), setting.seed)
 
 
 ARMS = {
-    "naive": naive(cross_entropy, tree, videos=2, lora=CALIBRATOR),
-    "ours": shared(cross_entropy, tree, videos=2, lora=CALIBRATOR, cached=True, filled=True),
-    "ours, no cache": shared(cross_entropy, tree, videos=2, lora=CALIBRATOR),
+    "naive": naive(cross_entropy, tree, videos=VIDEOS, lora=CALIBRATOR),
+    "ours": shared(cross_entropy, tree, videos=VIDEOS, lora=CALIBRATOR, cached=True, filled=True),
+    "ours, no cache": shared(cross_entropy, tree, videos=VIDEOS, lora=CALIBRATOR),
 }
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ def equip(
 ) -> nn.Module:
     """Makes a loaded base ready to train: frozen modules in eval mode, the ``policy`` adapter, train mode elsewhere."""
     if gradient_checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        # its name in older versions
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     towers = [base.get_submodule(name) for name in frozen]
     for tower in towers:
         tower.requires_grad_(False)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -150,10 +151,12 @@ class EmbeddingStore:
 
     def _refuse(self, reason: str) -> None:
         self._refused = True
-        rank_zero_warn(f"vision embeddings are not written to {self.folder}: {reason}; they stay in memory only")
+        warnings.warn(
+            f"vision embeddings are not written to {self.folder}: {reason}; they stay in memory only", stacklevel=3
+        )
 
     def _damaged(self, path: Path, reason: str) -> None:
-        rank_zero_warn(f"{path} is damaged and will be computed anew: {reason}")
+        warnings.warn(f"{path} is damaged and will be computed anew: {reason}", stacklevel=3)
         path.unlink(missing_ok=True)
 
 

@@ -33,18 +33,11 @@ class Part(NamedTuple):
 
 
 def path_parts(model: nn.Module) -> list[Part]:
-    """The modules between pixels and input embeddings, each without its children.
-
-    Raises:
-        ValueError: Nothing is left beside decoder and head.
-    """
+    """The modules between pixels and input embeddings, each without its children."""
     base = unwrap(model)
     apart = [base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()]
     outside = {id(inner) for module in apart if module is not None for inner in module.modules()}
-    parts = [Part(name, module) for name, module in base.named_modules() if id(module) not in outside]
-    if not any(True for part in parts for _ in part.module.parameters(recurse=False)):
-        raise ValueError(f"{type(base).__name__} has no parameters between pixels and embeddings")
-    return parts
+    return [Part(name, module) for name, module in base.named_modules() if id(module) not in outside]
 
 
 def path_tensors(parts: list[Part]) -> Iterator[tuple[str, Tensor]]:
@@ -65,12 +58,13 @@ def why_not_fixed(parts: list[Part]) -> str | None:
             return f"{name} normalises over the batch while it is in train mode"
         if module.training and _drops(module):
             return f"{name} drops activations at random while it is in train mode"
-    for name, tensor in path_tensors(parts):
+    tensors = list(path_tensors(parts))
+    for name, tensor in tensors:
         if tensor.requires_grad:
             return f"{name} is trained"
         if isinstance(tensor, DTensor):
             return f"{name} is sharded"
-    return None
+    return None if tensors else "the model does not tell its decoder from what comes before it"
 
 
 def _drops(module: nn.Module) -> bool:
@@ -81,7 +75,7 @@ def _drops(module: nn.Module) -> bool:
 
 def marks(parts: list[Part]) -> tuple[tuple[int, int], ...]:
     """Changes with every write into the path's tensors, at the cost of no arithmetic."""
-    return tuple((tensor.data_ptr(), tensor._version) for _, tensor in path_tensors(parts))
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in path_tensors(parts))
 
 
 def path_sha(model: nn.Module, parts: list[Part]) -> str:
