@@ -1,9 +1,9 @@
 """How the CPU benchmarks measure: one process per arm and repeat, arms in turns, medians.
 
 The parent imports everything and computes nothing; each measurement is a fork of it, so that imports are paid once and
-belong to the level above which memory is counted. In the fork: build, a small step that loads every kernel, then the
-peak of resident memory is reset, and one step is measured in CPU-seconds, wall seconds and peak memory. FLOPs and
-forwards of the vision tower are the same each time and counted in a fork of their own.
+belong to the level above which memory is counted. In the fork: build, a small step that loads every kernel, the peak of
+resident memory is reset, one step whose peak is read and which warms up, and one that is timed in CPU-seconds and wall
+seconds. FLOPs and forwards of the vision tower are the same each time and counted in a fork of their own.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _status(name: str) -> float:
 
 
 def run(make: Make, setting: Setting) -> Run:
-    """Builds an arm and measures one step of it."""
+    """Builds an arm and measures it: memory in its first step, time in its second."""
     work = make(setting)
     work.small()
     if work.fill is not None:
@@ -118,9 +118,13 @@ def run(make: Make, setting: Setting) -> Run:
     work.model.zero_grad()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # from here on a new peak
-    level, cpu, wall = _status("VmRSS"), time.process_time(), time.perf_counter()
+    level = _status("VmRSS")
     work.step()
-    return Run(time.process_time() - cpu, time.perf_counter() - wall, _status("VmHWM") - level)
+    peak = _status("VmHWM") - level
+    work.model.zero_grad()
+    cpu, wall = time.process_time(), time.perf_counter()
+    work.step()
+    return Run(time.process_time() - cpu, time.perf_counter() - wall, peak)
 
 
 def count(make: Make, setting: Setting) -> Counted:
@@ -271,7 +275,7 @@ def report(
         row = (f.cpu_s, f.wall_s, f.gflop, f.peak_mb)
         print(f"{name:16s}" + "".join(f"{x:14.2f}" for x in row) + f"{f.vision_calls:14d}{f.vision_calls_in_run:14d}")
     for name, value in headline.items():
-        print(f"{name:22s}{value:.4g}")
+        print(f"{name:24s}{value:.4g}")
     if file is not None:
         details = {**where, **more, "arms": {name: asdict(figures) for name, figures in arms.items()}}
         file.parent.mkdir(parents=True, exist_ok=True)

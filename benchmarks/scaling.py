@@ -57,13 +57,14 @@ def point(setting: Setting) -> Point:
 
 
 def tokens_alone(setting: Setting) -> Work:
-    """The model's own forward and backward over the tokens of one completion, with nothing before them."""
+    """The model's own forward and backward over the tokens of one completion but the last, with nothing before them."""
     work = OURS(setting)
     ids = fan(setting).ids
+    behind = ids[:, 1:, None]
 
     def step() -> None:
-        logits = work.model(input_ids=ids, use_cache=False).logits
-        logits.log_softmax(-1).gather(-1, ids[..., None]).sum().backward()
+        logits = work.model(input_ids=ids[:, :-1], use_cache=False).logits
+        logits.log_softmax(-1).gather(-1, behind).sum().backward()
 
     return replace(work, step=step, fill=None)
 

@@ -50,8 +50,8 @@ def test_fewer_flops_and_one_vision_call_in_a_run(load, harness) -> None:
         assert (cached.vision_calls, cached.vision_calls_in_run) == (0, 1)
         assert cached.gflop < found[route].gflop
     epoch = {name: harness.count(make, setting) for name, make in load("calibration_epoch").ARMS.items()}
-    assert (epoch["ours"].vision_calls, epoch["ours"].vision_calls_in_run) == (0, 2)
-    assert epoch["ours, no cache"].vision_calls == 1  # both videos together; a cache has each computed alone
+    assert all(epoch[f"{r}+cache"][1:] == (0, 2) for r in ("expand", "packed"))
+    assert epoch["packed"].vision_calls == 1  # both videos together; a cache has each computed alone
     labels = {name: harness.count(make, setting) for name, make in load("label_scoring").ARMS.items()}
     assert (labels["naive"].vision_calls, labels["ours"].vision_calls) == (8, 1)
 
@@ -140,5 +140,5 @@ def test_scaling_draws_its_figure(load, tmp_path: Path) -> None:
     found = load("scaling").main(["--quick", "--figure", str(tmp_path / "scaling.png")])
     assert [p["group_size"] for p in found["G"]] == [1, 2]
     assert found["G"][1]["naive_gflop"] == pytest.approx(2 * found["G"][0]["naive_gflop"])
-    assert found["own_gflop"] < found["marginal_gflop"] < 2 * found["own_gflop"]
+    assert 1 < found["marginal_gflop"] / found["own_gflop"] < 1.5
     assert (tmp_path / "scaling.png").stat().st_size > 5000
