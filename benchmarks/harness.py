@@ -32,7 +32,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.layout import unwrap
 
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # routes and caches announce themselves in every fork
 PACKAGES = ("torch", "transformers", "peft", "lightning")
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -152,6 +151,7 @@ def in_a_fork(function: Callable[..., Any], *args: Any) -> Any:
 
     def child() -> None:
         torch.set_num_threads(1)
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # routes and caches announce themselves
         theirs.send(function(*args))
 
     process = context.Process(target=child)

@@ -52,8 +52,8 @@ def why_not_fixed(parts: list[Part]) -> str | None:
     for name, module in parts:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             return f"{name} carries an adapter"
-        if isinstance(module, FSDPModule):
-            return f"{name or 'the model'} is sharded, and ranks that skip its forward would keep the others waiting"
+        if name and isinstance(module, FSDPModule):  # the root runs on every rank in any case
+            return f"{name} is sharded, and ranks that skip its forward would keep the others waiting"
         if module.training and isinstance(module, _BatchNorm):
             return f"{name} normalises over the batch while it is in train mode"
         if module.training and _drops(module):
