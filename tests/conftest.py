@@ -1,6 +1,9 @@
 """Fixtures that every test may use: clips made on the fly, and the folder of real ones."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: sums in one order, whatever the machine
+
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path

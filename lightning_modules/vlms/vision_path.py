@@ -93,8 +93,9 @@ def path_sha(model: nn.Module, parts: list[Part]) -> str:
     for name, module in parts:
         packed = getattr(module, "weight", None)
         if hasattr(packed, "quant_state"):  # what belongs to 4-bit weights is in no parameter and no buffer
-            state = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-            tensors |= {f"{name}.{key}": value for key, value in state.items()}
+            # not module.state_dict(), which would shard again what has been gathered
+            state: dict[str, Any] = packed.quant_state.as_dict(packed=True)
+            tensors |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -103,6 +104,6 @@ def path_sha(model: nn.Module, parts: list[Part]) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The values of a tensor of any type as bytes."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    """A copy of the values of a tensor of any type as bytes; storage that NumPy has seen can no longer be resized."""
+    flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
