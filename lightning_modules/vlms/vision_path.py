@@ -91,7 +91,7 @@ def path_sha(model: nn.Module, parts: list[Part]) -> str:
     digest = hashlib.sha256(json.dumps([type(base).__name__, fixed], sort_keys=True, default=str).encode())
     tensors = dict(path_tensors(parts))
     for name, module in parts:
-        packed = getattr(module, "weight", None)
+        packed: Any = getattr(module, "weight", None)
         if hasattr(packed, "quant_state"):  # what belongs to 4-bit weights is in no parameter and no buffer
             # not module.state_dict(), which would shard again what has been gathered
             state: dict[str, Any] = packed.quant_state.as_dict(packed=True)
