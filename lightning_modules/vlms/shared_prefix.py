@@ -51,48 +51,67 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, Tensor]) -> Choice:
+def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, Tensor], nested: bool = False) -> Choice:
     """Takes the route that is asked for, or the one that fits the model.
 
     Args:
         options: What is asked for.
         model: The model in the mode it will run in.
         inputs: The prompts.
+        nested: Whether some texts continue others.
 
     Raises:
         ValueError: A route cannot serve this model or these settings exactly; it says why.
     """
     recomputes, sharded = would_checkpoint(model), is_sharded(model)
-    route, reason = options.route, "as vlm.route says"
-    against_packed = not_packed(model, inputs)
-    against_expand = None
+    against = {"packed": not_packed(model, inputs), "expand": _not_expanded(recomputes, sharded)}
+    if options.route == "auto":
+        choice = _fitting(against, recomputes, sharded, nested)
+    else:
+        choice = Choice(options.route, "as vlm.route says")
+    if against.get(choice.route) is not None:
+        raise ValueError(_refusal(choice.route, against, recomputes))
+    if options.completion_chunk is not None or options.text_memory_gb is not None:
+        why = "every chunk would gather sharded layers" if sharded else None
+        why = "route 'naive' has no prefix to keep" if choice.route == "naive" else why
+        if why is not None:
+            raise ValueError(
+                f"vlm.completion_chunk and vlm.text_memory_gb cannot be used: {why}; set both to null and put fewer "
+                "prompts through the model at once"
+            )
+    return choice
+
+
+def _refusal(route: Route, against: Mapping[str, str | None], recomputes: bool) -> str:
+    """What is against a route, and the ways out."""
+    also, ways_out = "", "packed (or auto)"
+    if route == "packed":
+        expand = against["expand"]
+        also = f", and route 'expand' cannot serve it either: {expand}" if expand else ""
+        ways_out = "naive" if expand else "expand or naive"
+    ways_out += ", or vlm.gradient_checkpointing to false" if recomputes else ""
+    return f"route '{route}' cannot be exact here: {against[route]}{also}; set vlm.route to {ways_out}"
+
+
+def _fitting(against: Mapping[str, str | None], recomputes: bool, sharded: bool, nested: bool) -> Choice:
+    """What ``auto`` takes."""
     if recomputes:
-        against_expand = "gradient checkpointing drops the prompt's keys and values in train mode"
-    elif sharded and torch.is_grad_enabled():
-        against_expand = "gradients reach sharded layers through the cache, where nothing gathers their weights"
-    if route == "auto":
-        packs = against_expand is not None or (sharded and against_packed is None)
-        route = "packed" if packs else "expand"
-        reason = "layers are sharded" if sharded and packs else "nothing is recomputed or sharded"
-        reason = "decoder layers are recomputed in the backward pass" if recomputes else reason
-    if route == "packed" and against_packed is not None:
-        also = f", and route 'expand' cannot serve it either: {against_expand}" if against_expand else ""
-        ways_out = "naive" if against_expand else "expand or naive"
-        ways_out += ", or vlm.gradient_checkpointing to false" if recomputes else ""
-        raise ValueError(f"route 'packed' cannot be exact here: {against_packed}{also}; set vlm.route to {ways_out}")
-    if route == "expand" and against_expand is not None:
-        ways_out = ", or vlm.gradient_checkpointing to false" if recomputes else ""
-        raise ValueError(
-            f"route 'expand' cannot be exact here: {against_expand}; set vlm.route to packed (or auto){ways_out}"
-        )
-    in_chunks = options.completion_chunk is not None or options.text_memory_gb is not None
-    if in_chunks and (route == "naive" or sharded):
-        why = "route 'naive' has no prefix to keep" if route == "naive" else "every chunk would gather sharded layers"
-        raise ValueError(
-            f"vlm.completion_chunk and vlm.text_memory_gb cannot be used: {why}; set both to null and put fewer "
-            "prompts through the model at once"
-        )
-    return Choice(route, reason)
+        return Choice("packed", "decoder layers are recomputed in the backward pass")
+    packs = against["packed"] is None
+    if sharded and (packs or against["expand"] is not None):
+        return Choice("packed", "layers are sharded")
+    if nested and packs:
+        return Choice("packed", "texts that continue texts then take one forward in all, not one a level")
+    return Choice("expand", "nothing is recomputed or sharded")
+
+
+def _not_expanded(recomputes: bool, sharded: bool) -> str | None:
+    """Why the expand route cannot serve a model, or None where it can."""
+    if recomputes:
+        return "gradient checkpointing drops the prompt's keys and values in train mode"
+    if sharded and torch.is_grad_enabled():
+        return "gradients reach sharded layers through the cache, where nothing gathers their weights"
+    return None
 
 
 def not_packed(model: nn.Module, inputs: Mapping[str, Tensor]) -> str | None:

@@ -50,8 +50,8 @@ def test_fewer_flops_and_one_vision_call_in_a_run(load, harness) -> None:
         assert (cached.vision_calls, cached.vision_calls_in_run) == (0, 1)
         assert cached.gflop < found[route].gflop
     epoch = {name: harness.count(make, setting) for name, make in load("calibration_epoch").ARMS.items()}
-    assert all(epoch[f"{r}+cache"][1:] == (0, 2) for r in ("expand", "packed"))
-    assert epoch["packed"].vision_calls == 1  # both videos together; a cache has each computed alone
+    assert all(epoch[f"{r}+cache"][1:] == (0, 2) for r in ("expand", "auto"))
+    assert epoch["auto"].vision_calls == 1  # both videos together; a cache has each computed alone
     labels = {name: harness.count(make, setting) for name, make in load("label_scoring").ARMS.items()}
     assert (labels["naive"].vision_calls, labels["ours"].vision_calls) == (8, 1)
 

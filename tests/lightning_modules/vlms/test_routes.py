@@ -17,9 +17,11 @@ from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.layout import text_config, unwrap
 from vidreason.lightning_modules.vlms.packing import NAME, packed_attention
+from vidreason.lightning_modules.vlms.shared_prefix import RouteOptions, choose_route
 
 MakeVLM = Callable[..., VLM]
 ROWS = [(0, -1, 5), (1, -1, 3), (0, -1, 4), (0, 0, 2)]
+FLAT = ROWS[:3]
 
 
 def make_prompts(vlm: VLM, builders: ModuleType) -> EncodedPrompts:
@@ -28,8 +30,8 @@ def make_prompts(vlm: VLM, builders: ModuleType) -> EncodedPrompts:
     ).prompts
 
 
-def make_texts(vlm: VLM, builders: ModuleType) -> TextBatch:
-    texts: TextBatch = builders.text_rows(ROWS, sorted(set(range(10, 500)) - vlm.suppressed_ids))
+def make_texts(vlm: VLM, builders: ModuleType, rows: list[tuple[int, int, int]] = ROWS) -> TextBatch:
+    texts: TextBatch = builders.text_rows(rows, sorted(set(range(10, 500)) - vlm.suppressed_ids))
     return texts
 
 
@@ -77,7 +79,7 @@ def test_auto(
 ) -> None:
     vlm = make_vlm("qwen")
     model = vlm.build()
-    prompts, texts = make_prompts(vlm, builders), make_texts(vlm, builders)
+    prompts, texts = make_prompts(vlm, builders), make_texts(vlm, builders, FLAT)
     taken: list[str] = []
     for name in ("packed_scores", "expand_prompts", "naive_scores"):
         real: Callable[..., Any] = getattr(shared_prefix, name)
@@ -111,6 +113,23 @@ def test_auto(
         vlm.score(model, prompts, texts)
 
 
+def test_auto_packs_texts_behind_texts(make_vlm: MakeVLM, builders: ModuleType) -> None:
+    """One forward in all, where the expand route takes one a level; and that where the model cannot be packed."""
+    vlm = make_vlm("qwen")
+    model = vlm.build()
+    inputs, options = make_prompts(vlm, builders).inputs, RouteOptions()
+    assert choose_route(options, model, inputs, nested=False).route == "expand"
+    assert choose_route(options, model, inputs, nested=True).route == "packed"
+    forwards: list[int] = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    for route, expected in (("auto", 1), ("packed", 1), ("expand", 3)):
+        vlm.route, forwards[:] = route, []  # type: ignore[assignment]
+        vlm.score(model, make_prompts(vlm, builders), make_texts(vlm, builders))
+        assert len(forwards) == expected, route
+    text_config(model).num_kv_shared_layers = 1
+    assert choose_route(options, model, inputs, nested=True).route == "expand"
+
+
 @pytest.mark.parametrize("option", [{"completion_chunk": 2}, {"text_memory_gb": 1.0}], ids=str)
 def test_naive_takes_no_chunks(make_vlm: MakeVLM, builders: ModuleType, option: dict[str, Any]) -> None:
     vlm = make_vlm("qwen", route="naive", **option)
@@ -138,7 +157,7 @@ def test_only_the_decoder_changes_its_attention(make_vlm: MakeVLM, builders: Mod
             ]
         ).prompts
         assert (prompts.inputs["attention_mask"] == 0).any(), "the shorter prompt is padded"
-        texts = make_texts(vlm, builders)
+        texts = make_texts(vlm, builders, FLAT)
         with torch.no_grad():
             before = [vlm.score(model, prompts, texts).logprobs, fresh.score(model, prompts, texts).logprobs]
             written = vlm.generate(model, prompts, 2, Sampling(6, temperature=0))
