@@ -79,7 +79,7 @@ class VLM(ABC):
         max_pixels: Most pixels of a frame, for families whose processor takes a budget.
         route: ``expand`` runs each prompt once and hands its keys and values to the texts; ``packed`` runs prompts and
             texts in one row; ``naive`` repeats the prompt for each text. ``auto`` packs where layers are recomputed or
-            sharded and, where it can, texts that continue texts; else it expands.
+            sharded and, where it can, long texts and texts that continue texts; else it expands.
         completion_chunk: Texts that go through the model at once; null is all of them. Memory no longer grows with
             their number, but in training they are run twice.
         text_memory_gb: Most memory, in GB, that the texts may take in a forward; where they are estimated to need more
@@ -285,8 +285,7 @@ class VLM(ABC):
         """
         banned = torch.tensor(sorted(self.suppressed_ids), dtype=torch.long, device=texts.ids.device)
         options = RouteOptions(self.route, self.completion_chunk, self.text_memory_gb)
-        nested = bool((texts.parent >= 0).any())
-        choice = choose_route(options, model, prompts.inputs, nested)
+        choice = choose_route(options, model, prompts.inputs, texts)
         if choice not in self._announced:
             self._announced.add(choice)
             rank_zero_info(f"texts are scored by route '{choice.route}': {choice.reason}")

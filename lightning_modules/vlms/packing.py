@@ -29,6 +29,8 @@ from vidreason.lightning_modules.vlms.layout import text_config, unwrap
 NAME = "sdpa_shared_prefix"
 Span = tuple[int, int]
 """From the first token up to, not with, the last"""
+BLOCK = 256
+"""Queries that attend at once where the mask is a tensor"""
 UNKNOWN = ("softcap", "s_aux", "sliding_window", "position_bias")
 """What some decoders ask of their attention and this one does not do"""
 
@@ -195,6 +197,16 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
 ) -> Tensor:
     """Attention [n, Q, W, D] of queries to T + W keys."""
+    width, before = query.shape[2], key.shape[2] - query.shape[2]
+    if type(mask) is Tensor and width > BLOCK:
+        # A kernel reads a mask whole, also where it forbids: blocks of queries leave out what none of them may see.
+        blocks = []
+        for start in range(0, width, BLOCK):
+            end = min(start + BLOCK, width)
+            seen = before + end
+            inputs = query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], mask[start:end, :seen]
+            blocks.append(_attend(*inputs, dropout, scaling))
+        return torch.cat(blocks, dim=2)
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.is_cuda and query.dtype == torch.float32:  # no fused kernel takes fewer key heads in fp32
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))

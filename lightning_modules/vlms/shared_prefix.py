@@ -28,9 +28,13 @@ from vidreason.lightning_modules.vlms.naive import naive_scores
 from vidreason.lightning_modules.vlms.packed import packed_prompts, packed_scores, packed_texts
 from vidreason.lightning_modules.vlms.packing import NAME
 from vidreason.lightning_modules.vlms.text_memory import texts_that_fit
-from vidreason.lightning_modules.vlms.text_plan import TextPlan, plan_texts, split_texts
+from vidreason.lightning_modules.vlms.text_plan import TextPlan, join_only_children, plan_texts, split_texts
 
 Route = Literal["expand", "packed", "naive"]
+
+
+LONG = 256
+"""Tokens of a text from which on a causal mask costs more than packing does (``benchmarks/long_completions.py``)"""
 
 
 class RouteOptions(NamedTuple):
@@ -51,14 +55,14 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, Tensor], nested: bool = False) -> Choice:
+def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, Tensor], texts: TextBatch) -> Choice:
     """Takes the route that is asked for, or the one that fits the model.
 
     Args:
         options: What is asked for.
         model: The model in the mode it will run in.
         inputs: The prompts.
-        nested: Whether some texts continue others.
+        texts: What stands behind them.
 
     Raises:
         ValueError: A route cannot serve this model or these settings exactly; it says why.
@@ -66,7 +70,7 @@ def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, T
     recomputes, sharded = would_checkpoint(model), is_sharded(model)
     against = {"packed": not_packed(model, inputs), "expand": _not_expanded(recomputes, sharded)}
     if options.route == "auto":
-        choice = _fitting(against, recomputes, sharded, nested)
+        choice = _fitting(against, recomputes, sharded, texts)
     else:
         choice = Choice(options.route, "as vlm.route says")
     if against.get(choice.route) is not None:
@@ -93,15 +97,17 @@ def _refusal(route: Route, against: Mapping[str, str | None], recomputes: bool) 
     return f"route '{route}' cannot be exact here: {against[route]}{also}; set vlm.route to {ways_out}"
 
 
-def _fitting(against: Mapping[str, str | None], recomputes: bool, sharded: bool, nested: bool) -> Choice:
+def _fitting(against: Mapping[str, str | None], recomputes: bool, sharded: bool, texts: TextBatch) -> Choice:
     """What ``auto`` takes."""
     if recomputes:
         return Choice("packed", "decoder layers are recomputed in the backward pass")
     packs = against["packed"] is None
     if sharded and (packs or against["expand"] is not None):
         return Choice("packed", "layers are sharded")
-    if nested and packs:
+    if packs and bool((texts.parent >= 0).any()):
         return Choice("packed", "texts that continue texts then take one forward in all, not one a level")
+    if packs and texts.ids.shape[1] > LONG:
+        return Choice("packed", f"texts are longer than {LONG} tokens, and half of a mask over them would be waste")
     return Choice("expand", "nothing is recomputed or sharded")
 
 
@@ -152,6 +158,26 @@ def score_texts(
         return []
     if route == "naive":
         return naive_scores(layout, model, prompts, texts, plan, scoring)
+    joined = join_only_children(texts, plan)
+    if joined.rows is None or joined.cols is None:
+        return _shared_scores(layout, model, prompts, texts, plan, scoring, route, options)
+    found = _shared_scores(layout, model, prompts, joined.texts, plan_texts(joined.texts), scoring, route, options)
+    return [
+        Scored(joined.rows[x.text_rows, x.text_cols], joined.cols[x.text_rows, x.text_cols], x.scores) for x in found
+    ]
+
+
+def _shared_scores(
+    layout: PromptLayout,
+    model: nn.Module,
+    prompts: EncodedPrompts,
+    texts: TextBatch,
+    plan: TextPlan,
+    scoring: Scoring,
+    route: Route,
+    options: RouteOptions,
+) -> list[Scored]:
+    """All texts at once, or in chunks."""
     roots = plan.parent.count(-1)
     size = min(options.completion_chunk or roots, roots)
     if options.text_memory_gb is not None:

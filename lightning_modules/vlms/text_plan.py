@@ -6,6 +6,7 @@ longest, K scored tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -148,3 +149,39 @@ def _take(texts: TextBatch, plan: TextPlan, rows: list[int]) -> TextBatch:
     parent = torch.tensor([place[plan.parent[row]] for row in rows], device=index.device)
     ids, mask, loss, answer = (x[index, :width] for x in (texts.ids, texts.mask, texts.loss_mask, texts.answer_mask))
     return TextBatch(ids, mask, loss, answer, texts.owner[index], parent)
+
+
+class Joined(NamedTuple):
+    """A TextBatch in which a text and the only one that continues it are one row."""
+
+    texts: TextBatch
+    rows: Tensor | None
+    """[N', L'] int64, the row that each token stood in before; None where nothing was joined"""
+    cols: Tensor | None
+    """[N', L'] int64, its column there"""
+
+
+def join_only_children(texts: TextBatch, plan: TextPlan) -> Joined:
+    """Joins texts to the one that alone continues them: one row less to run, and the context is read once."""
+    children = Counter(plan.parent)
+    joins = [parent >= 0 and children[parent] == 1 for parent in plan.parent]
+    if not any(joins):
+        return Joined(texts, None, None)
+    chains: dict[int, list[int]] = {}
+    head = list(range(len(plan)))
+    for row in range(len(plan)):
+        head[row] = head[plan.parent[row]] if joins[row] else row
+        chains.setdefault(head[row], []).append(row)
+    place = {row: i for i, row in enumerate(chains)}
+    above = [-1 if plan.parent[row] < 0 else place[head[plan.parent[row]]] for row in chains]
+    width = max(sum(plan.lengths[row] for row in chain) for chain in chains.values())
+    where = torch.zeros(2, len(chains), width, dtype=torch.long)
+    real = torch.zeros(len(chains), width, dtype=torch.bool)
+    for i, chain in enumerate(chains.values()):
+        at = [(row, column) for row in chain for column in range(plan.lengths[row])]
+        where[:, i, : len(at)], real[i, : len(at)] = torch.tensor(at).T, True
+    device = texts.ids.device
+    rows, cols, real = where[0].to(device), where[1].to(device), real.to(device)
+    ids, loss, answer = (x[rows, cols] for x in (texts.ids, texts.loss_mask, texts.answer_mask))
+    owner, parent = texts.owner[torch.tensor(list(chains), device=device)], torch.tensor(above, device=device)
+    return Joined(TextBatch(ids, real, loss & real, answer & real, owner, parent), rows, cols)

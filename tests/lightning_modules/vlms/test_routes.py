@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
-from vidreason.lightning_modules.vlms import shared_prefix
+from vidreason.lightning_modules.vlms import packing, shared_prefix
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -114,20 +114,59 @@ def test_auto(
 
 
 def test_auto_packs_texts_behind_texts(make_vlm: MakeVLM, builders: ModuleType) -> None:
-    """One forward in all, where the expand route takes one a level; and that where the model cannot be packed."""
+    """One forward in all, where the expand route takes one a level; where the model cannot be packed it still does."""
     vlm = make_vlm("qwen")
-    model = vlm.build()
-    inputs, options = make_prompts(vlm, builders).inputs, RouteOptions()
-    assert choose_route(options, model, inputs, nested=False).route == "expand"
-    assert choose_route(options, model, inputs, nested=True).route == "packed"
+    model, prompts = vlm.build(), make_prompts(vlm, builders)
     forwards: list[int] = []
     model.register_forward_hook(lambda *_: forwards.append(1))
-    for route, expected in (("auto", 1), ("packed", 1), ("expand", 3)):
+    forked = [*ROWS, (0, 0, 3)]  # two texts behind row 0; one alone would be joined to it
+    for route, rows, expected in (
+        *(("auto", FLAT, 2), ("auto", forked, 1)),
+        *(("packed", forked, 1), ("expand", forked, 3), ("expand", ROWS, 2)),
+    ):
         vlm.route, forwards[:] = route, []  # type: ignore[assignment]
-        vlm.score(model, make_prompts(vlm, builders), make_texts(vlm, builders))
-        assert len(forwards) == expected, route
+        vlm.score(model, prompts, make_texts(vlm, builders, rows))
+        assert len(forwards) == expected, (route, rows)
     text_config(model).num_kv_shared_layers = 1
-    assert choose_route(options, model, inputs, nested=True).route == "expand"
+    assert choose_route(RouteOptions(), model, prompts.inputs, make_texts(vlm, builders, forked)).route == "expand"
+
+
+def test_auto_packs_long_texts(make_vlm: MakeVLM, builders: ModuleType) -> None:
+    vlm = make_vlm("qwen")
+    model, prompts = vlm.build(), make_prompts(vlm, builders)
+    for length, expected in ((256, "expand"), (257, "packed")):
+        texts = make_texts(vlm, builders, [(0, -1, 3), (1, -1, length)])
+        assert choose_route(RouteOptions(), model, prompts.inputs, texts).route == expected
+
+
+@pytest.mark.parametrize("block", [1, 3, 5, 100])
+def test_blocks_of_queries_are_exact(
+    make_vlm: MakeVLM, builders: ModuleType, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Unequal texts of up to 11 tokens against the naive route, in value and gradient; the calls are counted."""
+    monkeypatch.setattr(packing, "BLOCK", block)
+    vlm = make_vlm("qwen")
+    model, prompts = vlm.build(), make_prompts(vlm, builders)
+    texts = make_texts(vlm, builders, [(0, -1, 11), (0, -1, 7), (1, -1, 9), (1, 2, 6), (1, 2, 2)])
+    calls: list[int] = []
+    real = packing.scaled_dot_product_attention
+    monkeypatch.setattr(
+        packing, "scaled_dot_product_attention", lambda *a, **k: (calls.append(a[0].shape[2]), real(*a, **k))[1]
+    )
+    found = {}
+    for route in ("naive", "packed"):
+        vlm.route = route  # type: ignore[assignment]
+        model.zero_grad()
+        logprobs = vlm.score(model, prompts, texts).logprobs
+        logprobs.sum().backward()  # type: ignore[no-untyped-call]
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found[route] = logprobs.detach(), gradients
+    behind = [width for width in calls if width <= 11]
+    assert (max(behind) <= block) if block < 11 else (max(behind) > 5)
+    torch.testing.assert_close(found["packed"][0], found["naive"][0], atol=1e-5, rtol=0)
+    for name, gradient in found["naive"][1].items():
+        floor = 1e-6 * torch.stack([g.norm() for g in found["naive"][1].values()]).norm()
+        assert (found["packed"][1][name] - gradient).norm() <= 1e-5 * torch.maximum(gradient.norm(), floor), name
 
 
 @pytest.mark.parametrize("option", [{"completion_chunk": 2}, {"text_memory_gb": 1.0}], ids=str)
