@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arms import grpo, naive, shared
+from arms import fan, grpo, naive, shared
 from harness import Setting, arguments, circumstances, gradient_difference, in_a_fork, measure, report
 
 from vidreason.lightning_modules.vlms.shared_prefix import RouteOptions, choose_route
@@ -27,7 +27,7 @@ ARMS = {
 def automatic(setting: Setting) -> str:
     """The route that ``auto`` takes."""
     work = ARMS["expand+cache"](setting)
-    return choose_route(RouteOptions(), work.model, {}).route
+    return choose_route(RouteOptions(), work.model, {}, fan(setting)).route
 
 
 def figures(setting: Setting) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:

@@ -7,6 +7,7 @@ with its path replaced. Whatever else should differ needs a section file, or a f
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -89,8 +90,12 @@ def _model_type(value: str) -> str:
 
 @cache
 def _from_hub(name: str) -> Path:
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils.hub import cached_file  # seconds to import
 
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)  # it tries several times, and warns of each
+    print(f"--vlm {name}: asking the hub what it is", flush=True)
     try:
         config = cached_file(name, "config.json")
     except OSError as error:
@@ -98,5 +103,7 @@ def _from_hub(name: str) -> Path:
             f"--vlm {name}: not on this machine, and the hub does not give it; check the name and the network, or run "
             f"`hf download {name} --local-dir DIR` where there is one and give --vlm DIR"
         ) from error
+    finally:
+        hub_logging.set_verbosity(verbosity)
     assert config is not None
     return Path(config)
