@@ -108,8 +108,8 @@ def _status(name: str) -> float:
     raise ValueError(f"/proc/self/status has no {name}: these benchmarks run on Linux")
 
 
-def run(make: Make, setting: Setting) -> Run:
-    """Builds an arm and measures it: memory in its first step, time in its second."""
+def run(make: Make, setting: Setting, second_step: bool = True) -> Run:
+    """Builds an arm and measures it: memory in its first step, time in its second, or in the first if it is alone."""
     work = make(setting)
     work.small()
     if work.fill is not None:
@@ -118,11 +118,13 @@ def run(make: Make, setting: Setting) -> Run:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # from here on a new peak
     level = _status("VmRSS")
-    work.step()
-    peak = _status("VmHWM") - level
-    work.model.zero_grad()
     cpu, wall = time.process_time(), time.perf_counter()
     work.step()
+    peak = _status("VmHWM") - level
+    if second_step:
+        work.model.zero_grad()
+        cpu, wall = time.process_time(), time.perf_counter()
+        work.step()
     return Run(time.process_time() - cpu, time.perf_counter() - wall, peak)
 
 
@@ -180,13 +182,13 @@ class Figures:
     peak_mb_all: tuple[float, ...]
 
 
-def measure(arms: Mapping[str, Make], setting: Setting) -> dict[str, Figures]:
-    """Measures every arm ``repeats`` times, in turns."""
+def measure(arms: Mapping[str, Make], setting: Setting, second_step: bool = True) -> dict[str, Figures]:
+    """Measures every arm ``repeats`` times, in turns; without ``second_step`` the first one is timed."""
     runs: dict[str, list[Run]] = {name: [] for name in arms}
     counted: dict[str, Counted] = {}
     for repeat in range(setting.repeats):
         for name in list(arms) if repeat % 2 == 0 else list(arms)[::-1]:
-            runs[name].append(in_a_fork(run, arms[name], setting))
+            runs[name].append(in_a_fork(run, arms[name], setting, second_step))
             print(f"{name} {repeat + 1}: {runs[name][-1].cpu_s:.3f} CPU-s", file=sys.stderr, flush=True)
     for name, make in arms.items():
         counted[name] = in_a_fork(count, make, setting)
