@@ -3,7 +3,8 @@
     python benchmarks/long_completions.py [--json FILE] [--group_size 8] [--text_tokens 2048]
 
 Forward and backward in fp32 with the vision tower frozen, on the reference model. Naive goes through the completions
-one by one and backward after each, which is the least memory that it can do with. The vision cache is off. One run takes about twelve minutes.
+one by one and backward after each, which is the least memory that it can do with. The vision cache is off. It takes
+about twelve minutes.
 """
 
 from __future__ import annotations
