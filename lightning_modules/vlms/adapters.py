@@ -190,6 +190,7 @@ def load_adapter(
         raise ValueError(f"{folder} is not an adapter folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}")
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
+    config.base_model_name_or_path = None  # a folder may have moved: PEFT would warn, and lineage compares hashes
     if options is not None:
         _check_options(folder, config, options)
         config.lora_dropout = options.dropout
