@@ -112,8 +112,11 @@ class RunProgress(ProgressBar):
 
     def _pipeline(self, bar: tqdm[Any]) -> dict[str, str]:
         """What is left of the pipeline that this stage is part of; {} outside of one, and where no end is known."""
-        behind, done = BEHIND.get(), bar.n - bar.initial
-        if behind is None or bar.total is None or done < 1:
+        behind = BEHIND.get()
+        if behind is None or bar.disable or bar.total is None:  # a bar that is not shown knows nothing of its length
+            return {}
+        done = bar.n - bar.initial
+        if done < 1:
             return {}
         seconds = (bar.total - bar.n) * float(bar.format_dict["elapsed"]) / done
         return {"pipeline": f"{pipeline_left(seconds, behind)} left"}

@@ -138,3 +138,14 @@ def test_progress_counts_the_whole_fit(make_vlm, make_data, make_trainer, capsys
     assert "sft_label: training" in shown
     assert "6/6" in shown
     assert "validating" in shown
+
+
+def test_progress_of_the_other_ranks_is_not_shown(make_vlm, make_data, make_trainer, capsys):
+    """All ranks but the first switch it off; it trains and validates none the less."""
+    bar = RunProgress(refresh_s=0)
+    bar.disable()
+    vlm = make_vlm()
+    trainer = make_trainer(max_epochs=2, callbacks=[bar], enable_progress_bar=True)
+    trainer.fit(RationaleSFTModule(vlm, target="label"), make_data(vlm))
+    assert trainer.global_step == 4
+    assert "training" not in capsys.readouterr().err
