@@ -7,6 +7,7 @@ patches makes T·H·W / 4 visual tokens in every family.
 from __future__ import annotations
 
 from functools import cached_property
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -153,6 +154,8 @@ class RandomWeights(VLM):
                 self.config, dtype=building._dtype(self.dtype), attn_implementation=self.attn_implementation
             )
         assert isinstance(base, PreTrainedModel)
+        if self.quantize == "nf4":
+            base = self._in_4_bits(base)
         frozen = self.vision_modules if self.freeze_vision else ()
         model = building.equip(
             base, None, lora=self.lora, frozen=frozen, gradient_checkpointing=self.gradient_checkpointing
@@ -161,6 +164,18 @@ class RandomWeights(VLM):
             if "lora_B" in name:  # 0 at initialisation, and with it the gradient of A
                 nn.init.normal_(parameter, std=0.02)
         return model.to(self.device)
+
+    def _in_4_bits(self, base: PreTrainedModel) -> PreTrainedModel:
+        """The base as it is loaded from a folder in 4 bits."""
+        with TemporaryDirectory() as folder:
+            base.save_pretrained(folder)
+            return building.load_base(
+                folder,
+                nf4=True,
+                unquantised=self.unquantised,
+                dtype=self.dtype,
+                attn_implementation=self.attn_implementation,
+            )
 
 
 class RandomQwen(RandomWeights, QwenVL):

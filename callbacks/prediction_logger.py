@@ -76,13 +76,13 @@ class PredictionLogger(L.Callback):
             return
         for split in splits:
             predictions = [p for p in shown if p.split == split]
-            if not any(p.label is not None for p in predictions):
+            if trainer.world_size == 1 and not any(p.label is not None for p in predictions):
                 continue
-            picture = pl_module.metrics_of(split).draw_confusion(split) if self.confusion else None  # on all ranks
-            if trainer.is_global_zero:
+            counted = bool(pl_module.metrics_of(split).confusion().sum())  # of all ranks, which all ask
+            if trainer.is_global_zero and counted:
                 log_text(trainer, f"{split}/decisions", prediction_table(predictions))
-                if picture is not None:
-                    log_image(trainer, f"{split}/confusion", picture)
+                if self.confusion:
+                    log_image(trainer, f"{split}/confusion", pl_module.metrics_of(split).draw_confusion(split))
                 if sheet := self._sheet(pl_module, split, predictions[: self.strips]):
                     log_image(trainer, f"{split}/clips", captioned_strips(sheet))
 

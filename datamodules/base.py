@@ -63,8 +63,9 @@ class BatchCollator:
 
     def __call__(self, items: Sequence[LoadedClip]) -> VideoBatch:
         """Collates a batch; ``prompts`` and ``texts`` are None where every clip failed."""
-        examples = [item.content for item in items if isinstance(item.content, Example)]
-        failed = tuple(item.content for item in items if isinstance(item.content, FailedClip))
+        readable = [item for item in items if isinstance(item.content, Example)]
+        examples = [item.content for item in readable if isinstance(item.content, Example)]
+        failed = tuple(item.content for item in items if isinstance(item.content, FailedClip) and item.counts)
         encoded = self.encoder.encode(examples) if examples else None
         labels = [-1 if e.sample.label is None else self.label_index[e.sample.label] for e in examples]
         return VideoBatch(
@@ -74,6 +75,7 @@ class BatchCollator:
             clips=tuple(example.sample.clip for example in examples),
             failed=failed,
             decode_ms=sum(item.decode_ms for item in items) / max(len(items), 1),
+            fillers=tuple(i for i, item in enumerate(readable) if not item.counts),
         )
 
 

@@ -23,6 +23,8 @@ class ClipKey(NamedTuple):
 
     position: int
     epoch: int
+    counts: bool = True
+    """False for a clip that only fills the last batch of a rank, so that all ranks have as many; it gets no weight"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class LoadedClip:
 
     content: Example | FailedClip
     decode_ms: float
+    counts: bool = True
+    """As in ``ClipKey``"""
 
 
 class ClipDataset(Dataset[LoadedClip]):
@@ -61,7 +65,7 @@ class ClipDataset(Dataset[LoadedClip]):
         Raises:
             DecodeError: in training, if the clip cannot be read.
         """
-        position, epoch = key if isinstance(key, ClipKey) else (key, 0)
+        position, epoch, counts = key if isinstance(key, ClipKey) else ClipKey(key, 0)
         clip = self.clips[position]
         start = time.perf_counter()
         try:
@@ -69,11 +73,11 @@ class ClipDataset(Dataset[LoadedClip]):
         except DecodeError as error:
             if self.train:
                 raise DecodeError(f"{error} (from {clip.where or clip.video_id}); mend or remove the clip") from error
-            return LoadedClip(FailedClip(clip, str(error)), 1000 * (time.perf_counter() - start))
+            return LoadedClip(FailedClip(clip, str(error)), 1000 * (time.perf_counter() - start), counts)
         pixels = video.frames if self.view.shows_video else torch.zeros_like(video.frames)
         sample = VideoSample(clip.video_id, pixels, clip.label, video.timing, clip, self._identity(clip, video))
         example = Example(sample, self.view.prompt(clip), self.view.texts(clip))
-        return LoadedClip(example, 1000 * (time.perf_counter() - start))
+        return LoadedClip(example, 1000 * (time.perf_counter() - start), counts)
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
         """Reads the frames of a clip from its file."""

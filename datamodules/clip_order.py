@@ -41,7 +41,8 @@ def position(trainer: L.Trainer, batches: int) -> tuple[int, int]:
 class SeededSampler(DistributedSampler[Any]):
     """Shuffles by seed and epoch alone, on one process or many; Lightning calls its ``set_epoch``.
 
-    The epoch travels with each index, since workers that live on would not see it change on the dataset.
+    The epoch travels with each index, since workers that live on would not see it change on the dataset. Where clips
+    cannot be divided by the ranks, the first of the order come again at its end, and count nothing there.
     """
 
     consumed: tuple[int, int] = (0, 0)
@@ -50,8 +51,10 @@ class SeededSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[ClipKey]:
         """Yields this rank's clips in the order of this epoch; of one that was interrupted, those not seen yet."""
         epoch, seen = self.consumed
-        rest = islice(self.order(), seen if epoch == self.epoch else 0, None)
-        return (ClipKey(index, self.epoch) for index in rest)
+        places = range(self.rank, self.total_size, self.num_replicas)  # in the order of all ranks together
+        rest = islice(zip(places, self.order(), strict=True), seen if epoch == self.epoch else 0, None)
+        clips = len(self.dataset)  # type: ignore[arg-type]
+        return (ClipKey(index, self.epoch, counts=place < clips) for place, index in rest)
 
     def order(self) -> Iterator[int]:
         """This rank's positions in the order of this epoch, from its beginning."""
@@ -59,17 +62,21 @@ class SeededSampler(DistributedSampler[Any]):
 
 
 class EveryClipOnce(DistributedSampler[Any]):
-    """Clips in their order, shared out over processes, none of them twice: for everything that is counted."""
+    """Clips in their order, shared out over processes, none of them twice: for everything that is counted.
+
+    With fewer clips than processes, those that would have none get one that counts nothing: a process without a batch
+    would leave out the validation that the others wait in.
+    """
 
     def __init__(self, dataset: ClipDataset, num_replicas: int, rank: int) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=False)
-        self.num_samples = len(range(rank, len(dataset), num_replicas))
+        self.num_samples = max(1, len(range(rank, len(dataset), num_replicas)))
         self.total_size = len(dataset)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[ClipKey]:
         """Yields this rank's positions."""
-        assert isinstance(self.dataset, ClipDataset)
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+        own = [ClipKey(place, 0) for place in range(self.rank, self.total_size, self.num_replicas)]
+        return iter(own or [ClipKey(0, 0, counts=False)])
 
 
 class BalancedSampler(SeededSampler):

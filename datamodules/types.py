@@ -189,9 +189,25 @@ class VideoBatch:
     failed: tuple[FailedClip, ...] = ()
     decode_ms: float = 0.0
     """Mean milliseconds spent decoding one clip of this batch"""
+    fillers: tuple[int, ...] = ()
+    """Indices of clips without weight, which only give a rank as many clips as the others have"""
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    @property
+    def counted(self) -> Tensor:
+        """[B] bool, clips that count in the loss."""
+        counted = torch.ones(len(self.clips), dtype=torch.bool, device=self.labels.device)
+        counted[list(self.fillers)] = False
+        return counted
+
+    @property
+    def weighed_texts(self) -> TextBatch:
+        """The texts, of which nothing counts behind fillers; what is run stays the same."""
+        assert self.texts is not None
+        rows = self.counted[self.texts.owner][:, None]
+        return replace(self.texts, loss_mask=self.texts.loss_mask & rows, answer_mask=self.texts.answer_mask & rows)
 
     @property
     def video_ids(self) -> tuple[str, ...]:
@@ -207,4 +223,5 @@ class VideoBatch:
             self.clips,
             self.failed,
             self.decode_ms,
+            self.fillers,
         )

@@ -198,6 +198,8 @@ class VLMModule(WeightsModule):
         Returns:
             ``{"predictions": ...}``, one line for every clip of the batch, for callbacks.
         """
+        if batch.fillers:
+            return {"predictions": ()}
         report_failed(batch, f"counted wrong in {split}")
         names = self.data.label_names
         predictions = [undecided(failed, split, names) for failed in batch.failed]
@@ -279,7 +281,7 @@ class VLMModule(WeightsModule):
             ``{"traces": ...}``, the records, for ``callbacks/trace_writer.py``.
         """
         report_failed(batch, "no text written")
-        if all(clip.video_id in self._written for clip in batch.clips):
+        if batch.fillers or all(clip.video_id in self._written for clip in batch.clips):
             return {"traces": ()}
         records = self.predict_writer().records(batch, self.data.label_names)
         return {"traces": tuple(r for r in records if r.video_id not in self._written)}

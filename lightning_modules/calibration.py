@@ -242,8 +242,8 @@ class CalibrationModule(VLMModule):
         """Cross-entropy of the label behind video and trace, a mean over the whole optimizer step."""
         assert batch.prompts is not None
         assert batch.texts is not None
-        texts = batch.texts
-        logprobs = self.vlm.score(self.policy, batch.prompts, texts).logprobs
+        logprobs = self.vlm.score(self.policy, batch.prompts, batch.texts).logprobs
+        texts = batch.weighed_texts
         if self.loss_kind == "tokens":
             count = self.mean_over_ranks(texts.loss_mask.sum())
             no_answer = torch.zeros_like(texts.answer_mask)

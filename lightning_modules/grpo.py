@@ -207,10 +207,10 @@ class GRPOModule(PolicyModule):
         rolled = self.roll_out(batch, clock)
         with clock("reward"):
             groups = tuple(group for part in rolled for group in part.groups)
-            table = RolloutTable.of(groups, self.data.label_names).over_ranks(self.over_ranks)
-            self.refuse_cold_policy(table, groups[0].rollouts[0].completion.text)
+            table = RolloutTable.of(groups, self.data.label_names, batch.fillers).over_ranks(self.over_ranks)
+            self.refuse_cold_policy(table.counted(), groups[0].rollouts[0].completion.text)
             advantages = self.advantages(table, len(groups))
-            parts = make_parts(rolled, advantages, self.mask_truncated)
+            parts = make_parts(rolled, advantages, self.mask_truncated, batch.counted)
         if self.updates_per_batch > 1 or self.replay is not None:
             with clock("old_log_prob"):
                 parts = [replace(part, old_logprobs=self.frozen_logprobs(part, None)) for part in parts]

@@ -41,6 +41,8 @@ class Part:
     """[n, L]; None without ``kl_coef``"""
     completion_mask: Tensor | None = None
     """[n, L] bool, tokens that count in the loss; None: every sampled token"""
+    weighed: Tensor | None = None
+    """[n] bool, completions that are counted, with or without a token that counts; None: all"""
 
     @property
     def counted(self) -> Tensor:
@@ -59,6 +61,7 @@ class Part:
             old_logprobs=None if self.old_logprobs is None else self.old_logprobs[texts],
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[texts],
             completion_mask=None if self.completion_mask is None else self.completion_mask[texts],
+            weighed=None if self.weighed is None else self.weighed[texts],
         )
 
     def without_weight(self) -> Part:
@@ -82,22 +85,32 @@ class Part:
             old_logprobs=moved(self.old_logprobs),
             ref_logprobs=moved(self.ref_logprobs),
             completion_mask=moved(self.completion_mask),
+            weighed=moved(self.weighed),
         )
 
 
-def make_parts(rolled: Sequence[Rolled], advantages: Tensor, mask_truncated: bool = False) -> list[Part]:
+def make_parts(
+    rolled: Sequence[Rolled], advantages: Tensor, mask_truncated: bool = False, counted: Tensor | None = None
+) -> list[Part]:
     """Hands every part its rows of the advantages.
 
     Args:
         rolled: Completions of B prompts, in some parts.
         advantages: [B, G].
         mask_truncated: Leaves completions that were cut at their maximal length out of the loss.
+        counted: [B] bool, prompts that count in the loss; None: all.
     """
     parts, start = [], 0
+    everything_counts = counted is None or bool(counted.all())
     for item in rolled:
         rows = advantages[start : start + len(item.groups)].flatten().float().to(item.batch.texts.ids.device)
         mask = whole_completions(item.batch) if mask_truncated else None
-        parts.append(Part(item.batch, item.groups, rows, completion_mask=mask))
+        weighed = None
+        if counted is not None and not everything_counts:
+            own = counted[start : start + len(item.groups)].to(rows.device)
+            weighed = own.repeat_interleave(advantages.shape[1])
+            mask = (item.batch.texts.loss_mask if mask is None else mask) & weighed[:, None]
+        parts.append(Part(item.batch, item.groups, rows, completion_mask=mask, weighed=weighed))
         start += len(item.groups)
     return parts
 
@@ -112,7 +125,7 @@ def whole_completions(batch: CompletionBatch) -> Tensor:
 def count_step(parts: Sequence[Part]) -> StepCounts:
     """Counts what an optimizer step of this rank holds, as float32 scalars."""
     tokens = torch.stack([part.counted.sum() for part in parts]).sum().float()
-    completions = sum(len(part.advantages) for part in parts)
+    completions = sum(len(p.advantages) if p.weighed is None else int(p.weighed.sum()) for p in parts)
     return StepCounts(tokens, tokens.new_tensor(float(completions)), tokens.new_tensor(float(len(parts))))
 
 

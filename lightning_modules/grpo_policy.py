@@ -174,7 +174,8 @@ class PolicyModule(VLMModule):
 
     def advantages(self, table: RolloutTable, own: int) -> Tensor:
         """Returns the advantages [B, G] of this rank's ``own`` groups; ``batch`` scales by the rewards of all ranks."""
-        everyone = group_relative_advantages(table.fact("reward"), scale=self.advantage_scale)
+        rewards = table.fact("reward").masked_fill(table.fact("counted") == 0, torch.nan)
+        everyone = group_relative_advantages(rewards, scale=self.advantage_scale)
         return everyone[self.global_rank * own :][:own]
 
     def refuse_cold_policy(self, table: RolloutTable, example: str) -> None:
@@ -289,10 +290,11 @@ class PolicyModule(VLMModule):
         """Logs what was sampled by all ranks, and where the time of this one went."""
         assert batch.prompts is not None
         lengths = table.fact("length")
-        self._tokens += int(lengths.sum())
+        counted = table.counted()
+        self._tokens += int(counted.fact("length").sum())
         own = int(lengths[self.global_rank * len(batch) :][: len(batch)].sum())
         prefix = prefix_statistics(prompt_tokens(batch.prompts), own, self.group_size, self.shares_prefix())
-        self.log_dict(rollout_statistics(table), batch_size=len(batch))
+        self.log_dict(rollout_statistics(counted), batch_size=len(batch))
         self.log_dict({**prefix, **clock.logged(), "train/num_tokens": float(self._tokens)}, batch_size=len(batch))
-        reward = table.fact("reward").nanmean().float()
+        reward = counted.fact("reward").nanmean().float()
         self.log("reward", reward, prog_bar=True, logger=False, batch_size=len(batch))

@@ -6,7 +6,7 @@ Shape letters: B prompts of a step, G completions per prompt, P rewards.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ from vidreason.lightning_modules.functional.losses import GRPOLoss
 from vidreason.lightning_modules.rollout import RolloutGroup
 from vidreason.rewards.completion import match_label
 
-_FACTS = ("reward", "length", "truncated", "parsed", "logprob_sum")
+_FACTS = ("reward", "length", "truncated", "parsed", "logprob_sum", "counted")
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,17 @@ class RolloutTable:
     """A row of numbers about every completion of a step, so that one gather brings together what all ranks sampled."""
 
     values: Tensor
-    """[B, G, 5 + P] float64: total reward, tokens, whether it was cut, whether its answer names a class, sum of the
-    sampler's log-probs, then the rewards before their weights; NaN where a reward could not be told"""
+    """[B, G, 6 + P] float64: total reward, tokens, whether it was cut, whether its answer names a class, sum of the
+    sampler's log-probs, whether its clip counts, then the rewards before their weights; NaN where one could not be
+    told"""
     reward_names: tuple[str, ...]
     """[P]"""
 
     @classmethod
-    def of(cls, groups: Sequence[RolloutGroup], label_names: Sequence[str]) -> RolloutTable:
-        """Reads the groups [B] of one rank; answers are matched to the C class names."""
+    def of(
+        cls, groups: Sequence[RolloutGroup], label_names: Sequence[str], fillers: Collection[int] = ()
+    ) -> RolloutTable:
+        """Reads the groups [B] of one rank, of which ``fillers`` do not count; answers are matched to the C classes."""
         names = tuple(groups[0].rollouts[0].score.parts)
         rows = [
             [
@@ -43,11 +46,12 @@ class RolloutTable:
                     float(r.completion.finish_reason == "length"),
                     float(match_label(r.completion.parsed.answer, label_names) is not None),
                     float(r.completion.logprobs.sum()),
+                    float(row not in fillers),
                     *(r.score.parts[name] for name in names),
                 ]
                 for r in group.rollouts
             ]
-            for group in groups
+            for row, group in enumerate(groups)
         ]
         return cls(torch.tensor(rows, dtype=torch.float64), names)
 
@@ -55,8 +59,12 @@ class RolloutTable:
         """Returns the table of all ranks, rank after rank."""
         return replace(self, values=gather(self.values))
 
+    def counted(self) -> RolloutTable:
+        """Returns the groups of clips that count."""
+        return replace(self, values=self.values[self.fact("counted").bool().all(dim=1)])
+
     def fact(self, name: str) -> Tensor:
-        """Returns the column [B, G] of that name: reward, length, truncated, parsed or logprob_sum."""
+        """Returns the column [B, G] of that name: reward, length, truncated, parsed, logprob_sum or counted."""
         return self.values[..., _FACTS.index(name)]
 
     def parts(self, name: str) -> Tensor:
@@ -68,7 +76,7 @@ def rollout_statistics(table: RolloutTable) -> dict[str, Tensor]:
     """Describes what was sampled and how it was rewarded; rewards that could not be told are in no mean.
 
     Args:
-        table: Of all ranks.
+        table: Of all ranks, groups that count.
 
     Returns:
         Scalars by log name. ``train/entropy`` is the mean of -log p over the sampled tokens, which estimates the

@@ -106,6 +106,10 @@ class ClassificationMetrics(nn.Module):
         counts = self.confusion()
         if not int(counts.sum()):
             raise ValueError("no clips were counted: metrics need at least one labelled clip")
+        if (
+            not self.calibration.update_called
+        ):  # torchmetrics would gather an empty list in another dtype than full ones
+            self.calibration.update(counts.new_zeros(0, dtype=torch.float32), counts.new_zeros(0, dtype=torch.int64))
         classes = len(self.label_names)
         support, predicted = counts.sum(1), counts[:, :classes].sum(0)
         recall, f1 = self.recall.compute()[:classes], self.f1.compute()[:classes]

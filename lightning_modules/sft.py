@@ -199,10 +199,11 @@ class RationaleSFTModule(VLMModule):
         assert batch.prompts is not None
         assert batch.texts is not None
         scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
-        loss = self.text_loss(scores.logprobs, batch.texts)
+        texts = batch.weighed_texts
+        loss = self.text_loss(scores.logprobs, texts)
         self.log("train/loss", loss.loss.detach(), prog_bar=True, batch_size=len(batch))
         self.log("train/loss_reasoning", loss.reasoning, batch_size=len(batch))
-        self.log_token_accuracy("train", scores, batch.texts)
+        self.log_token_accuracy("train", scores, texts)
         if self.target == "trace":
             self.log("train/loss_answer", loss.answer, batch_size=len(batch))
         return loss.loss
@@ -229,9 +230,7 @@ class RationaleSFTModule(VLMModule):
 
     def log_token_accuracy(self, split: str, scores: Scores, texts: TextBatch) -> None:
         """Logs the share of target tokens that greedy decoding would write behind the target so far."""
-        tokens = int(texts.loss_mask.sum())
-        hits = scores.greedy[texts.loss_mask].sum()
-        self.log(f"{split}/mean_token_accuracy", hits / max(tokens, 1), batch_size=max(tokens, 1))
+        self.log(f"{split}/mean_token_accuracy", token_accuracy(scores, texts), batch_size=max(1, len(texts)))
 
     # ------------------------------------------------------------------ watching
 
@@ -239,12 +238,14 @@ class RationaleSFTModule(VLMModule):
         """Decides about a batch of ``val``; for ``caption`` the loss on its captions."""
         if self.target != "caption":
             return super().validation_step(batch, batch_idx)
-        if batch.prompts is None or batch.texts is None or not len(batch.texts):
-            return {"predictions": ()}
-        scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
-        loss = self.text_loss(scores.logprobs, batch.texts, over_ranks=False)
-        self.log("val/loss", loss.loss, prog_bar=True, batch_size=int(batch.texts.loss_mask.sum()), sync_dist=True)
-        self.log_token_accuracy("val", scores, batch.texts)
+        loss, right, tokens = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
+        if batch.prompts is not None and batch.texts is not None and len(batch.texts) and not batch.fillers:
+            scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
+            loss = self.text_loss(scores.logprobs, batch.texts, over_ranks=False).loss
+            right, tokens = token_accuracy(scores, batch.texts), int(batch.texts.loss_mask.sum())
+        # all ranks log, also those without a caption: they add up what they log
+        self.log("val/loss", loss, prog_bar=True, batch_size=tokens, sync_dist=True)
+        self.log("val/mean_token_accuracy", right, batch_size=tokens, sync_dist=True)
         return {"predictions": ()}
 
     def on_validation_epoch_end(self) -> None:
@@ -257,3 +258,8 @@ class RationaleSFTModule(VLMModule):
             rate = 1 - float(metrics.compute()["unparsed_rate"])
             self.print(f"{self.stage_name}: parse rate on val {rate:.1%} ({clips} clips, step {self.global_step})")
         super().on_validation_epoch_end()
+
+
+def token_accuracy(scores: Scores, texts: TextBatch) -> Tensor:
+    """Returns the share of target tokens that greedy decoding would write behind the target so far."""
+    return scores.greedy[texts.loss_mask].sum() / max(int(texts.loss_mask.sum()), 1)

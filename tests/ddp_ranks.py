@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +107,8 @@ def run(
     ranks: int,
     dead_clips: tuple[str, ...] = (),
     strategy: Strategy | None = None,
+    family: type[TinyVLM] = Stopping,
+    clips_of: Callable[..., Any] = world.GreyClips,
     **vlm_options: Any,
 ) -> dict[str, Any]:
     """Trains two batches of all clips and returns what this rank saw.
@@ -116,13 +119,15 @@ def run(
         clips: Folder of clips.
         out: Run folder.
         ranks: Number of processes.
-        dead_clips: Clips whose groups are dead, for one process that stands for two.
+        dead_clips: Clips whose groups are dead, beside those of the second rank.
         strategy: Of two processes; None is DDP.
+        family: Class of the model.
+        clips_of: Class of the data.
         vlm_options: Of the model, beside LoRA.
     """
     options = dict(CASES[name])
     lora = LoRAOptions(r=4, alpha=8, target_modules=("q_proj", "v_proj", "down_proj"))
-    vlm = Stopping(path=str(base), lora=lora if options.pop("lora", True) else None, **vlm_options)
+    vlm = family(path=str(base), lora=lora if options.pop("lora", True) else None, **vlm_options)
     module = Watched(
         vlm,
         rewards=[EvenLetters()],
@@ -135,7 +140,7 @@ def run(
         **options,
     )
     if name.startswith("dead"):
-        module.dead_rank, module.dead_clips = (1, ()) if ranks == 2 else (None, dead_clips)
+        module.dead_rank, module.dead_clips = (1 if ranks == 2 else None), dead_clips
     logged: list[dict[str, float]] = []
     module.on_train_batch_end = lambda *_: logged.append(
         {k: float(v) for k, v in module.trainer.callback_metrics.items()}
@@ -156,7 +161,7 @@ def run(
         enable_model_summary=False,
         default_root_dir=out,
     )
-    trainer.fit(module, world.GreyClips(clips, encoder=vlm, batch_size=CLIPS // ranks))
+    trainer.fit(module, clips_of(clips, encoder=vlm, batch_size=CLIPS // ranks))
     return {
         "logged": logged,
         "seen": module.seen,

@@ -19,6 +19,12 @@ from torch.distributed.tensor import DTensor
 
 def launch(script: str, *arguments: object, limit_s: float) -> None:
     """Runs ``script ARGUMENTS PORT`` in a process group of its own; fails the test where it fails or does not end."""
+    status, said = finish(script, *arguments, limit_s=limit_s)
+    assert status == 0, said[-6000:]
+
+
+def finish(script: str, *arguments: object, limit_s: float) -> tuple[int, str]:
+    """As ``launch``, but returns exit status and output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,7 +38,7 @@ def launch(script: str, *arguments: object, limit_s: float) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             pytest.fail(f"two ranks did not finish within {limit_s} s: one waits for the other")
-    assert process.returncode == 0, said[-6000:]
+    return process.returncode, said
 
 
 def fork_two(target: Callable[..., None], arguments: tuple[Any, ...], port: str, machines: int = 1) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,9 @@ def vlm_options(name: str) -> dict[str, Any]:
     return {"quantize": "nf4"} if name.endswith("qlora") else {}
 
 
-def module_of(stage: str, vlm: TinyVLM) -> VLMModule:
+def module_of(stage: str, vlm: TinyVLM, **more: Any) -> VLMModule:
     """The stage with an optimizer whose step shows the gradient."""
-    options: dict[str, Any] = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}
+    options: dict[str, Any] = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1), **more}
     if stage == "calibration":
         return CalibrationModule(vlm, traces_sampled=OWN, lora=LoRAOptions(r=4, alpha=8), **options)
     target: Any = stage.removeprefix("sft_")
@@ -93,8 +94,32 @@ def run(
     ranks: int,
     dead: tuple[str, ...] = (),
     machines: int = 1,
+    family: type[TinyVLM] = TinyVLM,
+    clips_of: Callable[..., Any] = world.GreyClips,
+    batch_size: int = grpo.CLIPS,
+    test: bool = True,
+    vlm_more: Mapping[str, Any] | None = None,
+    **module_options: Any,
 ) -> dict[str, Any]:
-    """Trains two epochs of one batch, validates, tests, exports; returns what this rank saw."""
+    """Trains two epochs, validates, tests, exports; returns what this rank saw.
+
+    Args:
+        stage: One of ``STAGES``, or a GRPO case.
+        strategy: One of ``STRATEGIES``.
+        base: The base model.
+        clips: Folder of clips.
+        out: Run folders lie in it.
+        ranks: Number of processes.
+        dead: Clips whose groups are dead, in GRPO in one process.
+        machines: Number of machines.
+        family: Class of the model.
+        clips_of: Class of the data.
+        batch_size: Clips per step, of all ranks; GRPO takes all there are.
+        test: Whether ``sft_label`` is tested, too.
+        vlm_more: Further options of the model.
+        module_options: Further options of a supervised stage.
+    """
+    options = {**vlm_options(strategy), **(vlm_more or {})}
     if stage.startswith("grpo"):
         full = strategy.endswith("full")
         case = {**grpo.CASES[GRPO_CASES[stage]], **({"lora": False} if full else {})}
@@ -102,11 +127,12 @@ def run(
         name = "dead_chosen" if stage == "grpo_dead" else "chosen"
         grpo.CASES[name] = case
         given = strategy_of(strategy) if ranks > 1 else None
-        found: dict[str, Any] = grpo.run(name, base, clips, out, ranks, dead, given, **vlm_options(strategy))
+        kind = grpo.Stopping if family is TinyVLM else family
+        found: dict[str, Any] = grpo.run(name, base, clips, out, ranks, dead, given, kind, clips_of, **options)
         return found
     lora = None if strategy.endswith("full") else LoRAOptions(r=4, alpha=8, target_modules=("q_proj", "v_proj"))
-    vlm = TinyVLM(path=str(base), lora=lora, **vlm_options(strategy))
-    module, watch = module_of(stage, vlm), Watch()
+    vlm = family(path=str(base), lora=lora, **options)
+    module, watch = module_of(stage, vlm, **module_options), Watch()
     torch.manual_seed(0)  # LoRA's A
     folder = out / f"{stage}_{strategy}"
 
@@ -125,12 +151,12 @@ def run(
             **kwargs,
         )
 
-    data = world.GreyClips(clips, encoder=vlm, batch_size=grpo.CLIPS // ranks, eval_batch_size=1)
+    data = clips_of(clips, encoder=vlm, batch_size=batch_size // ranks, eval_batch_size=1)
     fit = trainer(max_epochs=2, gradient_clip_val=1e3, callbacks=[watch, AdapterCheckpoint()])
     fit.fit(module, data)
     metrics = {k: float(v) for k, v in fit.callback_metrics.items() if k.startswith("val/")}
     weights = {n: processes.gathered(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad}
-    if stage == "sft_label":
+    if stage == "sft_label" and test:
         fit.save_checkpoint(folder / "last.ckpt")
         tester = trainer(callbacks=[PredictionWriter()])
         tester.test(module, world.GreyClips(clips, encoder=vlm, eval_batch_size=1), verbose=False)

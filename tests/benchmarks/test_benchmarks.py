@@ -1,9 +1,11 @@
 """The benchmarks run, their arms compute the same, and they cost what they claim: FLOPs and vision calls, no clock."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -119,11 +121,15 @@ def test_scripts_write_their_figures(tmp_path: Path, script: str, keys: str) -> 
 
 
 @pytest.mark.slow
-def test_the_gpu_script_needs_no_decoder_and_no_parser() -> None:
+@pytest.mark.parametrize("script", ["gpu_grpo", "gpu_strategies"])
+def test_the_gpu_scripts_need_no_decoder_and_no_parser(script: str) -> None:
+    """They cannot even be imported there."""
     code = (
-        "import sys, runpy; sys.argv = ['gpu_grpo.py', '--smoke']; sys.path.insert(0, 'benchmarks'); "
-        "runpy.run_path('benchmarks/gpu_grpo.py', run_name='__main__'); "
-        "found = {'decord', 'omegaconf', 'jsonargparse'} & set(sys.modules); assert not found, found"
+        "import sys, runpy; blocked = ('decord', 'omegaconf', 'jsonargparse'); "
+        "sys.modules.update(dict.fromkeys(blocked)); "
+        f"sys.argv = ['{script}.py', '--smoke']; sys.path.insert(0, 'benchmarks'); "
+        f"runpy.run_path('benchmarks/{script}.py', run_name='__main__'); "
+        "assert all(sys.modules[name] is None for name in blocked)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -142,3 +148,31 @@ def test_scaling_draws_its_figure(load, tmp_path: Path) -> None:
     assert found["G"][1]["naive_gflop"] == pytest.approx(2 * found["G"][0]["naive_gflop"])
     assert 1 < found["marginal_gflop"] / found["own_gflop"] < 1.5
     assert (tmp_path / "scaling.png").stat().st_size > 5000
+
+
+STRATEGY_ARMS = {"lora": 4, "qlora": 4, "fsdp": 4, "fsdp_qlora": 4}
+
+
+def test_the_strategies_script_runs_on_a_cpu(load, tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    load("gpu_strategies").main(["--smoke", "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert {"date", "device", "versions", "cuda", "scale"} <= set(found)
+    assert Counter(row["strategy"] for row in found["rows"]) == STRATEGY_ARMS
+    assert found["not_run"] == {}
+    assert all(row["moved"] and row["seconds"] > 0 for row in found["rows"])
+    trained = {(row["strategy"], row["stage"]): row["trained"] for row in found["rows"]}
+    assert trained["fsdp", "grpo"] > 10 * trained["lora", "grpo"] == 10 * trained["fsdp_qlora", "grpo"]
+    assert trained["fsdp", "calibration"] == trained["lora", "calibration"]
+
+
+def test_arms_in_4_bits_are_named_where_they_cannot_run(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, real = load("gpu_strategies"), importlib.util.find_spec
+    monkeypatch.setattr(script, "STAGES", ("sft_label",))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
+    found = script.main(["--smoke"])
+    assert [row["strategy"] for row in found["rows"]] == ["lora", "fsdp"]
+    assert found["not_run"] == {
+        f"sft_label x {name}": "bitsandbytes is not installed" for name in ("qlora", "fsdp_qlora")
+    }
+    assert "bitsandbytes" not in found["versions"]

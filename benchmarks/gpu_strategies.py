@@ -1,0 +1,249 @@
+"""Steps of every stage of Qwen2.5-VL-3B under every strategy of one GPU: time and most memory.
+
+    make links && PYTHONPATH=.typing python benchmarks/gpu_strategies.py --json benchmarks/results/gpu_strategies.json
+
+Real shapes with random weights in bf16, vision tower frozen, two videos of 16 frames (2,048 visual tokens each) a
+step. ``lora`` and ``qlora`` train an adapter, on the base as it is and on one in 4 bits; ``fsdp`` trains the weights
+themselves and ``fsdp_qlora`` an adapter on 4 bits, both sharded over a group of this one process, so that all of
+FSDP2's gathering and freeing is run. A calibrator is an adapter under every strategy. A step is what a stage does
+with a batch, by the engine, the losses and the sharding that the stages use: sampling (GRPO alone), log-probs, loss,
+backward, clipping, AdamW. The first step of an arm is its warm-up; the vision cache is filled from then on. Arms in 4
+bits need bitsandbytes and are named where it is not installed. No arm is begun that would not end within ten minutes.
+``--smoke`` runs the same code on a CPU with sizes of nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from arms import cross_entropy, grpo
+from gpu_rows import Clock
+from reference_model import END, Grid, make_prompts, make_texts, make_vlm
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from vidreason.datamodules.types import EncodedPrompts, TextBatch
+from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable
+from vidreason.lightning_modules.vlms import generation
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.sharding import shard, whole
+
+LORA = LoRAOptions(r=16, alpha=32)
+STRATEGIES = ("lora", "qlora", "fsdp", "fsdp_qlora")
+STAGES = ("sft_label", "sft_trace", "grpo", "calibration")
+PACKAGES = ("torch", "transformers", "peft", "lightning", "bitsandbytes")
+VIDEOS, TEXTS, LABEL = 2, 2, 4
+"""Videos a step, target texts of each in ``sft_trace``, tokens of a label"""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    size: str
+    grid: Grid
+    tokens: int
+    """Of a text or completion"""
+    group_size: int
+    traces: int
+    dtype: str
+    device: str
+    steps: int
+
+
+FULL = Scale("3b", (8, 32, 32), 128, 8, 4, "bfloat16", "cuda", 3)
+SMOKE = Scale("reference", (1, 4, 4), 4, 2, 2, "float32", "cpu", 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage under one strategy."""
+
+    stage: str
+    strategy: str
+    trained: int
+    """Parameters"""
+    seconds: float | None
+    """Median of a step; None where it does not fit"""
+    peak_gb: float | None
+    """Most memory allocated in the steps, weights included; 0 on a CPU"""
+    moved: bool
+    """Whether the steps changed the weights"""
+
+
+@dataclass
+class Arm:
+    """A built model and what it is run on."""
+
+    vlm: VLM
+    model: nn.Module
+    prompts: EncodedPrompts
+    scale: Scale
+
+    def step_of(self, stage: str) -> Callable[[], None]:
+        """One optimizer step of a stage."""
+        optimizer = torch.optim.AdamW(trainable(self.model), lr=1e-4)
+        texts = self.texts(stage)
+
+        def step() -> None:
+            rows = self.rollouts() if texts is None else texts
+            optimizer.zero_grad()
+            logprobs = self.vlm.score(self.model, self.prompts, rows).logprobs
+            loss = grpo(logprobs, rows) if stage == "grpo" else cross_entropy(logprobs, rows)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grads_with_norm_(trainable(self.model), 1.0, grad_norm(trainable(self.model)))
+            optimizer.step()
+
+        return step
+
+    def texts(self, stage: str) -> TextBatch | None:
+        """What a stage learns behind the videos; None where it writes it itself."""
+        if stage == "grpo":
+            return None
+        length = LABEL if stage == "sft_label" else self.scale.tokens
+        each = {"sft_label": 1, "sft_trace": TEXTS, "calibration": self.scale.traces}[stage]
+        owner = [video for video in range(VIDEOS) for _ in range(each)]
+        lengths, parent = [length] * len(owner), [-1] * len(owner)
+        if stage == "calibration":  # a label behind each trace, which is shown and not learnt
+            lengths, parent = lengths + [LABEL] * len(owner), parent + list(range(len(owner)))
+            owner = owner * 2
+        return make_texts(lengths, owner, parent, 0, self.scale.device)
+
+    def rollouts(self) -> TextBatch:
+        """Samples G completions behind each video, as ``VLM.generate`` does but for words."""
+        group = self.scale.group_size
+        noise = generation.draw_noise(list(range(VIDEOS * group)), self.scale.tokens)
+        sampling = Sampling(max_new_tokens=self.scale.tokens)
+        with self.vlm._vision_fed(self.model, self.prompts, "expand"), whole(self.model):
+            made = generation.sample(
+                self.vlm, self.model, self.prompts, group, sampling, noise, [END], sorted(self.vlm.suppressed_ids), 0
+            )
+        owner = torch.arange(VIDEOS, device=made.ids.device).repeat_interleave(group)
+        answers = torch.zeros_like(made.mask)
+        return TextBatch(made.ids, made.mask, made.mask, answers, owner, torch.full_like(owner, -1))
+
+
+def build(strategy: str, stage: str, scale: Scale) -> Arm:
+    """Builds the model as a stage has it under a strategy."""
+    quantised = strategy.endswith("qlora")
+    vlm = make_vlm(
+        "qwen",
+        scale.grid,
+        0,
+        scale.size,
+        scale.device,
+        dtype=scale.dtype,
+        lora=LORA if trains_adapter(strategy, stage) else None,
+        quantize="nf4" if quantised else "none",
+    )
+    model = vlm.build()
+    if strategy.startswith("fsdp"):
+        shard(model, init_device_mesh(scale.device, (1,)), vlm.vision_modules)
+    set_train_mode(model)
+    dtype = getattr(torch, scale.dtype)
+    return Arm(vlm, model, make_prompts("qwen", scale.grid, VIDEOS, 0, scale.device, dtype), scale)
+
+
+def trains_adapter(strategy: str, stage: str) -> bool:
+    """Whether an adapter is trained, and not the weights themselves."""
+    return strategy != "fsdp" or stage == "calibration"
+
+
+def measure(arm: Arm, strategy: str, stage: str, clock: Clock) -> Row:
+    """Runs a warm-up and the steps."""
+    watched = trainable(arm.model)[-1]
+    before = watched.detach().clone()
+    found = clock.run(arm.step_of(stage), 1 + arm.scale.steps)
+    arm.model.zero_grad()
+    number = sum(p.numel() for p in trainable(arm.model))
+    if found is None:
+        return Row(stage, strategy, number, None, None, moved=False)
+    moved = not torch.equal(local(watched), local(before))
+    return Row(stage, strategy, number, statistics.median(found[0][1:]), found[1], moved)
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """What of a tensor lies here; all of it, in a group of one process."""
+    here: torch.Tensor = tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    return here
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """A line per arm."""
+    print("".join(f"{name:>16s}" for name in ("stage", "strategy", "trained M", "s a step", "peak GB")))
+    for row in rows:
+        figures = [f"{row.trained / 1e6:.1f}"]
+        figures += ["no memory"] * 2 if row.seconds is None else [f"{row.seconds:.3f}", f"{row.peak_gb:.2f}"]
+        print("".join(f"{cell:>16s}" for cell in (row.stage, row.strategy, *figures)), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures all arms that machine and time allow."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--minutes", type=float, default=8.5, help="no arm is begun after them")
+    options = parser.parse_args(arguments)
+    scale = SMOKE if options.smoke else FULL
+    if scale.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here; --smoke runs the same code on a CPU")
+    clock = Clock(scale.device)
+    four_bits = importlib.util.find_spec("bitsandbytes") is not None
+    found = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
+    where = {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if clock.cuda else f"CPU {platform.machine()}",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in found},
+        "cuda": torch.version.cuda,
+    }
+    print(where)
+    rows: list[Row] = []
+    left: dict[str, str] = {}
+    arm, built = None, ("", False)
+    dist.init_process_group("nccl" if clock.cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for strategy, stage in product(STRATEGIES, STAGES):
+            if strategy.endswith("qlora") and not four_bits:
+                left[f"{stage} x {strategy}"] = "bitsandbytes is not installed"
+            elif time.monotonic() - started > 60 * options.minutes:
+                left[f"{stage} x {strategy}"] = "no time was left"
+            else:
+                kind = (strategy, trains_adapter(strategy, stage))
+                if arm is None or kind != built:
+                    arm = None  # the last one goes before the next comes
+                    gc.collect()
+                    arm, built = build(strategy, stage, scale), kind
+                rows.append(measure(arm, strategy, stage, clock))
+                print_rows(rows[-1:])
+    finally:
+        dist.destroy_process_group()
+    print_rows(rows)
+    for name, why in left.items():
+        print(f"not run: {name}: {why}")
+    result = {**where, "scale": asdict(scale), "not_run": left, "rows": [asdict(row) for row in rows]}
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    main()

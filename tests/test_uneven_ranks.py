@@ -1,0 +1,101 @@
+"""Two gloo ranks made uneven on purpose finish, and learn what one process learns: ddp, fsdp and fsdp_qlora.
+
+A vision cache that is warm on one rank, validation clips on one rank only or none that can be read, completions of
+unequal length, replayed groups, clips that two ranks cannot divide. A rank that waits for the other fails.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+_spec = importlib.util.spec_from_file_location("uneven_ranks", Path(__file__).with_name("uneven_ranks.py"))
+assert _spec is not None
+assert _spec.loader is not None
+ranks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ranks)
+small_base, clip_folder = ranks.world.small_base, ranks.world.clip_folder
+
+LIMIT_S = 600
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def two(small_base, clip_folder, tmp_path_factory):
+    out, warmed = tmp_path_factory.mktemp("uneven"), tmp_path_factory.mktemp("warm")
+    for strategy in ("ddp", "fsdp_qlora"):
+        ranks.warm(small_base, clip_folder, warmed, strategy)
+    ranks.processes.launch(ranks.__file__, small_base, clip_folder, out, warmed, "all", limit_s=LIMIT_S)
+    return [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+def close(got, wanted, tolerance):
+    total = torch.stack([tensor.norm() for tensor in wanted.values()]).norm()
+    assert got.keys() == wanted.keys()
+    assert float(total) > 0
+    gap = torch.stack([(got[name] - wanted[name]).norm() for name in wanted]).norm()
+    assert float(gap / total) < tolerance
+
+
+def equal_one_process(two, key, one):
+    for rank in two:
+        found = rank[key]
+        assert found["steps"] == one["steps"]
+        for got, wanted in zip(found["gradients"], one["gradients"], strict=True):
+            close(got, wanted, 1e-5)
+        close(found["weights"], one["weights"], 1e-6)
+        for name, value in one.get("metrics", {}).items():
+            assert found["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
+
+
+@pytest.mark.parametrize("strategy", ranks.STRATEGIES)
+@pytest.mark.parametrize("case", ranks.CASES)
+def test_validation_may_be_uneven(two, small_base, clip_folder, tmp_path, case, strategy):
+    one = ranks.supervised(case, strategy, small_base, clip_folder, tmp_path, 1)
+    assert one["metrics"]
+    equal_one_process(two, (case, strategy), one)
+    if case == "failed":
+        assert one["metrics"]["val/unparsed_rate"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("strategy", ranks.STRATEGIES)
+@pytest.mark.parametrize("stage", ranks.LAST_BATCH)
+def test_a_clip_that_fills_the_last_batch_has_no_weight(two, small_base, clip_folder, tmp_path, stage, strategy):
+    one = ranks.last_batch(stage, strategy, small_base, clip_folder, tmp_path, 1)
+    assert one["steps"] == {"sft_label": 4, "calibration": 4}.get(stage, 2)
+    equal_one_process(two, ("last", stage, strategy), one)
+
+
+@pytest.mark.parametrize("strategy", ranks.STRATEGIES)
+@pytest.mark.parametrize("stage", ["sft_label", "grpo"])
+def test_a_vision_cache_may_be_warm_on_one_rank(two, small_base, clip_folder, tmp_path, stage, strategy):
+    one = ranks.cached(stage, strategy, small_base, clip_folder, tmp_path, 1, None)
+    first, second = (rank["cache", stage, strategy]["counts"] for rank in two)
+    assert first.get("tower", 0) == 0
+    assert 0 < second["tower"] < one["counts"]["tower"]
+    equal_one_process(two, ("cache", stage, strategy), one)
+
+
+def test_replayed_groups_may_be_on_one_rank(two):
+    under = {strategy: [rank["replay", strategy] for rank in two] for strategy in ranks.STRATEGIES}
+    assert under["ddp"][0]["logged"][1]["train/replayed_groups"] > 0
+    assert under["ddp"][1]["logged"][1]["train/replayed_groups"] == 0
+    first, second = (rank["counts"]["score"] for rank in under["ddp"])
+    assert first > second, "ranks exchange gradients in the last part only"
+    for strategy, (first, second) in under.items():
+        if strategy != "ddp":
+            assert first["counts"]["score"] == second["counts"]["score"]
+        for got, wanted in zip(first["gradients"], second["gradients"], strict=True):
+            close(got, wanted, 1e-6)
+    for got, wanted in zip(under["fsdp"][0]["gradients"], under["ddp"][0]["gradients"], strict=True):
+        close(got, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("strategy", ranks.STRATEGIES)
+def test_a_training_clip_that_cannot_be_read_ends_both_ranks(small_base, clip_folder, tmp_path, strategy):
+    arguments = (small_base, clip_folder, tmp_path, tmp_path, f"failing_{strategy}")
+    status, said = ranks.processes.finish(ranks.__file__, *arguments, limit_s=LIMIT_S)
+    assert status != 0
+    assert "broken.mp4" in said
+    assert "mend or remove the clip" in said
