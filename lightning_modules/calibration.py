@@ -176,6 +176,11 @@ class CalibrationModule(VLMModule):
         return model
 
     @property
+    def adapter_options(self) -> LoRAOptions:
+        """The calibrator's."""
+        return self.vlm.lora or self.lora
+
+    @property
     def policy_adapter(self) -> str | None:
         """Name of the policy's adapter; None where its weights are the base in memory."""
         assert isinstance(self.policy, PeftModel)

@@ -27,6 +27,7 @@ from vidreason.lightning_modules.lineage import REVIEWED, Lineage
 from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable
 from vidreason.lightning_modules.replicas import sync_changing_buffers
 from vidreason.lightning_modules.vlms.adapters import (
+    LoRAOptions,
     adapter_sha,
     is_adapter_folder,
     read_info,
@@ -157,6 +158,11 @@ class WeightsModule(ShardedModule):
         """Puts what is trained into train mode; frozen parts (a tower's BatchNorm) stay as they are in evaluation."""
         set_train_mode(self.policy)
         sync_changing_buffers(self.trainer.strategy.model)
+
+    @property
+    def adapter_options(self) -> LoRAOptions | None:
+        """The LoRA adapter that the stage works with; None where it works with the weights themselves."""
+        return self.vlm.lora
 
     @property
     def parent_sha(self) -> str:

@@ -74,6 +74,7 @@ class Watch(L.Callback):
     def __init__(self) -> None:
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.losses: list[float] = []
+        self.norms: list[float] = []
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Gathers the gradients."""
@@ -81,8 +82,9 @@ class Watch(L.Callback):
         self.gradients.append({n: processes.gathered(g).clone() for n, g in found.items()})
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Averages the loss over ranks, as gradients are."""
+        """Averages the loss over ranks, as gradients are; their norm is that of the average already."""
         self.losses.append(float(trainer.strategy.reduce(trainer.callback_metrics["train/loss"], reduce_op="mean")))
+        self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
 
 
 def run(
@@ -163,6 +165,7 @@ def run(
         metrics |= {k: float(v) for k, v in tester.callback_metrics.items()}
     return {
         "losses": watch.losses,
+        "norms": watch.norms,
         "gradients": watch.gradients,
         "weights": weights,
         "metrics": metrics,

@@ -80,3 +80,9 @@ def test_it_writes_and_scores_what_it_wrote(make_module, make_data, make_trainer
     (-scores.logprobs.sum()).backward()
     gradients = [p.grad for n, p in module.named_parameters() if "lora_B" in n]
     assert all(g is not None and bool(g.any()) for g in gradients), "sampling has packed no weights"
+
+
+def test_without_bitsandbytes_it_says_what_would_run(make_module, monkeypatch):
+    monkeypatch.setattr("vidreason.lightning_modules.vlms.building.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"bitsandbytes is not installed.*strategy/lora\.yaml"):
+        make_module("sft").vlm.build()

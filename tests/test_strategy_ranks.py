@@ -51,6 +51,7 @@ def test_supervised_stages_equal_one_process(two, small_base, clip_folder, tmp_p
     assert first["steps"] == second["steps"] == one["steps"] == 2
     for rank in (first, second):
         assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert rank["norms"] == pytest.approx(one["norms"], rel=1e-5)
         for got, wanted in zip(rank["gradients"], one["gradients"], strict=True):
             close(got, wanted, 1e-5)
         close(rank["weights"], one["weights"], 1e-6)
@@ -70,7 +71,10 @@ def test_grpo_equals_one_process(two, small_base, clip_folder, tmp_path, stage, 
     for rank in (first, second):
         for got, wanted in zip(rank["gradients"], one["gradients"], strict=True):
             close(got, wanted, 1e-5)
-        close(rank["weights"], one["weights"], 1e-5)
+        close(rank["weights"], one["weights"], 1e-6)
+        for got, wanted in zip(rank["logged"], one["logged"], strict=True):
+            for name in ("train/loss", "train/grad_norm", "train/reward"):
+                assert got[name] == pytest.approx(wanted[name], rel=1e-5, abs=2e-6), name
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ unequal length, replayed groups, clips that two ranks cannot divide. A rank that
 """
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ def two(small_base, clip_folder, tmp_path_factory):
     for strategy in ("ddp", "fsdp_qlora"):
         ranks.warm(small_base, clip_folder, warmed, strategy)
     ranks.processes.launch(ranks.__file__, small_base, clip_folder, out, warmed, "all", limit_s=LIMIT_S)
-    return [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
+    found = [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
+    return [{**rank, "folder": out} for rank in found]
 
 
 def close(got, wanted, tolerance):
@@ -57,6 +59,17 @@ def test_validation_may_be_uneven(two, small_base, clip_folder, tmp_path, case, 
     equal_one_process(two, (case, strategy), one)
     if case == "failed":
         assert one["metrics"]["val/unparsed_rate"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("strategy", ranks.STRATEGIES)
+def test_traces_of_all_ranks_are_in_one_file_once(two, small_base, clip_folder, tmp_path, strategy):
+    one = ranks.written(strategy, small_base, clip_folder, tmp_path, 1)
+    both = two[0]["folder"] / one.relative_to(tmp_path)
+    wanted, found = ([json.loads(line) for line in path.read_text().splitlines()[1:]] for path in (one, both))
+    assert len(found) == len(wanted) == 5 * 2
+    texts = {(row["video_id"], row["sample"]): row["text"] for row in found}
+    assert texts == {(row["video_id"], row["sample"]): row["text"] for row in wanted}
+    assert len(set(texts.values())) > 3, "equal texts prove little"
 
 
 @pytest.mark.parametrize("strategy", ranks.STRATEGIES)

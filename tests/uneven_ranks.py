@@ -14,10 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import lightning as L
 import torch
 from torch import nn
 
+from vidreason.callbacks.trace_writer import TraceWriter
 from vidreason.datamodules.types import Clip
+from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.own_traces import TRACES_FILE
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.layout import unwrap
@@ -122,6 +127,24 @@ def cached(stage: str, strategy: str, base: Path, clips: Path, out: Path, ranks:
     return {**found, "counts": dict(Counting.counts)}
 
 
+def written(strategy: str, base: Path, clips: Path, out: Path, ranks: int) -> Path:
+    """Lets five clips be written about; returns the file of all ranks."""
+    vlm = Counting(path=str(base), lora=LoRAOptions(r=4, alpha=8), **strategies.vlm_options(strategy))
+    folder = out / f"written_{strategy}"
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategies.strategy_of(strategy) if ranks > 1 else "auto",
+        callbacks=[TraceWriter()],
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=folder,
+    )
+    data = FiveClips(clips, encoder=vlm, eval_batch_size=2)
+    trainer.predict(VLMModule(vlm, predict="reason", traces_sampled=strategies.OWN), data)
+    return folder / TRACES_FILE
+
+
 def replay(strategy: str, base: Path, clips: Path, out: Path) -> dict[str, Any]:
     """The groups of the second rank are dead and it has none to replay; the first replays some."""
     grpo.CASES["dead_replay"] = {"replay": 4}
@@ -151,6 +174,8 @@ def _rank(rank: int, base: Path, clips: Path, out: Path, warmed: Path, chosen: s
 
         for case in CASES:
             found[say(case)] = supervised(case, strategy, base, clips, out, 2)
+        say("written")
+        written(strategy, base, clips, out, 2)
         for stage in LAST_BATCH:
             found[say("last", stage)] = last_batch(stage, strategy, base, clips, out, 2)
         for stage in ("sft_label", "grpo"):

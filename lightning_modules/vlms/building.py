@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,11 @@ def load_base(
     precision = _dtype(dtype)
     quantization = None
     if nf4:
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "vlm.quantize is nf4, but bitsandbytes is not installed: `pip install bitsandbytes`, or hold the base "
+                "in its precision: configs/strategy/lora.yaml, with configs/strategy/fsdp.yaml where it must be sharded"
+            )
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

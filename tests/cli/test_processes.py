@@ -32,7 +32,16 @@ def _elsewhere(tmp_path, monkeypatch):
 )
 def test_the_strategy_is_said(overlays, said):
     cli = made(*overlays)
-    assert describe(cli.trainer, cli.model.vlm).startswith(said)
+    assert describe(cli.trainer, cli.model).startswith(said)
+
+
+def test_a_calibrator_is_an_adapter_and_a_test_trains_nothing():
+    cli = build("fit", ["--config", "configs/calibration.yaml", "--trainer.accelerator", "cpu"])
+    assert "trains a LoRA adapter (r 16) on a base as it is" in describe(cli.trainer, cli.model)
+    qlora = ["--config", OVERLAY.format("qlora"), "--trainer.accelerator", "cpu"]
+    cli = build("test", ["--config", "configs/test.yaml", *qlora])
+    said = describe(cli.trainer, cli.model, trains=False)
+    assert said.endswith("runs a LoRA adapter (r 16) on a base in 4 bits (nf4)")
 
 
 def test_other_machines_have_to_be_named(monkeypatch):

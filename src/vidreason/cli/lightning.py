@@ -173,8 +173,8 @@ class VideoCLI(LightningCLI):
             return
         refuse_unreachable_machines(self.trainer)
         say(f"run folder: {self.run_dir}")
-        if subcommand == "fit" and isinstance(self.model, WeightsModule):
-            say(f"strategy: {describe(self.trainer, self.model.vlm)}")
+        if isinstance(self.model, WeightsModule):
+            say(f"strategy: {describe(self.trainer, self.model, trains=subcommand == 'fit')}")
         try:
             with _interrupts_restored():
                 super()._run_subcommand(subcommand)

@@ -7,18 +7,25 @@ import os
 import lightning as L
 from lightning.pytorch.strategies import ParallelStrategy
 
-from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.trained_weights import WeightsModule
 
 
-def describe(trainer: L.Trainer, vlm: VLM) -> str:
-    """One line: strategy, processes and precision, and what of the model is trained."""
+def describe(trainer: L.Trainer, module: WeightsModule, trains: bool = True) -> str:
+    """One line: strategy, processes and precision, and what of the model is trained or run.
+
+    Args:
+        trainer: Where it runs.
+        module: The stage.
+        trains: Whether it is a ``fit``.
+    """
     number = trainer.num_nodes * trainer.num_devices
     kind = type(trainer.strategy).__name__.removesuffix("Strategy")
     where = f"{kind}, {number} process{'es' if number > 1 else ''}, precision {trainer.precision}"
-    if vlm.lora is None:
-        return f"{where}; trains the model's own weights"
-    base = "a base in 4 bits (nf4)" if vlm.quantize == "nf4" else "a base as it is"
-    return f"{where}; trains a LoRA adapter (r {vlm.lora.r}) on {base}"
+    adapter, verb = module.adapter_options, "trains" if trains else "runs"
+    if adapter is None:
+        return f"{where}; {verb} the model's own weights"
+    base = "a base in 4 bits (nf4)" if module.vlm.quantize == "nf4" else "a base as it is"
+    return f"{where}; {verb} a LoRA adapter (r {adapter.r}) on {base}"
 
 
 def refuse_unreachable_machines(trainer: L.Trainer) -> None:
