@@ -1,6 +1,7 @@
 """Every stage trains under every strategy overlay, in one process on a CPU; overlays and ``debug.yaml`` combine."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from vidreason.cli.lightning import build
 from vidreason.lightning_modules.fsdp import FSDP2
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.layout import is_sharded
-from vidreason.lightning_modules.vlms.sharding import is_whole, whole
+from vidreason.lightning_modules.vlms.sharding import is_whole, shard, whole
+from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
 _spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
 world = importlib.util.module_from_spec(_spec)
@@ -145,3 +148,24 @@ def test_whole_gathers_once_and_shards_again(small):
             assert is_whole(module.policy)
         assert is_whole(module.policy), "the inner one leaves it as it was"
     assert not is_whole(module.policy)
+
+
+def test_fsdp_names_the_parameters_of_another_dtype(small_base):
+    model = TinyVLM(path=str(small_base), lora=LoRAOptions(r=4, alpha=8)).build()
+    odd = [name for name, p in model.named_parameters() if p.requires_grad and "layers.0.self_attn.q_proj" in name]
+    for name, parameter in model.named_parameters():
+        if name in odd:
+            parameter.data = parameter.data.bfloat16()
+    assert len(odd) == 2
+    with pytest.raises(ValueError, match=rf"most are torch\.float32, but 2 are not.*{re.escape(', '.join(odd))}"):
+        shard(model, mesh=None)
+
+
+def test_4_bits_in_bfloat16_are_sharded_with_their_adapter(small):
+    """The storage is bfloat16 then, as it is on GPUs, and the adapter float32."""
+    short = ["--vlm.init_args.dtype", "bfloat16", "--trainer.max_steps", "2", "--trainer.limit_val_batches=0"]
+    cli = made("sft_label.yaml", *overlay("fsdp_qlora"), *short)
+    module, data = small(cli)
+    cli.trainer.fit(module, data)
+    assert any(type(p).__name__ == "DTensor" and p.dtype == torch.bfloat16 for p in module.parameters())
+    assert any(bool(gathered(p).any()) for n, p in module.named_parameters() if "lora_B" in n), "B starts at 0"
