@@ -9,7 +9,7 @@ import torch
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clip_dataset import ClipKey
-from vidreason.datamodules.clip_order import BalancedSampler, SeededSampler
+from vidreason.datamodules.clip_order import BalancedSampler, EveryClipOnce, SeededSampler
 from vidreason.datamodules.decoded import DecodeError
 from vidreason.datamodules.decoding import FrameOptions
 from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReviewView
@@ -260,6 +260,34 @@ def test_ranks_share_an_epoch_between_them():
     parts = [list(SeededSampler(range(10), 2, rank, shuffle=True, seed=3)) for rank in range(2)]
     assert sorted(key.position for part in parts for key in part) == list(range(10))
     assert all(key.epoch == 0 for part in parts for key in part)
+    assert all(key.counts for part in parts for key in part)
+
+
+@pytest.mark.parametrize("clips", [5, 2, 1])
+def test_clips_that_only_fill_a_rank_do_not_count(clips):
+    ranks = 3
+    parts = [list(SeededSampler(range(clips), ranks, rank, shuffle=True, seed=3)) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1
+    assert sorted(key.position for part in parts for key in part if key.counts) == list(range(clips))
+    assert [key.counts for key in SeededSampler(range(clips), 1, 0, shuffle=True, seed=3)] == [True] * clips
+
+
+def test_a_rank_without_a_clip_to_judge_gets_one_that_does_not_count():
+    parts = [list(EveryClipOnce(range(2), 3, rank)) for rank in range(3)]
+    assert [(key.position, key.counts) for part in parts for key in part] == [(0, True), (1, True), (0, False)]
+
+
+def test_nothing_counts_behind_a_clip_that_only_fills(make):
+    data = make()
+    data.set_view(LabelView(data.task))
+    dataset, collate = data.train_dataloader().dataset, data.train_dataloader().collate_fn
+    batch = collate([dataset[ClipKey(0, 0)], dataset[ClipKey(1, 0, counts=False)]])
+    assert batch.fillers == (1,)
+    assert batch.counted.tolist() == [True, False]
+    counted = batch.weighed_texts.loss_mask.any(dim=1)
+    assert counted.tolist() == [owner == 0 for owner in batch.texts.owner.tolist()]
+    assert bool(batch.texts.loss_mask.any(dim=1).all()), "what is run stays the same"
+    assert batch.to("cpu").fillers == (1,)
 
 
 class Watching(L.LightningModule):
