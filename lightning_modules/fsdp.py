@@ -10,7 +10,6 @@ import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from vidreason.lightning_modules.replicas import unsynced
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.layout import is_sharded
 from vidreason.lightning_modules.vlms.sharding import shard, whole
@@ -63,9 +62,8 @@ class ShardedModule(L.LightningModule):
                 shard(model, strategy.device_mesh["data_parallel"], frozen)
 
     def on_validation_start(self) -> None:
-        """Gathers sharded weights, and keeps copies apart: ranks may have unequal numbers of batches."""
+        """Gathers sharded weights: ranks may have unequal numbers of batches."""
         self._gathered.enter_context(whole(self.weights()[0]))
-        self._gathered.enter_context(unsynced(self.trainer.strategy.model))
 
     def on_validation_end(self) -> None:
         """Shards them again."""

@@ -25,7 +25,6 @@ from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.fsdp import ShardedModule
 from vidreason.lightning_modules.lineage import REVIEWED, Lineage
 from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable
-from vidreason.lightning_modules.replicas import sync_changing_buffers
 from vidreason.lightning_modules.vlms.adapters import (
     LoRAOptions,
     adapter_sha,
@@ -157,7 +156,6 @@ class WeightsModule(ShardedModule):
     def on_train_start(self) -> None:
         """Puts what is trained into train mode; frozen parts (a tower's BatchNorm) stay as they are in evaluation."""
         set_train_mode(self.policy)
-        sync_changing_buffers(self.trainer.strategy.model)
 
     @property
     def adapter_options(self) -> LoRAOptions | None:
