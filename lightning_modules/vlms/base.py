@@ -6,24 +6,21 @@ Letters: B prompts, G completions of each, N texts, L tokens of the longest text
 from __future__ import annotations
 
 import json
-import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers import PreTrainedModel
 
-from vidreason.datamodules.types import Encoded, EncodedPrompts, Example, TextBatch
+from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.vlms import building, chat, generation
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
-from vidreason.lightning_modules.vlms.context import longest_texts, max_position_embeddings, refuse_too_long
+from vidreason.lightning_modules.vlms.encoder import ClipEncoder
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.head import Scoring
 from vidreason.lightning_modules.vlms.sharding import whole
@@ -31,8 +28,6 @@ from vidreason.lightning_modules.vlms.shared_prefix import Choice, RouteOptions,
 from vidreason.lightning_modules.vlms.vision_cache import IN_MEMORY, VisionCache, VisionCacheOptions
 
 __all__ = ["VLM", "Generated", "Sampling", "Scores"]
-
-VISUAL_TOKEN = re.compile(r"image|img|video|vision|audio|<row_\d+_col_\d+>", re.IGNORECASE)
 
 
 class Scores(NamedTuple):
@@ -63,7 +58,7 @@ class Generated(NamedTuple):
     """[N] decoded without the end-of-turn token; other special tokens stay visible"""
 
 
-class VLM(ABC):
+class VLM(ClipEncoder, ABC):
     """A picklable recipe for one model: where it is and how it is built; it holds no weights.
 
     A family says where its vision tower is, and overrides what differs from a decoder with one position per token.
@@ -108,20 +103,17 @@ class VLM(ABC):
             raise ValueError(f"vlm.completion_chunk must be at least 1 or null, got {completion_chunk}")
         if text_memory_gb is not None and not text_memory_gb > 0:
             raise ValueError(f"vlm.text_memory_gb must be positive or null, got {text_memory_gb}")
-        self.path = path
+        super().__init__(path, max_pixels)
         self.lora = lora
         self.quantize = quantize
         self.freeze_vision = freeze_vision
         self.dtype = dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
-        self.max_pixels = max_pixels
         self.route = route
         self.completion_chunk = completion_chunk
         self.text_memory_gb = text_memory_gb
         self.vision_cache_options = vision_cache
-        self.video_options()  # a budget the family cannot keep is refused here
-        self._processor: Any = None
         self._announced: set[Choice] = set()
 
     # -- what a family says ------------------------------------------------------------------------------------------
@@ -136,15 +128,6 @@ class VLM(ABC):
         """Dotted names of the modules that stay in full precision under ``quantize``."""
         return (*self.vision_modules, "lm_head")
 
-    def video_options(self) -> dict[str, Any]:
-        """Keyword arguments of the processor call that apply ``max_pixels``."""
-        if self.max_pixels is not None:
-            raise ValueError(
-                f"vlm.max_pixels: the processor of {type(self).__name__} takes no pixel budget; "
-                "set data.init_args.frames.max_pixels"
-            )
-        return {}
-
     def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         """Positions [B, P] (or [A, B, P] for A rotary axes) of left-padded inputs."""
         return (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
@@ -157,77 +140,7 @@ class VLM(ABC):
         """Inputs of the prompts ``index`` [n], for inputs whose first axis is the prompts."""
         return {name: value.index_select(0, index) for name, value in inputs.items()}
 
-    # -- processor and tokens ----------------------------------------------------------------------------------------
-
-    @property
-    def processor(self) -> Any:
-        """The family's processor, loaded on first use in each process."""
-        if self._processor is None:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # short texts; silences warnings after a fork
-            with building.readable(self.path):
-                self._processor = AutoProcessor.from_pretrained(self.path)
-            self._processor.tokenizer.padding_side = "left"
-        return self._processor
-
-    @property
-    def tokenizer(self) -> Any:
-        """The processor's tokenizer."""
-        return self.processor.tokenizer
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leaves the processor and what was derived from it behind; a worker loads its own."""
-        cached = {"chat_frame", "stop_ids", "suppressed_ids", "vision_cache"}
-        return {k: v for k, v in self.__dict__.items() if k not in cached} | {"_processor": None}
-
-    @cached_property
-    def chat_frame(self) -> chat.ChatFrame:
-        """What the chat template puts around words."""
-        return chat.chat_frame(self.processor, self._model_stop_ids())
-
-    @cached_property
-    def stop_ids(self) -> frozenset[int]:
-        """Tokens that end a completion: the model's, the tokenizer's and the chat template's."""
-        return frozenset({*self._model_stop_ids(), self.chat_frame.end_of_turn[-1]})
-
-    @cached_property
-    def context_length(self) -> int | None:
-        """Most tokens of a prompt and what stands behind it; None where the model's configuration does not say."""
-        with building.readable(self.path):
-            return max_position_embeddings(self.path)
-
-    def _model_stop_ids(self) -> set[int]:
-        ids = {self.tokenizer.eos_token_id}
-        if cached_file(self.path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None:
-            eos = GenerationConfig.from_pretrained(self.path).eos_token_id
-            ids |= set(eos) if isinstance(eos, list) else {eos}
-        return ids - {None}
-
-    @cached_property
-    def suppressed_ids(self) -> frozenset[int]:
-        """Placeholder and other visual special tokens: never sampled, probability 0 in scoring."""
-        added = self.tokenizer.added_tokens_decoder.items()
-        return frozenset(i for i, t in added if t.special and VISUAL_TOKEN.search(t.content)) - self.stop_ids
-
     # -- batches -----------------------------------------------------------------------------------------------------
-
-    def encode(self, examples: Sequence[Example]) -> Encoded:
-        """Turns B clips, their prompts and texts into one batch; runs in data workers.
-
-        Raises:
-            ValueError: Open and closed prompts are mixed, a text does not fit where it stands, or a clip's prompt and
-                texts are longer than the model's context.
-        """
-        if len({example.prompt.open for example in examples}) != 1:
-            raise ValueError(f"a batch needs prompts that are all open or all closed, got {len(examples)} examples")
-        inputs = chat.encode_prompts(self.processor, examples, self.video_options())
-        frame, is_open = self.chat_frame, examples[0].prompt.open
-        turn_end = chat.tokens(self.processor, frame.turn_end) if is_open else []
-        videos = tuple(example.sample.identity for example in examples)
-        prompts = EncodedPrompts(inputs, len(examples), torch.tensor(turn_end, dtype=torch.long), videos)
-        texts = chat.encode_texts(self.processor, frame, examples, self.suppressed_ids)
-        names, behind = [example.sample.video_id for example in examples], longest_texts(texts, len(examples))
-        refuse_too_long(names, prompts, behind, self.context_length, "the longest text behind it")
-        return Encoded(prompts, texts)
 
     def texts_from(self, generated: Generated) -> TextBatch:
         """Completions as texts behind their prompts, exactly the sampled tokens."""
