@@ -8,7 +8,6 @@ A stage says what it shows of a clip by a ``ClipView``; the model family says ho
 from __future__ import annotations
 
 import logging
-import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from vidreason.datamodules.clip_dataset import ClipDataset, LoadedClip
-from vidreason.datamodules.clip_order import BalancedSampler, EveryClipOnce, SeededSampler, position
+from vidreason.datamodules.clip_order import BalancedSampler, EveryClipOnce, ResumableLoader, SeededSampler
 from vidreason.datamodules.decoding import FrameOptions
 from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
@@ -289,10 +288,10 @@ class VideoDataModule(L.LightningDataModule, ABC):
         dataset = self.dataset(clips, view, train)
         sampler: DistributedSampler[Any] | None = None
         if train:
-            sampler = self._sampler(dataset, batch_size or self.batch_size)
+            sampler = self._sampler(dataset)
         elif shared_out and self._ranks()["num_replicas"] > 1:
             sampler = EveryClipOnce(dataset, **self._ranks())
-        return DataLoader(
+        loader = (ResumableLoader if train else DataLoader)(
             dataset,
             batch_size=batch_size or (self.batch_size if train else self.eval_batch_size),
             sampler=sampler,
@@ -301,18 +300,16 @@ class VideoDataModule(L.LightningDataModule, ABC):
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),
         )
+        if isinstance(loader, ResumableLoader):
+            loader.trainer = self.trainer
+        return loader
 
     def _ranks(self) -> dict[str, int]:
         given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return given or {"num_replicas": 1, "rank": 0}
 
-    def _sampler(self, dataset: ClipDataset, batch_size: int) -> SeededSampler:
+    def _sampler(self, dataset: ClipDataset) -> SeededSampler:
         """One sampler for any number of processes; Lightning leaves a distributed sampler as it is."""
         ranks = self._ranks()
         kind = BalancedSampler if self.balance_classes else SeededSampler
-        sampler = kind(dataset, ranks["num_replicas"], ranks["rank"], shuffle=True, seed=self.seed)
-        if self.trainer is not None:  # workers ask for clips before Lightning tells the sampler its epoch
-            epoch, batches = position(self.trainer, math.ceil(len(sampler) / batch_size))
-            sampler.set_epoch(epoch)
-            sampler.consumed = (epoch, batches * batch_size)
-        return sampler
+        return kind(dataset, ranks["num_replicas"], ranks["rank"], shuffle=True, seed=self.seed)

@@ -7,10 +7,9 @@ from itertools import islice
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loops.progress import _ProcessedTracker
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
-from vidreason.datamodules.clip_dataset import ClipDataset, ClipKey
+from vidreason.datamodules.clip_dataset import ClipDataset, ClipKey, LoadedClip
 from vidreason.datamodules.sampling import balanced_order
 
 
@@ -20,22 +19,33 @@ def batches_of_an_epoch(trainer: L.Trainer, batches: int) -> int:
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
-def position(trainer: L.Trainer, batches: int) -> tuple[int, int]:
-    """Where a fit stands, or goes on: the epoch of the next batch, and how many batches of it have been trained on.
+class ResumableLoader(DataLoader[LoadedClip]):
+    """A training loader whose state is how many batches were trained on, however many workers have fetched ahead.
 
-    Args:
-        trainer: Its progress is restored, if it goes on from a checkpoint.
-        batches: Of one epoch of the loader.
+    Lightning keeps ``state_dict`` in its checkpoints, and calls ``load_state_dict`` before it iterates.
     """
-    epochs, current = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
-    assert isinstance(epochs, _ProcessedTracker)
-    assert isinstance(current, _ProcessedTracker)
-    done = current.processed
-    if epochs.started <= epochs.processed:  # between two epochs
-        return epochs.processed, 0
-    if done >= batches_of_an_epoch(trainer, batches):  # saved by the epoch's last validation
-        return epochs.processed + 1, 0
-    return epochs.processed, done
+
+    trainer: L.Trainer | None = None
+    """Who trains; None outside of a fit"""
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch of the next batch, and how many of its clips all ranks together have been trained on."""
+        sampler = self._sampler()
+        assert self.trainer is not None
+        assert self.batch_size is not None
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        epoch, batches = divmod(int(done), batches_of_an_epoch(self.trainer, len(self)))
+        return {"epoch": epoch, "clips": batches * self.batch_size * sampler.num_replicas}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Lets the sampler go on behind those clips."""
+        sampler = self._sampler()
+        sampler.set_epoch(state["epoch"])
+        sampler.consumed = (state["epoch"], state["clips"] // sampler.num_replicas)
+
+    def _sampler(self) -> SeededSampler:
+        assert isinstance(self.sampler, SeededSampler)
+        return self.sampler
 
 
 class SeededSampler(DistributedSampler[Any]):

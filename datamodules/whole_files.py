@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,3 +40,40 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file in UTF-8, whole or not at all."""
     with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file, or every file in a folder, is on the disk: a rename may otherwise get there before it."""
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with naming(file), file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def replace_folder(draft: Path, folder: Path) -> None:
+    """Puts ``draft`` in the place of ``folder``, which is there at every moment if it was there before.
+
+    Where the system cannot exchange two folders (not Linux, some network file systems) the old one is renamed first, to
+    ``NAME.old``.
+
+    Raises:
+        OSError: Where the system refuses.
+    """
+    if not folder.exists():
+        draft.rename(folder)
+        return
+    if _exchange(draft, folder):
+        shutil.rmtree(draft)
+        return
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two paths in one stroke; False where the system has no way to."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

@@ -85,6 +85,7 @@ class CalibrationModule(VLMModule):
     """
 
     stage: ClassVar[str] = "calibration"
+    trained_adapter: ClassVar[str] = CALIBRATOR
 
     def __init__(
         self,
@@ -338,14 +339,15 @@ class CalibrationModule(VLMModule):
 
     # ------------------------------------------------------------------ artefacts
 
-    def lineage(self) -> Lineage:
+    def lineage(self, folder: Path) -> Lineage:
         """As every stage, with what is needed to run the calibrator."""
         policy: str | None = None
         if self.adapter_path is not None:
-            folder = (self.run_dir / ADAPTER_FOLDER).resolve()
-            policy = os.path.relpath(Path(self.adapter_path).resolve(), folder) if self.starts_from_weights else POLICY
+            here = self.run_dir / ADAPTER_FOLDER
+            inside = folder == here and not self.starts_from_weights
+            policy = POLICY if inside else os.path.relpath(Path(self.adapter_path).resolve(), folder.resolve())
         extra = calibrator_extra(self.temperature, self.input, self.loss_kind, policy, self.trace_options)
-        return replace(super().lineage(), extra=extra)
+        return replace(super().lineage(folder), extra=extra)
 
     def export(self, run_dir: Path) -> Path:
         """Writes the calibrator, and its policy beside it; see the module's docstring."""
@@ -355,7 +357,7 @@ class CalibrationModule(VLMModule):
         folder = run_dir / ADAPTER_FOLDER
         copied = self.adapter_path is not None and not self.starts_from_weights
         beside = {POLICY: Path(str(self.adapter_path))} if copied else {}
-        save_adapter(self.policy, folder, CALIBRATOR, self.lineage().info(), beside)
+        save_adapter(self.policy, folder, CALIBRATOR, self.lineage(folder).info(), beside)
         return folder
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

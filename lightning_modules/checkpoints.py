@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from vidreason.datamodules.whole_files import whole_file
+from vidreason.datamodules.whole_files import flush_to_disk, whole_file
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """As Lightning's, but where the disk is full the earlier checkpoint stays and no half one lies beside it."""
+    """As Lightning's, but a crash or a full disk leaves the earlier checkpoint, and no half one beside it for long."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes a checkpoint.
@@ -26,7 +26,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: Naming ``path``, where it cannot be written.
         """
+        path = Path(path)
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        with whole_file(Path(path)) as draft:
+        for left in path.parent.glob(f".*.{path.name}"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        with whole_file(path) as draft:
             draft.write_bytes(content.getbuffer())
+            flush_to_disk(draft)

@@ -35,12 +35,11 @@ from vidreason.lightning_modules.functional.aggregation import (
 from vidreason.lightning_modules.functional.losses import GRPOLoss, grpo_loss
 from vidreason.lightning_modules.functional.policy_terms import largest_gap
 from vidreason.lightning_modules.grpo_parts import Part, Rolled, count_step, make_parts, split_evenly
-from vidreason.lightning_modules.grpo_policy import REFERENCE, PolicyModule
+from vidreason.lightning_modules.grpo_policy import PolicyModule
 from vidreason.lightning_modules.grpo_replay import ReplayBuffer
-from vidreason.lightning_modules.grpo_statistics import (
-    RolloutTable,
-    Stopwatch,
-)
+from vidreason.lightning_modules.grpo_state import HalfLearnt
+from vidreason.lightning_modules.grpo_statistics import RolloutTable, Stopwatch
+from vidreason.lightning_modules.interrupts import stop_together, unless_stopped
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.vlms.base import VLM, Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -204,38 +203,53 @@ class GRPOModule(PolicyModule):
             ``{"groups": [B] RolloutGroup, "advantages": [B, G]}`` for callbacks.
         """
         clock = Stopwatch()
-        rolled = self.roll_out(batch, clock)
-        with clock("reward"):
-            groups = tuple(group for part in rolled for group in part.groups)
-            table = RolloutTable.of(groups, self.data.label_names, batch.fillers).over_ranks(self.over_ranks)
-            self.refuse_cold_policy(table.counted(), groups[0].rollouts[0].completion.text)
-            advantages = self.advantages(table, len(groups))
-            parts = make_parts(rolled, advantages, self.mask_truncated, batch.counted)
-        if self.updates_per_batch > 1 or self.replay is not None:
-            with clock("old_log_prob"):
-                parts = [replace(part, old_logprobs=self.frozen_logprobs(part, None)) for part in parts]
-        if self.kl_coef != 0:
-            with clock("ref"):
-                parts = [replace(part, ref_logprobs=self.frozen_logprobs(part, REFERENCE)) for part in parts]
+        learning = self.half_learnt()
+        if learning is None:
+            rolled = self.roll_out(batch, clock)
+            with clock("reward"):
+                groups = tuple(group for part in rolled for group in part.groups)
+                table = RolloutTable.of(groups, self.data.label_names, batch.fillers).over_ranks(self.over_ranks)
+                self.refuse_cold_policy(table.counted(), groups[0].rollouts[0].completion.text)
+                advantages = self.advantages(table, len(groups))
+                parts = make_parts(rolled, advantages, self.mask_truncated, batch.counted)
+            parts = self.with_frozen_logprobs(parts, clock)
+            learning = HalfLearnt(self.replayed(parts), parts, advantages, 0)
         with clock("update_actor"):
-            slots = self.replayed(parts)
-            for _ in range(self.inner_epochs):
-                for minibatch in split_evenly(slots, self.minibatches):
-                    self.update([part for slot in minibatch for part in slot])
+            self.learn(learning)
+        groups = tuple(group for part in learning.own for group in part.groups)
+        table = RolloutTable.of(groups, self.data.label_names, batch.fillers).over_ranks(self.over_ranks)
         self.log_step(batch, table, clock)
-        return {"groups": groups, "advantages": advantages}
+        return {"groups": groups, "advantages": learning.advantages}
+
+    def learn(self, learning: HalfLearnt) -> None:
+        """Makes the optimizer steps on a batch that are still to be made; the fit may be stopped between two."""
+        minibatches = [m for _ in range(self.inner_epochs) for m in split_evenly(learning.slots, self.minibatches)]
+        for number, minibatch in enumerate(minibatches):
+            if number < learning.updates:
+                continue
+            if number > 0:
+                self.stop_between_updates(replace(learning, updates=number))
+            self.update([part for slot in minibatch for part in slot])
 
     def roll_out(self, batch: VideoBatch, clock: Stopwatch) -> list[Rolled]:
         """Samples and scores a batch; ranks may write unequal lengths, and sample unequal numbers of groups again."""
-        with ExitStack() as gathered:
+
+        def sampled() -> list[Rolled]:
             with clock("gen"):
-                gathered.enter_context(whole(self.policy))
                 sampled = self.generate(batch)
             with clock("reward"):
                 rolled = [self.rewarded(part) for part in sampled]
             for attempt in range(1, self.resample + 1):
                 with clock("gen"):
                     rolled = self.resample_dead(rolled, attempt)
+            return rolled
+
+        strategy = self.trainer.strategy
+        with ExitStack() as gathered:
+            with clock("gen"):
+                gathered.enter_context(whole(self.policy))
+            rolled: list[Rolled] = unless_stopped(strategy, sampled, [])
+        stop_together(strategy)
         return rolled
 
     def update(self, minibatch: Sequence[Part]) -> None:

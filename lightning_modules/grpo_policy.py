@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -18,11 +19,10 @@ from torch import Tensor, nn
 
 from vidreason.datamodules.prompts import ClipView, RewardedView
 from vidreason.datamodules.types import Clip, EncodedPrompts, VideoBatch
-from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.functional.advantages import dead_groups, group_relative_advantages
 from vidreason.lightning_modules.functional.losses import GRPOLoss
 from vidreason.lightning_modules.grpo_parts import Part, Rolled
-from vidreason.lightning_modules.grpo_replay import ReplayBuffer
+from vidreason.lightning_modules.grpo_resuming import REFERENCE, ResumablePolicy
 from vidreason.lightning_modules.grpo_statistics import (
     RolloutTable,
     Stopwatch,
@@ -48,14 +48,11 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.layout import is_sharded
 from vidreason.rewards.base import RewardFn
 
-REFERENCE = "reference"
-
-
 _ANOTHER_SEED = 1_000_003
 """Apart from the seeds that users choose, so that a group sampled again differs from the same group of another run."""
 
 
-class PolicyModule(VLMModule):
+class PolicyModule(ResumablePolicy):
     """A policy that is rewarded for what it samples; a subclass has the arguments and the step.
 
     Its attributes are arguments of ``GRPOModule``.
@@ -70,11 +67,7 @@ class PolicyModule(VLMModule):
     kl_coef: float
     cold_steps: int
     balance_classes: bool
-    replay: ReplayBuffer | None
     reference: nn.Module | None
-    _rollout_steps = 0
-    _parsed = 0
-    _tokens = 0
     _named: frozenset[str] = frozenset()
 
     # ------------------------------------------------------------------ before training
@@ -227,23 +220,20 @@ class PolicyModule(VLMModule):
         with torch.no_grad(), switch:
             return self.score(part, model=self.reference if adapter is not None else None).logprobs
 
+    def with_frozen_logprobs(self, parts: Sequence[Part], clock: Stopwatch) -> list[Part]:
+        """Returns the parts with what the policy that sampled them, and the reference, say of their tokens."""
+        parts = list(parts)
+        if self.updates_per_batch > 1 or self.replay is not None:
+            with clock("old_log_prob"):
+                parts = [replace(part, old_logprobs=self.frozen_logprobs(part, None)) for part in parts]
+        if self.kl_coef != 0:
+            with clock("ref"):
+                parts = [replace(part, ref_logprobs=self.frozen_logprobs(part, REFERENCE)) for part in parts]
+        return parts
+
     def shares_prefix(self) -> bool:
         """Whether a forward encodes each prompt once."""
         return self.vlm.route != "naive"
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every stage, with what is counted over the whole fit."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["grpo"] = {"rollout_steps": self._rollout_steps, "parsed": self._parsed, "tokens": self._tokens}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every stage, with what was counted."""
-        super().on_load_checkpoint(checkpoint)
-        counted = checkpoint["grpo"]
-        self._rollout_steps, self._parsed = counted["rollout_steps"], counted["parsed"]
-        self._tokens = counted["tokens"]
 
     # ------------------------------------------------------------------ ranks
 

@@ -17,7 +17,7 @@ from vidreason.lightning_modules.vlms.base import VLM
 
 
 class ReplayBuffer:
-    """The latest groups of this rank that had an advantage, on the CPU; not kept in checkpoints.
+    """The latest groups of this rank that had an advantage, on the CPU; checkpoints hold them.
 
     Args:
         capacity: Groups that are kept; each holds its prompt with the video's pixels.
@@ -26,10 +26,10 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, seed: int) -> None:
         self.seed = seed
-        self._groups: deque[Part] = deque(maxlen=capacity)
+        self.groups: deque[Part] = deque(maxlen=capacity)
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self.groups)
 
     def refresh(self, part: Part, vlm: VLM, step: int, number: int) -> list[Part]:
         """Replaces dead groups as far as there are others, and remembers the live ones.
@@ -48,8 +48,8 @@ class ReplayBuffer:
         alive = part.advantages.view(len(part.groups), -1).ne(0).any(dim=1).tolist()
         dead = [row for row in rows if not alive[row]]
         draw = random.Random(f"{self.seed}/{step}/{number}")
-        drawn = draw.sample(list(self._groups), min(len(dead), len(self._groups)))
-        self._groups.extend(part.take(vlm, [row]).to("cpu") for row in rows if alive[row])
+        drawn = draw.sample(list(self.groups), min(len(dead), len(self.groups)))
+        self.groups.extend(part.take(vlm, [row]).to("cpu") for row in rows if alive[row])
         if not drawn:
             return [part]
         kept = [row for row in rows if alive[row] or row in dead[len(drawn) :]]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vidreason.datamodules.base import VideoDataModule
@@ -126,11 +126,11 @@ def write_missing(
     """
     store = TraceStore.create(path, writer.header)
     have = {(r.video_id, r.sample) for r in store.records()}
-    todo = [(split, missing_clips(store, data, split, writer.options.samples, known)) for split in splits]
-    total = sum(len(clips) for _, clips in todo)
+    todo = [(split, missing_batches(store, data, split, writer.options.samples, known)) for split in splits]
+    total = sum(len(batch) for _, batches in todo for batch in batches)
     with tqdm(total=total, desc=f"writing {path.name}", unit="clip", disable=total == 0) as bar:
-        for split, indices in todo:
-            for batch in _loader(data, split, writer.view, indices):
+        for split, batches in todo:
+            for batch in _loader(data, split, writer.view, batches):
                 report_failed(batch, "no text written")
                 with torch.no_grad():
                     records = writer.records(batch.to(device), data.label_names)
@@ -139,13 +139,19 @@ def write_missing(
     return store
 
 
-def missing_clips(
+def missing_batches(
     store: TraceStore, data: VideoDataModule, split: str, samples: int, known: Collection[str] = ()
-) -> list[int]:
-    """Returns the positions in ``data.clips(split)`` of clips not ``known`` that have fewer than ``samples`` texts."""
-    clips = data.clips(split)
-    missing = store.missing([clip.video_id for clip in clips if clip.video_id not in known], samples)
-    return [i for i, clip in enumerate(clips) if clip.video_id in missing]
+) -> list[list[int]]:
+    """Returns, as positions in ``data.clips(split)``, the batches that hold clips with fewer than ``samples`` texts.
+
+    Clips that are ``known`` are in none. A writer that was interrupted in the midst of a batch writes about all of it
+    again: next to other clips a text's numbers would differ in their last digits.
+    """
+    clips, size = data.clips(split), data.eval_batch_size
+    asked = [i for i, clip in enumerate(clips) if clip.video_id not in known]
+    missing = store.missing([clips[i].video_id for i in asked], samples)
+    batches = [asked[start : start + size] for start in range(0, len(asked), size)]
+    return [batch for batch in batches if any(clips[i].video_id in missing for i in batch)]
 
 
 def report_failed(batch: VideoBatch, consequence: str) -> None:
@@ -154,12 +160,12 @@ def report_failed(batch: VideoBatch, consequence: str) -> None:
         rank_zero_warn(f"{failed.clip.path}: {consequence}, the clip cannot be read ({failed.error})")
 
 
-def _loader(data: VideoDataModule, split: str, view: ClipView, indices: list[int]) -> DataLoader[LoadedClip]:
-    """Returns the split's loader, restricted to the clips at ``indices``."""
+def _loader(data: VideoDataModule, split: str, view: ClipView, batches: list[list[int]]) -> DataLoader[LoadedClip]:
+    """Returns the split's loader, restricted to ``batches`` of clips."""
     whole = data.loader(split, view)
     return DataLoader(
-        Subset(whole.dataset, indices),
-        batch_size=whole.batch_size,
+        whole.dataset,
+        batch_sampler=batches,
         num_workers=whole.num_workers,
         collate_fn=whole.collate_fn,
     )

@@ -1,4 +1,4 @@
-"""A stage's weights: built once, trained, kept in checkpoints and handed on.
+"""A stage's weights: built once, trained and handed on; ``resumable.py`` has what checkpoints hold.
 
 ``base.py`` adds what the stage does with them.
 """
@@ -22,9 +22,9 @@ from transformers import PreTrainedModel, get_scheduler
 from vidreason.datamodules.base import VideoDataModule, run_seed
 from vidreason.datamodules.clip_order import batches_of_an_epoch
 from vidreason.datamodules.task import Task
-from vidreason.lightning_modules.fsdp import ShardedModule
 from vidreason.lightning_modules.lineage import REVIEWED, Lineage
 from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable
+from vidreason.lightning_modules.resumable import ResumableModule
 from vidreason.lightning_modules.vlms.adapters import (
     LoRAOptions,
     adapter_sha,
@@ -49,7 +49,7 @@ class _Start(NamedTuple):
     full: bool
 
 
-class WeightsModule(ShardedModule):
+class WeightsModule(ResumableModule):
     """Weights of a vision-language model under a trainer.
 
     Args:
@@ -63,6 +63,7 @@ class WeightsModule(ShardedModule):
 
     stage: ClassVar[str]
     """Name of the stage; a subclass that sets none is called by its class's name."""
+    trained_adapter: ClassVar[str] = POLICY
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class WeightsModule(ShardedModule):
         self.seed = run_seed(seed)
         self.model: nn.Module | None = None
         self._started_from: _Start | None = None
+        self._saved: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ where it runs
 
@@ -118,11 +120,6 @@ class WeightsModule(ShardedModule):
         """The stage's run folder."""
         return Path(self.trainer.default_root_dir)
 
-    @property
-    def fitting(self) -> bool:
-        """Whether the trainer runs ``fit``."""
-        return self.trainer.state.fn == TrainerFn.FITTING
-
     # ------------------------------------------------------------------ weights
 
     def configure_model(self) -> None:
@@ -155,6 +152,7 @@ class WeightsModule(ShardedModule):
 
     def on_train_start(self) -> None:
         """Puts what is trained into train mode; frozen parts (a tower's BatchNorm) stay as they are in evaluation."""
+        super().on_train_start()
         set_train_mode(self.policy)
 
     @property
@@ -176,10 +174,8 @@ class WeightsModule(ShardedModule):
         """What ``adapter_path`` holds, read once: the stage may write its own weights into that folder later."""
         path = self.adapter_path
         if self._started_from is None or self._started_from.path != path:
-            if path is None:
-                self._started_from = _Start(None, "", full=False)
-            else:
-                self._started_from = _Start(path, adapter_sha(path), full=not is_adapter_folder(path))
+            full = path is not None and not is_adapter_folder(path)
+            self._started_from = _Start(path, "" if path is None else adapter_sha(path), full)
         return self._started_from
 
     def forward_context(self) -> AbstractContextManager[object]:
@@ -268,8 +264,8 @@ class WeightsModule(ShardedModule):
 
     # ------------------------------------------------------------------ artefacts
 
-    def lineage(self) -> Lineage:
-        """Returns where the weights come from."""
+    def lineage(self, folder: Path) -> Lineage:
+        """Returns where the weights come from that are written into ``folder``."""
         on_weights = isinstance(self.policy, PeftModel) and self.starts_from_weights
         return Lineage(
             stage=self.stage_name,
@@ -290,43 +286,22 @@ class WeightsModule(ShardedModule):
         Returns:
             ``run_dir/adapter``, or after full fine-tuning ``run_dir/weights``, a model folder.
         """
-        info = self.lineage().info()
+        folder = run_dir / (ADAPTER_FOLDER if isinstance(self.policy, PeftModel) else WEIGHTS_FOLDER)
+        info = self.lineage(folder).info()
         if isinstance(self.policy, PeftModel):
-            save_adapter(self.policy, run_dir / ADAPTER_FOLDER, POLICY, info)
-            return run_dir / ADAPTER_FOLDER
-        assert isinstance(self.policy, PreTrainedModel)
-        save_weights(self.policy, run_dir / WEIGHTS_FOLDER, info, self.vlm.processor)
-        return run_dir / WEIGHTS_FOLDER
+            save_adapter(self.policy, folder, POLICY, info)
+        else:
+            assert isinstance(self.policy, PreTrainedModel)
+            save_weights(self.policy, folder, info, self.vlm.processor)
+        return folder
+
+    def export_beside(self, folder: Path) -> None:
+        """Writes the adapter of the checkpoint that was just written; there is none after full fine-tuning."""
+        state, self._saved = self._saved, {}
+        if isinstance(self.policy, PeftModel):
+            save_adapter(self.policy, folder, self.trained_adapter, self.lineage(folder).info(), state=state)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trainable parameters (and their modules' buffers) only, and writes down which stage they belong to."""
-        checkpoint["vidreason_stage"] = self.stage_name
-        keep = {name for name, p in self.named_parameters() if p.requires_grad}
-        modules = {name.rpartition(".")[0] for name in keep}
-        keep |= {name for name, _ in self.named_buffers() if name.rpartition(".")[0] in modules}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another stage.
-
-        Raises:
-            ValueError: Naming both stages and what to do.
-        """
-        self._check_stage(checkpoint)
-
-    def refuse_foreign_checkpoint(self, path: str | Path) -> None:
-        """Looks into a checkpoint that is to be resumed, before hours are spent on what comes before loading it.
-
-        Raises:
-            ValueError: It is of another stage.
-        """
-        if Path(path).is_file():
-            self._check_stage(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-
-    def _check_stage(self, checkpoint: dict[str, Any]) -> None:
-        found = checkpoint.get("vidreason_stage")
-        if found != self.stage_name:
-            raise ValueError(
-                f"this checkpoint was written by stage {found!r}, but the stage running is {self.stage_name!r}: "
-                "--ckpt_path only resumes the same stage; hand weights over with --model.init_args.adapter_path"
-            )
+        """As every stage; keeps what was gathered for ``export_beside``."""
+        super().on_save_checkpoint(checkpoint)
+        self._saved = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}

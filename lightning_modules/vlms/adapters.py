@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vidreason.datamodules.whole_files import naming
+from vidreason.datamodules.whole_files import flush_to_disk, naming, replace_folder
 from vidreason.lightning_modules.vlms.layout import is_sharded
 from vidreason.lightning_modules.vlms.sharding import whole_state
 
@@ -101,9 +101,8 @@ def _published(folder: Path, info: Mapping[str, object]) -> Iterator[Path]:
             draft.mkdir(parents=True)
             yield draft
             (draft / INFO_FILE).write_text(json.dumps(dict(info), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            draft.rename(folder)
+            flush_to_disk(draft)
+            replace_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -133,6 +132,7 @@ def save_adapter(
     name: str,
     info: Mapping[str, object],
     beside: Mapping[str, Path] | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes adapter ``name`` as a PEFT folder with ``info`` in ``vidreason.json``, replacing what was there.
 
@@ -142,9 +142,11 @@ def save_adapter(
         name: Name of the adapter.
         info: Content of ``vidreason.json``.
         beside: Adapter folders to copy into it, by the names they get; they may lie in what is replaced.
+        state: The model's weights by name, or those of the adapter, where they are not to be taken from the model.
     """
     peft_model, folder = _peft(model, name), Path(folder)
-    state = whole_state(peft_model) if is_sharded(peft_model) else None
+    if state is None and is_sharded(peft_model):
+        state = whole_state(peft_model)
     weights: dict[str, Tensor] = get_peft_model_state_dict(peft_model, state, adapter_name=name)
     config = deepcopy(peft_model.peft_config[name])
     config.inference_mode = True

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vidreason.datamodules.types import EncodedPrompts
+from vidreason.lightning_modules.interrupts import check_stop
 from vidreason.lightning_modules.vlms.expand import extend, prefill
 from vidreason.lightning_modules.vlms.head import logits_at
 from vidreason.lightning_modules.vlms.layout import PromptLayout
@@ -125,6 +126,9 @@ def sample(
         stop_ids: Tokens that end a completion (and belong to it).
         suppressed_ids: Tokens of probability 0.
         pad_id: Fills ``ids`` behind the end.
+
+    Raises:
+        StopRequested: A signal has come while a fit defers it.
     """
     device = prompts.inputs["input_ids"].device
     batch, steps = prompts.batch_size, sampling.max_new_tokens
@@ -144,6 +148,7 @@ def sample(
         logits, prefix = logits[owner], prefix.select(owner)
         alive = torch.arange(n, device=device)
         for step in range(steps):
+            check_stop()
             scores = logits.float() / (sampling.temperature or 1.0)
             scores[:, banned] = -torch.inf
             logp = scores.log_softmax(-1)

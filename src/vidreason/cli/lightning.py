@@ -11,11 +11,9 @@ import json
 import os
 import re
 import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,11 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from vidreason.callbacks.run_checkpoint import EVERY_TEN, CheckpointOptions, RunCheckpoint
+from vidreason.callbacks.stopping import Stopping
 from vidreason.cli.config_errors import explain
 from vidreason.cli.configs import PREFIX, find_config
 from vidreason.cli.devices import refuse_missing_gpus
@@ -36,6 +36,7 @@ from vidreason.cli.processes import describe, refuse_unreachable_machines
 from vidreason.cli.run_record import RunRecord, from_the_start
 from vidreason.cli.vlm_shorthand import expand, is_shorthand
 from vidreason.lightning_modules.checkpoints import WholeCheckpointIO
+from vidreason.lightning_modules.interrupts import StopRequested, check_stop, signals_handled, take_signals
 from vidreason.lightning_modules.trained_weights import WeightsModule
 from vidreason.lightning_modules.vlms.base import VLM
 
@@ -96,6 +97,12 @@ class VideoCLI(LightningCLI):
         parser.link_arguments("vlm", "model.init_args.vlm", apply_on="instantiate")
         parser.link_arguments("vlm", "data.init_args.encoder", apply_on="instantiate")
         parser.add_argument(
+            "--checkpoint",
+            type=CheckpointOptions,
+            default=EVERY_TEN,
+            help="Which checkpoints a fit leaves in RUN/checkpoints.",
+        )
+        parser.add_argument(
             "--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME for NAME.yaml)."
         )
 
@@ -145,19 +152,13 @@ class VideoCLI(LightningCLI):
         listed = [config.callbacks] if isinstance(config.callbacks, L.Callback) else list(config.callbacks or [])
         checkpoints = [callback for callback in listed if isinstance(callback, ModelCheckpoint)]
         if self.subcommand == "fit" and not checkpoints and config.enable_checkpointing is not False:
-            checkpoints = [
-                ModelCheckpoint(
-                    save_top_k=0,
-                    save_last=True,
-                    save_on_exception=True,
-                    save_on_train_epoch_end=True,  # also where few epochs are validated
-                    enable_version_counter=False,
-                )
-            ]
+            checkpoints = [RunCheckpoint(self.config_init[self.subcommand].checkpoint)]
             listed += checkpoints
         for checkpoint in checkpoints:
             checkpoint.dirpath = checkpoint.dirpath or str((self.run_dir / "checkpoints").absolute())
+        listed = [Stopping(), *listed] if self.subcommand == "fit" else listed
         trainer: L.Trainer = super().instantiate_trainer(callbacks=listed, **kwargs)
+        take_signals(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
@@ -176,14 +177,17 @@ class VideoCLI(LightningCLI):
         if isinstance(self.model, WeightsModule):
             say(f"strategy: {describe(self.trainer, self.model, trains=subcommand == 'fit')}")
         try:
-            with _interrupts_restored():
+            with signals_handled():
                 super()._run_subcommand(subcommand)
+                check_stop()  # the fit was at its end; what comes behind it (a pipeline's next stage) need not begin
         except SystemExit as stop:
-            # Lightning shuts down in order, then exits with 1 from inside its `except KeyboardInterrupt`, and without a
-            # status, as if all were well, where the system ends it (a scheduler, a shutdown)
-            if isinstance(stop.__context__, KeyboardInterrupt) or isinstance(stop, SIGTERMException):
+            # Lightning shuts down in order, then exits with 1 from inside its `except KeyboardInterrupt`
+            if isinstance(stop.__context__, KeyboardInterrupt):
                 say(self._how_to_resume())
                 raise KeyboardInterrupt from None
+            raise
+        except StopRequested:
+            say(self._how_to_resume())
             raise
 
     def _how_to_resume(self) -> str:
@@ -304,14 +308,3 @@ def _cause_of(error: ValueError) -> ValueError:
     """Finds what the parser wrapped in "does not validate against any of the Union subtypes"."""
     cause = error.__cause__
     return _cause_of(cause) if isinstance(cause, ValueError) else error
-
-
-@contextmanager
-def _interrupts_restored() -> Iterator[None]:
-    """Undoes Lightning's ``signal(SIGINT, SIG_IGN)``, so that Ctrl-C works in whatever this process does next."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and before is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)

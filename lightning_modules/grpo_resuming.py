@@ -1,0 +1,86 @@
+"""What GRPO adds to checkpoints: the reference, what is counted, groups to be replayed, a batch half learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch.strategies import ParallelStrategy
+
+from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.grpo_replay import ReplayBuffer
+from vidreason.lightning_modules.grpo_state import HalfLearnt, pack, unpack
+from vidreason.lightning_modules.interrupts import StopRequested, check_stop
+
+REFERENCE = "reference"
+"""Name of the adapter that the KL term compares with"""
+
+
+class ResumablePolicy(VLMModule):
+    """A policy whose fit may be stopped in a rollout and between two optimizer steps on it."""
+
+    replay: ReplayBuffer | None
+    _half_learnt: HalfLearnt | None = None
+    _rollout_steps = 0
+    _parsed = 0
+    _tokens = 0
+
+    def kept_beside(self, name: str) -> bool:
+        """The reference adapter: its folder may be overwritten while the fit runs."""
+        return f".{REFERENCE}." in name
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As every stage, with what is counted over the whole fit."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["grpo"] = {"rollout_steps": self._rollout_steps, "parsed": self._parsed, "tokens": self._tokens}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As every stage, with what was counted."""
+        super().on_load_checkpoint(checkpoint)
+        counted = checkpoint["grpo"]
+        self._rollout_steps, self._parsed = counted["rollout_steps"], counted["parsed"]
+        self._tokens = counted["tokens"]
+
+    def rank_state(self) -> dict[str, Any]:
+        """The batch that was left half learnt from, and the groups to be replayed."""
+        return {
+            "half_learnt": None if self._half_learnt is None else self._half_learnt.state(),
+            "replay": [] if self.replay is None else [pack(group) for group in self.replay.groups],
+        }
+
+    def take_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Takes up both; groups of more or fewer ranks are dealt out anew."""
+        clips = {clip.video_id: clip for clip in self.data.clips("train")}
+        if len(states) == self.trainer.world_size:
+            mine = states[self.global_rank]["replay"]
+        else:
+            mine = [group for state in states for group in state["replay"]][self.global_rank :: self.trainer.world_size]
+        if self.replay is not None:
+            self.replay.groups.extend(unpack(group, clips, self.completion) for group in mine)
+        half = states[0]["half_learnt"]  # a process that trains alone
+        self._half_learnt = None if half is None else HalfLearnt.of(half, clips, self.completion)
+
+    def half_learnt(self) -> HalfLearnt | None:
+        """What is left of the batch in which the fit was interrupted; None from the next batch on."""
+        found, self._half_learnt = self._half_learnt, None
+        if found is None:
+            return None
+        self.go_on_within_batch()
+        slots = [[part.to(self.device) for part in slot] for slot in found.slots]
+        own = [part.to(self.device) for part in found.own]
+        return replace(found, slots=slots, own=own)
+
+    def stop_between_updates(self, learning: HalfLearnt) -> None:
+        """Leaves the fit where a signal asks for it; ranks that exchange gradients finish the batch first.
+
+        Raises:
+            StopRequested: A checkpoint written now holds the rest of the batch.
+        """
+        if isinstance(self.trainer.strategy, ParallelStrategy):
+            return
+        try:
+            check_stop()
+        except StopRequested:
+            self._half_learnt = learning
+            raise

@@ -1,0 +1,121 @@
+"""Rollouts as tensors and plain containers, for checkpoints: those of a batch half learnt from, and those replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vidreason.datamodules.types import Clip, EncodedPrompts, TextBatch
+from vidreason.lightning_modules.grpo_parts import Part
+from vidreason.lightning_modules.rollout import Completion, CompletionBatch, Rollout, RolloutGroup
+from vidreason.rewards.base import RewardScore
+from vidreason.rewards.completion import CompletionForm, parse_completion
+
+_TEXTS = ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")
+
+
+@dataclass(frozen=True)
+class HalfLearnt:
+    """A batch that some of its optimizer steps have been made on."""
+
+    slots: list[list[Part]]
+    """Of this rank, as ``GRPOModule`` goes through them"""
+    own: list[Part]
+    """What was sampled, before groups were replaced by earlier ones"""
+    advantages: Tensor
+    """[B, G] of ``own``"""
+    updates: int
+    """Optimizer steps made"""
+
+    def state(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return {
+            "slots": [[pack(part) for part in slot] for slot in self.slots],
+            "own": [pack(part) for part in self.own],
+            "advantages": self.advantages.cpu(),
+            "updates": self.updates,
+        }
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], clips: Mapping[str, Clip], form: CompletionForm) -> HalfLearnt:
+        """Reads what ``state`` returned; tensors are on the CPU.
+
+        Args:
+            state: The saved state.
+            clips: Training clips by video id.
+            form: Which blocks completions have.
+        """
+        slots = [[unpack(part, clips, form) for part in slot] for slot in state["slots"]]
+        own = [unpack(part, clips, form) for part in state["own"]]
+        return cls(slots, own, state["advantages"], state["updates"])
+
+
+def pack(part: Part) -> dict[str, Any]:
+    """A part as tensors on the CPU, numbers and strings."""
+    part = part.to("cpu")
+    batch = part.batch
+    return {
+        "video_ids": [clip.video_id for clip in batch.clips],
+        "prompts": {
+            "inputs": dict(batch.prompts.inputs),
+            "turn_end": batch.prompts.turn_end,
+            "videos": list(batch.prompts.videos),
+        },
+        "texts": {name: getattr(batch.texts, name) for name in _TEXTS},
+        "logprobs": batch.logprobs,
+        "rollouts": [[_pack_rollout(rollout) for rollout in group.rollouts] for group in part.groups],
+        "advantages": part.advantages,
+        "old_logprobs": part.old_logprobs,
+        "ref_logprobs": part.ref_logprobs,
+        "completion_mask": part.completion_mask,
+    }
+
+
+def unpack(packed: Mapping[str, Any], clips: Mapping[str, Clip], form: CompletionForm) -> Part:
+    """The part that ``pack`` packed.
+
+    Args:
+        packed: What it returned.
+        clips: Training clips by video id.
+        form: Which blocks completions have.
+    """
+    shown = tuple(clips[video_id] for video_id in packed["video_ids"])
+    groups = tuple(
+        RolloutGroup(clip, tuple(_unpack_rollout(rollout, form) for rollout in rollouts))
+        for clip, rollouts in zip(shown, packed["rollouts"], strict=True)
+    )
+    prompts = packed["prompts"]
+    batch = CompletionBatch(
+        clips=shown,
+        prompts=EncodedPrompts(prompts["inputs"], len(shown), prompts["turn_end"], tuple(prompts["videos"])),
+        texts=TextBatch(**packed["texts"]),
+        logprobs=packed["logprobs"],
+        completions=tuple(tuple(rollout.completion for rollout in group.rollouts) for group in groups),
+    )
+    optional: dict[str, Tensor | None] = {
+        name: packed[name] for name in ("old_logprobs", "ref_logprobs", "completion_mask")
+    }
+    return Part(batch, groups, packed["advantages"], **optional)
+
+
+def _pack_rollout(rollout: Rollout) -> dict[str, Any]:
+    completion, score = rollout.completion, rollout.score
+    return {
+        "text": completion.text,
+        "ids": completion.ids.cpu(),
+        "logprobs": completion.logprobs.cpu(),
+        "finish_reason": completion.finish_reason,
+        "total": score.total,
+        "parts": dict(score.parts),
+    }
+
+
+def _unpack_rollout(packed: Mapping[str, Any], form: CompletionForm) -> Rollout:
+    text = packed["text"]
+    completion = Completion(
+        text, parse_completion(text, form), packed["ids"], packed["logprobs"], packed["finish_reason"]
+    )
+    return Rollout(completion, RewardScore(packed["total"], packed["parts"]))
