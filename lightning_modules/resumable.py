@@ -88,6 +88,8 @@ class ResumableModule(ShardedModule):
         keep |= {name for name, _ in self.named_buffers() if name.rpartition(".")[0] in modules}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in keep or self.kept_beside(k)}
+        if self._trainer is None:
+            return  # no fit to go on with
         checkpoint[KEY] = {
             "stage": self.stage_name,
             "parent_sha": self.parent_sha,
@@ -118,7 +120,7 @@ class ResumableModule(ShardedModule):
         """
         self._check_stage(checkpoint)
         saved = checkpoint.get(KEY)
-        if saved is None or not self.fitting:
+        if saved is None or self._trainer is None or not self.fitting:
             return
         if saved["parent_sha"] != self.parent_sha:
             raise ValueError(

@@ -28,7 +28,7 @@ ARTEFACT_FILES: Mapping[str, tuple[str, ...]] = {
     "traces": ("traces.jsonl",),
     "predictions": ("predictions.jsonl",),
 }
-SECTIONS = ("data", "vlm", "model", "trainer", "optimizer", "lr_scheduler", "seed_everything")
+SECTIONS = ("data", "vlm", "model", "trainer", "checkpoint", "optimizer", "lr_scheduler", "seed_everything")
 
 _STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_cold_policy")
 _PIPELINE_KEYS = ("name", "description", "needs", "data", "vlm", "strategy", "seed", "args", "stages")

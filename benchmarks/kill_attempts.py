@@ -1,0 +1,130 @@
+"""Real processes that run ``vidreason`` commands and are killed: forks of one that has imported all, or fresh."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+POLL_S = 0.0005
+
+
+class Ended(NamedTuple):
+    """How an attempt ended."""
+
+    killed: bool
+    status: int
+    """Exit status; -9 where it was killed"""
+    seconds: float
+
+
+def import_everything() -> None:
+    """Loads what a stage needs, so that a fork can begin at once; computes nothing, so that no thread is started."""
+    import torch
+    import transformers  # noqa: F401
+
+    import vidreason.callbacks.adapter_checkpoint
+    import vidreason.callbacks.prediction_logger
+    import vidreason.callbacks.prediction_writer
+    import vidreason.callbacks.progress
+    import vidreason.callbacks.quiet
+    import vidreason.callbacks.result_table
+    import vidreason.callbacks.rollout_logger
+    import vidreason.callbacks.throughput
+    import vidreason.callbacks.trace_writer
+    import vidreason.cli.lightning
+    import vidreason.cli.pipeline
+    import vidreason.datamodules.porch
+    import vidreason.lightning_modules.calibration
+    import vidreason.lightning_modules.grpo
+    import vidreason.lightning_modules.sft
+    import vidreason.lightning_modules.vlms.tiny.vlm
+    import vidreason.lightning_modules.vlms.tiny.pretraining  # noqa: F401  isort: skip
+
+    torch.set_num_threads(1)
+
+
+def attempt(
+    argv: Sequence[str], folder: Path, log: Path, kill: Callable[[float], bool] | None, fresh: bool, limit_s: float
+) -> Ended:
+    """Runs ``vidreason ARGV`` in ``folder`` as a process of its own.
+
+    Args:
+        argv: Arguments behind ``vidreason``.
+        folder: Its working directory.
+        log: Where its output is appended.
+        kill: Is asked with the seconds since the start, all the time; True kills the process and all it has started
+            (SIGKILL).
+        fresh: Starts a new interpreter and not a fork.
+        limit_s: Seconds after which it counts as hanging.
+
+    Raises:
+        TimeoutError: It hangs.
+    """
+    start = time.monotonic()
+    pid = _spawn(argv, folder, log) if fresh else _fork(argv, folder, log)
+    killed = False
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        seconds = time.monotonic() - start
+        if found:
+            return Ended(killed, os.waitstatus_to_exitcode(status), seconds)
+        if not killed and kill is not None and kill(seconds):
+            os.killpg(pid, signal.SIGKILL)
+            killed = True
+        if seconds > limit_s:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise TimeoutError(f"vidreason {' '.join(argv)}: has not ended after {limit_s:.0f} s, see {log}")
+        time.sleep(POLL_S)
+
+
+def _fork(argv: Sequence[str], folder: Path, log: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        _become(folder, log)
+        from vidreason.cli.main import main
+
+        status = main(list(argv))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _become(folder: Path, log: Path) -> None:
+    """Makes a fork what a new process would be: a session, files and signals of its own."""
+    os.setsid()
+    os.chdir(folder)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(out, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _spawn(argv: Sequence[str], folder: Path, log: Path) -> int:
+    with log.open("ab") as out:
+        command = [sys.executable, "-m", "vidreason", *argv]
+        return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, start_new_session=True).pid
+
+
+def drafts(run: Path) -> bool:
+    """Whether something is just being written into a run folder: a checkpoint, an adapter, a table."""
+    for folder, _, files in os.walk(run):
+        if folder.endswith(".part") or any(name.startswith(".") and name[1:2].isdigit() for name in files):
+            return True
+    return False

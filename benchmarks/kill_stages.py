@@ -1,0 +1,165 @@
+"""The stages that ``kill_resume.py`` kills: as shipped, but small, with everything on that could go wrong on resuming.
+
+LoRA with dropout; texts that the stage writes first; several optimizer steps per rollout, a reference, a replay buffer,
+groups sampled again; a validation every few batches, the best weights of which are handed on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA = """class_path: vidreason.datamodules.porch.PorchDataModule
+init_args:
+  data_dir: porch
+  train_clips: 12
+  val_clips: 4
+  cal_clips: 4
+  test_clips: 4
+  levels: [0]
+  frames: {num_frames: 8}
+  batch_size: 4
+  num_workers: 0
+  eval_batch_size: 4
+"""
+LORA = "{r: 4, alpha: 8, dropout: 0.1}"
+SEED = "3"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command and what has to be there before it."""
+
+    argv: tuple[str, ...]
+    needs: str | None = None
+    """Stage whose unbroken run comes first"""
+    resumes: bool = True
+    """``--ckpt_path`` is given where there is a checkpoint; else the same command goes on by itself"""
+
+    def command(self, run: Path) -> list[str]:
+        """The arguments behind ``vidreason``, for the run as it stands."""
+        argv = [*self.argv, "--run_dir", str(run)]
+        checkpoint = run / "checkpoints" / "last.ckpt"
+        return [*argv, "--ckpt_path", str(checkpoint)] if self.resumes and checkpoint.is_file() else argv
+
+
+def _options(command: str, config: str, **settings: object) -> tuple[str, ...]:
+    argv = [command, "--config", f"configs/{config}.yaml", "--data", "data.yaml", "--vlm.init_args.lora", LORA]
+    for key, value in settings.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        argv += ["--" + key.replace("__", ".init_args.").replace("_of_", "."), text]
+    return (*argv, "--seed_everything", SEED)
+
+
+_SHORT = {"max_new_tokens": 12, "temperature": 1.0}
+_LONG = {"max_new_tokens": 40, "temperature": 1.0}
+_TRACES = {"samples": 2, "sampling": _SHORT}
+_ALL = {"min_words": 1, "agree": False, "complete": False, "told": False}
+_GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
+_NEARLY_ALL = {"max_tokens": 12, "buffer": 10}
+_ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}}
+
+STAGES = {
+    "sft": Stage(
+        _options(
+            "fit",
+            "sft_cold_start",
+            model__traces_sampled={**_TRACES, "filter": _ALL},
+            model__batch_size=4,
+            model__min_steps=0,
+            model__sampling=_GREEDY,
+            model__optimizer=_ADAM,
+            data__num_workers=1,
+            trainer_of_max_epochs=4,
+            trainer_of_check_val_every_n_epoch=2,
+            checkpoint_of_every_n_batches=2,
+            checkpoint_of_monitor="val/acc",
+        )
+    ),
+    "grpo": Stage(
+        _options(
+            "fit",
+            "grpo",
+            model__adapter_path="sft/adapter",
+            model__rewards=[
+                {"class_path": "vidreason.rewards.accuracy.AccuracyReward"},
+                {
+                    "class_path": "vidreason.rewards.overlong.OverlongReward",
+                    "init_args": {"max_tokens": 12, "buffer": 8},
+                },
+            ],
+            model__batch_size=4,
+            model__group_size=4,
+            model__train_sampling=_SHORT,
+            model__sampling=_GREEDY,
+            model__inner_epochs=2,
+            model__minibatches=2,
+            model__prompts_per_forward=2,
+            model__kl_coef=0.05,
+            model__replay=4,
+            model__resample=1,
+            model__cold_steps=1000,
+            model__optimizer=_ADAM,
+            trainer_of_max_steps=28,
+            trainer_of_val_check_interval=3,
+            checkpoint_of_every_n_batches=1,
+            checkpoint_of_monitor="val/acc",
+        ),
+        needs="sft",
+    ),
+    "calibration": Stage(
+        _options(
+            "fit",
+            "calibration",
+            model__adapter_path="sft/adapter",
+            model__traces_sampled=_TRACES,
+            model__batch_size=4,
+            model__optimizer=_ADAM,
+            trainer_of_max_epochs=3,
+            trainer_of_check_val_every_n_epoch=1,
+            checkpoint_of_every_n_batches=2,
+        ),
+        needs="sft",
+    ),
+    "generate": Stage(
+        _options(
+            "predict",
+            "generate",
+            model__predict="reason",
+            model__adapter_path="sft/adapter",
+            model__traces_sampled={"samples": 3, "sampling": _LONG},
+            data__predict_splits=["train", "val"],
+        ),
+        needs="sft",
+        resumes=False,
+    ),
+    "pipeline": Stage(
+        (
+            *("pipeline", "--config", "configs/pipelines/deepintuit.yaml", "--data", "data.yaml", "--seed", SEED),
+            *("--vlm.init_args.lora", LORA),
+            *("--checkpoint.every_n_batches", "2"),
+            *("--generate.model.init_args.traces_sampled", json.dumps({**_TRACES, "filter": _ALL})),
+            *("--sft_cold_start.model.init_args.min_steps", "0"),
+            *("--sft_cold_start.model.init_args.batch_size", "6"),
+            *("--sft_cold_start.model.init_args.sampling", json.dumps(_GREEDY)),
+            *("--sft_cold_start.model.init_args.optimizer", json.dumps(_ADAM)),
+            *("--sft_cold_start.trainer.max_epochs", "3"),
+            *("--sft_cold_start.trainer.check_val_every_n_epoch", "3"),
+            *("--grpo.model.init_args.batch_size", "4"),
+            *("--grpo.model.init_args.group_size", "3"),
+            *("--grpo.model.init_args.cold_steps", "1000"),
+            *("--grpo.model.init_args.train_sampling", json.dumps(_SHORT)),
+            *("--grpo.model.init_args.sampling", json.dumps(_GREEDY)),
+            *("--grpo.trainer.max_steps", "4"),
+            *("--grpo.trainer.val_check_interval", "2"),
+            *("--traces.model.init_args.traces_sampled", json.dumps(_TRACES)),
+            *("--calibration.model.init_args.traces_sampled", json.dumps(_TRACES)),
+            *("--calibration.model.init_args.batch_size", "6"),
+            *("--calibration.trainer.max_epochs", "2"),
+            *("--calibration.trainer.check_val_every_n_epoch", "1"),
+            *("--test.model.init_args.traces_sampled", json.dumps(_TRACES)),
+        ),
+        resumes=False,
+    ),
+}
