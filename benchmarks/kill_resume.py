@@ -30,7 +30,7 @@ from kill_stages import DATA, STAGES
 
 from vidreason.datamodules.whole_files import write_text
 
-GOES_ON = 0.6
+GOES_ON = 0.75
 """Chance that a run that was killed is killed again"""
 LIMIT_S = 600.0
 
@@ -81,7 +81,7 @@ class Killer:
         at = self.rng.uniform(0.0, self.seconds)
         if self.rng.random() < 2 / 3:
             return lambda seconds: seconds >= at
-        return lambda seconds: seconds >= at and drafts(run)
+        return lambda seconds: seconds >= at / 2 and drafts(run)  # something will still be written then
 
     def _attempt(self, run: Path, kill: Callable[[float], bool] | None):  # type: ignore[no-untyped-def]
         return attempt(self.stage.command(run), self.work, self._log(run), kill, self.fresh, LIMIT_S)

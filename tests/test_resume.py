@@ -1,0 +1,208 @@
+"""Fits that are cut off at any moment, and stopped by signals: they go on as if nothing had happened."""
+
+import contextlib
+import importlib.util
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
+from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
+from vidreason.callbacks.stopping import Stopping
+from vidreason.lightning_modules.grpo import GRPOModule
+from vidreason.lightning_modules.interrupts import signals_handled, take_signals
+from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.base import RewardFn
+
+_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
+assert _spec is not None
+assert _spec.loader is not None
+world = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(world)
+small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_folder, world.make_vlm, world.make_data
+make_trainer = world.make_trainer
+
+SHORT = Sampling(max_new_tokens=6)
+EVERY = CheckpointOptions(every_n_batches=1)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+class EvenLength(RewardFn):
+    """Differs within most groups, and is equal within some."""
+
+    def __call__(self, item):
+        return float(len(item.completion) % 2)
+
+
+class Cut(BaseException):
+    """Stands for a kill: nothing may be written any more."""
+
+
+class Logbook:
+    """What a stage did, in order; something happens at one entry."""
+
+    def __init__(self, at=None, what=None):
+        self.entries, self.at, self.what = [], at, what
+
+    def add(self, *entry):
+        if len(self.entries) == self.at and self.what is not None:
+            self.what()
+        self.entries.append(entry)
+
+
+class WatchedSFT(RationaleSFTModule):
+    log_book: Logbook
+
+    def training_step(self, batch, batch_idx):
+        self.log_book.add("train", self.current_epoch, batch_idx, *batch.video_ids)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.log_book.add("val", self.global_step, *batch.video_ids)
+        return super().validation_step(batch, batch_idx)
+
+
+class WatchedGRPO(GRPOModule):
+    log_book: Logbook
+
+    def sample_groups(self, prompts, clips, seed):
+        self.log_book.add("rollout", self.global_step, seed, *(clip.video_id for clip in clips))
+        return super().sample_groups(prompts, clips, seed)
+
+    def update(self, minibatch):
+        ids = [clip.video_id for part in minibatch for clip in part.batch.clips]
+        self.log_book.add("update", self.global_step, *ids)
+        super().update(minibatch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log_book.add("val", self.global_step, *batch.video_ids)
+        return super().validation_step(batch, batch_idx)
+
+
+def cut():
+    raise Cut
+
+
+def state_of(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.fixture
+def fit(make_vlm, make_data, make_trainer, tmp_path):
+    """``fit(folder, make, book)``: trains, going on from ``last.ckpt`` where there is one; returns the checkpoint."""
+
+    def run(folder, make, book, **kwargs):
+        last = tmp_path / folder / "checkpoints" / "last.ckpt"
+        module = make(make_vlm())
+        module.log_book = book
+        torch.manual_seed(len(folder))  # nothing may hang on it but LoRA's first weights
+        kwargs = {"max_epochs": 3, "check_val_every_n_epoch": 2, **kwargs}
+        saving = RunCheckpoint(kwargs.pop("options", EVERY), dirpath=str(last.parent))
+        callbacks = [Stopping(), AdapterCheckpoint("val/acc"), saving]
+        trainer = make_trainer(folder, callbacks=callbacks, **kwargs)
+        take_signals(trainer)
+        with signals_handled():
+            data = make_data(module.vlm, batch_size=2)
+            trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
+        return state_of(last)
+
+    return run
+
+
+def sft(vlm):
+    vlm.lora = type(vlm.lora)(**{**vars(vlm.lora), "dropout": 0.2})
+    return WatchedSFT(vlm, optimizer=adamw, schedule="cosine", warmup=0.2)
+
+
+def grpo(vlm):
+    return WatchedGRPO(
+        vlm,
+        rewards=[EvenLength()],
+        group_size=3,
+        train_sampling=SHORT,
+        sampling=SHORT,
+        inner_epochs=2,
+        minibatches=2,
+        kl_coef=0.1,
+        replay=2,
+        resample=1,
+        cold_steps=10**6,
+        optimizer=adamw,
+    )
+
+
+def first_weights(monkeypatch):
+    """LoRA's first weights are drawn by the command line's seed; here they must not differ from fit to fit."""
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **_: torch.nn.init.constant_(tensor, 0.01))
+
+
+def without(entries, redone):
+    """The entries of several attempts, where each begins again behind the last checkpoint."""
+    found = list(entries)
+    for entry in redone:
+        assert entry in entries
+    return found
+
+
+def check(whole, ended):
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        assert same(whole[key], ended[key]), key
+    assert same(whole["vidreason"]["progress"], ended["vidreason"]["progress"])
+
+
+@pytest.mark.parametrize("make", [sft, grpo])
+def test_a_fit_that_is_cut_off_anywhere_ends_as_one_that_is_not(fit, make, monkeypatch, tmp_path):
+    """No handler runs: what is there is what was written in time."""
+    first_weights(monkeypatch)
+    whole_book = Logbook()
+    whole = fit("whole", make, whole_book)
+    number = len(whole_book.entries)
+    monkeypatch.setattr(RunCheckpoint, "on_exception", lambda *_: None)
+    for at in range(0, number, 2 if make is sft else 5):
+        book, resumed = Logbook(at, cut), Logbook()
+        with pytest.raises(Cut):
+            fit(f"cut{at}", make, book)
+        ended = fit(f"cut{at}", make, resumed)
+        check(whole, ended)
+        done = len(whole_book.entries) - len(resumed.entries)
+        assert done <= at
+        assert book.entries == whole_book.entries[:at]
+        assert resumed.entries == whole_book.entries[done:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("make", [sft, grpo])
+def test_a_signal_stops_a_fit_where_it_can_go_on(fit, make, number, monkeypatch):
+    """In a rollout, between the updates on it, in a validation and between batches; nothing is done twice but rollouts."""
+    first_weights(monkeypatch)
+    whole_book = Logbook()
+    whole = fit("whole", make, whole_book)
+    total = len(whole_book.entries)
+    for at in range(1, total, 3 if make is sft else 4):
+        book, resumed = Logbook(at, lambda: os.kill(os.getpid(), number)), Logbook()
+        with contextlib.suppress(SystemExit):
+            fit(f"stopped{at}", make, book)
+        ended = fit(f"stopped{at}", make, resumed)
+        check(whole, ended)
+        kind = whole_book.entries[at][0]
+        redone = len(book.entries) + len(resumed.entries) - total
+        limit = {"train": 0, "update": 0, "rollout": 4, "val": 2}[kind]
+        assert redone <= limit, (whole_book.entries[at], book.entries, resumed.entries)
+        assert resumed.entries == whole_book.entries[total - len(resumed.entries) :]
