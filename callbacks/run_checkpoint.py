@@ -1,4 +1,4 @@
-"""When a fit's checkpoints are written: every so many batches, at an epoch's end, and where the fit is stopped.
+"""When a fit's checkpoints are written: every so many batches, after a validation, at an epoch's end, where it stops.
 
 Always between two batches, when validation and logging of the first are over: GRPO makes several optimizer steps per
 batch, so a count of steps (Lightning's ``every_n_train_steps``) would miss, and within a batch there is no state to go
@@ -27,7 +27,7 @@ class CheckpointOptions:
     """Which checkpoints a fit leaves in ``RUN/checkpoints``, beside ``last.ckpt``.
 
     Args:
-        every_n_batches: Batches between two checkpoints; every epoch ends with one, too.
+        every_n_batches: Batches between two checkpoints; one follows every validation and every epoch, too.
         monitor: Metric that chooses the best, for example ``val/acc``; null keeps only the last.
         mode: Whether more or less of it is better.
         top_k: How many of the best are kept; -1 keeps all.
@@ -67,7 +67,7 @@ class RunCheckpoint(ModelCheckpoint):
         )
         self.options = options
         self._saved_at = 0
-        self._validated: dict[str, Tensor] | None = None
+        self._validated: dict[str, Tensor] = {}
         self._touched = False
         self._bytes = 0
 
@@ -76,7 +76,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A fit that goes on has just been saved; the process may have fitted before."""
         super().on_train_start(trainer, pl_module)
-        self._saved_at, self._validated, self._touched = batches_done(trainer), None, False
+        self._saved_at, self._validated, self._touched = batches_done(trainer), {}, False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -86,7 +86,7 @@ class RunCheckpoint(ModelCheckpoint):
         in_epoch = done % int(trainer.num_training_batches)
         whole_step = in_epoch % trainer.accumulate_grad_batches == 0
         late = done - self._saved_at >= self.options.every_n_batches or in_epoch == 0
-        if done > self._saved_at and whole_step and (late or self._validated is not None):
+        if whole_step and (self._validated or (late and done > self._saved_at)):
             self._save(trainer)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
@@ -101,13 +101,13 @@ class RunCheckpoint(ModelCheckpoint):
         """Waits for the next batch, or for the end."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes down the metrics by which the next checkpoint is judged."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self.save_top_k != 0:
+        """Takes down the metrics by which the next checkpoint, which follows at once, is judged."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._validated = self._monitor_candidates(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the end, when the stage's weights have been exported."""
-        if batches_done(trainer) > self._saved_at:
+        if self._validated or batches_done(trainer) > self._saved_at:
             self._save(trainer)
             self._say(trainer, "end of training")
 
@@ -125,8 +125,8 @@ class RunCheckpoint(ModelCheckpoint):
     def _save(self, trainer: L.Trainer) -> None:
         """Writes the best, where the last validation is among them, and the last."""
         self._saved_at, found = batches_done(trainer), self._validated
-        self._validated = None
-        if found is not None:
+        self._validated = {}
+        if found:
             self._save_topk_checkpoint(trainer, found)
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 

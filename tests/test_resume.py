@@ -112,14 +112,15 @@ def fit(make_vlm, make_data, make_trainer, tmp_path):
         last = tmp_path / folder / "checkpoints" / "last.ckpt"
         module = make(make_vlm())
         module.log_book = book
-        torch.manual_seed(len(folder))  # nothing may hang on it but LoRA's first weights
-        kwargs = {"max_epochs": 3, "check_val_every_n_epoch": 2, **kwargs}
+        kwargs = {"max_epochs": 2, "check_val_every_n_epoch": 2, **kwargs}
         saving = RunCheckpoint(kwargs.pop("options", EVERY), dirpath=str(last.parent))
         callbacks = [Stopping(), AdapterCheckpoint("val/acc"), saving]
         trainer = make_trainer(folder, callbacks=callbacks, **kwargs)
         take_signals(trainer)
+        if last.is_file():
+            torch.manual_seed(17)  # nothing may hang on it, LoRA's first weights included
         with signals_handled():
-            data = make_data(module.vlm, batch_size=2)
+            data = make_data(module.vlm, batch_size=2 if isinstance(module, WatchedSFT) else 3)
             trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
         return state_of(last)
 
@@ -153,56 +154,73 @@ def first_weights(monkeypatch):
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **_: torch.nn.init.constant_(tensor, 0.01))
 
 
-def without(entries, redone):
-    """The entries of several attempts, where each begins again behind the last checkpoint."""
-    found = list(entries)
-    for entry in redone:
-        assert entry in entries
-    return found
-
-
 def check(whole, ended):
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert same(whole[key], ended[key]), key
     assert same(whole["vidreason"]["progress"], ended["vidreason"]["progress"])
 
 
-@pytest.mark.parametrize("make", [sft, grpo])
-def test_a_fit_that_is_cut_off_anywhere_ends_as_one_that_is_not(fit, make, monkeypatch, tmp_path):
+def points(entries, kinds):
+    """The middle entry of each kind."""
+    places = {kind: [i for i, entry in enumerate(entries) if entry[0] == kind] for kind in kinds}
+    return [found[len(found) // 2] for found in places.values()]
+
+
+STOPS = [(sft, ("train", "val")), (grpo, ("rollout", "update", "val"))]
+CUTS = [(sft, ("train", "val")), (grpo, ("update",))]
+
+
+def cut_off(fit, make, whole, entries, at):
+    book, resumed = Logbook(at, cut), Logbook()
+    with pytest.raises(Cut):
+        fit(f"cut{at}", make, book)
+    ended = fit(f"cut{at}", make, resumed)
+    check(whole, ended)
+    done = len(entries) - len(resumed.entries)
+    assert done <= at
+    assert book.entries == entries[:at]
+    assert resumed.entries == entries[done:]
+
+
+def stop(fit, make, whole, entries, at, number):
+    book, resumed = Logbook(at, lambda: os.kill(os.getpid(), number)), Logbook()
+    with contextlib.suppress(SystemExit):
+        fit(f"stopped{at}", make, book)
+    ended = fit(f"stopped{at}", make, resumed)
+    check(whole, ended)
+    redone = len(book.entries) + len(resumed.entries) - len(entries)
+    limit = {"train": 0, "update": 0, "rollout": 4, "val": 2}[entries[at][0]]  # what was half done is done again
+    assert redone <= limit, (entries[at], book.entries, resumed.entries)
+    assert resumed.entries == entries[len(entries) - len(resumed.entries) :]
+
+
+@pytest.mark.parametrize(("make", "kinds"), CUTS)
+def test_a_fit_that_is_cut_off_ends_as_one_that_is_not(fit, make, kinds, monkeypatch):
     """No handler runs: what is there is what was written in time."""
-    first_weights(monkeypatch)
-    whole_book = Logbook()
-    whole = fit("whole", make, whole_book)
-    number = len(whole_book.entries)
+    book = Logbook()
+    whole = fit("whole", make, book)
     monkeypatch.setattr(RunCheckpoint, "on_exception", lambda *_: None)
-    for at in range(0, number, 2 if make is sft else 5):
-        book, resumed = Logbook(at, cut), Logbook()
-        with pytest.raises(Cut):
-            fit(f"cut{at}", make, book)
-        ended = fit(f"cut{at}", make, resumed)
-        check(whole, ended)
-        done = len(whole_book.entries) - len(resumed.entries)
-        assert done <= at
-        assert book.entries == whole_book.entries[:at]
-        assert resumed.entries == whole_book.entries[done:]
+    for at in points(book.entries, kinds):
+        cut_off(fit, make, whole, book.entries, at)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(("make", "kinds"), STOPS)
+def test_sigterm_stops_a_fit_where_it_can_go_on(fit, make, kinds, monkeypatch):
+    """In a rollout, between the updates on it, in a validation and between batches; little is done twice."""
+    book = Logbook()
+    whole = fit("whole", make, book)
+    for at in points(book.entries, kinds):
+        stop(fit, make, whole, book.entries, at, signal.SIGTERM)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [sft, grpo])
-def test_a_signal_stops_a_fit_where_it_can_go_on(fit, make, number, monkeypatch):
-    """In a rollout, between the updates on it, in a validation and between batches; nothing is done twice but rollouts."""
-    first_weights(monkeypatch)
-    whole_book = Logbook()
-    whole = fit("whole", make, whole_book)
-    total = len(whole_book.entries)
-    for at in range(1, total, 3 if make is sft else 4):
-        book, resumed = Logbook(at, lambda: os.kill(os.getpid(), number)), Logbook()
-        with contextlib.suppress(SystemExit):
-            fit(f"stopped{at}", make, book)
-        ended = fit(f"stopped{at}", make, resumed)
-        check(whole, ended)
-        kind = whole_book.entries[at][0]
-        redone = len(book.entries) + len(resumed.entries) - total
-        limit = {"train": 0, "update": 0, "rollout": 4, "val": 2}[kind]
-        assert redone <= limit, (whole_book.entries[at], book.entries, resumed.entries)
-        assert resumed.entries == whole_book.entries[total - len(resumed.entries) :]
+def test_any_moment_will_do(fit, make, monkeypatch):
+    book = Logbook()
+    whole = fit("whole", make, book)
+    for at in range(len(book.entries)):
+        if at > 0:
+            stop(fit, make, whole, book.entries, at, signal.SIGINT if at % 2 else signal.SIGTERM)
+        with monkeypatch.context() as patched:
+            patched.setattr(RunCheckpoint, "on_exception", lambda *_: None)
+            cut_off(fit, make, whole, book.entries, at)

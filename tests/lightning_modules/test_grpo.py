@@ -8,8 +8,8 @@ import torch
 from vidreason.lightning_modules.functional.advantages import group_relative_advantages
 from vidreason.lightning_modules.functional.losses import grpo_loss
 from vidreason.lightning_modules.grpo import GRPOModule
-from vidreason.lightning_modules.grpo_resuming import REFERENCE
 from vidreason.lightning_modules.grpo_parts import Part, Rolled, count_step, split_evenly
+from vidreason.lightning_modules.grpo_resuming import REFERENCE
 from vidreason.lightning_modules.grpo_statistics import RolloutTable, rollout_statistics
 from vidreason.lightning_modules.rollout import ColdPolicyError, reward_tensor, score_rollouts
 from vidreason.lightning_modules.vlms.adapters import use_adapter

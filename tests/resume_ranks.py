@@ -1,0 +1,160 @@
+"""Two gloo ranks that train whole, are stopped by a signal to one of them, and go on from what one process wrote.
+
+    python tests/resume_ranks.py BASE CLIPS OUT STRATEGY,STRATEGY PORT
+
+writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``; checkpoints of one process are expected in ``OUT/one_STAGE_STRATEGY``.
+Loaded by path, as ``stage_world.py`` is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
+from vidreason.callbacks.stopping import Stopping
+from vidreason.lightning_modules.interrupts import signals_handled, take_signals
+from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.generation import Sampling
+
+_spec = importlib.util.spec_from_file_location("strategy_ranks", Path(__file__).with_name("strategy_ranks.py"))
+assert _spec is not None
+assert _spec.loader is not None
+ranks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ranks)
+world, grpo, processes = ranks.world, ranks.grpo, ranks.processes
+
+STAGES = ("sft", "grpo")
+CLIPS_PER_BATCH = 2
+STOP_AT = 4
+"""Batch in which a signal comes: the second one of the second epoch"""
+
+
+class Prompts:
+    """Notes what each batch shows, and sends a signal in one of them."""
+
+    def __init__(self, stop_at: int | None, rank: int) -> None:
+        self.seen: list[tuple[int, str]] = []
+        self.stop_at, self.rank = stop_at, rank
+
+    def note(self, module: L.LightningModule, names: tuple[str, ...]) -> None:
+        """Called when a batch is begun."""
+        done = module.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        self.seen += [(done, name) for name in names]
+        if done == self.stop_at and module.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class WatchedSFT(RationaleSFTModule):
+    prompts: Prompts
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.prompts.note(self, batch.video_ids)
+        return super().training_step(batch, batch_idx)
+
+
+class WatchedGRPO(grpo.Watched):
+    prompts: Prompts
+
+    def roll_out(self, batch: Any, clock: Any) -> Any:
+        self.prompts.note(self, batch.video_ids)
+        return super().roll_out(batch, clock)
+
+
+def module_of(stage: str, base: Path) -> Any:
+    """The stage with an optimizer that has a state."""
+    lora = LoRAOptions(r=4, alpha=8, target_modules=("q_proj", "v_proj", "down_proj"))
+
+    def adam(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=1e-3, eps=1e-4)
+
+    if stage == "sft":
+        return WatchedSFT(ranks.TinyVLM(path=str(base), lora=lora), optimizer=adam, schedule="linear")
+    return WatchedGRPO(
+        grpo.Stopping(path=str(base), lora=lora),
+        rewards=[grpo.EvenLetters()],
+        group_size=3,
+        train_sampling=Sampling(max_new_tokens=8),
+        optimizer=adam,
+        warmup=0,
+        kl_coef=0.1,
+        inner_epochs=2,
+        cold_steps=10**6,
+    )
+
+
+def fit(
+    stage: str, strategy: str, base: Path, clips: Path, out: Path, number: int, stop: bool = False, signalled: int = 0
+) -> dict[str, Any]:
+    """Trains two epochs of three batches, from ``out/last.ckpt`` where there is one.
+
+    Args:
+        stage: Of ``STAGES``.
+        strategy: Of two processes.
+        base: The base model.
+        clips: Folder of clips.
+        out: Run folder.
+        number: Of processes.
+        stop: A signal comes in batch ``STOP_AT``.
+        signalled: The rank that it comes to.
+    """
+    module = module_of(stage, base)
+    module.prompts = Prompts(STOP_AT if stop else None, signalled)
+    torch.manual_seed(0)  # LoRA's A
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=number,
+        strategy=ranks.strategy_of(strategy) if number > 1 else "auto",
+        max_epochs=2,
+        limit_val_batches=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out,
+        callbacks=[Stopping(), RunCheckpoint(CheckpointOptions(99), dirpath=str(out))],
+    )
+    take_signals(trainer)
+    data = world.GreyClips(clips, encoder=module.vlm, batch_size=CLIPS_PER_BATCH // number)
+    last = out / "last.ckpt"
+    with signals_handled(), contextlib.suppress(SystemExit):
+        trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
+    weights = {n: processes.gathered(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad}
+    return {"weights": weights, "seen": module.prompts.seen, "steps": trainer.global_step}
+
+
+def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
+    found = {}
+    for strategy in chosen.split(","):
+        for stage in STAGES:
+            print(f"rank {rank}: {stage} under {strategy}", flush=True)
+            given = (stage, strategy, base, clips)
+            name = f"{stage}_{strategy}"
+            found[stage, strategy, "whole"] = fit(*given, out / f"whole_{name}", 2)
+            found[stage, strategy, "stopped"] = fit(*given, out / f"two_{name}", 2, stop=True, signalled=1)
+            found[stage, strategy, "resumed"] = fit(*given, _copy(out / f"two_{name}", rank), 2)
+            found[stage, strategy, "from one"] = fit(*given, out / f"one_{name}", 2)
+    torch.save(found, out / f"rank{rank}.pt")
+
+
+def _copy(folder: Path, rank: int) -> Path:
+    """The folder of the stopped run under another name, so that one process can go on from it, too."""
+    target = folder.with_name("again_" + folder.name)
+    if rank == 0:
+        target.mkdir()
+        (target / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes())
+    torch.distributed.barrier()
+    return target
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    processes.fork_two(_rank, (*map(Path, sys.argv[1:4]), sys.argv[4]), port=sys.argv[5])

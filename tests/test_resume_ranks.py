@@ -1,0 +1,79 @@
+"""Checkpoints of two ranks go on in one process and the reverse: the same prompts, and weights to 1e-5.
+
+A signal to one of two ranks, in the midst of a batch, stops both where they can go on.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+_spec = importlib.util.spec_from_file_location("resume_ranks", Path(__file__).with_name("resume_ranks.py"))
+assert _spec is not None
+assert _spec.loader is not None
+resume = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(resume)
+small_base, clip_folder = resume.world.small_base, resume.world.clip_folder
+
+LIMIT_S = 900
+STRATEGIES = ("ddp", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def found(small_base, clip_folder, tmp_path_factory):
+    """What two ranks did; one process stops before them and goes on after them."""
+    out = tmp_path_factory.mktemp("ranks")
+    one = {}
+    for strategy in STRATEGIES:
+        for stage in resume.STAGES:
+            given = (stage, strategy, small_base, clip_folder)
+            one[stage, strategy, "whole"] = resume.fit(*given, out / f"alone_{stage}_{strategy}", 1)
+            one[stage, strategy, "stopped"] = resume.fit(*given, out / f"one_{stage}_{strategy}", 1, stop=True)
+    resume.processes.launch(resume.__file__, small_base, clip_folder, out, ",".join(STRATEGIES), limit_s=LIMIT_S)
+    for strategy in STRATEGIES:
+        for stage in resume.STAGES:
+            folder = out / f"two_{stage}_{strategy}"
+            one[stage, strategy, "from two"] = resume.fit(stage, strategy, small_base, clip_folder, folder, 1)
+    return one, [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+def close(got, wanted, tolerance):
+    total = torch.stack([tensor.norm() for tensor in wanted.values()]).norm()
+    gap = torch.stack([(got[name] - wanted[name]).norm() for name in wanted]).norm()
+    assert got.keys() == wanted.keys()
+    assert float(gap / total) < tolerance
+
+
+def shown(*runs):
+    return sorted(entry for run in runs for entry in run["seen"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("stage", resume.STAGES)
+def test_ranks_go_on_where_one_process_was_and_the_reverse(found, stage, strategy):
+    one, (first, second) = found
+    whole = one[stage, strategy, "whole"]
+    assert whole["steps"] in (6, 12)
+    close(first[stage, strategy, "whole"]["weights"], whole["weights"], 1e-5)
+    stops = [one[stage, strategy, "stopped"], first[stage, strategy, "stopped"]]
+    done = {stop["steps"] for stop in stops}
+    assert done == {resume.STOP_AT * whole["steps"] // 6 + (1 if stage == "sft" else 0)}
+    from_one = [rank[stage, strategy, "from one"] for rank in (first, second)]
+    close(from_one[0]["weights"], whole["weights"], 1e-5)
+    close(one[stage, strategy, "from two"]["weights"], whole["weights"], 1e-5)
+    rest = [entry for entry in shown(whole) if entry[0] >= resume.STOP_AT + (stage == "sft")]
+    assert shown(*from_one) == rest
+    assert shown(one[stage, strategy, "from two"]) == rest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("stage", resume.STAGES)
+def test_ranks_that_were_stopped_end_as_those_that_were_not(found, stage, strategy):
+    for rank in found[1]:
+        whole, resumed = (rank[stage, strategy, name] for name in ("whole", "resumed"))
+        close(resumed["weights"], whole["weights"], 1e-6)
+        assert whole["steps"] == resumed["steps"]
+        assert whole["seen"][-len(resumed["seen"]) :] == resumed["seen"]
