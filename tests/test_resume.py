@@ -149,11 +149,6 @@ def grpo(vlm):
     )
 
 
-def first_weights(monkeypatch):
-    """LoRA's first weights are drawn by the command line's seed; here they must not differ from fit to fit."""
-    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **_: torch.nn.init.constant_(tensor, 0.01))
-
-
 def check(whole, ended):
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert same(whole[key], ended[key]), key
@@ -205,7 +200,7 @@ def test_a_fit_that_is_cut_off_ends_as_one_that_is_not(fit, make, kinds, monkeyp
 
 
 @pytest.mark.parametrize(("make", "kinds"), STOPS)
-def test_sigterm_stops_a_fit_where_it_can_go_on(fit, make, kinds, monkeypatch):
+def test_sigterm_stops_a_fit_where_it_can_go_on(fit, make, kinds):
     """In a rollout, between the updates on it, in a validation and between batches; little is done twice."""
     book = Logbook()
     whole = fit("whole", make, book)

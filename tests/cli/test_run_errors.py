@@ -86,6 +86,25 @@ def checkpoint_of_another_stage():
     return stage("calibration", "--ckpt_path", "a/checkpoints/last.ckpt")
 
 
+def checkpoint_of_another_batch_size():
+    trained("a")
+    return [*FIT, "--model.init_args.batch_size", "3", "--ckpt_path", "a/checkpoints/last.ckpt"]
+
+
+def checkpoint_of_other_weights():
+    begun = trained("a", *LORA)
+    trained("b", *LORA, "--model.init_args.adapter_path", f"{begun}/adapter")
+    return [*FIT, *LORA, "--ckpt_path", "b/checkpoints/last.ckpt"]
+
+
+def checkpoint_of_more_texts():
+    trained("a")
+    saved = torch.load("a/checkpoints/last.ckpt", weights_only=True)
+    saved["vidreason"]["traces"] = 7
+    torch.save(saved, "a/checkpoints/last.ckpt")
+    return [*FIT, "--run_dir", "a", "--ckpt_path", "a/checkpoints/last.ckpt"]
+
+
 def no_gpu():
     return [*FIT, "--trainer.accelerator", "gpu"]
 
@@ -176,7 +195,10 @@ MISTAKES = {
     no_adapter: "adapter_path: … is neither",
     calibrator_as_policy: "adapter_path: … was written by stage",
     adapter_as_calibrator: "calibrator_path: … was written",
-    checkpoint_of_another_stage: "this checkpoint was written",
+    checkpoint_of_another_stage: "this checkpoint was written by stage",
+    checkpoint_of_another_batch_size: "this checkpoint was written at",
+    checkpoint_of_other_weights: "adapter_path: holds other weights",
+    checkpoint_of_more_texts: "…: holds … texts",
     no_gpu: "trainer.accelerator is",
     no_gpus: "trainer.devices is …, but this machine has no GPU",
     typo_in_a_command: "unknown command",
