@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ class Ended(NamedTuple):
     status: int
     """Exit status; -9 where it was killed"""
     seconds: float
+    stopping: float
+    """Seconds from the signal to the end"""
 
 
 def import_everything() -> None:
@@ -50,7 +53,13 @@ def import_everything() -> None:
 
 
 def attempt(
-    argv: Sequence[str], folder: Path, log: Path, kill: Callable[[float], bool] | None, fresh: bool, limit_s: float
+    argv: Sequence[str],
+    folder: Path,
+    log: Path,
+    kill: Callable[[float], bool] | None,
+    number: signal.Signals,
+    fresh: bool,
+    limit_s: float,
 ) -> Ended:
     """Runs ``vidreason ARGV`` in ``folder`` as a process of its own.
 
@@ -58,8 +67,9 @@ def attempt(
         argv: Arguments behind ``vidreason``.
         folder: Its working directory.
         log: Where its output is appended.
-        kill: Is asked with the seconds since the start, all the time; True kills the process and all it has started
-            (SIGKILL).
+        kill: Is asked with the seconds since the start, all the time; True sends the process and all it has started a
+            signal, once.
+        number: Which signal.
         fresh: Starts a new interpreter and not a fork.
         limit_s: Seconds after which it counts as hanging.
 
@@ -68,15 +78,18 @@ def attempt(
     """
     start = time.monotonic()
     pid = _spawn(argv, folder, log) if fresh else _fork(argv, folder, log)
-    killed = False
+    killed_at: float | None = None
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         seconds = time.monotonic() - start
         if found:
-            return Ended(killed, os.waitstatus_to_exitcode(status), seconds)
-        if not killed and kill is not None and kill(seconds):
-            os.killpg(pid, signal.SIGKILL)
-            killed = True
+            exit_status = os.waitstatus_to_exitcode(status)
+            killed = killed_at is not None and exit_status != 0
+            return Ended(killed, exit_status, killed_at or seconds, seconds - (killed_at or seconds))
+        if killed_at is None and kill is not None and kill(seconds):
+            with suppress(ProcessLookupError, PermissionError):  # its first moment: no session of its own yet
+                os.killpg(pid, number)
+                killed_at = seconds
         if seconds > limit_s:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

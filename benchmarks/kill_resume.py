@@ -10,6 +10,7 @@ and sample, weights, optimizer, best checkpoints, predictions and summary have t
 
 FILE holds ``{stage: {"kills", "equal", "lost"}}`` and is added to, so that it may be filled in portions: ``kills``
 that were made, those of them in runs that came out ``equal``, and those in runs that did not go on or lacked something.
+With ``--signal TERM`` or ``INT`` the runs are stopped and not killed, and it is said how long that takes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from kill_attempts import attempt, drafts, import_everything
 from kill_compare import differences, lost
 from kill_stages import DATA, STAGES
 
+from vidreason.cli.main import EXIT_INTERRUPTED
 from vidreason.datamodules.whole_files import write_text
 
 GOES_ON = 0.75
@@ -38,8 +41,9 @@ LIMIT_S = 600.0
 class Killer:
     """Runs one stage, unbroken and broken, in a folder of its own."""
 
-    def __init__(self, stage: str, work: Path, fresh: bool, rng: random.Random) -> None:
+    def __init__(self, stage: str, work: Path, number: signal.Signals, fresh: bool, rng: random.Random) -> None:
         self.name, self.stage, self.work, self.fresh, self.rng = stage, STAGES[stage], work, fresh, rng
+        self.number = number
         self.unbroken = work / stage
         self.seconds = 0.0
         self._number = 0
@@ -47,7 +51,7 @@ class Killer:
     def prepare(self) -> None:
         """Makes the unbroken run, and those that it needs, unless they are there."""
         if self.stage.needs is not None:
-            Killer(self.stage.needs, self.work, self.fresh, self.rng).prepare()
+            Killer(self.stage.needs, self.work, self.number, self.fresh, self.rng).prepare()
         done = self.work / f"{self.name}.seconds"
         if not done.is_file():
             shutil.rmtree(self.unbroken, ignore_errors=True)
@@ -69,7 +73,9 @@ class Killer:
             end = self._attempt(run, self._moment(run) if again else None)
             if end.killed:
                 kills += 1
-                print(f"  {self.name}: killed after {end.seconds:.2f} s", flush=True)
+                print(f"  {self.name}: killed after {end.seconds:.2f} s, ended {end.stopping:.2f} s later", flush=True)
+                if end.status not in (EXIT_INTERRUPTED, -self.number):
+                    return kills, [f"missing: the run did not stop in order (exit status {end.status})"]
             elif end.status != 0:
                 return kills, [f"missing: the run did not go on (exit status {end.status}), see {self._log(run)}"]
             else:
@@ -84,7 +90,7 @@ class Killer:
         return lambda seconds: seconds >= at / 2 and drafts(run)  # something will still be written then
 
     def _attempt(self, run: Path, kill: Callable[[float], bool] | None):  # type: ignore[no-untyped-def]
-        return attempt(self.stage.command(run), self.work, self._log(run), kill, self.fresh, LIMIT_S)
+        return attempt(self.stage.command(run), self.work, self._log(run), kill, self.number, self.fresh, LIMIT_S)
 
     def _log(self, run: Path) -> Path:
         return run.with_suffix(".log")
@@ -98,6 +104,7 @@ def main() -> None:
     parser.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/kill_resume"), help="where the runs are")
+    parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
     parser.add_argument("--fresh", action="store_true", help="new interpreters instead of forks")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time, between two runs")
     options = parser.parse_args()
@@ -112,7 +119,8 @@ def main() -> None:
     write_text(work / "data.yaml", DATA)
     start, failed = time.monotonic(), False
     for stage in stages:
-        killer = Killer(stage, work, options.fresh, random.Random(f"{options.seed}/{stage}"))
+        number = signal.Signals[f"SIG{options.signal}"]
+        killer = Killer(stage, work, number, options.fresh, random.Random(f"{options.seed}/{stage}"))
         killer.prepare()
         print(f"{stage}: {killer.seconds:.1f} s unbroken", flush=True)
         left = options.kills

@@ -19,7 +19,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from vidreason.datamodules.clip_dataset import ClipDataset, LoadedClip
+from vidreason.datamodules.clip_dataset import ClipDataset, LoadedClip, leave_signals_to_the_run
 from vidreason.datamodules.clip_order import BalancedSampler, EveryClipOnce, ResumableLoader, SeededSampler
 from vidreason.datamodules.decoding import FrameOptions
 from vidreason.datamodules.leaks import find_leaks
@@ -298,6 +298,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
             num_workers=self.num_workers,
             collate_fn=BatchCollator(self.encoder, self.label_names),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_run,
             generator=torch.Generator().manual_seed(self.seed),
         )
         if isinstance(loader, ResumableLoader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,16 @@ class LoadedClip:
     decode_ms: float
     counts: bool = True
     """As in ``ClipKey``"""
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Lets a loader's worker outlive Ctrl-C and SIGTERM, which go to all processes of a run; its end stops workers too.
+
+    Args:
+        worker: Its number, as a ``worker_init_fn`` gets it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ClipDataset(Dataset[LoadedClip]):

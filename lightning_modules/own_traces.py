@@ -168,4 +168,5 @@ def _loader(data: VideoDataModule, split: str, view: ClipView, batches: list[lis
         batch_sampler=batches,
         num_workers=whole.num_workers,
         collate_fn=whole.collate_fn,
+        worker_init_fn=whole.worker_init_fn,
     )
