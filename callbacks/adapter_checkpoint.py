@@ -39,8 +39,8 @@ class AdapterCheckpoint(L.Callback):
             raise ValueError(f"AdapterCheckpoint monitors {self.monitor!r}, which is not logged; logged are: {found}")
         value = float(trainer.callback_metrics[self.monitor])
         if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
-            self.best = value
             self._export(trainer, pl_module, f"best {self.monitor} so far, {value:.4f}")
+            self.best = value
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Exports the last weights where no validation has chosen any."""

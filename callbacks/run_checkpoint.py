@@ -117,7 +117,7 @@ class RunCheckpoint(ModelCheckpoint):
         alone = trainer.world_size == 1 and not isinstance(exception, OSError)
         started = trainer.global_step > 0 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if started and (asked or (alone and not self._touched)):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._save(trainer)
             self._say(trainer, "interrupted")
 
     # ------------------------------------------------------------------ how

@@ -1,7 +1,4 @@
-"""A stage's weights: built once, trained and handed on; ``resumable.py`` has what checkpoints hold.
-
-``base.py`` adds what the stage does with them.
-"""
+"""A stage's weights: built once, trained and handed on; ``base.py`` adds what the stage does with them."""
 
 from __future__ import annotations
 

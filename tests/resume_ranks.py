@@ -3,6 +3,7 @@
     python tests/resume_ranks.py BASE CLIPS OUT STRATEGY,STRATEGY PORT
 
 writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``; checkpoints of one process are expected in ``OUT/one_STAGE_STRATEGY``.
+With ``kill:STAGE:STRATEGY`` one of the ranks kills itself, with ``resume:STAGE:STRATEGY`` they go on from what is left.
 Loaded by path, as ``stage_world.py`` is.
 """
 
@@ -42,16 +43,16 @@ STOP_AT = 4
 class Prompts:
     """Notes what each batch shows, and sends a signal in one of them."""
 
-    def __init__(self, stop_at: int | None, rank: int) -> None:
+    def __init__(self, stop_at: int | None, rank: int, number: signal.Signals) -> None:
         self.seen: list[tuple[int, str]] = []
-        self.stop_at, self.rank = stop_at, rank
+        self.stop_at, self.rank, self.number = stop_at, rank, number
 
     def note(self, module: L.LightningModule, names: tuple[str, ...]) -> None:
         """Called when a batch is begun."""
         done = module.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         self.seen += [(done, name) for name in names]
         if done == self.stop_at and module.global_rank == self.rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 class WatchedSFT(RationaleSFTModule):
@@ -93,7 +94,14 @@ def module_of(stage: str, base: Path) -> Any:
 
 
 def fit(
-    stage: str, strategy: str, base: Path, clips: Path, out: Path, number: int, stop: bool = False, signalled: int = 0
+    stage: str,
+    strategy: str,
+    base: Path,
+    clips: Path,
+    out: Path,
+    number: int,
+    stop: signal.Signals | None = None,
+    signalled: int = 0,
 ) -> dict[str, Any]:
     """Trains two epochs of three batches, from ``out/last.ckpt`` where there is one.
 
@@ -104,11 +112,11 @@ def fit(
         clips: Folder of clips.
         out: Run folder.
         number: Of processes.
-        stop: A signal comes in batch ``STOP_AT``.
+        stop: This signal comes in batch ``STOP_AT``.
         signalled: The rank that it comes to.
     """
     module = module_of(stage, base)
-    module.prompts = Prompts(STOP_AT if stop else None, signalled)
+    module.prompts = Prompts(STOP_AT if stop else None, signalled, stop or signal.SIGTERM)
     torch.manual_seed(0)  # LoRA's A
     trainer = L.Trainer(
         accelerator="cpu",
@@ -132,14 +140,20 @@ def fit(
 
 
 def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
-    found = {}
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    if ":" in chosen:
+        what, stage, strategy = chosen.split(":")
+        stop = signal.SIGKILL if what == "kill" else None
+        found[stage, strategy] = fit(stage, strategy, base, clips, out / "killed", 2, stop, signalled=1)
+        torch.save(found, out / f"rank{rank}.pt")
+        return
     for strategy in chosen.split(","):
         for stage in STAGES:
             print(f"rank {rank}: {stage} under {strategy}", flush=True)
             given = (stage, strategy, base, clips)
             name = f"{stage}_{strategy}"
             found[stage, strategy, "whole"] = fit(*given, out / f"whole_{name}", 2)
-            found[stage, strategy, "stopped"] = fit(*given, out / f"two_{name}", 2, stop=True, signalled=1)
+            found[stage, strategy, "stopped"] = fit(*given, out / f"two_{name}", 2, stop=signal.SIGTERM, signalled=1)
             found[stage, strategy, "resumed"] = fit(*given, _copy(out / f"two_{name}", rank), 2)
             found[stage, strategy, "from one"] = fit(*given, out / f"one_{name}", 2)
     torch.save(found, out / f"rank{rank}.pt")

@@ -124,6 +124,7 @@ def fit(make_vlm, make_data, make_trainer, tmp_path):
             trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
         return state_of(last)
 
+    run.saved = lambda folder: state_of(tmp_path / folder / "checkpoints" / "last.ckpt")
     return run
 
 
@@ -181,6 +182,10 @@ def stop(fit, make, whole, entries, at, number):
     book, resumed = Logbook(at, lambda: os.kill(os.getpid(), number)), Logbook()
     with contextlib.suppress(SystemExit):
         fit(f"stopped{at}", make, book)
+    if entries[at][0] == "update":  # of four on a rollout
+        made = entries[at][1] % 4 + 1
+        half = fit.saved(f"stopped{at}")["vidreason"]["ranks"][0]["stage"]["half_learnt"]
+        assert (0 if half is None else half["updates"]) == made % 4
     ended = fit(f"stopped{at}", make, resumed)
     check(whole, ended)
     redone = len(book.entries) + len(resumed.entries) - len(entries)
@@ -194,6 +199,7 @@ def test_a_fit_that_is_cut_off_ends_as_one_that_is_not(fit, make, kinds, monkeyp
     """No handler runs: what is there is what was written in time."""
     book = Logbook()
     whole = fit("whole", make, book)
+    assert any(".reference." in name for name in whole["state_dict"]) == (make is grpo)
     monkeypatch.setattr(RunCheckpoint, "on_exception", lambda *_: None)
     for at in points(book.entries, kinds):
         cut_off(fit, make, whole, book.entries, at)

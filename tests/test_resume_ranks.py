@@ -29,7 +29,9 @@ def found(small_base, clip_folder, tmp_path_factory):
         for stage in resume.STAGES:
             given = (stage, strategy, small_base, clip_folder)
             one[stage, strategy, "whole"] = resume.fit(*given, out / f"alone_{stage}_{strategy}", 1)
-            one[stage, strategy, "stopped"] = resume.fit(*given, out / f"one_{stage}_{strategy}", 1, stop=True)
+            one[stage, strategy, "stopped"] = resume.fit(
+                *given, out / f"one_{stage}_{strategy}", 1, stop=resume.signal.SIGTERM
+            )
     resume.processes.launch(resume.__file__, small_base, clip_folder, out, ",".join(STRATEGIES), limit_s=LIMIT_S)
     for strategy in STRATEGIES:
         for stage in resume.STAGES:
@@ -77,3 +79,23 @@ def test_ranks_that_were_stopped_end_as_those_that_were_not(found, stage, strate
         close(resumed["weights"], whole["weights"], 1e-6)
         assert whole["steps"] == resumed["steps"]
         assert whole["seen"][-len(resumed["seen"]) :] == resumed["seen"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "strategy"), [("grpo", "ddp"), ("sft", "fsdp")])
+def test_ranks_of_which_one_was_killed_end_as_those_that_were_not(
+    found, small_base, clip_folder, tmp_path, stage, strategy
+):
+    """SIGKILL; the other rank loses it and fails, and does not wait."""
+    given = (resume.__file__, small_base, clip_folder, tmp_path)
+    with pytest.raises(AssertionError):
+        resume.processes.launch(*given, f"kill:{stage}:{strategy}", limit_s=300)
+    assert not (tmp_path / "rank0.pt").exists()
+    left = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)["vidreason"]["progress"]
+    assert left["batches"] == 3  # the first epoch
+    resume.processes.launch(*given, f"resume:{stage}:{strategy}", limit_s=300)
+    for rank in (0, 1):
+        whole = found[1][rank][stage, strategy, "whole"]
+        resumed = torch.load(tmp_path / f"rank{rank}.pt")[stage, strategy]
+        close(resumed["weights"], whole["weights"], 1e-6)
+        assert resumed["seen"] == [entry for entry in whole["seen"] if entry[0] >= 3]

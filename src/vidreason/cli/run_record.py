@@ -31,6 +31,21 @@ class RunRecord(SaveConfigCallback):
     ) -> None:
         super().__init__(parser, config, overwrite=overwrite, save_to_log_dir=False)
         self.command_line = command_line
+        self._trainer: L.Trainer | None = None
+        self._earlier: dict[str, float] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Writes the record."""
+        self._trainer = trainer
+        super().setup(trainer, pl_module, stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The latest metrics: a fit that goes on behind its last validation would not have them."""
+        return {"metrics": self._metrics()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them up."""
+        self._earlier = state_dict["metrics"]
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Writes both files and the task; a test into the folder of a training run leaves its record alone."""
@@ -62,8 +77,12 @@ class RunRecord(SaveConfigCallback):
                 quoted = "\n".join(f"    {line}" for line in [self.command_line, "", *config.splitlines()])
                 logger.experiment.add_text("config", quoted, trainer.global_step)
 
+    def _metrics(self) -> dict[str, float]:
+        found = {} if self._trainer is None else self._trainer.callback_metrics
+        return self._earlier | {name: float(value) for name, value in found.items()}
+
     def _log_outcome(self, trainer: L.Trainer) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = self._metrics()
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(_settings(self.config), metrics or None, trainer.global_step)
