@@ -211,9 +211,10 @@ class GRPOModule(PolicyModule):
                 table = RolloutTable.of(groups, self.data.label_names, batch.fillers).over_ranks(self.over_ranks)
                 self.refuse_cold_policy(table.counted(), groups[0].rollouts[0].completion.text)
                 advantages = self.advantages(table, len(groups))
-                parts = make_parts(rolled, advantages, self.mask_truncated, batch.counted)
+            parts = make_parts(rolled, advantages, self.mask_truncated, batch.counted)
             parts = self.with_frozen_logprobs(parts, clock)
             learning = HalfLearnt(self.replayed(parts), parts, advantages, 0)
+        self.log_replayed(learning.slots)
         with clock("update_actor"):
             self.learn(learning)
         groups = tuple(group for part in learning.own for group in part.groups)

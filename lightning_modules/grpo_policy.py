@@ -198,10 +198,7 @@ class PolicyModule(ResumablePolicy):
         """Returns every part with what takes the place of its dead groups."""
         if self.replay is None:
             return [[part] for part in parts]
-        slots = [self.replay.refresh(part, self.vlm, self.global_step, i) for i, part in enumerate(parts)]
-        drawn = sum(len(part.groups) for slot in slots for part in slot[1:])
-        self.log("train/replayed_groups", float(drawn))
-        return slots
+        return [self.replay.refresh(part, self.vlm, self.global_step, i) for i, part in enumerate(parts)]
 
     # ------------------------------------------------------------------ log-probs
 
@@ -275,6 +272,11 @@ class PolicyModule(ResumablePolicy):
         means = reduce(torch.stack(list(values.values())), reduce_op="mean")
         self.log_dict(dict(zip(values, means.unbind(), strict=True)))
         self.log("rollout_mismatch/max", reduce(gap, reduce_op="max"))
+
+    def log_replayed(self, slots: Sequence[Sequence[Part]]) -> None:
+        """Logs how many groups of this rank are earlier ones."""
+        if self.replay is not None:
+            self.log("train/replayed_groups", float(sum(len(part.groups) for slot in slots for part in slot[1:])))
 
     def log_step(self, batch: VideoBatch, table: RolloutTable, clock: Stopwatch) -> None:
         """Logs what was sampled by all ranks, and where the time of this one went."""
