@@ -13,13 +13,14 @@ Randomness depends on the seed, the batch's number, the clip and the sample, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import distributed
+from torch import Tensor, distributed
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.lightning_modules.fit_progress import FitProgress, batches_done, set_logged_steps
@@ -36,6 +37,8 @@ class ResumableModule(ShardedModule):
     seed: int
     _resumed: FitProgress | None = None
     _own_state: dict[str, Any] | None = None
+    gathered_state: Mapping[str, Tensor] = MappingProxyType({})
+    """Of the checkpoint that was just written, by the names that the model itself uses"""
 
     # ------------------------------------------------------------------ what a stage says
 
@@ -88,6 +91,7 @@ class ResumableModule(ShardedModule):
         keep |= {name for name, _ in self.named_buffers() if name.rpartition(".")[0] in modules}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in keep or self.kept_beside(k)}
+        self.gathered_state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
         if self._trainer is None:
             return  # no fit to go on with
         checkpoint[KEY] = {

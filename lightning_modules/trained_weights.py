@@ -83,7 +83,6 @@ class WeightsModule(ResumableModule):
         self.seed = run_seed(seed)
         self.model: nn.Module | None = None
         self._started_from: _Start | None = None
-        self._saved: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ where it runs
 
@@ -294,11 +293,6 @@ class WeightsModule(ResumableModule):
 
     def export_beside(self, folder: Path) -> None:
         """Writes the adapter of the checkpoint that was just written; there is none after full fine-tuning."""
-        state, self._saved = self._saved, {}
+        state, self.gathered_state = self.gathered_state, {}
         if isinstance(self.policy, PeftModel):
             save_adapter(self.policy, folder, self.trained_adapter, self.lineage(folder).info(), state=state)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every stage; keeps what was gathered for ``export_beside``."""
-        super().on_save_checkpoint(checkpoint)
-        self._saved = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
