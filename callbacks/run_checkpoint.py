@@ -17,8 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from vidreason.lightning_modules.fit_progress import batches_done
+from vidreason.lightning_modules.fit_progress import FitProgress, batches_done, batches_per_epoch
 from vidreason.lightning_modules.interrupts import StopRequested
+from vidreason.lightning_modules.resumable import KEY
 from vidreason.lightning_modules.trained_weights import WeightsModule
 
 
@@ -83,7 +84,7 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Saves where it is time, before the batch is trained on."""
         done = batches_done(trainer)
-        in_epoch = done % int(trainer.num_training_batches)
+        in_epoch = done % batches_per_epoch(trainer)
         whole_step = in_epoch % trainer.accumulate_grad_batches == 0
         late = done - self._saved_at >= self.options.every_n_batches or in_epoch == 0
         if whole_step and (self._validated or (late and done > self._saved_at)):
@@ -119,6 +120,18 @@ class RunCheckpoint(ModelCheckpoint):
         if started and (asked or (alone and not self._touched)):
             self._save(trainer)
             self._say(trainer, "interrupted")
+
+    # ------------------------------------------------------------------ what, of a module that does not say it itself
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Says how far the fit is."""
+        if not isinstance(pl_module, WeightsModule):
+            checkpoint[KEY] = {"progress": FitProgress.of(trainer).state()}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tells Lightning's loops where they go on."""
+        if KEY in checkpoint and not isinstance(pl_module, WeightsModule):
+            FitProgress(**checkpoint[KEY]["progress"]).tell(checkpoint["loops"]["fit_loop"])
 
     # ------------------------------------------------------------------ how
 

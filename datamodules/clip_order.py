@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, DistributedSampler
 
-from vidreason.datamodules.clip_dataset import ClipDataset, ClipKey, LoadedClip
+from vidreason.datamodules.clip_dataset import ClipDataset, ClipKey
 from vidreason.datamodules.sampling import balanced_order
 
 
@@ -19,10 +19,24 @@ def batches_of_an_epoch(trainer: L.Trainer, batches: int) -> int:
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
-class ResumableLoader(DataLoader[LoadedClip]):
+class ResumableSampler(DistributedSampler[Any]):
+    """An order of clips that may be entered anywhere."""
+
+    consumed: tuple[int, int] = (0, 0)
+    """An epoch, and how many of its clips this rank had seen when the run was interrupted"""
+
+    @property
+    def seen(self) -> int:
+        """How many clips of this epoch are passed over."""
+        epoch, clips = self.consumed
+        return clips if epoch == self.epoch else 0
+
+
+class ResumableLoader(DataLoader[Any]):
     """A training loader whose state is how many batches were trained on, however many workers have fetched ahead.
 
-    Lightning keeps ``state_dict`` in its checkpoints, and calls ``load_state_dict`` before it iterates.
+    Its sampler is a :class:`ResumableSampler`. Lightning keeps ``state_dict`` in its checkpoints, and calls
+    ``load_state_dict`` before it iterates.
     """
 
     trainer: L.Trainer | None = None
@@ -43,26 +57,22 @@ class ResumableLoader(DataLoader[LoadedClip]):
         sampler.set_epoch(state["epoch"])
         sampler.consumed = (state["epoch"], state["clips"] // sampler.num_replicas)
 
-    def _sampler(self) -> SeededSampler:
-        assert isinstance(self.sampler, SeededSampler)
+    def _sampler(self) -> ResumableSampler:
+        assert isinstance(self.sampler, ResumableSampler)
         return self.sampler
 
 
-class SeededSampler(DistributedSampler[Any]):
+class SeededSampler(ResumableSampler):
     """Shuffles by seed and epoch alone, on one process or many; Lightning calls its ``set_epoch``.
 
     The epoch travels with each index, since workers that live on would not see it change on the dataset. Where clips
     cannot be divided by the ranks, the first of the order come again at its end, and count nothing there.
     """
 
-    consumed: tuple[int, int] = (0, 0)
-    """An epoch, and how many of its clips this rank had seen when the run was interrupted"""
-
     def __iter__(self) -> Iterator[ClipKey]:
         """Yields this rank's clips in the order of this epoch; of one that was interrupted, those not seen yet."""
-        epoch, seen = self.consumed
         places = range(self.rank, self.total_size, self.num_replicas)  # in the order of all ranks together
-        rest = islice(zip(places, self.order(), strict=True), seen if epoch == self.epoch else 0, None)
+        rest = islice(zip(places, self.order(), strict=True), self.seen, None)
         clips = len(self.dataset)  # type: ignore[arg-type]
         return (ClipKey(index, self.epoch, counts=place < clips) for place, index in rest)
 

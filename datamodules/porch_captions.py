@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from vidreason.datamodules.base import BatchCollator, BatchEncoder, VideoDataModule
-from vidreason.datamodules.clip_dataset import LoadedClip
+from vidreason.datamodules.clip_dataset import LoadedClip, leave_signals_to_the_run
+from vidreason.datamodules.clip_order import ResumableLoader
 from vidreason.datamodules.porch_scene import FRAMES
 from vidreason.datamodules.porch_stream import StreamSampler, pretraining_frames, pretraining_scene
 from vidreason.datamodules.porch_texts import (
@@ -120,15 +121,17 @@ class PorchCaptionDataModule(VideoDataModule):
         unseen = _CaptionDataset(self.seed + VALIDATION_SEED, 256, self.slot_share, self.echo_share)
         return [self._stream_loader(unseen, None)]
 
-    def _stream_loader(
-        self, dataset: _CaptionDataset, sampler: DistributedSampler[int] | None
-    ) -> DataLoader[LoadedClip]:
+    def _stream_loader(self, dataset: _CaptionDataset, sampler: StreamSampler | None) -> DataLoader[LoadedClip]:
         assert self.encoder is not None
-        return DataLoader(
+        loader: DataLoader[LoadedClip] = (DataLoader if sampler is None else ResumableLoader)(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_run,
             collate_fn=BatchCollator(self.encoder, self.label_names),
         )
+        if isinstance(loader, ResumableLoader):
+            loader.trainer = self.trainer
+        return loader

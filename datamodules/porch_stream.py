@@ -13,8 +13,10 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
+from vidreason.datamodules.clip_dataset import leave_signals_to_the_run
+from vidreason.datamodules.clip_order import ResumableLoader, ResumableSampler
 from vidreason.datamodules.porch_render import Frames, render
 from vidreason.datamodules.porch_scene import FRAMES, WIDTH, Scene, draw_scene
 from vidreason.datamodules.porch_world import draw_any_facts, stream
@@ -79,12 +81,13 @@ def frame_targets(scene: Scene) -> dict[str, list[int]]:
     }
 
 
-class StreamSampler(DistributedSampler[int]):
+class StreamSampler(ResumableSampler):
     """Numbers the clips on from epoch to epoch, so that no clip comes twice."""
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         start = self.epoch * len(self.dataset)  # type: ignore[arg-type]
-        return (start + i for i in range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        first = self.rank + self.seen * self.num_replicas
+        return (start + i for i in range(first, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
 
 class _FrameDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
@@ -133,14 +136,18 @@ class PorchFrameDataModule(L.LightningDataModule):
         dataset = _FrameDataset(seed, clips, self.frames_per_clip)
         given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         ranks = given or {"num_replicas": 1, "rank": 0}
-        return DataLoader(
+        loader: DataLoader[FrameBatch] = (ResumableLoader if endless else DataLoader)(
             dataset,  # type: ignore[arg-type]
             batch_size=self.batch_size,
             sampler=StreamSampler(dataset, ranks["num_replicas"], ranks["rank"]) if endless else None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_run,
             collate_fn=_collate,
         )
+        if isinstance(loader, ResumableLoader):
+            loader.trainer = self.trainer
+        return loader
 
     def train_dataloader(self) -> DataLoader[FrameBatch]:
         """New clips in every epoch."""

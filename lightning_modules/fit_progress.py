@@ -34,7 +34,7 @@ class FitProgress:
         interrupted = trainer.state.status == TrainerStatus.INTERRUPTED
         return cls(
             batches=batches_done(trainer),
-            per_epoch=int(trainer.num_training_batches),
+            per_epoch=batches_per_epoch(trainer),
             accumulated=trainer.accumulate_grad_batches,
             validation_due=trainer.validating and interrupted,
         )
@@ -78,6 +78,11 @@ class FitProgress:
 def batches_done(trainer: L.Trainer) -> int:
     """How many batches a fit has been trained on, over all epochs."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+
+
+def batches_per_epoch(trainer: L.Trainer) -> int:
+    """How many batches an epoch has; a number that is never reached where its loader cannot say."""
+    return int(min(trainer.num_training_batches, 2**53))
 
 
 def set_logged_steps(trainer: L.Trainer, progress: FitProgress) -> None:

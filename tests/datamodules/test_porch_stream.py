@@ -130,3 +130,17 @@ def test_validation_sees_other_clips(seed: int) -> None:
     again = next(iter(data.val_dataloader()))
     assert not trained.frames.equal(unseen.frames)
     assert again.frames.equal(unseen.frames)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_stream_goes_on_behind_the_clips_that_were_seen(replicas):
+    from vidreason.datamodules.porch_stream import StreamSampler
+
+    for rank in range(replicas):
+        sampler = StreamSampler(list(range(10)), replicas, rank)  # type: ignore[arg-type]
+        sampler.set_epoch(3)
+        whole = list(sampler)
+        sampler.consumed = (3, 2)
+        assert list(sampler) == whole[2:]
+        sampler.set_epoch(4)
+        assert list(sampler) == [number + 10 for number in whole]
