@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -107,11 +108,9 @@ def _fork(argv: Sequence[str], folder: Path, log: Path) -> int:
         from vidreason.cli.main import main
 
         status = main(list(argv))
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
     finally:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

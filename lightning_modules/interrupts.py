@@ -7,6 +7,7 @@ Several ranks have to leave together, for each of them would wait for the others
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -48,7 +49,8 @@ class _Asked:
             raise StopRequested(signal.Signals(number).name)
         if self.since is None:
             self.since = time.monotonic()
-            print("stopping; a checkpoint is written (Ctrl-C again: without one)", file=sys.stderr, flush=True)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print("stopping; a checkpoint is written (Ctrl-C again: without one)", file=sys.stderr, flush=True)
         elif number == signal.SIGINT and time.monotonic() - self.since > _PATIENCE_S:
             raise KeyboardInterrupt
 
