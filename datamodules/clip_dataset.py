@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,13 +41,21 @@ class LoadedClip:
 
 
 def leave_signals_to_the_run(worker: int) -> None:
-    """Lets a loader's worker outlive Ctrl-C and SIGTERM, which go to all processes of a run; its end stops workers too.
+    """Lets a loader's worker outlive Ctrl-C and SIGTERM that go to all processes of a run; only the run itself ends it.
 
     Args:
         worker: Its number, as a ``worker_init_fn`` gets it.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # it says who sends a signal; not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class ClipDataset(Dataset[LoadedClip]):

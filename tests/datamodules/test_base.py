@@ -1,5 +1,8 @@
 import csv
+import multiprocessing
 import pickle
+import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.clip_dataset import ClipKey
+from vidreason.datamodules.clip_dataset import ClipKey, leave_signals_to_the_run
 from vidreason.datamodules.clip_order import BalancedSampler, EveryClipOnce, SeededSampler
 from vidreason.datamodules.decoded import DecodeError
 from vidreason.datamodules.decoding import FrameOptions
@@ -384,3 +387,24 @@ def test_a_blind_view_has_an_identity_of_its_own(make):
     blind = ReviewView(data.task, {f"train{i}": ("a trace",) for i in range(10)}, "all", input="trace")
     assert len(set(identities(data, view=blind))) == 1
     assert set(identities(data, view=blind)).isdisjoint(identities(data))
+
+
+def asleep(folder):
+    leave_signals_to_the_run(0)
+    (folder / "ready").touch()
+    time.sleep(60)
+
+
+def test_only_its_own_run_ends_a_worker(tmp_path):
+    """A scheduler's SIGTERM and a terminal's Ctrl-C go to workers too; the run's own SIGTERM must still end them."""
+    worker = multiprocessing.get_context("fork").Process(target=asleep, args=(tmp_path,), daemon=True)
+    worker.start()
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    for name in ("TERM", "INT"):
+        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)  # another process sends it
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
