@@ -203,8 +203,7 @@ class GRPOModule(PolicyModule):
             ``{"groups": [B] RolloutGroup, "advantages": [B, G]}`` for callbacks.
         """
         clock = Stopwatch()
-        learning = self.half_learnt()
-        if learning is None:
+        if (learning := self.half_learnt()) is None:
             rolled = self.roll_out(batch, clock)
             with clock("reward"):
                 groups = tuple(group for part in rolled for group in part.groups)
@@ -245,12 +244,11 @@ class GRPOModule(PolicyModule):
                     rolled = self.resample_dead(rolled, attempt)
             return rolled
 
-        strategy = self.trainer.strategy
         with ExitStack() as gathered:
             with clock("gen"):
                 gathered.enter_context(whole(self.policy))
-            rolled: list[Rolled] = unless_stopped(strategy, sampled, [])
-        stop_together(strategy)
+            rolled: list[Rolled] = unless_stopped(self.trainer.strategy, sampled, [])
+        stop_together(self.trainer.strategy)
         return rolled
 
     def update(self, minibatch: Sequence[Part]) -> None:

@@ -145,8 +145,7 @@ def save_adapter(
         state: The model's weights by name, or those of the adapter, where they are not to be taken from the model.
     """
     peft_model, folder = _peft(model, name), Path(folder)
-    if state is None and is_sharded(peft_model):
-        state = whole_state(peft_model)
+    state = whole_state(peft_model) if state is None and is_sharded(peft_model) else state
     weights: dict[str, Tensor] = get_peft_model_state_dict(peft_model, state, adapter_name=name)
     config = deepcopy(peft_model.peft_config[name])
     config.inference_mode = True
