@@ -14,6 +14,7 @@ from vidreason.lightning_modules.rollout import Completion, CompletionBatch, Rol
 from vidreason.rewards.base import RewardScore
 from vidreason.rewards.completion import CompletionForm, parse_completion
 
+_OPTIONAL = ("old_logprobs", "ref_logprobs", "completion_mask", "weighed")
 _TEXTS = ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")
 
 
@@ -71,6 +72,7 @@ def pack(part: Part) -> dict[str, Any]:
         "old_logprobs": part.old_logprobs,
         "ref_logprobs": part.ref_logprobs,
         "completion_mask": part.completion_mask,
+        "weighed": part.weighed,
     }
 
 
@@ -95,9 +97,7 @@ def unpack(packed: Mapping[str, Any], clips: Mapping[str, Clip], form: Completio
         logprobs=packed["logprobs"],
         completions=tuple(tuple(rollout.completion for rollout in group.rollouts) for group in groups),
     )
-    optional: dict[str, Tensor | None] = {
-        name: packed[name] for name in ("old_logprobs", "ref_logprobs", "completion_mask")
-    }
+    optional: dict[str, Tensor | None] = {name: packed[name] for name in _OPTIONAL}
     return Part(batch, groups, packed["advantages"], **optional)
 
 
