@@ -10,6 +10,7 @@ Shape letters: B clips, C classes, N texts, L tokens, K samples per clip.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from vidreason.lightning_modules.metrics import ClassificationMetrics
 from vidreason.lightning_modules.own_traces import (
     OWN_TRACES,
     TRACES_FILE,
+    Share,
     TraceOptions,
     Writer,
     report_failed,
@@ -159,7 +161,7 @@ class VLMModule(WeightsModule):
         ).completions
 
     def write_traces(self, writer: Writer, splits: Sequence[str], known: Collection[str] = ()) -> TraceStore:
-        """Lets the starting weights write the texts about ``splits`` that the run folder lacks; the first rank writes.
+        """Lets the starting weights write the texts about ``splits`` that the run folder lacks; the ranks share them.
 
         Called in ``configure_model``, before a checkpoint is restored, so that a resumed run's texts have one author.
 
@@ -168,14 +170,13 @@ class VLMModule(WeightsModule):
             splits: Names of the splits.
             known: Ids of clips whose texts are elsewhere.
         """
+        if next(self.policy.parameters()).device != self.device:
+            self.policy.to(self.device)
+        wait = partial(self.trainer.strategy.barrier, "write_traces")
+        share = Share(self.trainer.global_rank, self.trainer.world_size, wait)
         path = self.run_dir / TRACES_FILE
-        if self.trainer.is_global_zero:
-            if next(self.policy.parameters()).device != self.device:
-                self.policy.to(self.device)
-            with torch.device("cpu"), self.forward_context():  # the strategy may have set another default device
-                write_missing(path, writer, self.data, splits, self.device, known)
-        self.trainer.strategy.barrier("write_traces")
-        return TraceStore.open(path)
+        with torch.device("cpu"), self.forward_context():  # the strategy may have set another default device
+            return write_missing(path, writer, self.data, splits, self.device, known, share)
 
     # ------------------------------------------------------------------ deciding
 

@@ -6,12 +6,13 @@ null.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -100,6 +101,18 @@ class Writer:
         )
 
 
+class Share(NamedTuple):
+    """The part of the writing that one of several ranks does."""
+
+    rank: int = 0
+    ranks: int = 1
+    wait: Callable[[], object] = lambda: None
+    """Returns when all ranks have come to it"""
+
+
+ALL = Share()
+
+
 def write_missing(
     path: Path,
     writer: Writer,
@@ -107,8 +120,12 @@ def write_missing(
     splits: Sequence[str],
     device: torch.device,
     known: Collection[str] = (),
+    share: Share = ALL,
 ) -> TraceStore:
     """Writes the texts that the file at ``path`` lacks of the clips of ``splits``; what it holds already is kept.
+
+    Several ranks write batches in turns, so that none waits long for another; a batch holds the same clips for any
+    number of them, and so do its texts.
 
     Args:
         path: The trace file, created where it does not exist.
@@ -117,6 +134,7 @@ def write_missing(
         splits: Names of the splits.
         device: Where the model is.
         known: Ids of clips whose texts are elsewhere; they are passed over.
+        share: What this rank writes; all ranks have to call this together.
 
     Returns:
         The store, complete but for clips that could not be read (reported).
@@ -124,18 +142,29 @@ def write_missing(
     Raises:
         ValueError: Where the file at ``path`` was written by other weights or with another prompt.
     """
-    store = TraceStore.create(path, writer.header)
+    if share.rank == 0:
+        TraceStore.create(path, writer.header)
+    share.wait()
+    store = TraceStore.open(path)
     have = {(r.video_id, r.sample) for r in store.records()}
-    todo = [(split, missing_batches(store, data, split, writer.options.samples, known)) for split in splits]
-    total = sum(len(batch) for _, batches in todo for batch in batches)
-    with tqdm(total=total, desc=f"writing {path.name}", unit="clip", disable=total == 0) as bar:
-        for split, batches in todo:
-            for batch in _loader(data, split, writer.view, batches):
+    todo = [
+        (split, batch)
+        for split in splits
+        for batch in missing_batches(store, data, split, writer.options.samples, known)
+    ]
+    share.wait()  # all have seen what is missing before the first writes
+    todo = todo[share.rank :: share.ranks]
+    hidden = not todo or share.rank > 0
+    with tqdm(total=sum(len(b) for _, b in todo), desc=f"writing {path.name}", unit="clip", disable=hidden) as bar:
+        for split in splits:
+            own = [batch for part, batch in todo if part == split]
+            for batch in _loader(data, split, writer.view, own) if own else ():
                 report_failed(batch, "no text written")
                 with torch.no_grad():
                     records = writer.records(batch.to(device), data.label_names)
                 store.append([r for r in records if (r.video_id, r.sample) not in have])
                 bar.update(len(batch) + len(batch.failed))
+    share.wait()
     return store
 
 
@@ -155,9 +184,10 @@ def missing_batches(
 
 
 def report_failed(batch: VideoBatch, consequence: str) -> None:
-    """Says which clips of a batch could not be read, and what follows."""
+    """Says which clips of a batch could not be read, and what follows; on every rank, for each has other clips."""
     for failed in batch.failed:
-        rank_zero_warn(f"{failed.clip.path}: {consequence}, the clip cannot be read ({failed.error})")
+        message = f"{failed.clip.path}: {consequence}, the clip cannot be read ({failed.error})"
+        warnings.warn(message, stacklevel=2)
 
 
 def _loader(data: VideoDataModule, split: str, view: ClipView, batches: list[list[int]]) -> DataLoader[LoadedClip]:

@@ -1,5 +1,7 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 import torch
@@ -7,12 +9,13 @@ import torch
 from vidreason.datamodules.prompts import DescribeView, ReasonView
 from vidreason.datamodules.traces import TraceStore
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.own_traces import TraceOptions, write_missing
+from vidreason.lightning_modules.own_traces import Share, TraceOptions, write_missing
 from vidreason.lightning_modules.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.vlms.generation import Sampling
 
 OPTIONS = TraceOptions(samples=2, sampling=Sampling(max_new_tokens=4), filter=RationaleFilter(min_words=100))
 CPU = torch.device("cpu")
+SPLITS = ("val", "cal")
 
 
 @pytest.fixture
@@ -55,6 +58,32 @@ def test_an_interrupted_file_is_completed_with_the_same_texts(writer, tmp_path, 
     assert cut.by_video(kept_only=False) == whole.by_video(kept_only=False)
     assert calls == written_about
     assert (tmp_path / "cut.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_ranks_share_the_writing(make_vlm, ready, tmp_path):
+    """Two writers at one file write each text once, as one writer does, and about as many batches each."""
+    wait = Barrier(2, timeout=60).wait
+    modules = [ready(VLMModule(make_vlm())) for _ in range(3)]
+    for module in modules:
+        module.data.eval_batch_size = 2
+    whole = write_missing(
+        tmp_path / "one.jsonl", modules[2].writer(DescribeView(modules[2].task), OPTIONS), modules[2].data, SPLITS, CPU
+    )
+    calls = [[], []]
+
+    def work(rank):
+        module = modules[rank]
+        who = module.writer(DescribeView(module.task), OPTIONS)
+        counted = replace(who, sample=lambda b, o: (calls[rank].append(b.video_ids), who.sample(b, o))[1])
+        return write_missing(tmp_path / "two.jsonl", counted, module.data, SPLITS, CPU, share=Share(rank, 2, wait))
+
+    with ThreadPoolExecutor(2) as pool:
+        stores = list(pool.map(work, (0, 1)))
+    assert stores[0].by_video(kept_only=False) == whole.by_video(kept_only=False)
+    assert calls == [[("val_0", "val_1"), ("cal_0", "cal_1")], [("val_2",), ("cal_2",)]]
+    assert len((tmp_path / "two.jsonl").read_text().splitlines()) == len(
+        (tmp_path / "one.jsonl").read_text().splitlines()
+    )
 
 
 def test_an_unreadable_clip_is_reported_and_skipped(writer, tmp_path):
