@@ -18,8 +18,8 @@ from vidreason.datamodules.prompts import DescribeView, ReasonView
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.grpo import GRPOModule
-from vidreason.lightning_modules.grpo_resuming import REFERENCE
 from vidreason.lightning_modules.grpo_parts import Part
+from vidreason.lightning_modules.grpo_resuming import REFERENCE
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.rollout import CompletionBatch
 from vidreason.lightning_modules.sft import RationaleSFTModule

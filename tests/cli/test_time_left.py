@@ -111,7 +111,7 @@ def test_units_follow_the_length(seconds, said):
 
 def test_the_bar_adds_the_rest_of_its_stage():
     class Bar:
-        total, n, initial = 10, 6, 2
+        total, n, initial, disable = 10, 6, 2, False
         format_dict = {"elapsed": 40.0}  # four batches, ten seconds each: four more take 40
 
     bars = RunProgress()

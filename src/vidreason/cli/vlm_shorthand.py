@@ -90,11 +90,11 @@ def _model_type(value: str) -> str:
 
 @cache
 def _from_hub(name: str) -> Path:
-    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils.hub import cached_file  # seconds to import
 
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity(logging.ERROR)  # it tries several times, and warns of each
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it tries several times, and warns of each
     print(f"--vlm {name}: asking the hub what it is", flush=True)
     try:
         config = cached_file(name, "config.json")
@@ -104,6 +104,6 @@ def _from_hub(name: str) -> Path:
             f"`hf download {name} --local-dir DIR` where there is one and give --vlm DIR"
         ) from error
     finally:
-        hub_logging.set_verbosity(verbosity)
+        hub.setLevel(level)
     assert config is not None
     return Path(config)
