@@ -87,8 +87,10 @@ def _weights(run: Path, unbroken: Path) -> list[str]:
             one, other = (torch.load(file, weights_only=True) for file in (run / name, path))
             for saved in (one, other):
                 saved["progress"] = saved["vidreason"]["progress"]
-            keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "progress")
-            out += [f"{name}: {key} differs" for key in keys if not same(one[key], other[key])]
+                saved["stage"] = [rank["stage"] for rank in saved["vidreason"]["ranks"]]
+            keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "progress", "stage")
+            own = [key for key in ("grpo", "temperature") if key in other]
+            out += [f"{name}: {key} differs" for key in (*keys, *own) if not same(one.get(key), other[key])]
         elif not same(load_file(run / name), load_file(path)):
             out.append(f"{name} differs")
     return out

@@ -57,7 +57,6 @@ _LONG = {"max_new_tokens": 40, "temperature": 1.0}
 _TRACES = {"samples": 2, "sampling": _SHORT}
 _ALL = {"min_words": 1, "agree": False, "complete": False, "told": False}
 _GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
-_NEARLY_ALL = {"max_tokens": 12, "buffer": 10}
 _ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}}
 
 STAGES = {

@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.interrupts import StopNow, left_whole
 from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER, WEIGHTS_FOLDER
 from vidreason.lightning_modules.vlms.sharding import whole
 
@@ -50,7 +51,8 @@ class AdapterCheckpoint(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Exports after Ctrl-C what has been learnt so far."""
         learnt = trainer.state.fn == "fit" and trainer.global_step > 0 and self.best is None
-        if learnt and isinstance(exception, KeyboardInterrupt):
+        at_once = isinstance(exception, StopNow) or trainer.world_size > 1
+        if learnt and (left_whole(trainer, exception) or (isinstance(exception, KeyboardInterrupt) and not at_once)):
             self._export(trainer, pl_module, "interrupted")
 
     def state_dict(self) -> dict[str, Any]:

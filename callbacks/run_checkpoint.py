@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from vidreason.lightning_modules.fit_progress import FitProgress, batches_done, batches_per_epoch
-from vidreason.lightning_modules.interrupts import StopRequested
+from vidreason.lightning_modules.interrupts import StopNow, left_whole
 from vidreason.lightning_modules.resumable import KEY
 from vidreason.lightning_modules.trained_weights import WeightsModule
 
@@ -89,10 +89,7 @@ class RunCheckpoint(ModelCheckpoint):
         late = done - self._saved_at >= self.options.every_n_batches or in_epoch == 0
         if whole_step and (self._validated or (late and done > self._saved_at)):
             self._save(trainer)
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """From here to the end of the batch its state is half done."""
-        self._touched = True
+        self._touched = True  # from here to the end of the batch its state is half done
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """The batch is done."""
@@ -114,7 +111,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves where a fit stops in a state from which it can go on; several ranks do so only where all stop."""
-        asked = isinstance(exception, StopRequested)
+        if isinstance(exception, StopNow):
+            return
+        asked = left_whole(trainer, exception)
         alone = trainer.world_size == 1 and not isinstance(exception, OSError)
         started = trainer.global_step > 0 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if started and (asked or (alone and not self._touched)):

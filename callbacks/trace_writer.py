@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from vidreason.datamodules.trace_parts import join_parts, own_part
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.own_traces import TRACES_FILE
@@ -30,8 +31,9 @@ class TraceWriter(L.Callback):
         path, header = pl_module.run_dir / TRACES_FILE, pl_module.predict_writer().header
         if trainer.is_global_zero:
             TraceStore.create(path, header)
+            join_parts(path)
         trainer.strategy.barrier("trace_writer")
-        self._store = TraceStore.open(path)
+        self._store = own_part(path, header, trainer.global_rank)
 
     def on_predict_batch_end(
         self,
@@ -53,6 +55,7 @@ class TraceWriter(L.Callback):
         trainer.strategy.barrier("trace_writer")
         if self._store is None or not trainer.is_global_zero:
             return
+        join_parts(self._store.path)
         records = self._store.records()
         reasons = Counter(r.reject_reason.split(":")[0] for r in records if r.reject_reason)
         why = "".join(f", {count} rejected ({reason})" for reason, count in reasons.most_common())

@@ -22,6 +22,7 @@ from vidreason.datamodules.traces import TraceStore
 from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.deciding import closed_set, decide_by_answers, decide_by_probs, update_metrics
 from vidreason.lightning_modules.functional.reductions import average_over_traces, label_log_probabilities
+from vidreason.lightning_modules.interrupts import unless_stopped
 from vidreason.lightning_modules.metrics import ClassificationMetrics
 from vidreason.lightning_modules.own_traces import (
     OWN_TRACES,
@@ -233,8 +234,9 @@ class VLMModule(WeightsModule):
         metrics.reset()
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> Any:
-        """Decides about a batch of ``val``."""
-        return self.evaluate_batch(batch, "val")
+        """Decides about a batch of ``val``; once a signal has come to one of several ranks, it passes over the rest."""
+        nothing: dict[str, tuple[Prediction, ...]] = {"predictions": ()}
+        return unless_stopped(self.trainer.strategy, partial(self.evaluate_batch, batch, "val"), nothing)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs ``vision_cache/*``."""

@@ -84,6 +84,12 @@ def unpack(packed: Mapping[str, Any], clips: Mapping[str, Clip], form: Completio
         clips: Training clips by video id.
         form: Which blocks completions have.
     """
+    gone = [video_id for video_id in packed["video_ids"] if video_id not in clips]
+    if gone:
+        raise ValueError(
+            f"this checkpoint holds completions about {gone[0]!r}, which is no training clip any more: put it back, or "
+            "start the stage again without --ckpt_path"
+        )
     shown = tuple(clips[video_id] for video_id in packed["video_ids"])
     groups = tuple(
         RolloutGroup(clip, tuple(_unpack_rollout(rollout, form) for rollout in rollouts))

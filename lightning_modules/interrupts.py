@@ -29,7 +29,25 @@ _PATIENCE_S = 1.0
 
 
 class StopRequested(KeyboardInterrupt):
-    """The user (Ctrl-C) or the system (SIGTERM) ends the run; raised where its state is whole."""
+    """The user (Ctrl-C) or the system (SIGTERM) ends the run; raised where its state is whole.
+
+    Args:
+        why: The signal.
+        together: Whether all ranks raise it at the same place.
+    """
+
+    def __init__(self, why: str = "", together: bool = False) -> None:
+        super().__init__(why)
+        self.together = together
+
+
+class StopNow(KeyboardInterrupt):
+    """Ctrl-C for the second time: nothing more is written."""
+
+
+def left_whole(trainer: L.Trainer, exception: BaseException) -> bool:
+    """Whether a fit was stopped where its state is whole, on all ranks, so that they can save it together."""
+    return isinstance(exception, StopRequested) and (trainer.world_size == 1 or exception.together)
 
 
 class _Asked:
@@ -43,7 +61,7 @@ class _Asked:
 
         Raises:
             StopRequested: Nothing defers it.
-            KeyboardInterrupt: Ctrl-C for the second time: at once, without a checkpoint.
+            StopNow: Ctrl-C for the second time: at once, without a checkpoint.
         """
         if not self.deferring:
             raise StopRequested(signal.Signals(number).name)
@@ -52,7 +70,7 @@ class _Asked:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print("stopping; a checkpoint is written (Ctrl-C again: without one)", file=sys.stderr, flush=True)
         elif number == signal.SIGINT and time.monotonic() - self.since > _PATIENCE_S:
-            raise KeyboardInterrupt
+            raise StopNow
 
 
 _asked = _Asked()
@@ -105,7 +123,7 @@ def stop_together(strategy: Strategy) -> None:
         number = torch.tensor(float(asked), device=strategy.root_device)
         asked = bool(strategy.reduce(number, reduce_op="sum") > 0)
     if asked:
-        raise StopRequested
+        raise StopRequested(together=True)
 
 
 def unless_stopped(strategy: Strategy, work: Callable[[], T], nothing: T) -> T:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clip_dataset import LoadedClip
 from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.trace_parts import join_parts, own_part
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.datamodules.types import Clip, VideoBatch
 from vidreason.lightning_modules.rationale_filter import RationaleFilter
@@ -144,6 +145,7 @@ def write_missing(
     """
     if share.rank == 0:
         TraceStore.create(path, writer.header)
+        join_parts(path)
     share.wait()
     store = TraceStore.open(path)
     have = {(r.video_id, r.sample) for r in store.records()}
@@ -153,6 +155,7 @@ def write_missing(
         for batch in missing_batches(store, data, split, writer.options.samples, known)
     ]
     share.wait()  # all have seen what is missing before the first writes
+    own_store = own_part(path, writer.header, share.rank)
     todo = todo[share.rank :: share.ranks]
     hidden = not todo or share.rank > 0
     with tqdm(total=sum(len(b) for _, b in todo), desc=f"writing {path.name}", unit="clip", disable=hidden) as bar:
@@ -162,8 +165,11 @@ def write_missing(
                 report_failed(batch, "no text written")
                 with torch.no_grad():
                     records = writer.records(batch.to(device), data.label_names)
-                store.append([r for r in records if (r.video_id, r.sample) not in have])
+                own_store.append([r for r in records if (r.video_id, r.sample) not in have])
                 bar.update(len(batch) + len(batch.failed))
+    share.wait()
+    if share.rank == 0:
+        join_parts(path)
     share.wait()
     return store
 

@@ -36,6 +36,7 @@ class ResumableModule(ShardedModule):
 
     seed: int
     _resumed: FitProgress | None = None
+    _to_resume: dict[str, Any] | None = None
     _own_state: dict[str, Any] | None = None
     gathered_state: Mapping[str, Tensor] = MappingProxyType({})
     """Of the checkpoint that was just written, by the names that the model itself uses"""
@@ -122,17 +123,9 @@ class ResumableModule(ShardedModule):
         Raises:
             ValueError: Naming what differs and what to do.
         """
-        self._check_stage(checkpoint)
-        saved = checkpoint.get(KEY)
-        if saved is None or self._trainer is None or not self.fitting:
+        saved = self._check_fit(checkpoint)
+        if saved is None:
             return
-        if saved["parent_sha"] != self.parent_sha:
-            raise ValueError(
-                "adapter_path: holds other weights now than those that the fit of this checkpoint began with; resume "
-                "with those, or start the stage again without --ckpt_path"
-            )
-        self._check_batches(saved)
-        self._check_texts(saved["traces"])
         self._resumed = FitProgress(**saved["progress"])
         self._resumed.tell(checkpoint["loops"]["fit_loop"])
         ranks = saved["ranks"]
@@ -164,7 +157,33 @@ class ResumableModule(ShardedModule):
             ValueError: It is of another stage.
         """
         if Path(path).is_file():
-            self._check_stage(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+            self._to_resume = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            self._check_stage(self._to_resume)
+
+    def refuse_other_fit(self) -> None:
+        """Compares the checkpoint that was looked into with this fit, before the stage writes texts that it lacks.
+
+        Raises:
+            ValueError: It does not continue this fit.
+        """
+        if self._to_resume is not None:
+            self._check_fit(self._to_resume)
+            self._to_resume = None
+
+    def _check_fit(self, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+        """What a checkpoint says of a fit that this one continues; None where it says nothing, or nothing is fitted."""
+        self._check_stage(checkpoint)
+        saved: dict[str, Any] | None = checkpoint.get(KEY)
+        if saved is None or self._trainer is None or not self.fitting:
+            return None
+        if saved["parent_sha"] != self.parent_sha:
+            raise ValueError(
+                "adapter_path: holds other weights now than those that the fit of this checkpoint began with; resume "
+                "with those, or start the stage again without --ckpt_path"
+            )
+        self._check_batches(saved)
+        self._check_texts(saved["traces"])
+        return saved
 
     def _check_stage(self, checkpoint: dict[str, Any]) -> None:
         found = checkpoint.get("vidreason_stage")

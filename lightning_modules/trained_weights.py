@@ -122,6 +122,7 @@ class WeightsModule(ResumableModule):
         """Builds the weights once, then lets the stage complete its views with texts that only weights can write."""
         if self.model is None:
             self.model = self.build_model()
+        self.refuse_other_fit()
         if self.trainer.state.fn != TrainerFn.PREDICTING:
             self.prepare_views()
         self.shard_weights()

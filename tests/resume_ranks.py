@@ -3,7 +3,8 @@
     python tests/resume_ranks.py BASE CLIPS OUT STRATEGY,STRATEGY PORT
 
 writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``; checkpoints of one process are expected in ``OUT/one_STAGE_STRATEGY``.
-With ``kill:STAGE:STRATEGY`` one of the ranks kills itself, with ``resume:STAGE:STRATEGY`` they go on from what is left.
+With ``kill:STAGE:STRATEGY`` one of the ranks kills itself, with ``resume:STAGE:STRATEGY`` they go on from what is left;
+with ``validation:STAGE:STRATEGY`` one of them is signalled while both write completions in a validation.
 Loaded by path, as ``stage_world.py`` is.
 """
 
@@ -71,6 +72,15 @@ class WatchedGRPO(grpo.Watched):
         return super().roll_out(batch, clock)
 
 
+class SignalledInValidation(WatchedGRPO):
+    """A signal comes to the second rank in the validation behind the first epoch."""
+
+    def decide_batch(self, batch: Any) -> Any:
+        if self.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().decide_batch(batch)
+
+
 def module_of(stage: str, base: Path) -> Any:
     """The stage with an optimizer that has a state."""
     lora = LoRAOptions(r=4, alpha=8, target_modules=("q_proj", "v_proj", "down_proj"))
@@ -80,7 +90,8 @@ def module_of(stage: str, base: Path) -> Any:
 
     if stage == "sft":
         return WatchedSFT(ranks.TinyVLM(path=str(base), lora=lora), optimizer=adam, schedule="linear")
-    return WatchedGRPO(
+    kind = WatchedGRPO if stage == "grpo" else SignalledInValidation
+    return kind(
         grpo.Stopping(path=str(base), lora=lora),
         rewards=[grpo.EvenLetters()],
         group_size=3,
@@ -123,7 +134,8 @@ def fit(
         devices=number,
         strategy=ranks.strategy_of(strategy) if number > 1 else "auto",
         max_epochs=2,
-        limit_val_batches=0,
+        limit_val_batches=2 if stage == "validation" else 0,
+        num_sanity_val_steps=0,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -143,6 +155,10 @@ def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     if ":" in chosen:
         what, stage, strategy = chosen.split(":")
+        if what == "validation":
+            left = fit(what, strategy, base, clips, out / "signalled", 2)
+            torch.save({"steps": left["steps"]}, out / f"rank{rank}.pt")
+            return
         stop = signal.SIGKILL if what == "kill" else None
         found[stage, strategy] = fit(stage, strategy, base, clips, out / "killed", 2, stop, signalled=1)
         torch.save(found, out / f"rank{rank}.pt")

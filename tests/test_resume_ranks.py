@@ -99,3 +99,15 @@ def test_ranks_of_which_one_was_killed_end_as_those_that_were_not(
         resumed = torch.load(tmp_path / f"rank{rank}.pt")[stage, strategy]
         close(resumed["weights"], whole["weights"], 1e-6)
         assert resumed["seen"] == [entry for entry in whole["seen"] if entry[0] >= 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_leave_a_validation_together(small_base, clip_folder, tmp_path, strategy):
+    """Only one of them hears of it, in the midst of writing; both save what they have learnt before it."""
+    given = (resume.__file__, small_base, clip_folder, tmp_path)
+    resume.processes.launch(*given, f"validation:grpo:{strategy}", limit_s=300)
+    assert [torch.load(tmp_path / f"rank{rank}.pt")["steps"] for rank in (0, 1)] == [6, 6]  # of 12
+    saved = torch.load(tmp_path / "signalled" / "last.ckpt", weights_only=True)["vidreason"]["progress"]
+    assert saved["batches"] == 3
+    assert saved["validation_due"]

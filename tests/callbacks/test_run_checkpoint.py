@@ -15,6 +15,7 @@ from vidreason.datamodules import whole_files
 from vidreason.datamodules.whole_files import replace_folder
 from vidreason.lightning_modules.checkpoints import WholeCheckpointIO
 from vidreason.lightning_modules.grpo import GRPOModule
+from vidreason.lightning_modules.interrupts import StopNow, StopRequested
 from vidreason.lightning_modules.resumable import KEY
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -60,6 +61,29 @@ def trained(make_vlm, make_data, make_trainer, options, epochs=4, accuracies=(0.
 def test_batches_and_epochs_count(make_vlm, make_data, make_trainer, every, validated, steps):
     limits = {} if validated else {"limit_val_batches": 0}
     _, _, saving = trained(make_vlm, make_data, make_trainer, CheckpointOptions(every), 2, **limits)
+    assert saving.noted == [("last.ckpt", step) for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("exception", "steps"), [(RuntimeError("x"), [3]), (StopNow(), [3]), (StopRequested(), [3, 4])], ids=repr
+)
+def test_nothing_is_saved_in_the_midst_of_a_batch_but_where_its_stage_says_so(
+    make_vlm, make_data, make_trainer, exception, steps
+):
+    """A stage has counted, or taken up groups to replay, before its first optimizer step; so has a second Ctrl-C."""
+
+    class Cut(Scripted):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 4:
+                raise exception
+            return super().training_step(batch, batch_idx)
+
+    module = Cut(make_vlm(), optimizer=adamw)
+    module.accuracies = (0.1, 0.1)
+    saving = NotedCheckpoint(CheckpointOptions(9))
+    trainer = make_trainer(max_epochs=2, callbacks=[saving])
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        trainer.fit(module, make_data(module.vlm, batch_size=2))  # three batches an epoch
     assert saving.noted == [("last.ckpt", step) for step in steps]
 
 

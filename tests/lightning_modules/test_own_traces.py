@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vidreason.datamodules.prompts import DescribeView, ReasonView
+from vidreason.datamodules.trace_parts import own_part
 from vidreason.datamodules.traces import TraceStore
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.own_traces import Share, TraceOptions, write_missing
@@ -84,6 +85,32 @@ def test_ranks_share_the_writing(make_vlm, ready, tmp_path):
     assert len((tmp_path / "two.jsonl").read_text().splitlines()) == len(
         (tmp_path / "one.jsonl").read_text().splitlines()
     )
+
+
+def test_what_killed_ranks_left_is_joined(writer, tmp_path):
+    """Lines that another rank has written count, its last line that was cut off does not, and nothing is twice."""
+    who, data = writer
+    data.eval_batch_size = 1
+    whole = write_missing(tmp_path / "whole.jsonl", who, data, ("val",), CPU)
+    header, *lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "t.jsonl").write_text("".join([header, *lines[:3]]))
+    (tmp_path / "t.rank1.jsonl").write_text("".join([header, lines[1], *lines[4:5], lines[5][:30]]))
+    calls = []
+    counted = replace(who, sample=lambda batch, options: (calls.append(batch.video_ids), who.sample(batch, options))[1])
+    found = write_missing(tmp_path / "t.jsonl", counted, data, ("val",), CPU)
+    assert found.by_video(kept_only=False) == whole.by_video(kept_only=False)
+    assert calls == [("val_1",), ("val_2",)]
+    assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 7
+    assert not list(tmp_path.glob("t.rank*"))
+
+
+def test_a_part_of_other_weights_is_refused_by_name(writer, tmp_path):
+    who, data = writer
+    other = replace(who, adapter_sha="other")
+    write_missing(tmp_path / "t.jsonl", who, data, ("val",), CPU)
+    own_part(tmp_path / "t.jsonl", other.header, rank=1)
+    with pytest.raises(ValueError, match=r"t\.rank1\.jsonl: was begun with another adapter_sha"):
+        write_missing(tmp_path / "t.jsonl", who, data, ("val",), CPU)
 
 
 def test_an_unreadable_clip_is_reported_and_skipped(writer, tmp_path):
