@@ -135,14 +135,14 @@ def unless_stopped(strategy: Strategy, work: Callable[[], T], nothing: T) -> T:
         nothing: What it returns where it was left; ``stop_together`` has to follow.
 
     Raises:
-        StopRequested: In a single process.
+        StopRequested: In a single process, and where no fit defers signals.
     """
     try:
         check_stop()
         return work()
     except StopRequested:
-        if not isinstance(strategy, ParallelStrategy):
-            raise
+        if _asked.since is None or not isinstance(strategy, ParallelStrategy):
+            raise  # nothing defers signals, so nobody would ask later
         return nothing
 
 
