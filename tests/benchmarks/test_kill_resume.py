@@ -34,7 +34,10 @@ def a_run(folder: Path) -> Path:
     (folder / "traces.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     save_file({"w": torch.arange(3.0)}, folder / "adapter_model.safetensors")
     kept = {"state_dict": {"w": torch.ones(2)}, "optimizer_states": [], "lr_schedulers": [], "global_step": 3}
-    torch.save({**kept, "epoch": 1, "vidreason": {"progress": {"batches": 3}}}, folder / "checkpoints" / "last.ckpt")
+    torch.save(
+        {**kept, "epoch": 1, "vidreason": {"progress": {"batches": 3}, "ranks": [{"stage": {}}]}},
+        folder / "checkpoints" / "last.ckpt",
+    )
     (folder / "summary.json").write_text(json.dumps([{"acc": 0.5, "cpu_seconds": torch.rand(()).item()}]))
     return folder
 
@@ -76,6 +79,13 @@ def another_optimizer(run):
     torch.save({**torch.load(path, weights_only=True), "optimizer_states": [{"state": {}}]}, path)
 
 
+def another_replay_buffer(run):
+    path = run / "checkpoints" / "last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    saved["vidreason"]["ranks"] = [{"stage": {"replay": [torch.ones(1)]}}]
+    torch.save(saved, path)
+
+
 def another_summary(run):
     (run / "summary.json").write_text(json.dumps([{"acc": 0.25, "cpu_seconds": 1.0}]))
 
@@ -87,6 +97,7 @@ CHANGES = {
     a_trace_twice: "traces.jsonl: ('c2', 0) stands there twice",
     other_weights: "adapter_model.safetensors differs",
     another_optimizer: "checkpoints/last.ckpt: optimizer_states differs",
+    another_replay_buffer: "checkpoints/last.ckpt: stage differs",
     another_summary: "summary.json differs",
 }
 

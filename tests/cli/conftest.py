@@ -77,10 +77,8 @@ class Stage(L.LightningModule):
 
     def training_step(self, batch, index):
         if self.global_step == self.interrupt_at:
-            if self.killed:
-                os.kill(os.getpid(), signal.SIGTERM)  # as a scheduler does, or a machine that is shut down
-            else:
-                raise KeyboardInterrupt
+            # SIGTERM: as a scheduler does, or a machine that is shut down; SIGINT: Ctrl-C
+            os.kill(os.getpid(), signal.SIGTERM if self.killed else signal.SIGINT)
         return self.net(batch).pow(2).mean()
 
     def test_step(self, batch, index):
