@@ -171,13 +171,10 @@ class PorchDataModule(ManifestDataModule):
                 self._write_clip(draft / "clips" / f"{item.name}.mp4", item)
             self._write_facts(draft / "facts.jsonl", items)
             self._write_manifest(draft / "manifest.csv", items)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-        if self.manifest.is_file():  # another process was faster
-            shutil.rmtree(draft)
-        else:
-            draft.rename(self.folder)
+            if not self.manifest.is_file():  # no other process was faster
+                draft.rename(self.folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # what was interrupted, or came second
 
     def _read(self) -> None:
         self.prepare_data()
