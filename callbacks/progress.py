@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from vidreason.callbacks.time_left import BEHIND, pipeline_left
+from vidreason.callbacks.time_left import Behind, pipeline_left, what_is_behind
 
 _METRICS_SHOWN = 4
 
@@ -25,6 +25,7 @@ class RunProgress(ProgressBar):
         super().__init__()
         self.refresh_s = refresh_s
         self._bars: list[tqdm[Any]] = []
+        self._behind: Behind | None = None
         self._enabled = True
 
     @property
@@ -112,19 +113,20 @@ class RunProgress(ProgressBar):
 
     def _pipeline(self, bar: tqdm[Any]) -> dict[str, str]:
         """What is left of the pipeline that this stage is part of; {} outside of one, and where no end is known."""
-        behind = BEHIND.get()
+        behind = self._behind
         if behind is None or bar.disable or bar.total is None:  # a bar that is not shown knows nothing of its length
             return {}
         done = bar.n - bar.initial
         if done < 1:
             return {}
-        seconds = (bar.total - bar.n) * float(bar.format_dict["elapsed"]) / done
-        return {"pipeline": f"{pipeline_left(seconds, behind)} left"}
+        each = float(bar.format_dict["elapsed"]) / done
+        return {"pipeline": f"{pipeline_left(behind, (bar.total - bar.n) * each, bar.total * each)} left"}
 
     def _open(
         self, module: L.LightningModule, what: str, total: int | None, done: int, unit: str, leave: bool = True
     ) -> None:
         name = getattr(module, "stage_name", type(module).__name__)
+        self._behind = what_is_behind()
         self._bars.append(
             tqdm(
                 total=total,

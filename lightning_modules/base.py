@@ -1,4 +1,4 @@
-"""What all stages share beside their weights: deciding about clips and writing about them.
+"""What all stages share beside their weights: deciding about clips, and (``writing.py``) writing about them.
 
 ``VLMModule`` is complete by itself: ``vidreason test`` runs it as zero-shot classifier (or, with ``adapter_path``, as
 the model of any stage but calibration), ``vidreason predict`` lets it write rationales or traces. A training stage
@@ -9,42 +9,35 @@ Shape letters: B clips, C classes, N texts, L tokens, K samples per clip.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
-from vidreason.datamodules.prompts import ClipView, DescribeView, LabelScoringView, ReasonView
-from vidreason.datamodules.traces import TraceStore
+from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.prompts import ClipView, LabelScoringView
 from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.deciding import closed_set, decide_by_answers, decide_by_probs, update_metrics
 from vidreason.lightning_modules.functional.reductions import average_over_traces, label_log_probabilities
 from vidreason.lightning_modules.interrupts import unless_stopped
 from vidreason.lightning_modules.metrics import ClassificationMetrics
-from vidreason.lightning_modules.own_traces import (
-    OWN_TRACES,
-    TRACES_FILE,
-    Share,
-    TraceOptions,
-    Writer,
-    report_failed,
-    write_missing,
-)
+from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions, report_failed
 from vidreason.lightning_modules.predictions import Decisions, Prediction, decided, undecided
-from vidreason.lightning_modules.rollout import Completion, generate_rollouts
-from vidreason.lightning_modules.trained_weights import WeightsModule
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.work import Work, clips_taken, length_of_fit
+from vidreason.lightning_modules.writing import WritingModule
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
 Decide = Literal["likelihood", "answer"]
 GREEDY = Sampling(temperature=0.0)
 
 
-class VLMModule(WeightsModule):
+class VLMModule(WritingModule):
     """A vision-language model that decides about clips and writes about them; the base of every stage.
 
     Args:
@@ -81,18 +74,16 @@ class VLMModule(WeightsModule):
         seed: int | None = None,
         completion: CompletionForm = THINK_FORM,
     ) -> None:
-        super().__init__(vlm, adapter_path, optimizer, schedule, warmup, seed)
+        super().__init__(
+            vlm, adapter_path, optimizer, schedule, warmup, predict, traces_sampled, seed=seed, completion=completion
+        )
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
         self.decide: Decide = decide
         self.samples = samples
         self.sampling = sampling
-        self.predict = predict
-        self.trace_options = traces_sampled
         self.batch_size = batch_size
-        self.completion = completion
         self.metrics = nn.ModuleDict()
-        self._written: frozenset[str] = frozenset()
 
     @property
     def stage_name(self) -> str:
@@ -122,62 +113,6 @@ class VLMModule(WeightsModule):
     def eval_view(self) -> ClipView:
         """What a clip shows when it is decided."""
         return LabelScoringView(self.task) if self.decide == "likelihood" else self.reason_view()
-
-    def written_view(self) -> ClipView:
-        """What a clip shows when a rationale or trace is written about it."""
-        if self.predict == "reason":
-            return self.reason_view()
-        return DescribeView(self.task, label_hint=self.trace_options.label_hint)
-
-    def reason_view(self, texts: Mapping[str, tuple[str, ...]] | None = None) -> ReasonView:
-        """What a clip shows where completions are written or learnt."""
-        return ReasonView(self.task, texts, self.completion)
-
-    # ------------------------------------------------------------------ what it writes
-
-    def writer(self, view: ClipView, options: TraceOptions) -> Writer:
-        """Returns the writer of the weights that the stage starts from."""
-        return Writer(
-            view=view,
-            options=options,
-            base_sha=self.vlm.base_sha(),
-            adapter_sha=self.parent_sha,
-            task_sha=self.task.sha(),
-            seed=self.seed,
-            sample=self.sample_texts,
-        )
-
-    def sample_texts(self, batch: VideoBatch, options: TraceOptions) -> Sequence[Sequence[Completion]]:
-        """Samples texts for every clip of a batch, [B][K]; the noise depends on the seed, the clip and the sample."""
-        assert batch.prompts is not None
-        return generate_rollouts(
-            self.vlm,
-            self.policy,
-            batch.prompts,
-            batch.clips,
-            options.samples,
-            options.sampling,
-            self.seed,
-            form=self.completion,
-        ).completions
-
-    def write_traces(self, writer: Writer, splits: Sequence[str], known: Collection[str] = ()) -> TraceStore:
-        """Lets the starting weights write the texts about ``splits`` that the run folder lacks; the ranks share them.
-
-        Called in ``configure_model``, before a checkpoint is restored, so that a resumed run's texts have one author.
-
-        Args:
-            writer: Who writes.
-            splits: Names of the splits.
-            known: Ids of clips whose texts are elsewhere.
-        """
-        if next(self.policy.parameters()).device != self.device:
-            self.policy.to(self.device)
-        wait = partial(self.trainer.strategy.barrier, "write_traces")
-        share = Share(self.trainer.global_rank, self.trainer.world_size, wait)
-        path = self.run_dir / TRACES_FILE
-        with torch.device("cpu"), self.forward_context():  # the strategy may have set another default device
-            return write_missing(path, writer, self.data, splits, self.device, known, share)
 
     # ------------------------------------------------------------------ deciding
 
@@ -265,33 +200,56 @@ class VLMModule(WeightsModule):
             rates = {"vision_cache/hit_rate": taken.hits / taken.lookups, "vision_cache/gb": taken.gb}
             self.log_dict(rates, batch_size=taken.lookups)
 
-    # ------------------------------------------------------------------ predict
+    # ------------------------------------------------------------------ how much there is to do
 
-    def on_predict_start(self) -> None:
-        """Finds out what the run folder holds already; those clips are not written again."""
-        super().on_predict_start()
-        path = self.run_dir / TRACES_FILE
-        if not path.exists():
-            return
-        ids = [clip.video_id for split in self.data.predict_splits for clip in self.data.clips(split)]
-        missing = TraceStore.open(path).missing(ids, self.trace_options.samples)
-        self._written = frozenset(ids) - frozenset(missing)
+    min_steps: int = 0
+    """Optimizer steps that a fit takes at least"""
 
-    def predict_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Writes texts about a batch.
+    def work(self, command: str, data: VideoDataModule, trainer: L.Trainer) -> Work | None:
+        """Counts what a command will do, before anything runs.
+
+        Args:
+            command: ``fit``, ``validate``, ``test`` or ``predict``.
+            data: Where the clips are; it is prepared.
+            trainer: As configured.
 
         Returns:
-            ``{"traces": ...}``, the records, for ``callbacks/trace_writer.py``.
+            What one rank does; None where a fit does what only a subclass knows, or has no end.
         """
-        report_failed(batch, "no text written")
-        if batch.fillers or all(clip.video_id in self._written for clip in batch.clips):
-            return {"traces": ()}
-        records = self.predict_writer().records(batch, self.data.label_names)
-        return {"traces": tuple(r for r in records if r.video_id not in self._written)}
+        ranks = trainer.world_size
 
-    def predict_writer(self) -> Writer:
-        """Returns the writer of ``vidreason predict``."""
-        return self.writer(self.written_view(), self.trace_options)
+        def share(splits: Sequence[str], limit: float | None) -> float:
+            clips = sum(len(data.clips(split)) for split in splits)
+            return clips_taken(clips, data.eval_batch_size * ranks, limit) / ranks
+
+        if command == "predict":
+            return self.writing_work(share(data.predict_splits, trainer.limit_predict_batches))
+        classes = len(data.label_names)
+        if command == "test":
+            return self.deciding_work(share(data.test_split_names, trainer.limit_test_batches), classes)
+        validated = share(("val",), trainer.limit_val_batches)
+        if command == "validate":
+            return self.deciding_work(validated, classes)
+        size, clips = self.batch_size or data.batch_size, len(data.clips("train"))
+        taken = clips_taken(clips, size * ranks, trainer.limit_train_batches)
+        fit = length_of_fit(trainer, taken, size * ranks, self.min_steps, self.updates_per_batch)
+        if fit is None or (learning := self.learning_work(fit.batches * min(size, clips), classes)) is None:
+            return None
+        return learning + self.watching_work(validated, data) * fit.validations
+
+    def deciding_work(self, clips: float, classes: int) -> Work:
+        """What it takes to decide about ``clips``."""
+        if self.decide == "answer":
+            return Work(clips_read=clips, texts_written=clips * self.samples)
+        return Work(clips_read=clips, texts_scored=clips * classes)
+
+    def watching_work(self, clips: float, data: VideoDataModule) -> Work:
+        """What a validation on ``clips`` takes within a fit."""
+        return self.deciding_work(clips, len(data.label_names))
+
+    def learning_work(self, clips: float, classes: int) -> Work | None:
+        """What it takes to learn from ``clips``, counted as often as they come; None where a subclass has not said."""
+        return None
 
 
 def metric_key(split: str) -> str:

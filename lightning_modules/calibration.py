@@ -22,6 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -30,6 +31,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.prompts import ClipView, ReviewView
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.datamodules.types import VideoBatch
@@ -56,6 +58,7 @@ from vidreason.lightning_modules.vlms.adapters import (
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.building import POLICY
 from vidreason.lightning_modules.vlms.generation import evaluating
+from vidreason.lightning_modules.work import Work
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
 CALIBRATOR = "calibrator"
@@ -369,3 +372,30 @@ class CalibrationModule(VLMModule):
         """As every stage, with the temperature."""
         super().on_load_checkpoint(checkpoint)
         self.temperature = checkpoint["temperature"]
+
+    # ------------------------------------------------------------------ how much there is to do
+
+    def work(self, command: str, data: VideoDataModule, trainer: L.Trainer) -> Work | None:
+        """As for every stage, with the traces that the policy has to write."""
+        work = super().work(command, data, trainer)
+        if work is None or command == "predict":
+            return work
+        clips = {split: len(data.clips(split)) / trainer.world_size for split in ("train", "val", "cal")}
+        if self.input == "video" or self.traces is not None:
+            return work
+        if command == "test":
+            return work + self.writing_work(work.clips_read)
+        return work + self.writing_work(clips["val"] if command == "validate" else sum(clips.values()))
+
+    def deciding_work(self, clips: float, classes: int) -> Work:
+        """All labels behind every trace."""
+        return Work(clips_read=clips, texts_scored=clips * self.trace_options.samples * (1 + classes))
+
+    def watching_work(self, clips: float, data: VideoDataModule) -> Work:
+        """The temperature is fitted on ``cal`` first, by every rank."""
+        return self.deciding_work(clips + len(data.clips("cal")), len(data.label_names))
+
+    def learning_work(self, clips: float, classes: int) -> Work:
+        """Every trace, and behind it its label or all of them."""
+        labels = 1 if self.loss_kind == "tokens" else classes
+        return Work(clips_learnt=clips, texts_learnt=clips * self.trace_options.samples * (1 + labels))

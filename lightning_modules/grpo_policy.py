@@ -46,6 +46,7 @@ from vidreason.lightning_modules.vlms.building import POLICY
 from vidreason.lightning_modules.vlms.context import prompt_tokens
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.layout import is_sharded
+from vidreason.lightning_modules.work import Work
 from vidreason.rewards.base import RewardFn
 
 _ANOTHER_SEED = 1_000_003
@@ -62,6 +63,7 @@ class PolicyModule(ResumablePolicy):
     group_size: int
     train_sampling: Sampling
     minibatches: int
+    inner_epochs: int
     prompts_per_forward: int | None
     advantage_scale: Literal["group", "batch", "none"]
     kl_coef: float
@@ -290,3 +292,9 @@ class PolicyModule(ResumablePolicy):
         self.log_dict({**prefix, **clock.logged(), "train/num_tokens": float(self._tokens)}, batch_size=len(batch))
         reward = counted.fact("reward").nanmean().float()
         self.log("reward", reward, prog_bar=True, logger=False, batch_size=len(batch))
+
+    def learning_work(self, clips: float, classes: int) -> Work:
+        """A group behind each clip: written, scored by what stays as it is, learnt from."""
+        texts = clips * self.group_size
+        frozen = (self.updates_per_batch > 1) + (self.kl_coef != 0)  # log-probs of the old policy, of the reference
+        return Work(clips * (1 + frozen), clips * self.inner_epochs, texts * frozen, texts * self.inner_epochs, texts)

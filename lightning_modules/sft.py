@@ -13,15 +13,16 @@ the number of clips per step and rank.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.prompts import ClipView, DescribeView, LabelView
 from vidreason.datamodules.traces import TraceStore
 from vidreason.datamodules.types import TextBatch, VideoBatch
@@ -32,6 +33,7 @@ from vidreason.lightning_modules.own_traces import OWN_TRACES, TRACES_FILE, Trac
 from vidreason.lightning_modules.sft_targets import Texts, caption_targets, rationale_targets, trace_targets
 from vidreason.lightning_modules.vlms.base import VLM, Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.work import Work, epochs_to_take
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
 
@@ -188,8 +190,8 @@ class RationaleSFTModule(VLMModule):
         steps = super().total_steps()
         if steps >= self.min_steps or trainer.max_steps != -1:
             return steps
-        epochs, every = int(trainer.max_epochs or 1), trainer.check_val_every_n_epoch or 1
-        wanted = math.ceil(math.ceil(epochs * self.min_steps / steps) / every) * every  # the last epoch is validated
+        epochs = int(trainer.max_epochs or 1)
+        wanted = epochs_to_take(epochs, steps, self.min_steps, trainer.check_val_every_n_epoch or 1)
         self.print(f"{self.stage_name}: {wanted} instead of {epochs} epochs, to take at least {self.min_steps} steps")
         trainer.fit_loop.max_epochs = wanted
         return super().total_steps()
@@ -258,6 +260,20 @@ class RationaleSFTModule(VLMModule):
             rate = 1 - float(metrics.compute()["unparsed_rate"])
             self.print(f"{self.stage_name}: parse rate on val {rate:.1%} ({clips} clips, step {self.global_step})")
         super().on_validation_epoch_end()
+
+    # ------------------------------------------------------------------ how much there is to do
+
+    def work(self, command: str, data: VideoDataModule, trainer: L.Trainer) -> Work | None:
+        """As for every stage, with the texts that it has to write itself."""
+        work = super().work(command, data, trainer)
+        if work is None or command != "fit" or self.target not in ("rationale", "trace") or self.traces is not None:
+            return work
+        return work + self.writing_work(len(data.clips("train")) / trainer.world_size)
+
+    def learning_work(self, clips: float, classes: int) -> Work:
+        """One text behind a clip, or all that were sampled."""
+        texts = self.trace_options.samples if self.target in ("rationale", "trace") else 1
+        return Work(clips_learnt=clips, texts_learnt=clips * texts)
 
 
 def token_accuracy(scores: Scores, texts: TextBatch) -> Tensor:

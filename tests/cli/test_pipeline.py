@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vidreason.cli import pipeline_run
+from vidreason.cli import stage_inputs
 from vidreason.cli.configs import find_config, shipped_folder
 from vidreason.cli.pipeline import list_pipelines, main, read_call, run_pipeline
-from vidreason.cli.pipeline_commands import COLD_POLICY_STATUS, Commands
+from vidreason.cli.pipeline_commands import COLD_POLICY_STATUS, Commands, StageSize
 from vidreason.cli.pipeline_spec import read_pipeline
 
 PIPELINE = """
@@ -49,7 +49,7 @@ class FakeTrainer:
 
     @property
     def commands(self) -> Commands:
-        return Commands(self.run, self.check, lambda argv: 128)
+        return Commands(self.run, self.check, lambda argv: StageSize(128))
 
     @property
     def stages(self) -> list[str]:
@@ -101,7 +101,7 @@ def _content(path: Path) -> str:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline_run, "fingerprint_embedded_weights", lambda: "base")
+    monkeypatch.setattr(stage_inputs, "fingerprint_embedded_weights", lambda: "base")
     (tmp_path / "p.yaml").write_text(PIPELINE)
     (tmp_path / "generate.yaml").write_text("model: {init_args: {samples: 1}}\n")
     (tmp_path / "train.yaml").write_text("data: data.yaml\ntrainer: {max_steps: 3}\n")

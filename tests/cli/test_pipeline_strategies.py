@@ -80,15 +80,16 @@ def test_only_stages_of_several_processes_start_their_own(project: Path, monkeyp
 
     monkeypatch.setattr(pipeline_commands, "run_apart", started)
     monkeypatch.setattr(lightning, "run", ran)
+    run_stage = pipeline_commands.trainer_commands().run
     argv = ["fit", "--config", "configs/sft_label.yaml", "--config", "configs/strategy/ddp.yaml"]
     on_cpu = ["--trainer.accelerator", "cpu", "--trainer.devices"]
-    assert pipeline_commands.run_stage([*argv, *on_cpu, "2"]) == 7
+    assert run_stage([*argv, *on_cpu, "2"]) == 7
     assert apart == [[*argv, *on_cpu, "2"]]
     assert not here
-    assert pipeline_commands.run_stage([*argv, *on_cpu, "1"]) == 0
+    assert run_stage([*argv, *on_cpu, "1"]) == 0
     assert here == ["fit"]
     with pytest.raises(ValueError, match="num_nodes is 2"):
-        pipeline_commands.run_stage([*argv, *on_cpu, "1", "--trainer.num_nodes", "2"])
+        run_stage([*argv, *on_cpu, "1", "--trainer.num_nodes", "2"])
 
 
 def test_a_process_of_its_own_gives_its_exit_status(project: Path) -> None:

@@ -11,8 +11,8 @@ from vidreason.cli.configs import shipped_folder
 from vidreason.cli.lightning import build
 from vidreason.cli.main import main
 from vidreason.cli.pipeline import read_call
-from vidreason.cli.pipeline_commands import Commands
-from vidreason.cli.pipeline_run import PipelineRun
+from vidreason.cli.pipeline_state import RunState
+from vidreason.cli.stage_inputs import StageInputs
 from vidreason.cli.vlm_shorthand import SECTIONS, expand, is_shorthand, shorthand_settings
 from vidreason.lightning_modules.vlms.qwen import QwenVL
 from vidreason.lightning_modules.vlms.tiny.vlm import embedded_folder
@@ -66,13 +66,12 @@ def test_fit_builds_it(model, tmp_path):
 
 def test_a_pipeline_hands_it_on_as_it_was_typed(model, tmp_path):
     spec = read_call([*PIPELINE, "--vlm", model]).spec
-    checked = []
-    run = PipelineRun(spec, tmp_path / "run", Commands(lambda argv: 0, checked.append, lambda argv: 0), "again")
-    line = run._command_line(spec.stages[0], tmp_path / "run")
+    inputs = StageInputs(spec, tmp_path / "run", RunState(spec.name))
+    line = inputs.command_line(spec.stages[0], tmp_path / "run")
     assert line[line.index("--vlm") + 1] == model
-    before = run._given(spec.stages[0])
+    before = inputs.given(spec.stages[0])
     (tmp_path / model / "weights.safetensors").write_text("other weights")
-    assert run._given(spec.stages[0]) != before, "a stage runs again on a changed model"
+    assert inputs.given(spec.stages[0]) != before, "a stage runs again on a changed model"
 
 
 @pytest.mark.usefixtures("_unreachable")

@@ -17,10 +17,10 @@ from pathlib import Path
 from vidreason.callbacks.time_left import Behind
 from vidreason.cli.demo_report import write_report
 from vidreason.cli.options import CommandParser
-from vidreason.cli.pipeline import next_command, run_pipeline
-from vidreason.cli.pipeline_commands import Commands, trainer_commands
+from vidreason.cli.pipeline import next_command, open_pipeline
+from vidreason.cli.pipeline_commands import INTERRUPTED_STATUS, USAGE_STATUS, Commands, trainer_commands
+from vidreason.cli.pipeline_run import PipelineRun
 from vidreason.cli.pipeline_spec import SECTIONS, read_pipeline
-from vidreason.cli.pipeline_state import NOTHING, RunState, seconds_behind, seconds_taken
 
 METHODS = ("zero_shot", "label_sft", "rb_ft", "deepintuit")
 DATA = "configs/data/porch.yaml"
@@ -81,13 +81,25 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
     options = parser.parse_options(argv)
     started = time.monotonic()
     _introduce(options.run_dir, options.quick)
+    again = shlex.join(["vidreason", "demo", *argv])
     settings = demo_settings(options.run_dir, options.seed, options.quick)
-    for number, method in enumerate(METHODS, 1):
-        line = pipeline_options(method, options.run_dir, options.seed, settings)
-        print(f"\n=== {number}/{len(METHODS)} {method}\n$ {shlex.join(['vidreason', 'pipeline', *line])}", flush=True)
-        status = run_pipeline(line, commands, later_methods(options.run_dir, METHODS[number:]))
+    lines = {name: pipeline_options(name, options.run_dir, options.seed, settings) for name in METHODS}
+    try:
+        runs = [open_pipeline(line, commands) for line in lines.values()]
+        if not all(run.prepare() for run in runs):
+            return USAGE_STATUS
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_STATUS
+    except KeyboardInterrupt:
+        print(f"interrupted; start again with\n  $ {again}", file=sys.stderr)
+        return INTERRUPTED_STATUS
+    for number, (method, run) in enumerate(zip(METHODS, runs, strict=True), 1):
+        command = shlex.join(["vidreason", "pipeline", *lines[method]])
+        print(f"\n=== {number}/{len(METHODS)} {method}\n$ {command}", flush=True)
+        run.later = other_methods(runs, number)
+        status = run.run()
         if status != 0:
-            again = shlex.join(["vidreason", "demo", *argv])
             print(f"the demo stopped in {method}; finished stages are kept, go on with\n  $ {again}", file=sys.stderr)
             return status
     print("\n=== comparison\n")
@@ -98,14 +110,16 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
     return 0
 
 
-def later_methods(run_dir: Path, methods: Sequence[str]) -> Behind:
-    """What the methods after the running one will take, if they take as long as in an earlier run of this folder.
+def other_methods(runs: Sequence[PipelineRun], started: int) -> Behind:
+    """What the methods take that are still to begin, and how fast those were that are done.
 
-    Stages that a method takes from another cost nothing.
+    Args:
+        runs: All methods.
+        started: How many of them have begun.
     """
-    total = NOTHING
-    for method in methods:
-        total += seconds_behind(_stages_of(method), seconds_taken(RunState.load(run_dir / method)))
+    total = Behind(timed=sum((run.times.behind([]).timed for run in runs[: started - 1]), ()))
+    for run in runs[started:]:
+        total += run.ahead()
     return total
 
 

@@ -16,13 +16,11 @@ from pathlib import Path
 
 import yaml
 
-from vidreason.callbacks.time_left import Behind
 from vidreason.cli.configs import PREFIX, shipped_folder
 from vidreason.cli.options import CommandParser, nearest_option
 from vidreason.cli.pipeline_commands import USAGE_STATUS, Commands, trainer_commands
 from vidreason.cli.pipeline_run import PipelineRun
 from vidreason.cli.pipeline_spec import PipelineSpec, locate_config, read_pipeline
-from vidreason.cli.pipeline_state import NOTHING
 from vidreason.cli.vlm_shorthand import expand, is_shorthand
 
 _SETTING = re.compile(r"--(\w[\w.]*\+?)(?:=(.*))?", re.DOTALL)
@@ -61,25 +59,33 @@ def next_command(run_dir: Path) -> str:
     return shlex.join(["vidreason", "classify", "new_clip.mp4", "--run", str(run_dir)])
 
 
-def run_pipeline(argv: Sequence[str], commands: Commands | None = None, later: Behind = NOTHING) -> int:
+def run_pipeline(argv: Sequence[str], commands: Commands | None = None) -> int:
     """Runs the pipeline that the options describe.
 
     Args:
         argv: Options of ``vidreason pipeline``.
         commands: How to reach the ordinary commands; by default in this process.
-        later: What follows this pipeline, to say how long everything will take.
 
     Returns:
         Exit status, as for :func:`main`.
     """
     try:
-        call = read_call(argv)
-        again = shlex.join(["vidreason", "pipeline", *argv])
-        run = PipelineRun(call.spec, call.run_dir, commands or trainer_commands(), again, call.use, later)
+        run = open_pipeline(argv, commands or trainer_commands())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_STATUS
-    return run.run(call.until)
+    return run.run()
+
+
+def open_pipeline(argv: Sequence[str], commands: Commands) -> PipelineRun:
+    """Returns the pipeline that the options describe, with the state of its run folder.
+
+    Raises:
+        ValueError: An option, stage or file that does not exist, or a folder of another pipeline.
+    """
+    call = read_call(argv)
+    again = shlex.join(["vidreason", "pipeline", *argv])
+    return PipelineRun(call.spec, call.run_dir, commands, again, call.use, call.until)
 
 
 def read_call(argv: Sequence[str]) -> PipelineCall:

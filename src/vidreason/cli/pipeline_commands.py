@@ -12,12 +12,27 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from vidreason.cli.main import EXIT_COLD_POLICY, EXIT_INTERRUPTED, EXIT_USAGE
+from vidreason.lightning_modules.work import Work
+
+if TYPE_CHECKING:
+    from vidreason.cli.lightning import VideoCLI
 
 COLD_POLICY_STATUS = EXIT_COLD_POLICY
 USAGE_STATUS = EXIT_USAGE
 INTERRUPTED_STATUS = EXIT_INTERRUPTED
+
+
+class StageSize(NamedTuple):
+    """How much there is for a stage to do."""
+
+    train_clips: int | None = None
+    """None where the data module is not of ours and cannot say"""
+    work: Work | None = None
+    """None where the stage or the data module cannot say"""
 
 
 @dataclass(frozen=True)
@@ -28,19 +43,38 @@ class Commands:
     """Runs a command and returns its exit status"""
     check: Callable[[list[str]], str | None]
     """Parses and builds what a command would use, without weights; returns what is wrong with it, in one line"""
-    count_train_clips: Callable[[list[str]], int | None]
-    """How many clips a ``fit`` trains on"""
+    size: Callable[[list[str]], StageSize]
+    """Lets the data be prepared and counts what a command that can be built will do"""
+
+
+class Builds:
+    """Commands as they are built, without weights: once each, since every question needs one."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], VideoCLI] = {}
+
+    def __call__(self, argv: list[str]) -> VideoCLI:
+        """Builds a command, or returns what was built for the same arguments."""
+        from vidreason.cli import lightning
+
+        key = tuple(argv)
+        if key not in self._known:
+            with quietly():
+                self._known[key] = lightning.build(argv[0], argv[1:])
+        return self._known[key]
 
 
 def trainer_commands() -> Commands:
     """The real ones."""
-    return Commands(run_stage, check_stage, count_train_clips)
+    built = Builds()
+    return Commands(partial(run_stage, built), partial(check_stage, built), partial(measure_stage, built))
 
 
-def run_stage(argv: list[str]) -> int:
+def run_stage(built: Builds, argv: list[str]) -> int:
     """Runs ``fit``, ``predict`` or ``test``.
 
     Args:
+        built: Where commands are built.
         argv: ``fit --config ...`` as the shell would give it.
 
     Returns:
@@ -52,7 +86,7 @@ def run_stage(argv: list[str]) -> int:
     from vidreason.cli import lightning
     from vidreason.lightning_modules.rollout import ColdPolicyError
 
-    nodes, devices = _processes(argv)
+    nodes, devices = _processes(built, argv)
     if nodes > 1:
         raise ValueError(
             f"trainer.num_nodes is {nodes}, but a pipeline runs on one machine: choose another strategy for this stage "
@@ -73,16 +107,13 @@ def run_stage(argv: list[str]) -> int:
         gc.collect()  # a finished stage's model, before the next one is built
 
 
-def _processes(argv: list[str]) -> tuple[int, int]:
+def _processes(built: Builds, argv: list[str]) -> tuple[int, int]:
     """Nodes, and processes on each, that a command would train with; a mistake in it shows when it runs."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
-    from vidreason.cli import lightning
-
     try:
-        with quietly():
-            trainer = lightning.build(argv[0], argv[1:]).trainer
+        trainer = built(argv).trainer
     except (argparse.ArgumentError, OmegaConfBaseException, MisconfigurationException):
         return 1, 1
     return trainer.num_nodes, trainer.num_devices
@@ -107,10 +138,11 @@ def run_apart(argv: list[str]) -> int:
             signal.signal(signal.SIGTERM, before)
 
 
-def check_stage(argv: list[str]) -> str | None:
+def check_stage(built: Builds, argv: list[str]) -> str | None:
     """Finds a typo before hours are spent on the stages in front of it.
 
     Args:
+        built: Where commands are built.
         argv: As for :func:`run_stage`; artefacts that it names need not exist yet.
 
     Returns:
@@ -126,8 +158,7 @@ def check_stage(argv: list[str]) -> str | None:
     from vidreason.cli.config_errors import explain
 
     try:
-        with quietly():
-            lightning.build(argv[0], argv[1:])
+        built(argv)
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
         return explain(str(error), lightning.config_files(argv))
     except MisconfigurationException as error:
@@ -135,31 +166,40 @@ def check_stage(argv: list[str]) -> str | None:
     return None
 
 
-def count_train_clips(argv: list[str]) -> int | None:
-    """Counts the clips of ``train`` that a ``fit`` command is given.
+def measure_stage(built: Builds, argv: list[str]) -> StageSize:
+    """Counts what a command will do; the data are prepared for it, in the open since that may take long.
 
     Args:
-        argv: ``fit --config ...``.
+        built: Where commands are built.
+        argv: As for :func:`run_stage`, and checked.
 
     Returns:
-        The number; None where the data module is not of ours and cannot say.
+        What can be told; nothing of data that cannot be read, for the stage itself will say so.
     """
-    from vidreason.cli import lightning
     from vidreason.datamodules.base import VideoDataModule
+    from vidreason.lightning_modules.base import VLMModule
+    from vidreason.lightning_modules.interrupts import signals_handled
 
-    with quietly():
-        data = lightning.build(argv[0], argv[1:]).datamodule
-        if not isinstance(data, VideoDataModule):
-            return None
-        data.prepare_data()
-        return len(data.clips("train"))
+    cli = built(argv)
+    data, model = cli.datamodule, cli.model
+    if not isinstance(data, VideoDataModule):
+        return StageSize()
+    try:
+        with signals_handled():
+            data.prepare_data()
+        with quietly(logging.WARNING):
+            clips = len(data.clips("train"))
+            work = model.work(argv[0], data, cli.trainer) if isinstance(model, VLMModule) else None
+    except (ValueError, OSError):
+        return StageSize()
+    return StageSize(clips, work)
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Hides what building says about seeds, devices and files; the run itself will say it."""
+def quietly(level: int = logging.INFO) -> Iterator[None]:
+    """Hides what building says about seeds, devices and files, up to ``level``; the run itself will say it."""
     before = logging.root.manager.disable
-    logging.disable(logging.INFO)
+    logging.disable(level)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             yield

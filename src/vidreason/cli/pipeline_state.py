@@ -7,12 +7,11 @@ before or the state after.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from vidreason.callbacks.time_left import Behind
 from vidreason.cli.pipeline_spec import ARTEFACT_FILES, Artefact
 from vidreason.datamodules.whole_files import write_text
 
@@ -130,18 +129,3 @@ def find_taken_stage(name: str, folder: Path) -> tuple[Path, StageRecord]:
     if folder != run_dir and folder.resolve() != stage_folder.resolve():
         raise ValueError(f"{option}: stage {name!r} of {run_dir} lies in {stage_folder}")
     return stage_folder, record
-
-
-NOTHING = Behind(0.0, complete=True)
-
-
-def seconds_taken(state: RunState | None) -> dict[str, float]:
-    """Seconds of the stages that were finished in a folder, by name; those taken from another run cost none."""
-    stages = state.stages.items() if state else ()
-    return {name: 0.0 if record.taken else record.wall_seconds for name, record in stages if record.done}
-
-
-def seconds_behind(names: Iterable[str], took: Mapping[str, float]) -> Behind:
-    """What stages will take, if they take as long as before."""
-    names = list(names)
-    return Behind(sum(took.get(name, 0.0) for name in names), all(name in took for name in names))
