@@ -1,6 +1,5 @@
 """What several ranks do with a signal that comes to one of them."""
 
-import os
 import signal
 
 import pytest
@@ -10,7 +9,7 @@ from vidreason.lightning_modules.interrupts import StopNow, StopRequested, defer
 
 
 def signalled() -> str:
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     return "done"
 
 
@@ -34,9 +33,9 @@ def test_a_second_ctrl_c_waits_for_nothing(monkeypatch):
     monkeypatch.setattr("vidreason.lightning_modules.interrupts.time.monotonic", lambda: now[0])
     with signals_handled():
         defer(True)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         now[0] = 0.5  # a launcher sends it, too
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         now[0] = 2.0
         with pytest.raises(StopNow):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
