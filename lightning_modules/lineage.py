@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vidreason.lightning_modules.vlms import adapters
-from vidreason.lightning_modules.vlms.adapters import INFO_FILE
+from vidreason.lightning_modules.vlms import weight_folders
+from vidreason.lightning_modules.vlms.weight_folders import INFO_FILE
 
 REVIEWED = "policy"
 """Key of ``vidreason.json`` that only calibrators have: whose traces they review"""
@@ -44,7 +44,7 @@ def read_info(folder: str | Path) -> dict[str, object]:
     Raises:
         ValueError: Where there is no such file, naming the folder.
     """
-    info = adapters.read_info(folder)
+    info = weight_folders.read_info(folder)
     if not info:
         raise ValueError(f"{folder}: no {INFO_FILE} here; expected the adapter/ or weights/ folder that a stage wrote")
     return info

@@ -1,13 +1,7 @@
-"""Named LoRA adapters on one base: attach, save, load, copy and switch; and folders of full weights.
-
-An adapter folder is a PEFT folder plus ``vidreason.json`` (stage and lineage), whatever the adapter's name in memory.
-"""
+"""Named LoRA adapters on one base: attach, save, load, copy and switch."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vidreason.datamodules.whole_files import flush_to_disk, naming, replace_folder
 from vidreason.lightning_modules.vlms.layout import is_sharded
 from vidreason.lightning_modules.vlms.sharding import whole_state
+from vidreason.lightning_modules.vlms.weight_folders import CONFIG_FILE, is_adapter_folder, published
 
-INFO_FILE = "vidreason.json"
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
@@ -73,52 +64,6 @@ def attach_lora(
     return wrapped
 
 
-def is_adapter_folder(folder: str | Path) -> bool:
-    """Whether ``folder`` holds a PEFT adapter (and not full weights)."""
-    return (Path(folder) / CONFIG_FILE).is_file()
-
-
-def read_info(folder: str | Path) -> dict[str, object]:
-    """What ``vidreason.json`` in an adapter or weights folder says; empty where there is none."""
-    file = Path(folder) / INFO_FILE
-    if not file.is_file():
-        return {}
-    info: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
-    return info
-
-
-@contextmanager
-def _published(folder: Path, info: Mapping[str, object]) -> Iterator[Path]:
-    """Yields a draft; adds the info file and moves it to its place, so that no failure leaves half a folder.
-
-    Raises:
-        OSError: Naming ``folder``, where it cannot be written.
-    """
-    draft = folder.with_name(folder.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        with naming(folder), _full_disk_said():
-            draft.mkdir(parents=True)
-            yield draft
-            (draft / INFO_FILE).write_text(json.dumps(dict(info), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            flush_to_disk(draft)
-            replace_folder(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextmanager
-def _full_disk_said() -> Iterator[None]:
-    """Safetensors has an error of its own for what the system refuses; it is the system's again here."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-
-
 def _peft(model: nn.Module, name: str) -> PeftModel:
     if not isinstance(model, PeftModel) or name not in model.peft_config:
         have = sorted(model.peft_config) if isinstance(model, PeftModel) else "none"
@@ -149,26 +94,11 @@ def save_adapter(
     weights: dict[str, Tensor] = get_peft_model_state_dict(peft_model, state, adapter_name=name)
     config = deepcopy(peft_model.peft_config[name])
     config.inference_mode = True
-    with _published(folder, info) as draft:
+    with published(folder, info) as draft:
         save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, draft / WEIGHTS_FILE)
         config.save_pretrained(str(draft))
         for inner, other in (beside or {}).items():
             shutil.copytree(other, draft / inner, ignore=shutil.ignore_patterns(inner))
-
-
-def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, object], processor: Any = None) -> None:
-    """Writes a fully fine-tuned model as a model folder with ``info`` in ``vidreason.json``.
-
-    Args:
-        model: The model.
-        folder: Where to.
-        info: Content of ``vidreason.json``.
-        processor: Written beside it.
-    """
-    with _published(Path(folder), info) as draft:
-        model.save_pretrained(draft, state_dict=whole_state(model) if is_sharded(model) else None)
-        if processor is not None:
-            processor.save_pretrained(draft)
 
 
 def load_adapter(
@@ -283,21 +213,3 @@ def _same_trainable(model: nn.Module) -> Iterator[None]:
 def trainable_names(model: nn.Module) -> frozenset[str]:
     """Names of the parameters that take gradients."""
     return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def adapter_sha(folder: str | Path) -> str:
-    """SHA-256 of what an adapter (or a folder of full weights) computes: its weights and its LoRA settings."""
-    folder = Path(folder)
-    digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no weights (*.safetensors)")
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    if is_adapter_folder(folder):
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        digest.update(f"{config['r']} {config['lora_alpha']}".encode())
-    return digest.hexdigest()

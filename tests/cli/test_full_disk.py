@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from vidreason.cli.main import main
 from vidreason.datamodules import porch_render
@@ -113,9 +114,7 @@ def test_a_full_disk_keeps_what_was_written_before(fill, monkeypatch):
 def test_a_full_disk_while_an_adapter_is_written(capfd, monkeypatch):
     def save(tensors, path):
         Path(path).write_bytes(b"half")
-        raise adapters.SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        )  # its words
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # its words
 
     monkeypatch.setattr(adapters, "save_file", save)
     assert main([*FIT, *LORA]) == 1

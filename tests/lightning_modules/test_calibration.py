@@ -11,8 +11,8 @@ from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.lightning_modules.calibration import CALIBRATOR, CalibrationModule
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
-from vidreason.lightning_modules.vlms.adapters import adapter_sha
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.weight_folders import adapter_sha
 
 OWN = TraceOptions(samples=2, sampling=Sampling(max_new_tokens=5))
 

@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from vidreason.datamodules.types import Encoded
 from vidreason.lightning_modules.vlms.adapters import (
     LoRAOptions,
-    adapter_sha,
     copy_adapter,
     load_adapter,
-    read_info,
     save_adapter,
-    save_weights,
     trainable_names,
     use_adapter,
 )
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.qwen import QwenVL
+from vidreason.lightning_modules.vlms.weight_folders import adapter_sha, read_info, save_weights
 
 MakeVLM = Callable[..., VLM]
 LORA = LoRAOptions(r=4, alpha=8)
