@@ -9,7 +9,7 @@ Deviations from the paper:
        fine-tuning: a fresh adapter on the policy's weights).
     2. K traces at test as in training, at the same temperature, and a temperature fitted on ``cal``.
 
-What it hands on is described in ``calibrator_info.py``.
+What it hands on is described in ``calibrator_info.py``; the temperature is in ``temperature.py``.
 
 Shape letters: B clips, K traces per clip, C classes, R = traces in a batch, N texts, L tokens.
 """
@@ -20,12 +20,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
@@ -35,17 +35,16 @@ from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.prompts import ClipView, ReviewView
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.datamodules.types import VideoBatch
-from vidreason.lightning_modules.base import VLMModule, metric_key
 from vidreason.lightning_modules.calibrator_info import CalibratorInfo, CalibratorInput, calibrator_extra
-from vidreason.lightning_modules.deciding import closed_set, decide_by_probs, update_metrics
-from vidreason.lightning_modules.functional.calibration import apply_temperature, fit_temperature
+from vidreason.lightning_modules.deciding import closed_set, decide_by_probs
+from vidreason.lightning_modules.functional.calibration import apply_temperature
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import average_over_traces, label_log_probabilities
 from vidreason.lightning_modules.lineage import Lineage
-from vidreason.lightning_modules.metrics import ClassificationMetrics
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.predictions import Decisions, TraceText
 from vidreason.lightning_modules.rollout import Completion
+from vidreason.lightning_modules.temperature import TemperatureScaledModule
 from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER
 from vidreason.lightning_modules.vlms.adapters import (
     LoRAOptions,
@@ -57,7 +56,6 @@ from vidreason.lightning_modules.vlms.adapters import (
 )
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.building import POLICY
-from vidreason.lightning_modules.vlms.generation import evaluating
 from vidreason.lightning_modules.work import Work
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
@@ -65,7 +63,7 @@ CALIBRATOR = "calibrator"
 CALIBRATOR_LORA = LoRAOptions()
 
 
-class CalibrationModule(VLMModule):
+class CalibrationModule(TemperatureScaledModule):
     """Trains and runs the calibrator.
 
     Args:
@@ -125,10 +123,7 @@ class CalibrationModule(VLMModule):
         self.input = input
         self.loss_kind = loss
         self.lora = lora
-        self.temperature = 1.0
-        self._temperature_step = -1
         self._traces: dict[str, tuple[TraceRecord, ...]] = {}
-        self.scaled_metrics = nn.ModuleDict()
 
     # ------------------------------------------------------------------ weights
 
@@ -143,7 +138,6 @@ class CalibrationModule(VLMModule):
                 "calibration: give --model.init_args.calibrator_path, the adapter/ that a calibration stage wrote"
             )
         super().setup(stage)
-        self.scaled_metrics = nn.ModuleDict({key: self.new_metrics() for key in self.metrics})
 
     def take_calibrator(self, folder: Path) -> None:
         """Takes policy and temperature from the calibrator's folder.
@@ -287,59 +281,6 @@ class CalibrationModule(VLMModule):
         ]
         return decide_by_probs(probs, self.data.label_names, traces, unscaled=logprobs.exp())
 
-    def count(self, batch: VideoBatch, decisions: Decisions | None, split: str) -> None:
-        """Counts probabilities before and after scaling; clips that could not be read are in both."""
-        names = self.data.label_names
-        update_metrics(self.scaled_of(split), batch, decisions, names, self.device)
-        if decisions is not None and decisions.unscaled is not None:
-            decisions = replace(decisions, probs=decisions.unscaled)
-        super().count(batch, decisions, split)
-
-    def scaled_of(self, split: str) -> ClassificationMetrics:
-        """Returns the metrics of the temperature-scaled probabilities of a split."""
-        metrics = self.scaled_metrics[metric_key(split)]
-        assert isinstance(metrics, ClassificationMetrics)
-        return metrics
-
-    def log_metrics(self, split: str) -> None:
-        """Logs ``<split>/*`` before scaling, ``temperature``, and ``ece_scaled``, ``nll_scaled``, ``brier_scaled``."""
-        super().log_metrics(split)
-        scaled = self.scaled_of(split)
-        if int(scaled.confusion().sum()):
-            values = scaled.compute()
-            self.log_dict({f"{split}/{name}_scaled": values[name] for name in ("ece", "nll", "brier")})
-            self.log(f"{split}/temperature", self.temperature)
-        scaled.reset()
-
-    # ------------------------------------------------------------------ temperature
-
-    def on_validation_epoch_start(self) -> None:
-        """Fits the temperature of the weights as they are, before they are validated."""
-        if self.fitting and not self.trainer.sanity_checking:
-            self.refresh_temperature()
-
-    def refresh_temperature(self) -> None:
-        """Fits the temperature on ``cal``, which serves nothing else."""
-        if not self.data.clips("cal"):
-            rank_zero_warn("calibration: there is no split cal, so the temperature stays 1")
-            return
-        logprobs, labels = [], []
-        with torch.no_grad(), evaluating(self.policy), self.forward_context():
-            for batch in self.data.loader("cal", self.review("all")):
-                labelled = batch.labels >= 0
-                if bool(labelled.any()):
-                    logprobs.append(self.class_logprobs(batch.to(self.device)).float().cpu()[labelled])
-                    labels.append(batch.labels[labelled])
-        if not labels:
-            raise ValueError("calibration: no clip of split cal can be read and has a label, so no temperature fits")
-        fit = fit_temperature(torch.cat(logprobs), torch.cat(labels))
-        if fit.at_bound:
-            rank_zero_warn(
-                f"calibration: the temperature fitted on {len(torch.cat(labels))} clips of cal is at its bound, "
-                f"{fit.temperature:.2f}: too few clips, or probabilities that say nothing"
-            )
-        self.temperature, self._temperature_step = fit.temperature, self.trainer.global_step
-
     # ------------------------------------------------------------------ artefacts
 
     def lineage(self, folder: Path) -> Lineage:
@@ -354,24 +295,12 @@ class CalibrationModule(VLMModule):
 
     def export(self, run_dir: Path) -> Path:
         """Writes the calibrator, and its policy beside it; see the module's docstring."""
-        stale = self._temperature_step != self.trainer.global_step
-        if stale and self.trainer.state.status != TrainerStatus.INTERRUPTED:
-            self.refresh_temperature()
+        self.refresh_stale_temperature()
         folder = run_dir / ADAPTER_FOLDER
         copied = self.adapter_path is not None and not self.starts_from_weights
         beside = {POLICY: Path(str(self.adapter_path))} if copied else {}
         save_adapter(self.policy, folder, CALIBRATOR, self.lineage(folder).info(), beside)
         return folder
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every stage, with the temperature."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["temperature"] = self.temperature
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every stage, with the temperature."""
-        super().on_load_checkpoint(checkpoint)
-        self.temperature = checkpoint["temperature"]
 
     # ------------------------------------------------------------------ how much there is to do
 
@@ -390,10 +319,6 @@ class CalibrationModule(VLMModule):
     def deciding_work(self, clips: float, classes: int) -> Work:
         """All labels behind every trace."""
         return Work(clips_read=clips, texts_scored=clips * self.trace_options.samples * (1 + classes))
-
-    def watching_work(self, clips: float, data: VideoDataModule) -> Work:
-        """The temperature is fitted on ``cal`` first, by every rank."""
-        return self.deciding_work(clips + len(data.clips("cal")), len(data.label_names))
 
     def learning_work(self, clips: float, classes: int) -> Work:
         """Every trace, and behind it its label or all of them."""
