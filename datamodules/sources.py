@@ -5,7 +5,6 @@ Nothing is opened but the table itself; ``probing.py`` looks into the clips.
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +15,10 @@ from vidreason.datamodules.columns import ColumnNames, Columns, find_columns
 from vidreason.datamodules.folders import VIDEO_SUFFIXES, Layout, read_layout
 from vidreason.datamodules.rows import Row, Table, read_delimited, read_records, table_of
 from vidreason.datamodules.split_names import standard_split
+from vidreason.datamodules.table_paths import absolute, locator, path_of
 
 _DELIMITERS = (",", ";", "\t", "|")
 _FALLBACK_ENCODING = "cp1252"  # what a spreadsheet writes where it does not write UTF-8
-_SAMPLE = 200  # rows that the guess of a root looks for
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def _from_layout(folder: Path, layout: Layout) -> Source:
     clips = []
     for clip in layout.clips:
         name = clip.path.relative_to(folder).as_posix()
-        clips.append(SourceClip(_absolute(clip.path), name, _label(clip.label), standard_split(clip.split), place=name))
+        clips.append(SourceClip(absolute(clip.path), name, _label(clip.label), standard_split(clip.split), place=name))
     notes = []
     if layout.home != folder:
         notes.append(f"classes are looked for in {layout.home}, the only folder in {folder}")
@@ -156,7 +155,7 @@ def _from_file(path: Path, options: SourceOptions) -> Source:
         blank = [row.place for row in rows if not row.get(columns.split)]
         if len(blank) < len(rows):
             _refuse(path, f"no split (column {columns.split!r}), though other rows have one", blank)
-    locate, where_from = _locator(path, [row.get(columns.path) for row in rows], options.root)
+    locate, where_from = locator(path, [row.get(columns.path) for row in rows], options.root)
     notes += where_from
     return Source(path, kind, tuple(_clip(row, columns, locate) for row in rows), tuple(notes), question)
 
@@ -196,7 +195,7 @@ def _select(table: Table, where: Mapping[str, str], path: Path) -> Sequence[Row]
 
 
 def _clip(row: Row, columns: Columns, locate: Callable[[str], Path]) -> SourceClip:
-    path = _path_of(row.get(columns.path))
+    path = path_of(row.get(columns.path))
     known = {columns.path, columns.label, columns.split, columns.group}
     return SourceClip(
         file=locate(path),
@@ -207,53 +206,6 @@ def _clip(row: Row, columns: Columns, locate: Callable[[str], Path]) -> SourceCl
         fields={key: value for key, value in row.values.items() if key not in known and key != "video_id"},
         place=row.place,
     )
-
-
-def _path_of(value: str) -> str:
-    """The path that a cell holds: itself, or the only one of a JSON list."""
-    if value.startswith("["):
-        try:
-            items = json.loads(value)
-        except json.JSONDecodeError:
-            return value
-        if isinstance(items, list) and len(items) == 1 and isinstance(items[0], str):
-            return items[0]
-    return value
-
-
-def _locator(table: Path, values: Sequence[str], root: Path | None) -> tuple[Callable[[str], Path], list[str]]:
-    """How a table's paths become files: from which folder, and with which suffix where they have none.
-
-    Raises:
-        ValueError: where not one of the files is there.
-    """
-    roots = [root] if root is not None else list(dict.fromkeys([_absolute(table.parent), Path.cwd()]))
-    sample = [_path_of(value) for value in values]
-    for some in (sample[:_SAMPLE], sample):
-        hits = [sum(_find(_absolute(folder), value) is not None for value in some) for folder in roots]
-        if max(hits):
-            break
-    else:
-        places = " and ".join(str(_absolute(folder) / sample[0]) for folder in roots)
-        raise ValueError(
-            f"{table}: path not found: {sample[0]!r} of the first row, looked for {places}; give --root DIR"
-        )
-    best = _absolute(roots[hits.index(max(hits))])
-    notes = [f"paths are relative to {best}"] if len(roots) > 1 and best != _absolute(table.parent) else []
-    return lambda value: _find(best, value) or _absolute(best / value), notes
-
-
-def _find(root: Path, value: str) -> Path | None:
-    """The file that a path means, in whichever way its accents are composed, or with the suffix that it lacks."""
-    for text in dict.fromkeys((value, unicodedata.normalize("NFC", value), unicodedata.normalize("NFD", value))):
-        path = root / text
-        if path.is_file():
-            return _absolute(path)
-        if not path.suffix:
-            for suffix in sorted(VIDEO_SUFFIXES):
-                if (found := path.with_name(path.name + suffix)).is_file():
-                    return _absolute(found)
-    return None
 
 
 def _once_each(source: Source) -> Source:
@@ -290,11 +242,6 @@ def _once_each(source: Source) -> Source:
 
 def _label(text: str) -> str:
     return unicodedata.normalize("NFC", text.strip())
-
-
-def _absolute(path: Path) -> Path:
-    """Links are kept, unless ``..`` would lead back over one."""
-    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def _names(paths: Iterable[Path], folder: Path) -> str:
