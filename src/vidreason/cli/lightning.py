@@ -7,13 +7,10 @@ installed package, and errors of the user's in one line.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +25,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vidreason.callbacks.run_checkpoint import EVERY_TEN, CheckpointOptions, RunCheckpoint
 from vidreason.callbacks.stopping import Stopping
+from vidreason.cli.command_files import config_files as config_files
+from vidreason.cli.command_files import point_at_shipped, with_shipped_files
 from vidreason.cli.config_errors import explain
-from vidreason.cli.configs import PREFIX, find_config
 from vidreason.cli.devices import refuse_missing_gpus
 from vidreason.cli.main import EXIT_OK, EXIT_USAGE
-from vidreason.cli.processes import describe, refuse_unreachable_machines
+from vidreason.cli.processes import describe, refuse_unreachable_machines, say
 from vidreason.cli.run_record import RunRecord, from_the_start
-from vidreason.cli.vlm_shorthand import expand, is_shorthand
 from vidreason.lightning_modules.checkpoints import WholeCheckpointIO
 from vidreason.lightning_modules.interrupts import StopRequested, check_stop, signals_handled, take_signals
 from vidreason.lightning_modules.trained_weights import WeightsModule
 from vidreason.lightning_modules.vlms.base import VLM
 
-_FILE_OPTIONS = ("-c", "--config", "--trainer", "--model", "--data", "--vlm")
 _CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
 
 
@@ -68,7 +64,7 @@ class VideoCLI(LightningCLI):
     def __init__(self, command: str, argv: Sequence[str], execute: bool = True) -> None:
         self.command_line = shlex.join(["vidreason", command, *argv])
         self.execute = execute
-        arguments, self.first_config = _with_shipped_files(argv)
+        arguments, self.first_config = with_shipped_files(argv)
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -129,7 +125,7 @@ class VideoCLI(LightningCLI):
         if checkpoint and checkpoint not in _CKPT_KEYWORDS and not Path(checkpoint).exists():
             raise argparse.ArgumentError(None, f"--ckpt_path {checkpoint}: no such file")
         for section in ("model", "data", "vlm"):
-            _point_at_shipped(config.get(section))
+            point_at_shipped(config.get(section))
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; an error of theirs comes out as they raised it.
@@ -236,72 +232,6 @@ def run(command: str, argv: Sequence[str]) -> int:
 def build(command: str, argv: Sequence[str]) -> VideoCLI:
     """Parses and instantiates everything a command would use, without running it or loading weights."""
     return VideoCLI(command, argv, execute=False)
-
-
-def say(text: str) -> None:
-    """Prints a line for the user, once however many processes run."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-
-
-def config_files(argv: Sequence[str]) -> list[Path]:
-    """Returns the YAML files of a command line and, behind each, the files it names."""
-    found: list[Path] = []
-    waiting = [path for _, _, value in _file_options(argv) if (path := find_config(value)) is not None]
-    while waiting:
-        path = waiting.pop(0)
-        found.append(path)
-        for name in re.findall(r"""[:\[\s,]['"]?([\w./-]+\.ya?ml)\b""", path.read_text(encoding="utf-8")):
-            section = path.parent / name
-            if section.is_file() and section not in found + waiting:
-                waiting.append(section)
-    return found
-
-
-def _file_options(argv: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    """Yields (index of the word that holds the value, text in front of the value, value) of every YAML option."""
-    for index, word in enumerate(argv):
-        option, equals, value = word.partition("=")
-        if option not in _FILE_OPTIONS:
-            continue
-        if equals:
-            yield index, option + "=", value
-        elif index + 1 < len(argv):
-            yield index + 1, "", argv[index + 1]
-
-
-def _with_shipped_files(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """Replaces ``configs/...`` that are not in the current folder by the package's; also returns the first config."""
-    arguments = list(argv)
-    first_config = None
-    for index, front, value in _file_options(argv):
-        path = find_config(value)
-        if path is not None and path != Path(value):
-            say(f"{value}: not in this folder, using the installed package's {path}")
-            arguments[index] = f"{front}{path}"
-        option = front.rstrip("=") or argv[index - 1]
-        if option == "--vlm" and is_shorthand(value):
-            arguments[index] = f"{front}{_section_of(value)}"
-        if option in ("-c", "--config") and first_config is None:
-            first_config = value
-    return arguments, first_config
-
-
-def _section_of(value: str) -> str:
-    """The section that a hub id or model folder stands for, as the parser takes it."""
-    try:
-        return json.dumps(expand(value))
-    except ValueError as error:
-        raise argparse.ArgumentError(None, str(error)) from error
-
-
-def _point_at_shipped(section: Namespace | None) -> None:
-    """Resolves values such as ``task: configs/tasks/porch.yaml`` in place where only the package has the file."""
-    if section is None:
-        return
-    for key, value in section.items():
-        if isinstance(value, str) and value.startswith(f"{PREFIX}/") and value.endswith((".yaml", ".yml")):
-            section[key] = str(find_config(value) or value)
 
 
 def _cause_of(error: ValueError) -> ValueError:

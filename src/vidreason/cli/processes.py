@@ -1,8 +1,12 @@
-"""On how many processes and machines a stage runs, what it trains there, and what it lacks to do so."""
+"""On how many processes and machines a stage runs, what it trains there, and what it lacks to do so.
+
+And ``say``, with which all of them say a thing once.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 
 import lightning as L
 from lightning.pytorch.strategies import ParallelStrategy
@@ -45,3 +49,9 @@ def refuse_unreachable_machines(trainer: L.Trainer) -> None:
         "torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each (docs/strategies.md); on one machine "
         "take configs/strategy/ddp.yaml"
     )
+
+
+def say(text: str) -> None:
+    """Prints a line for the user, once however many processes run."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
