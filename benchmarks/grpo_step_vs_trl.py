@@ -57,7 +57,7 @@ SIZES = {
 
 def write_model(folder: Path, size: str) -> None:
     """Writes the model that all arms load."""
-    spec = importlib.util.spec_from_file_location("builders", ROOT / "tests/lightning_modules/vlms/builders.py")
+    spec = importlib.util.spec_from_file_location("vlm_builders", ROOT / "tests/vlm_builders.py")
     assert spec is not None
     assert spec.loader is not None
     builders: ModuleType = importlib.util.module_from_spec(spec)

@@ -2,12 +2,11 @@
 
     python tests/ddp_ranks.py BASE CLIPS OUT PORT
 
-writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``. Loaded by path, as ``stage_world.py`` is.
+writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import rank_processes as processes
+import stage_world as world
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
@@ -26,19 +27,6 @@ from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 from vidreason.rewards.base import RewardFn, RewardInput, RewardScore
-
-
-def load(name: str) -> Any:
-    """Loads a file beside this one; ``tests`` is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-world, processes = load("stage_world"), load("rank_processes")
 
 CLIPS = world.SPLIT_SIZES["train"]
 PENALTIES: dict[str, Any] = {"kl_coef": 0.1, "entropy_coef": 0.01}
@@ -147,19 +135,15 @@ def run(
     )
     torch.manual_seed(0)  # LoRA's A
     trainer = L.Trainer(
-        accelerator="cpu",
         devices=ranks,
         strategy=(strategy or DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60)))
         if ranks > 1
         else "auto",
         max_epochs=2,
         limit_val_batches=0,
-        num_sanity_val_steps=0,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=out,
+        **world.QUIET,
     )
     trainer.fit(module, clips_of(clips, encoder=vlm, batch_size=CLIPS // ranks))
     return {

@@ -1,7 +1,4 @@
-"""Two processes that train together (gloo, on this machine), under a time limit: one that waits for the other fails.
-
-Loaded by path, as ``stage_world.py`` is.
-"""
+"""Two processes that train together (gloo, on this machine), under a time limit: one that waits for the other fails."""
 
 from __future__ import annotations
 
@@ -9,12 +6,24 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor, multiprocessing
+from torch import Tensor, distributed, multiprocessing
 from torch.distributed.tensor import DTensor
+
+
+@pytest.fixture
+def without_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A current folder of the test's own, no rank in the environment, and no process group left behind."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def launch(script: str, *arguments: object, limit_s: float) -> None:

@@ -1,12 +1,12 @@
 """Fixtures for everything that trains: a base of a few thousand parameters and clips it can tell apart.
 
-Loaded by path (``tests`` is no package): ``tests/lightning_modules/conftest.py`` and others take the fixtures.
+``tests/lightning_modules/conftest.py`` and others take the fixtures.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 LABELS = ("fall", "visit", "pass by")
 SPLIT_SIZES = {"train": 6, "val": 3, "cal": 3, "test_a": 3, "test_b": 3}
 SHORT = Sampling(max_new_tokens=6)
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Options of a trainer that leaves nothing behind and says nothing"""
 
 
 def write_solid(path: Path, level: int, frames: int = 4) -> Path:
@@ -132,8 +140,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
     """``make_trainer(folder="run", **arguments)``: a quiet CPU trainer with that run folder."""
 
     def make(folder: str | Path = "run", **kwargs: Any) -> L.Trainer:
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        kwargs = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0, **quiet, **kwargs}
+        kwargs = {"devices": 1, **QUIET, **kwargs}
         kwargs.setdefault(
             "enable_checkpointing", any("Checkpoint" in type(c).__name__ for c in kwargs.get("callbacks", []))
         )
@@ -163,6 +170,11 @@ def ready(make_data: Callable[..., GreyClips], make_trainer: Callable[..., L.Tra
         return module
 
     return make
+
+
+def adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
+    """An optimizer whose every step shows."""
+    return torch.optim.AdamW(parameters, lr=1e-2)
 
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:

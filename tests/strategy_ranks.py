@@ -2,18 +2,18 @@
 
     python tests/strategy_ranks.py BASE CLIPS OUT all|STRATEGY,STRATEGY PORT
 
-writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``. Loaded by path, as ``stage_world.py`` is.
+writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import ddp_ranks as grpo
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -30,11 +30,6 @@ from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
-_spec = importlib.util.spec_from_file_location("ddp_ranks", Path(__file__).with_name("ddp_ranks.py"))
-assert _spec is not None
-assert _spec.loader is not None
-grpo = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(grpo)
 world, processes = grpo.world, grpo.processes
 
 SHORT = Sampling(max_new_tokens=6)
@@ -140,16 +135,12 @@ def run(
 
     def trainer(**kwargs: Any) -> L.Trainer:
         return L.Trainer(
-            accelerator="cpu",
             devices=ranks // machines,
             num_nodes=machines,
             strategy=strategy_of(strategy) if ranks > 1 else "auto",
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             enable_checkpointing=False,
             default_root_dir=folder,
+            **world.QUIET,
             **kwargs,
         )
 

@@ -1,10 +1,10 @@
 """Every shipped YAML builds what it names; no weights are loaded and nothing is rendered."""
 
-import importlib.util
 import math
 from pathlib import Path
 
 import pytest
+import stage_world as world
 import yaml
 
 from vidreason.callbacks.progress import RunProgress
@@ -15,11 +15,6 @@ from vidreason.lightning_modules.grpo import GRPOModule
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
 
-_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
-assert _spec is not None
-assert _spec.loader is not None
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
 small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_folder, world.make_vlm, world.make_data
 make_trainer = world.make_trainer
 

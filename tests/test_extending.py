@@ -1,6 +1,5 @@
 """The files of docs/extending.md, run as they stand there in a project of somebody else's."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import vlm_builders
 
 from vidreason.cli.main import main
 
@@ -41,12 +41,7 @@ def project(tmp_path, write_clip):
     for split, count in {"train": 8, "test": 2}.items():
         for i in range(count):
             write_clip(tmp_path / "clips" / split / ("open", "shut")[i % 2] / f"{i}.mp4", i + 2)
-    spec = importlib.util.spec_from_file_location("vlm_builders", ROOT / "tests/lightning_modules/vlms/builders.py")
-    assert spec is not None
-    assert spec.loader is not None
-    builders = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(builders)
-    builders.write_smolvlm(tmp_path / "my_model")
+    vlm_builders.write_smolvlm(tmp_path / "my_model")
     return tmp_path
 
 

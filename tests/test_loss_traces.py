@@ -6,12 +6,11 @@ NumPy by parameter name, so that no library's initialisation is pinned along wit
 """
 
 import hashlib
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+import stage_world as world
 import torch
 
 from vidreason.datamodules.prompts import DescribeView, ReasonView
@@ -27,11 +26,6 @@ from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditional
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 from vidreason.rewards.completion import parse_completion, render_completion
 
-_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
-assert _spec is not None
-assert _spec.loader is not None
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
 small_base, clip_folder, make_data = world.small_base, world.clip_folder, world.make_data
 make_trainer = world.make_trainer
 

@@ -1,9 +1,7 @@
 """A 4-bit base with an adapter, on a CPU: it trains, scores and writes after sampling; its checkpoints resume."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import stage_world as world
 import torch
 
 from vidreason.lightning_modules.grpo import GRPOModule
@@ -14,11 +12,8 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 from vidreason.rewards.base import RewardFn
 
-_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
 small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_folder, world.make_vlm, world.make_data
-make_trainer, parameters = world.make_trainer, world.parameters
+make_trainer, parameters, adamw = world.make_trainer, world.parameters, world.adamw
 
 SHORT = Sampling(max_new_tokens=6)
 
@@ -26,10 +21,6 @@ SHORT = Sampling(max_new_tokens=6)
 class Letters(RewardFn):
     def __call__(self, item):
         return float(len(item.completion) % 3)
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2)
 
 
 @pytest.fixture

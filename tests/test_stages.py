@@ -1,11 +1,10 @@
 """Stages one after the other, interrupted ones too: what one writes, the next one reads."""
 
 import contextlib
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+import stage_world as world
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -22,20 +21,11 @@ from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.completion import CompletionForm, parse_completion
 
-_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
-assert _spec is not None
-assert _spec.loader is not None
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
 small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_folder, world.make_vlm, world.make_data
-make_trainer, ready = world.make_trainer, world.ready
+make_trainer, ready, adamw = world.make_trainer, world.ready, world.adamw
 
 SHORT = Sampling(max_new_tokens=6)
 OWN = TraceOptions(samples=2, sampling=SHORT, filter=RationaleFilter(complete=False))
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2)
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -113,7 +103,13 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_vlm, make_data,
 
     def module(stop=-1):
         made = Interrupted(
-            make_vlm(), target="trace", traces_sampled=OWN, optimizer=adamw, schedule="linear", warmup=0.25, min_steps=5
+            make_vlm(),
+            target="trace",
+            traces_sampled=OWN,
+            optimizer=adamw,
+            schedule="linear",
+            warmup=0.25,
+            min_steps=5,
         )
         made.stop_at = stop
         return made

@@ -1,12 +1,12 @@
 """Every stage trains under every strategy overlay, in one process on a CPU; overlays and ``debug.yaml`` combine."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+import rank_processes as processes
+import stage_world as world
 import torch
-import torch.distributed as dist
 import yaml
 
 from vidreason.cli.lightning import build
@@ -19,26 +19,15 @@ from vidreason.lightning_modules.vlms.layout import is_sharded
 from vidreason.lightning_modules.vlms.sharding import is_whole, shard, whole
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
-_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
 small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_folder, world.make_vlm, world.make_data
+gathered, without_ranks = processes.gathered, processes.without_ranks
+pytestmark = pytest.mark.usefixtures("without_ranks")
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 STAGES = ("sft_label.yaml", "sft_cold_start.yaml", "grpo.yaml", "calibration.yaml")
 OVERLAYS = sorted(p.stem for p in (CONFIGS / "strategy").glob("*.yaml"))
 ONE_MACHINE = [name for name in OVERLAYS if name != "multi_node"]
 SHORT = Sampling(max_new_tokens=6)
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def overlay(name):
@@ -77,7 +66,7 @@ def test_every_stage_trains_under_every_strategy(stage, name, small):
 
     def remember():
         with torch.no_grad():
-            before.update({n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad})
+            before.update(world.parameters(module))
 
     module.on_fit_start = remember
     cli.trainer.fit(module, data)
@@ -93,10 +82,6 @@ def test_every_stage_trains_under_every_strategy(stage, name, small):
     adapter = asked.get("lora") is not None or stage == "calibration.yaml"
     assert all(("lora_" in n) == adapter for n in after)
     assert (Path("run") / ("adapter" if adapter else "weights") / "vidreason.json").is_file()
-
-
-def gathered(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

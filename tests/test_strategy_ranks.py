@@ -4,18 +4,13 @@ On purpose uneven: three validation clips make two batches on one rank and one o
 length, the groups of one rank are dead, and only some ranks sample groups again. A rank that waits for the other fails.
 """
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+import strategy_ranks as ranks
 import torch
+from comparing import relative_gap
 
-_spec = importlib.util.spec_from_file_location("strategy_ranks", Path(__file__).with_name("strategy_ranks.py"))
-assert _spec is not None
-assert _spec.loader is not None
-ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks)
 small_base, clip_folder = ranks.world.small_base, ranks.world.clip_folder
 
 LIMIT_S = 900
@@ -34,14 +29,6 @@ def two(out):
     return [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-def close(got, wanted, tolerance):
-    total = torch.stack([tensor.norm() for tensor in wanted.values()]).norm()
-    assert got.keys() == wanted.keys()
-    assert float(total) > 0
-    gap = torch.stack([(got[name] - wanted[name]).norm() for name in wanted]).norm()
-    assert float(gap / total) < tolerance
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ranks.STRATEGIES)
 @pytest.mark.parametrize("stage", SFT)
@@ -53,8 +40,8 @@ def test_supervised_stages_equal_one_process(two, small_base, clip_folder, tmp_p
         assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert rank["norms"] == pytest.approx(one["norms"], rel=1e-5)
         for got, wanted in zip(rank["gradients"], one["gradients"], strict=True):
-            close(got, wanted, 1e-5)
-        close(rank["weights"], one["weights"], 1e-6)
+            assert relative_gap(got, wanted) < 1e-5
+        assert relative_gap(rank["weights"], one["weights"]) < 1e-6
         assert rank["metrics"].keys() == one["metrics"].keys()
         for name, value in one["metrics"].items():
             assert rank["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
@@ -70,8 +57,8 @@ def test_grpo_equals_one_process(two, small_base, clip_folder, tmp_path, stage, 
     assert first["seen"] | second["seen"] == one["seen"]
     for rank in (first, second):
         for got, wanted in zip(rank["gradients"], one["gradients"], strict=True):
-            close(got, wanted, 1e-5)
-        close(rank["weights"], one["weights"], 1e-6)
+            assert relative_gap(got, wanted) < 1e-5
+        assert relative_gap(rank["weights"], one["weights"]) < 1e-6
         for got, wanted in zip(rank["logged"], one["logged"], strict=True):
             for name in ("train/loss", "train/grad_norm", "train/reward"):
                 assert got[name] == pytest.approx(wanted[name], rel=1e-5, abs=2e-6), name
@@ -109,4 +96,4 @@ def test_two_machines_of_one_process_equal_one_process(small_base, clip_folder, 
     for rank in (0, 1):
         found = torch.load(tmp_path / f"rank{rank}.pt")["sft_label", "ddp"]
         assert found["losses"] == pytest.approx(one["losses"], rel=1e-5)
-        close(found["weights"], one["weights"], 1e-6)
+        assert relative_gap(found["weights"], one["weights"]) < 1e-6

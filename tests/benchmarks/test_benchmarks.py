@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from importlib import import_module
+from importlib import import_module as load
 from pathlib import Path
-from types import ModuleType
 
+import harness
 import pytest
 import torch
 
@@ -17,20 +17,9 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = ("qwen", "smolvlm", "tiny")
 
 
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return import_module
-
-
-@pytest.fixture
-def harness(load) -> ModuleType:
-    return load("harness")
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("script", ["grpo_update", "sft_k_texts", "calibration_epoch", "long_completions"])
-def test_arms_have_one_gradient(load, harness, script: str, family: str) -> None:
+def test_arms_have_one_gradient(script: str, family: str) -> None:
     setting = harness.Setting(family, (2, 4, 4), 3, 6, 1)
     overall, single = harness.gradient_difference(list(load(script).ARMS.values()), setting)
     assert 0 < overall < 1e-5
@@ -38,11 +27,11 @@ def test_arms_have_one_gradient(load, harness, script: str, family: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_labels_have_one_score(load, harness, family: str) -> None:
+def test_labels_have_one_score(family: str) -> None:
     assert 0 < load("label_scoring").largest_difference(harness.Setting(family, (2, 4, 4), 5, 3, 1)) < 1e-5
 
 
-def test_fewer_flops_and_one_vision_call_in_a_run(load, harness) -> None:
+def test_fewer_flops_and_one_vision_call_in_a_run() -> None:
     setting = harness.Setting("qwen", (2, 8, 8), 8, 8, 0)
     found = {name: harness.count(make, setting) for name, make in load("grpo_update").ARMS.items()}
     assert found["naive"].gflop / found["expand"].gflop > 3
@@ -58,7 +47,7 @@ def test_fewer_flops_and_one_vision_call_in_a_run(load, harness) -> None:
     assert (labels["naive"].vision_calls, labels["ours"].vision_calls) == (8, 1)
 
 
-def test_flops_are_counted_where_torch_does_not(harness) -> None:
+def test_flops_are_counted_where_torch_does_not() -> None:
     """Attention by hand: two products of [n, heads, queries, keys] x size forward, five of them backward."""
     q, k, v = (torch.randn(1, 4, length, 16, requires_grad=True) for length in (8, 24, 24))
     with harness.flop_counter() as counter:
@@ -69,7 +58,7 @@ def test_flops_are_counted_where_torch_does_not(harness) -> None:
     assert counter.get_total_flops() == 5 * 2 * 4 * 8 * 24 * 16
 
 
-def test_the_gpu_script_runs_on_a_cpu(load, tmp_path: Path) -> None:
+def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     load("gpu_grpo").main(["--smoke", "--json", str(file)])
     rows = json.loads(file.read_text())["rows"]
@@ -79,7 +68,7 @@ def test_the_gpu_script_runs_on_a_cpu(load, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_reference_costs_what_the_targets_were_set_on(load, harness) -> None:
+def test_the_reference_costs_what_the_targets_were_set_on() -> None:
     """Naive: 328.9 GFLOP, measured elsewhere; targets 6.4 with the vision cache and 4.9 without."""
     script, setting = load("grpo_update"), harness.Setting("qwen", (8, 16, 16), 8, 64, 0)
     parameters = sum(p.numel() for p in script.ARMS["naive"](setting).model.parameters())
@@ -134,7 +123,7 @@ def test_the_gpu_scripts_need_no_decoder_and_no_parser(script: str) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_a_grid_is_checked(load) -> None:
+def test_a_grid_is_checked() -> None:
     with pytest.raises(ValueError, match="square frames"):
         load("reference_model").make_vlm("smolvlm", (2, 4, 8), 0)
     with pytest.raises(ValueError, match="must be even"):
@@ -142,7 +131,7 @@ def test_a_grid_is_checked(load) -> None:
 
 
 @pytest.mark.slow
-def test_scaling_draws_its_figure(load, tmp_path: Path) -> None:
+def test_scaling_draws_its_figure(tmp_path: Path) -> None:
     found = load("scaling").main(["--quick", "--figure", str(tmp_path / "scaling.png")])
     assert [p["group_size"] for p in found["G"]] == [1, 2]
     assert found["G"][1]["naive_gflop"] == pytest.approx(2 * found["G"][0]["naive_gflop"])
@@ -153,7 +142,7 @@ def test_scaling_draws_its_figure(load, tmp_path: Path) -> None:
 STRATEGY_ARMS = {"lora": 4, "qlora": 4, "fsdp": 4, "fsdp_qlora": 4}
 
 
-def test_the_strategies_script_runs_on_a_cpu(load, tmp_path: Path) -> None:
+def test_the_strategies_script_runs_on_a_cpu(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     load("gpu_strategies").main(["--smoke", "--json", str(file)])
     found = json.loads(file.read_text())
@@ -166,7 +155,7 @@ def test_the_strategies_script_runs_on_a_cpu(load, tmp_path: Path) -> None:
     assert trained["fsdp", "calibration"] == trained["lora", "calibration"]
 
 
-def test_arms_in_4_bits_are_named_where_they_cannot_run(load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_in_4_bits_are_named_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     script, real = load("gpu_strategies"), importlib.util.find_spec
     monkeypatch.setattr(script, "STAGES", ("sft_label",))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))

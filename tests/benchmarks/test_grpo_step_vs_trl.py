@@ -1,28 +1,16 @@
 """The benchmark against TRL at a tiny size: both sides do the same work, and the ratios are what they say."""
 
 import argparse
-import importlib.util
-import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 
 pytest.importorskip("trl")
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    arms = load("grpo_step_arms")
-    parent = load("grpo_step_vs_trl")
+    arms, parent = import_module("grpo_step_arms"), import_module("grpo_step_vs_trl")
     folder = tmp_path_factory.mktemp("model")
     parent.write_model(folder, "tiny")
     options = argparse.Namespace(steps=1, prompts=2, group_size=3, completion=5, side=56)
@@ -50,7 +38,7 @@ def test_both_sides_learn_in_every_step(runs):
 
 
 def test_ratios_are_medians_of_medians(runs):
-    parent = sys.modules["grpo_step_vs_trl"]
+    parent = import_module("grpo_step_vs_trl")
 
     def arm(*steps):
         return [{"step": step, "update": [s / 4 for s in step], "prompt_tokens": 9} for step in steps]

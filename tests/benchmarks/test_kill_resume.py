@@ -5,20 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
+import kill_compare
+import kill_resume
 import pytest
 import torch
 from safetensors.torch import save_file
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return import_module
 
 
 def a_run(folder: Path) -> Path:
@@ -103,23 +98,21 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_difference_is_seen(benchmark, tmp_path, change):
-    compare = benchmark("kill_compare")
+def test_a_difference_is_seen(tmp_path, change):
     run, unbroken = a_run(tmp_path / "run"), a_run(tmp_path / "unbroken")
-    assert compare.differences(run, unbroken) == []
+    assert kill_compare.differences(run, unbroken) == []
     change(run)
-    found = compare.differences(run, unbroken)
+    found = kill_compare.differences(run, unbroken)
     assert len(found) == 1
     assert found[0].startswith(CHANGES[change])
-    assert compare.lost(found) == found[0].startswith("missing")
+    assert kill_compare.lost(found) == found[0].startswith("missing")
 
 
-def test_the_file_is_added_to(benchmark, tmp_path):
+def test_the_file_is_added_to(tmp_path):
     path = tmp_path / "kills.json"
-    add = benchmark("kill_resume").add
-    add(path, "sft", 3, [])
-    add(path, "grpo", 2, ["missing: everything"])
-    add(path, "sft", 2, ["traces.jsonl differs"])
+    kill_resume.add(path, "sft", 3, [])
+    kill_resume.add(path, "grpo", 2, ["missing: everything"])
+    kill_resume.add(path, "sft", 2, ["traces.jsonl differs"])
     wanted = {"sft": {"kills": 5, "equal": 3, "lost": 0}, "grpo": {"kills": 2, "equal": 0, "lost": 2}}
     assert json.loads(path.read_text()) == wanted
 

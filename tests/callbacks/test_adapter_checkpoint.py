@@ -3,13 +3,10 @@ import json
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from stage_world import adamw
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
 from vidreason.lightning_modules.sft import RationaleSFTModule
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2)
 
 
 class Scripted(RationaleSFTModule):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stage_world import adamw
 
 from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.datamodules import whole_files
@@ -21,10 +22,6 @@ from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
 
 SHORT = Sampling(max_new_tokens=4)
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2)
 
 
 class Scripted(RationaleSFTModule):

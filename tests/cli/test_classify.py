@@ -1,13 +1,13 @@
 """Asking a finished run: its decisions are those of its own test, for files, folders and frames in memory."""
 
 import csv
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import stage_world as world
 
 from vidreason import VideoClassifier
 from vidreason.cli.finished_run import find_stage
@@ -15,11 +15,6 @@ from vidreason.cli.main import main
 from vidreason.cli.pipeline_state import RunState, StageRecord
 from vidreason.datamodules.decoding import FrameOptions, read_frames
 
-_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).parents[1] / "stage_world.py")
-assert _spec is not None
-assert _spec.loader is not None
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
 small_base = world.small_base
 
 SETTINGS = [

@@ -6,21 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from errors_page import FIT, LORA, PAGE, WRITES, stage
 from safetensors import SafetensorError
 
 from vidreason.cli.main import main
 from vidreason.datamodules import porch_render
 from vidreason.lightning_modules.vlms import adapters
-
-PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
-FIT = ("fit", "--config", "configs/sft_label.yaml", "--config", "small.yaml", "--data", "data.yaml")
-LORA = ("--vlm.init_args.lora", "{r: 2, alpha: 4}")
-WRITES = "{samples: 1, sampling: {max_new_tokens: 4}}"
-
-
-def stage(name: str, *options: str) -> list[str]:
-    command = {"generate": "predict", "test": "test"}.get(name, "fit")
-    return [command, "--config", f"configs/{name}.yaml", "--config", "small.yaml", "--data", "data.yaml", *options]
 
 
 class Full:

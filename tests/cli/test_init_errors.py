@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import errors_page
 import pytest
 
 from vidreason.cli.main import main
@@ -11,16 +12,12 @@ from vidreason.datamodules.decoding import FrameOptions
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.prompts import LabelView
 
-PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
-
 
 def documented() -> list[str]:
     """The messages of the section on data: tables and the remark on short clips."""
-    section = PAGE.read_text(encoding="utf-8").partition("\n## Data\n")[2].partition("\n## ")[0]
-    cells = re.findall(r"^\| `(.+?)` \|", section, flags=re.MULTILINE)
-    remark = re.search(r"`(… clip….*?repeated)`", section, flags=re.DOTALL)
+    remark = re.search(r"`(… clip….*?repeated)`", errors_page.section("Data"), flags=re.DOTALL)
     assert remark is not None
-    return [*cells, " ".join(remark[1].split())]
+    return [*errors_page.documented("Data"), " ".join(remark[1].split())]
 
 
 def pattern(message: str) -> str:

@@ -8,31 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from errors_page import FIT, FULL_DISK, LORA, TOO_MANY_GPUS, WRITES, documented, rows_that_say, stage
 
 from vidreason.cli.main import main
 from vidreason.lightning_modules.vlms.tiny.vlm import embedded_folder
-
-PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
-FIT = ("fit", "--config", "configs/sft_label.yaml", "--config", "small.yaml", "--data", "data.yaml")
-LORA = ("--vlm.init_args.lora", "{r: 2, alpha: 4}")
-WRITES = "{samples: 1, sampling: {max_new_tokens: 4}}"
-
-
-def documented(section: str) -> list[str]:
-    """The messages of a section's tables."""
-    text = PAGE.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    return re.findall(r"^\| `(.+?)` \|", text, flags=re.MULTILINE)
-
-
-def rows_that_say(message: str, section: str) -> list[str]:
-    return [
-        row for row in documented(section) if re.fullmatch(".+?".join(map(re.escape, row.split("…"))), message.strip())
-    ]
-
-
-def stage(name: str, *options: str) -> list[str]:
-    command = {"generate": "predict", "test": "test"}.get(name, "fit")
-    return [command, "--config", f"configs/{name}.yaml", "--config", "small.yaml", "--data", "data.yaml", *options]
 
 
 def trained(run_dir: str, *options: str) -> str:
@@ -221,8 +200,6 @@ MISTAKES = {
     no_such_file: "no such file",
 }
 """Each with the beginning of its row"""
-TOO_MANY_GPUS = "trainer.devices is …, but this machine has … GPU"
-FULL_DISK = "…: the disk is full"
 
 
 @pytest.fixture
@@ -269,38 +246,6 @@ def test_a_typo_is_answered_with_the_nearest_name(capfd, mistake, nearest):
     assert re.search(rf"did you mean '?{nearest}'?\?", capfd.readouterr().err)
 
 
-@pytest.mark.parametrize(
-    ("there", "accelerator", "devices", "refused"),
-    [
-        (0, "cpu", 4, False),
-        (0, "auto", "auto", False),
-        (0, "auto", 1, False),
-        (0, "auto", 4, True),
-        (0, "gpu", 1, True),
-        (0, "cuda", "auto", True),
-        (2, "gpu", 2, False),
-        (2, "gpu", "0,1", False),
-        (2, "gpu", "2,", True),
-        (2, "auto", [2], True),
-        (2, "auto", "3", True),
-        (2, "gpu", -1, False),
-    ],
-)
-def test_devices_are_compared_with_those_there_are(monkeypatch, there, accelerator, devices, refused):
-    from vidreason.cli.devices import refuse_missing_gpus
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    if not refused:
-        refuse_missing_gpus(accelerator, devices)
-        return
-    with pytest.raises(ValueError, match=r"trainer\.(accelerator|devices) is .*, but this machine has") as caught:
-        refuse_missing_gpus(accelerator, devices)
-    (row,) = rows_that_say(str(caught.value), "Commands and runs")
-    assert row.startswith(TOO_MANY_GPUS) == (there > 0)
-
-
 def damaged_clip_in_training():
     Path("clips/a/0.mp4").write_text("no video")
     return list(FIT)
@@ -315,6 +260,6 @@ def test_a_clip_that_broke_is_a_failure(capfd):
 
 def test_every_documented_message_is_produced_above():
     everything = [*documented("Commands and runs"), *documented("Failures")]
-    starts = {*MISTAKES.values(), TOO_MANY_GPUS, FULL_DISK}
+    starts = {*MISTAKES.values(), TOO_MANY_GPUS, FULL_DISK}  # the last two in test_devices.py and test_full_disk.py
     assert len(everything) == len(starts)
     assert all(sum(row.startswith(start) for start in starts) == 1 for row in everything)

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
+import rank_processes as processes
 import yaml
 from safetensors.torch import load_file
 
 from vidreason.cli.lightning import build
 from vidreason.cli.main import main
+
+without_ranks = processes.without_ranks
+pytestmark = pytest.mark.usefixtures("without_ranks")
 
 OVERLAYS = ("single", "lora", "full", "qlora", "ddp", "fsdp", "fsdp_qlora", "multi_node")
 SEVERAL = ("ddp", "fsdp", "fsdp_qlora")
@@ -92,16 +95,6 @@ FEW = [Cell("sft_label", "fsdp_qlora"), Cell("grpo", "qlora")]
 
 def name_of(cell: Cell) -> str:
     return f"{cell.stage}-{cell.strategy}"
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def run_here(cell: Cell, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

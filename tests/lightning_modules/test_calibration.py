@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stage_world import adamw
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
 from vidreason.callbacks.prediction_writer import PredictionWriter
@@ -15,10 +16,6 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.weight_folders import adapter_sha
 
 OWN = TraceOptions(samples=2, sampling=Sampling(max_new_tokens=5))
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2)
 
 
 def make(vlm, **kwargs):

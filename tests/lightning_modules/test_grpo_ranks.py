@@ -1,16 +1,8 @@
 """Two gloo ranks learn what one process learns from the same global batch, and how it is cut up does not matter."""
 
-import importlib.util
-from pathlib import Path
-
+import ddp_ranks as ddp
 import pytest
 import torch
-
-_spec = importlib.util.spec_from_file_location("ddp_ranks", Path(__file__).parents[1] / "ddp_ranks.py")
-assert _spec is not None
-assert _spec.loader is not None
-ddp = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ddp)
 
 LIMIT_S = 300
 NOT_SUMMED = {"train/num_tokens"}

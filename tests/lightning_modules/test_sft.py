@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from stage_world import adamw, parameters
 
 from vidreason.datamodules.prompts import DescribeView
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
@@ -13,14 +14,6 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.completion import parse_completion, render_completion
 
 OWN = TraceOptions(samples=2, sampling=Sampling(max_new_tokens=6), filter=RationaleFilter(complete=False, min_words=0))
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2)
-
-
-def snapshot(module):
-    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def write_traces(path, module, data, external=False, **changes):
@@ -48,10 +41,10 @@ def test_each_target_trains(make_vlm, make_data, make_trainer, target, lora):
     trainer = make_trainer(max_steps=3)
     before = {}
 
-    module.on_train_start = lambda: before.update(snapshot(module))  # type: ignore[method-assign]
+    module.on_train_start = lambda: before.update(parameters(module))  # type: ignore[method-assign]
     trainer.fit(module, make_data(vlm))
     assert trainer.global_step == 3
-    after = snapshot(module)
+    after = parameters(module)
     moved = [name for name in after if not torch.equal(before[name], after[name])]
     assert moved
     assert float(trainer.callback_metrics["train/loss"]) > 0

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+import vlm_builders as builders
 from torch import Tensor, nn
 
 from vidreason.datamodules.types import Encoded
@@ -27,7 +27,7 @@ MakeVLM = Callable[..., VLM]
 LORA = LoRAOptions(r=4, alpha=8)
 
 
-def encode(vlm: VLM, builders: ModuleType) -> Encoded:
+def encode(vlm: VLM) -> Encoded:
     return vlm.encode([builders.make_example(["<think>a person</think><answer>cat</answer>"])])
 
 
@@ -49,9 +49,9 @@ def test_what_is_trained(make_vlm: MakeVLM, family: str) -> None:
     assert any(tower in name for name in names)
 
 
-def test_adapter_folder_round_trip(make_vlm: MakeVLM, builders: ModuleType, family: str, tmp_path: Path) -> None:
+def test_adapter_folder_round_trip(make_vlm: MakeVLM, family: str, tmp_path: Path) -> None:
     vlm = make_vlm(family, lora=LORA)
-    encoded, folder = encode(vlm, builders), tmp_path / "run" / "adapter"
+    encoded, folder = encode(vlm), tmp_path / "run" / "adapter"
     model = vlm.build()
     base = logprobs(vlm, model, encoded)
     builders.randomise_lora(model)
@@ -77,9 +77,9 @@ def test_adapter_folder_round_trip(make_vlm: MakeVLM, builders: ModuleType, fami
     assert adapter_sha(folder) != first
 
 
-def test_adapters_side_by_side(make_vlm: MakeVLM, builders: ModuleType, tmp_path: Path) -> None:
+def test_adapters_side_by_side(make_vlm: MakeVLM, tmp_path: Path) -> None:
     vlm = make_vlm("qwen", lora=LORA)
-    encoded, model = encode(vlm, builders), vlm.build()
+    encoded, model = encode(vlm), vlm.build()
     base = logprobs(vlm, model, encoded)
     builders.randomise_lora(model)
     policy, trained = logprobs(vlm, model, encoded), trainable_names(model)
@@ -122,9 +122,9 @@ def test_adapters_side_by_side(make_vlm: MakeVLM, builders: ModuleType, tmp_path
         pass
 
 
-def test_full_weights_round_trip(make_vlm: MakeVLM, builders: ModuleType, tmp_path: Path) -> None:
+def test_full_weights_round_trip(make_vlm: MakeVLM, tmp_path: Path) -> None:
     vlm = make_vlm("qwen", freeze_vision=False)
-    encoded, model = encode(vlm, builders), vlm.build()
+    encoded, model = encode(vlm), vlm.build()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
@@ -137,14 +137,14 @@ def test_full_weights_round_trip(make_vlm: MakeVLM, builders: ModuleType, tmp_pa
     assert adapter_sha(tmp_path / "weights")
 
 
-def test_base_sha_follows_the_weights(builders: ModuleType, tmp_path: Path) -> None:
+def test_base_sha_follows_the_weights(tmp_path: Path) -> None:
     one, same, other = (
         QwenVL(str(builders.write_qwen(tmp_path / name, seed))) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert one.base_sha() == same.base_sha() != other.base_sha()
 
 
-def test_refusals_name_the_remedy(make_vlm: MakeVLM, builders: ModuleType, tmp_path: Path) -> None:
+def test_refusals_name_the_remedy(make_vlm: MakeVLM, tmp_path: Path) -> None:
     vlm = make_vlm("qwen", lora=LORA)
     folder = tmp_path / "adapter"
     save_adapter(vlm.build(), folder, "policy", {"base_sha": vlm.base_sha()})
@@ -169,7 +169,7 @@ def test_refusals_name_the_remedy(make_vlm: MakeVLM, builders: ModuleType, tmp_p
         QwenVL("anything", quantize="nf4")
 
 
-def test_nf4_trains_after_an_eval_forward(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+def test_nf4_trains_after_an_eval_forward(make_vlm: MakeVLM, family: str) -> None:
     pytest.importorskip("bitsandbytes")
     vlm = make_vlm(family, lora=LORA, quantize="nf4")
     model = vlm.build()
@@ -177,7 +177,7 @@ def test_nf4_trains_after_an_eval_forward(make_vlm: MakeVLM, builders: ModuleTyp
     assert "Linear4bit" in kinds.values()
     left = [name for name, kind in kinds.items() if kind == "Linear4bit" and ("visual" in name or "vision" in name)]
     assert not left, "the tower stays in full precision"
-    encoded = encode(vlm, builders)
+    encoded = encode(vlm)
     vlm.generate(model, encoded.prompts, 2, Sampling(3), [[1, 2]])
     builders.randomise_lora(model)
     losses = []

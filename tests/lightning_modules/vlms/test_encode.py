@@ -3,11 +3,11 @@
 import pickle
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import vlm_builders as builders
 from torch.utils.data import DataLoader
 
 from vidreason.datamodules.types import Encoded, Example, Text, TextBatch
@@ -27,7 +27,7 @@ def shown(vlm: VLM, ids: torch.Tensor, mask: torch.Tensor) -> str:
     return text
 
 
-def test_closed_prompts_and_assistant_texts(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+def test_closed_prompts_and_assistant_texts(make_vlm: MakeVLM, family: str) -> None:
     vlm = make_vlm(family)
     turn_end, lead, end = FRAMES[family]
     examples = [
@@ -61,7 +61,7 @@ def test_closed_prompts_and_assistant_texts(make_vlm: MakeVLM, builders: ModuleT
     assert int(texts.ids[1][texts.mask[1]][-1]) in vlm.stop_ids
 
 
-def test_open_prompts_and_trees(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+def test_open_prompts_and_trees(make_vlm: MakeVLM, family: str) -> None:
     vlm = make_vlm(family)
     turn_end, lead, end = FRAMES[family]
     tree = [Text(" trace one.", "context"), Text("cat", parent=0), Text("post", parent=0), Text("direct")]
@@ -92,7 +92,7 @@ def test_open_prompts_and_trees(make_vlm: MakeVLM, builders: ModuleType, family:
     assert joined.equal(closed["input_ids"][0]), "an open prompt, closed, is the closed prompt"
 
 
-def test_timing_and_pixels_reach_the_model(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_timing_and_pixels_reach_the_model(make_vlm: MakeVLM) -> None:
     qwen = make_vlm("qwen").encode([builders.make_example()]).prompts.inputs
     # 4 of 16 frames at 4 fps: one frame a second, 2 frames per temporal patch
     torch.testing.assert_close(qwen["second_per_grid_ts"].float(), torch.tensor([2.0]))
@@ -109,7 +109,7 @@ def test_timing_and_pixels_reach_the_model(make_vlm: MakeVLM, builders: ModuleTy
         make_vlm("smolvlm", max_pixels=100)
 
 
-def test_clips_of_many_sizes_in_a_batch(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_clips_of_many_sizes_in_a_batch(make_vlm: MakeVLM) -> None:
     vlm = make_vlm("qwen")
     examples = [
         builders.make_example(["cat"], frames=n, size=size, seed=n)
@@ -134,14 +134,12 @@ def test_clips_of_many_sizes_in_a_batch(make_vlm: MakeVLM, builders: ModuleType)
         ([Text("", "context")], True, "is empty"),
     ],
 )
-def test_refuses_texts_out_of_place(
-    make_vlm: MakeVLM, builders: ModuleType, texts: list[Text], is_open: bool, message: str
-) -> None:
+def test_refuses_texts_out_of_place(make_vlm: MakeVLM, texts: list[Text], is_open: bool, message: str) -> None:
     with pytest.raises(ValueError, match=f"clip0: text .*{message}"):
         make_vlm("qwen").encode([builders.make_example(texts, open_prompt=is_open)])
 
 
-def test_what_looks_like_a_special_token_is_spelt(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+def test_what_looks_like_a_special_token_is_spelt(make_vlm: MakeVLM, family: str) -> None:
     """A model may write the characters of one in a trace; read back, they neither close a turn nor call for pixels."""
     vlm = make_vlm(family)
     odd = "".join(t.content for t in vlm.tokenizer.added_tokens_decoder.values() if t.special)
@@ -155,12 +153,12 @@ def test_what_looks_like_a_special_token_is_spelt(make_vlm: MakeVLM, builders: M
         assert vlm.tokenizer.decode(body).strip() == f"a {odd} b"
 
 
-def test_refuses_mixed_prompts(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_refuses_mixed_prompts(make_vlm: MakeVLM) -> None:
     with pytest.raises(ValueError, match="all open or all closed"):
         make_vlm("qwen").encode([builders.make_example(), builders.make_example(open_prompt=True)])
 
 
-def test_refuses_a_template_that_opens_differently(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_refuses_a_template_that_opens_differently(make_vlm: MakeVLM) -> None:
     vlm = make_vlm("qwen")
     vlm.processor.chat_template = vlm.processor.chat_template.replace("assistant\n{% endif", "helper\n{% endif")
     with pytest.raises(ValueError, match="chat template"):
@@ -193,7 +191,7 @@ def _workers(vlm: VLM, example: Example, **options: Any) -> Encoded:
     return encoded
 
 
-def test_encodes_in_data_workers(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+def test_encodes_in_data_workers(make_vlm: MakeVLM, family: str) -> None:
     vlm = make_vlm(family)
     example = builders.make_example(["cat"])
     here = vlm.encode([example] * 2)  # the processor is loaded before the fork
@@ -206,7 +204,7 @@ def test_encodes_in_data_workers(make_vlm: MakeVLM, builders: ModuleType, family
 
 
 @pytest.mark.slow
-def test_encodes_in_spawned_workers(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_encodes_in_spawned_workers(make_vlm: MakeVLM) -> None:
     vlm = make_vlm("qwen")
     example = builders.make_example(["cat"])
     loader = DataLoader(
@@ -220,7 +218,7 @@ def test_encodes_in_spawned_workers(make_vlm: MakeVLM, builders: ModuleType) -> 
     assert there.texts.ids.equal(vlm.encode([example] * 2).texts.ids)
 
 
-def test_what_is_longer_than_the_context_is_refused_by_name(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_what_is_longer_than_the_context_is_refused_by_name(make_vlm: MakeVLM) -> None:
     vlm = make_vlm("qwen")
     examples = [builders.make_example([TRACE, "no tags"]), builders.make_example(["x"], prompt="longer " * 9, seed=1)]
     encoded = vlm.encode(examples)

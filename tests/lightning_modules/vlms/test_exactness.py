@@ -4,12 +4,14 @@ chunks. Differences are relative to norms; LoRA's B is randomised, ratios are of
 
 import itertools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import vlm_builders as builders
+from comparing import norm_of, relative_gap
 from torch import Tensor, nn
+from vlm_builders import make_prompts, make_texts
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
@@ -17,12 +19,6 @@ from vidreason.lightning_modules.vlms.base import VLM
 
 MakeVLM = Callable[..., VLM]
 LORA = LoRAOptions(r=4, alpha=8)
-PROMPTS = ("what happens?", "describe the video, step by step, and say who arrives at the door", "who?")
-# (owner, parent, length): unequal counts and lengths, one token, parents that are any earlier row, three levels
-TREE = [
-    *[(0, -1, 5), (0, -1, 1), (2, -1, 7), (0, -1, 3), (1, -1, 4)],
-    *[(0, 0, 2), (2, 2, 4), (0, 0, 1), (0, 3, 6), (0, 5, 3), (0, 5, 1), (1, 4, 1)],
-]
 FAMILIES = ("tiny", "qwen", "smolvlm")
 TRAINED: dict[str, dict[str, Any]] = {
     "lora": {"lora": LORA},
@@ -49,25 +45,13 @@ class Measured(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def build(make_vlm: MakeVLM, builders: ModuleType, family: str, trained: str, **options: Any) -> tuple[VLM, nn.Module]:
+def build(make_vlm: MakeVLM, family: str, trained: str, **options: Any) -> tuple[VLM, nn.Module]:
     frozen = trained != "full" or family == "tiny"  # its tower's batch norm sees another batch in the naive route
     vlm = make_vlm(family, **{"dtype": "float32", "freeze_vision": frozen, **TRAINED[trained], **options})
     torch.manual_seed(0)  # LoRA's A
     model = vlm.build()
     builders.randomise_lora(model)
     return vlm, model
-
-
-def make_prompts(vlm: VLM, builders: ModuleType, seed: int = 0) -> EncodedPrompts:
-    size = (64, 96) if type(vlm).__name__ == "TinyVLM" else (56, 56)
-    return vlm.encode(
-        [builders.make_example(prompt=p, seed=seed + i, size=size) for i, p in enumerate(PROMPTS)]
-    ).prompts
-
-
-def make_texts(vlm: VLM, builders: ModuleType) -> TextBatch:
-    texts: TextBatch = builders.text_rows(TREE, sorted(set(range(10, 500)) - vlm.suppressed_ids))
-    return texts
 
 
 def measure(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, old: Tensor) -> Measured:
@@ -94,21 +78,18 @@ def old_logprobs(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: Tex
 
 def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, float]:
     """How far gradients ``a`` are from ``b``: over all, and for the worst tensor above the floor."""
-    assert a.keys() == b.keys()
-    total = torch.stack([g.norm() for g in b.values()]).norm()
-    apart = {name: (a[name] - b[name]).norm() for name in b}
-    worst = max(float((apart[n] - 1e-6 * total).clamp(min=0) / b[n].norm().clamp(min=1e-12)) for n in b)
-    return float(torch.stack(list(apart.values())).norm() / total), worst
+    overall, floor = relative_gap(a, b), 1e-6 * norm_of(b.values())
+    return overall, max(float(((a[n] - b[n]).norm() - floor).clamp(min=0) / b[n].norm().clamp(min=1e-12)) for n in b)
 
 
 @pytest.fixture(scope="module")
-def naive(make_vlm: MakeVLM, builders: ModuleType) -> Callable[[str, str], tuple[Measured, Tensor]]:
+def naive(make_vlm: MakeVLM) -> Callable[[str, str], tuple[Measured, Tensor]]:
     known: dict[tuple[str, str], tuple[Measured, Tensor]] = {}
 
     def reference(family: str, trained: str) -> tuple[Measured, Tensor]:
         if (family, trained) not in known:
-            vlm, model = build(make_vlm, builders, family, trained)
-            prompts, texts = make_prompts(vlm, builders), make_texts(vlm, builders)
+            vlm, model = build(make_vlm, family, trained)
+            prompts, texts = make_prompts(vlm), make_texts(vlm)
             old = old_logprobs(vlm, model, prompts, texts)
             known[family, trained] = measure(vlm, model, prompts, texts, old), old
         return known[family, trained]
@@ -119,7 +100,6 @@ def naive(make_vlm: MakeVLM, builders: ModuleType) -> Callable[[str, str], tuple
 @pytest.mark.parametrize(("family", "trained", "mode", "chunk"), [*PAIRS, *SLOW])
 def test_equals_naive(
     make_vlm: MakeVLM,
-    builders: ModuleType,
     naive: Callable[[str, str], tuple[Measured, Tensor]],
     family: str,
     trained: str,
@@ -128,9 +108,9 @@ def test_equals_naive(
 ) -> None:
     expected, old = naive(family, trained)
     route, checkpointing = mode
-    vlm, model = build(make_vlm, builders, family, trained, gradient_checkpointing=checkpointing)
+    vlm, model = build(make_vlm, family, trained, gradient_checkpointing=checkpointing)
     vlm.route, vlm.completion_chunk = route, chunk  # type: ignore[assignment]
-    prompts, texts = make_prompts(vlm, builders), make_texts(vlm, builders)
+    prompts, texts = make_prompts(vlm), make_texts(vlm)
     found = measure(vlm, model, prompts, texts, old)
 
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-5)
@@ -145,7 +125,7 @@ def test_equals_naive(
     assert tower == (trained == "full" and family != "tiny")
 
     with torch.no_grad():
-        other = vlm.score(model, make_prompts(vlm, builders, seed=50), texts, temperature=0.8).logprobs
+        other = vlm.score(model, make_prompts(vlm, seed=50), texts, temperature=0.8).logprobs
     assert ((other - found.logprobs).abs() > 1e-4)[texts.loss_mask].float().mean() > 0.9, "the video matters"
 
 
@@ -158,7 +138,7 @@ HALF = [
 
 @pytest.mark.parametrize(("family", "mode", "chunk"), HALF)
 def test_bfloat16_is_no_worse_than_naive(
-    make_vlm: MakeVLM, builders: ModuleType, family: str, mode: tuple[str, bool], chunk: int | None
+    make_vlm: MakeVLM, family: str, mode: tuple[str, bool], chunk: int | None
 ) -> None:
     """Errors against naive in fp32, with the same weights."""
     route, checkpointing = mode
@@ -166,12 +146,12 @@ def test_bfloat16_is_no_worse_than_naive(
     old = None
     for name, dtype in (("exact", "float32"), ("naive", "bfloat16"), ("shared", "bfloat16")):
         vlm, model = build(
-            make_vlm, builders, family, "lora", dtype=dtype, gradient_checkpointing=checkpointing and name == "shared"
+            make_vlm, family, "lora", dtype=dtype, gradient_checkpointing=checkpointing and name == "shared"
         )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.bfloat16())
-        prompts, texts = make_prompts(vlm, builders), make_texts(vlm, builders)
+        prompts, texts = make_prompts(vlm), make_texts(vlm)
         if old is None:
             old = old_logprobs(vlm, model, prompts, texts)
         vlm.route, vlm.completion_chunk = "naive", None

@@ -4,12 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+import vlm_builders as builders
+from vlm_builders import PROMPTS, make_prompts
 
-from vidreason.datamodules.types import EncodedPrompts
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling, draw_noise, inverse_cdf, keep_likeliest
@@ -17,12 +17,7 @@ from vidreason.lightning_modules.vlms.layout import unwrap
 from vidreason.lightning_modules.vlms.qwen import QwenVL
 
 MakeVLM = Callable[..., VLM]
-PROMPTS = ("what happens?", "describe the video, step by step, and say who arrives at the door", "who?")
 SEEDS = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
-
-
-def make_prompts(vlm: VLM, builders: ModuleType) -> EncodedPrompts:
-    return vlm.encode([builders.make_example(prompt=p, seed=i) for i, p in enumerate(PROMPTS)]).prompts
 
 
 @pytest.fixture
@@ -45,13 +40,11 @@ def often_ending(checkpoints: dict[str, Path], tmp_path: Path) -> QwenVL:
     ],
     ids=["plain", "cold", "hot-filtered", "greedy"],
 )
-def test_generated_logprobs_equal_scores(
-    make_vlm: MakeVLM, builders: ModuleType, family: str, sampling: Sampling
-) -> None:
+def test_generated_logprobs_equal_scores(make_vlm: MakeVLM, family: str, sampling: Sampling) -> None:
     vlm = make_vlm(family, lora=LoRAOptions(r=4, dropout=0.5))  # dropout must be off while sampling
     model = vlm.build()
     builders.randomise_lora(model)
-    prompts = make_prompts(vlm, builders)
+    prompts = make_prompts(vlm)
     generated = vlm.generate(model, prompts, 3, sampling, SEEDS)
     model.eval()
     scores = vlm.score(model, prompts, vlm.texts_from(generated), temperature=sampling.temperature or 1.0)
@@ -59,10 +52,10 @@ def test_generated_logprobs_equal_scores(
     assert generated.owner.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_greedy_equals_transformers(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+def test_greedy_equals_transformers(make_vlm: MakeVLM, family: str) -> None:
     vlm = make_vlm(family)
     model = vlm.build()
-    ours = vlm.generate(model, make_prompts(vlm, builders), 1, Sampling(24, temperature=0))
+    ours = vlm.generate(model, make_prompts(vlm), 1, Sampling(24, temperature=0))
     model.eval()
     for i, prompt in enumerate(PROMPTS):
         alone = vlm.encode([builders.make_example(prompt=prompt, seed=i)]).prompts.inputs
@@ -73,26 +66,26 @@ def test_greedy_equals_transformers(make_vlm: MakeVLM, builders: ModuleType, fam
         assert ours.ids[i][ours.mask[i]].tolist() == tail
 
 
-def test_noise_depends_on_the_seed_alone(make_vlm: MakeVLM, builders: ModuleType, often_ending: QwenVL) -> None:
+def test_noise_depends_on_the_seed_alone(make_vlm: MakeVLM, often_ending: QwenVL) -> None:
     for vlm in (make_vlm("smolvlm"), often_ending):
         model = vlm.build()
-        together = vlm.generate(model, make_prompts(vlm, builders), 3, Sampling(16), SEEDS)
-        again = vlm.generate(model, make_prompts(vlm, builders), 3, Sampling(16), SEEDS)
+        together = vlm.generate(model, make_prompts(vlm), 3, Sampling(16), SEEDS)
+        again = vlm.generate(model, make_prompts(vlm), 3, Sampling(16), SEEDS)
         assert together.texts == again.texts
         assert len(set(together.texts)) >= 7
         for i, prompt in enumerate(PROMPTS):
             alone = vlm.encode([builders.make_example(prompt=prompt, seed=i)]).prompts
             swapped = vlm.generate(model, alone, 2, Sampling(16), [[SEEDS[i][2], SEEDS[i][0]]])
             assert swapped.texts == (together.texts[3 * i + 2], together.texts[3 * i])
-        longer = vlm.generate(model, make_prompts(vlm, builders), 3, Sampling(20), SEEDS)
+        longer = vlm.generate(model, make_prompts(vlm), 3, Sampling(20), SEEDS)
         assert (longer.ids[:, :16] == together.ids)[together.mask].all(), "more room does not change what was drawn"
 
 
-def test_stops_on_the_models_own_ids(often_ending: QwenVL, builders: ModuleType) -> None:
+def test_stops_on_the_models_own_ids(often_ending: QwenVL) -> None:
     vlm, model = often_ending, often_ending.build()
     rows: list[int] = []
     unwrap(model).lm_head.register_forward_hook(lambda module, args, out: rows.append(len(out)))
-    generated = vlm.generate(model, make_prompts(vlm, builders), 3, Sampling(16), SEEDS)
+    generated = vlm.generate(model, make_prompts(vlm), 3, Sampling(16), SEEDS)
     lengths = generated.mask.sum(1).tolist()
     stops = set(range(100, 160))
     assert stops < vlm.stop_ids
@@ -107,7 +100,7 @@ def test_stops_on_the_models_own_ids(often_ending: QwenVL, builders: ModuleType)
     assert sum(rows) == 3 + sum(length - 1 for length in lengths), "rows that ended are not forwarded"
 
 
-def test_placeholders_are_never_sampled(make_vlm: MakeVLM, builders: ModuleType, family: str) -> None:
+def test_placeholders_are_never_sampled(make_vlm: MakeVLM, family: str) -> None:
     vlm = make_vlm(family)
     model = vlm.build()
     names = set(vlm.tokenizer.convert_ids_to_tokens(sorted(vlm.suppressed_ids)))
@@ -118,28 +111,28 @@ def test_placeholders_are_never_sampled(make_vlm: MakeVLM, builders: ModuleType,
     head.bias = torch.nn.Parameter(torch.zeros(512))
     head.bias.data[sorted(vlm.suppressed_ids)] = 1000.0
     for sampling in (Sampling(8), Sampling(8, temperature=0)):
-        generated = vlm.generate(model, make_prompts(vlm, builders), 2, sampling, [[1, 2]] * 3)
+        generated = vlm.generate(model, make_prompts(vlm), 2, sampling, [[1, 2]] * 3)
         assert not vlm.suppressed_ids & set(generated.ids.flatten().tolist())
         assert generated.logprobs.min() > -50
 
 
-def test_modes_come_back(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_modes_come_back(make_vlm: MakeVLM) -> None:
     vlm = make_vlm("qwen", lora=LoRAOptions(r=4), gradient_checkpointing=True)
     model = vlm.build()
     before = [module.training for module in model.modules()]
     assert len(set(before)) == 2, "the frozen tower is in eval mode, the rest in train mode"
-    generated = vlm.generate(model, make_prompts(vlm, builders), 2, Sampling(3))  # seeds from torch's generator
+    generated = vlm.generate(model, make_prompts(vlm), 2, Sampling(3))  # seeds from torch's generator
     assert generated.ids.shape == (6, 3)
     assert [module.training for module in model.modules()] == before
 
 
-def test_refuses_open_prompts_and_odd_seeds(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_refuses_open_prompts_and_odd_seeds(make_vlm: MakeVLM) -> None:
     vlm = make_vlm("qwen")
     model = vlm.build()
     with pytest.raises(ValueError, match="open prompt"):
         vlm.generate(model, vlm.encode([builders.make_example(open_prompt=True)]).prompts, 1, Sampling(2))
     with pytest.raises(ValueError, match=r"seeds must be \[3\]\[2\]"):
-        vlm.generate(model, make_prompts(vlm, builders), 2, Sampling(2), [[1], [2], [3]])
+        vlm.generate(model, make_prompts(vlm), 2, Sampling(2), [[1], [2], [3]])
 
 
 @pytest.mark.parametrize("field", ["max_new_tokens", "temperature", "top_p", "top_k"])

@@ -3,14 +3,15 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+import vlm_builders as builders
+from comparing import norm_of
+from torch import nn
+from vlm_builders import make_prompts, make_texts
 
-from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.vlms import packing, shared_prefix
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
@@ -20,19 +21,9 @@ from vidreason.lightning_modules.vlms.packing import NAME, packed_attention
 from vidreason.lightning_modules.vlms.shared_prefix import RouteOptions, choose_route
 
 MakeVLM = Callable[..., VLM]
+WORDS = ("what happens at the door?", "who?")
 ROWS = [(0, -1, 5), (1, -1, 3), (0, -1, 4), (0, 0, 2)]
 FLAT = ROWS[:3]
-
-
-def make_prompts(vlm: VLM, builders: ModuleType) -> EncodedPrompts:
-    return vlm.encode(
-        [builders.make_example(prompt=p, seed=i) for i, p in enumerate(("what happens at the door?", "who?"))]
-    ).prompts
-
-
-def make_texts(vlm: VLM, builders: ModuleType, rows: list[tuple[int, int, int]] = ROWS) -> TextBatch:
-    texts: TextBatch = builders.text_rows(rows, sorted(set(range(10, 500)) - vlm.suppressed_ids))
-    return texts
 
 
 def setting(name: str, value: object) -> Callable[[nn.Module], None]:
@@ -52,10 +43,10 @@ def setting(name: str, value: object) -> Callable[[nn.Module], None]:
     ],
     ids=["sliding", "linear", "window", "shared", "both-ways", "capped", "eager"],
 )
-def test_packed_refuses_by_name(make_vlm: MakeVLM, builders: ModuleType, change: Any, why: str) -> None:
+def test_packed_refuses_by_name(make_vlm: MakeVLM, change: Any, why: str) -> None:
     vlm = make_vlm("smolvlm", route="packed")
     model = vlm.build()
-    prompts, texts = make_prompts(vlm, builders), make_texts(vlm, builders)
+    prompts, texts = make_prompts(vlm, words=WORDS), make_texts(vlm, ROWS)
     vlm.score(model, prompts, texts)
     change(model)
     with pytest.raises(ValueError, match=f"'packed' cannot be exact here: .*{why}; set vlm.route to expand or naive"):
@@ -66,20 +57,18 @@ def test_packed_refuses_by_name(make_vlm: MakeVLM, builders: ModuleType, change:
         vlm.score(model, prompts, texts)
 
 
-def test_token_types_are_refused(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_token_types_are_refused(make_vlm: MakeVLM) -> None:
     vlm = make_vlm("smolvlm", route="packed")
-    prompts = make_prompts(vlm, builders)
+    prompts = make_prompts(vlm, words=WORDS)
     kinds = {**prompts.inputs, "token_type_ids": torch.zeros_like(prompts.inputs["input_ids"])}
     with pytest.raises(ValueError, match="both directions within an image"):
-        vlm.score(vlm.build(), replace(prompts, inputs=kinds), make_texts(vlm, builders))
+        vlm.score(vlm.build(), replace(prompts, inputs=kinds), make_texts(vlm, ROWS))
 
 
-def test_auto(
-    make_vlm: MakeVLM, builders: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_auto(make_vlm: MakeVLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     vlm = make_vlm("qwen")
     model = vlm.build()
-    prompts, texts = make_prompts(vlm, builders), make_texts(vlm, builders, FLAT)
+    prompts, texts = make_prompts(vlm, words=WORDS), make_texts(vlm, FLAT)
     taken: list[str] = []
     for name in ("packed_scores", "expand_prompts", "naive_scores"):
         real: Callable[..., Any] = getattr(shared_prefix, name)
@@ -113,10 +102,10 @@ def test_auto(
         vlm.score(model, prompts, texts)
 
 
-def test_auto_packs_texts_behind_texts(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_auto_packs_texts_behind_texts(make_vlm: MakeVLM) -> None:
     """One forward in all, where the expand route takes one a level; where the model cannot be packed it still does."""
     vlm = make_vlm("qwen")
-    model, prompts = vlm.build(), make_prompts(vlm, builders)
+    model, prompts = vlm.build(), make_prompts(vlm, words=WORDS)
     forwards: list[int] = []
     model.register_forward_hook(lambda *_: forwards.append(1))
     forked = [*ROWS, (0, 0, 3)]  # two texts behind row 0; one alone would be joined to it
@@ -125,29 +114,27 @@ def test_auto_packs_texts_behind_texts(make_vlm: MakeVLM, builders: ModuleType) 
         *(("packed", forked, 1), ("expand", forked, 3), ("expand", ROWS, 2)),
     ):
         vlm.route, forwards[:] = route, []  # type: ignore[assignment]
-        vlm.score(model, prompts, make_texts(vlm, builders, rows))
+        vlm.score(model, prompts, make_texts(vlm, rows))
         assert len(forwards) == expected, (route, rows)
     text_config(model).num_kv_shared_layers = 1
-    assert choose_route(RouteOptions(), model, prompts.inputs, make_texts(vlm, builders, forked)).route == "expand"
+    assert choose_route(RouteOptions(), model, prompts.inputs, make_texts(vlm, forked)).route == "expand"
 
 
-def test_auto_packs_long_texts(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_auto_packs_long_texts(make_vlm: MakeVLM) -> None:
     vlm = make_vlm("qwen")
-    model, prompts = vlm.build(), make_prompts(vlm, builders)
+    model, prompts = vlm.build(), make_prompts(vlm, words=WORDS)
     for length, expected in ((256, "expand"), (257, "packed")):
-        texts = make_texts(vlm, builders, [(0, -1, 3), (1, -1, length)])
+        texts = make_texts(vlm, [(0, -1, 3), (1, -1, length)])
         assert choose_route(RouteOptions(), model, prompts.inputs, texts).route == expected
 
 
 @pytest.mark.parametrize("block", [1, 3, 5, 100])
-def test_blocks_of_queries_are_exact(
-    make_vlm: MakeVLM, builders: ModuleType, monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
+def test_blocks_of_queries_are_exact(make_vlm: MakeVLM, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Unequal texts of up to 11 tokens against the naive route, in value and gradient; the calls are counted."""
     monkeypatch.setattr(packing, "BLOCK", block)
     vlm = make_vlm("qwen")
-    model, prompts = vlm.build(), make_prompts(vlm, builders)
-    texts = make_texts(vlm, builders, [(0, -1, 11), (0, -1, 7), (1, -1, 9), (1, 2, 6), (1, 2, 2)])
+    model, prompts = vlm.build(), make_prompts(vlm, words=WORDS)
+    texts = make_texts(vlm, [(0, -1, 11), (0, -1, 7), (1, -1, 9), (1, 2, 6), (1, 2, 2)])
     calls: list[int] = []
     real = packing.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -165,15 +152,15 @@ def test_blocks_of_queries_are_exact(
     assert (max(behind) <= block) if block < 11 else (max(behind) > 5)
     torch.testing.assert_close(found["packed"][0], found["naive"][0], atol=1e-5, rtol=0)
     for name, gradient in found["naive"][1].items():
-        floor = 1e-6 * torch.stack([g.norm() for g in found["naive"][1].values()]).norm()
+        floor = 1e-6 * norm_of(found["naive"][1].values())
         assert (found["packed"][1][name] - gradient).norm() <= 1e-5 * torch.maximum(gradient.norm(), floor), name
 
 
 @pytest.mark.parametrize("option", [{"completion_chunk": 2}, {"text_memory_gb": 1.0}], ids=str)
-def test_naive_takes_no_chunks(make_vlm: MakeVLM, builders: ModuleType, option: dict[str, Any]) -> None:
+def test_naive_takes_no_chunks(make_vlm: MakeVLM, option: dict[str, Any]) -> None:
     vlm = make_vlm("qwen", route="naive", **option)
     with pytest.raises(ValueError, match="'naive' has no prefix to keep"):
-        vlm.score(vlm.build(), make_prompts(vlm, builders), make_texts(vlm, builders))
+        vlm.score(vlm.build(), make_prompts(vlm, words=WORDS), make_texts(vlm, ROWS))
 
 
 def test_nonsense_is_refused(make_vlm: MakeVLM) -> None:
@@ -183,7 +170,7 @@ def test_nonsense_is_refused(make_vlm: MakeVLM) -> None:
         make_vlm("qwen", text_memory_gb=0.0)
 
 
-def test_only_the_decoder_changes_its_attention(make_vlm: MakeVLM, builders: ModuleType) -> None:
+def test_only_the_decoder_changes_its_attention(make_vlm: MakeVLM) -> None:
     """And without a packed row it is what it was: left-padded prompts, decoding, the naive route."""
     for family in ("tiny", "qwen", "smolvlm"):
         vlm, fresh = make_vlm(family), make_vlm(family, route="naive")
@@ -196,7 +183,7 @@ def test_only_the_decoder_changes_its_attention(make_vlm: MakeVLM, builders: Mod
             ]
         ).prompts
         assert (prompts.inputs["attention_mask"] == 0).any(), "the shorter prompt is padded"
-        texts = make_texts(vlm, builders, FLAT)
+        texts = make_texts(vlm, FLAT)
         with torch.no_grad():
             before = [vlm.score(model, prompts, texts).logprobs, fresh.score(model, prompts, texts).logprobs]
             written = vlm.generate(model, prompts, 2, Sampling(6, temperature=0))
@@ -224,109 +211,13 @@ def test_the_packed_attention_never_guesses() -> None:
         packed_attention(layer, q, k, k, None, packing=object(), sliding_window=4)  # type: ignore[arg-type]
 
 
-def test_a_layer_that_attends_otherwise_is_noticed(
-    make_vlm: MakeVLM, builders: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_that_attends_otherwise_is_noticed(make_vlm: MakeVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     vlm = make_vlm("smolvlm", route="packed")
     model = vlm.build()
     other = unwrap(model).get_decoder().layers[1].self_attn
     monkeypatch.setattr(other, "forward", lambda hidden_states, **_: (hidden_states, None))
     with pytest.raises(ValueError, match=r"only layers \[0\] of 2 attend over the packed row"):
-        vlm.score(model, make_prompts(vlm, builders), make_texts(vlm, builders))
-
-
-@pytest.mark.parametrize("chunk", [None, 1])
-@pytest.mark.parametrize("route", ["expand", "packed", "naive"])
-def test_suppressed_tokens_have_probability_zero(
-    make_vlm: MakeVLM, builders: ModuleType, route: Any, chunk: int | None
-) -> None:
-    vlm = make_vlm("qwen", route=route, completion_chunk=None if route == "naive" else chunk)
-    model = vlm.build()
-    texts = make_texts(vlm, builders)
-    ids = texts.ids.clone()
-    ids[0, 2] = min(vlm.suppressed_ids)
-    head = unwrap(model).lm_head
-    head.bias = nn.Parameter(torch.zeros(512))
-    head.bias.data[sorted(vlm.suppressed_ids)] = 1000.0  # they would take all of the probability
-    odd = replace(texts, ids=ids, loss_mask=texts.mask)
-    scores = vlm.score(model, make_prompts(vlm, builders), odd, temperature=0.7, with_entropy=True)
-    assert scores.entropy is not None
-    assert scores.logprobs[0, 2] == -torch.inf
-    rest = texts.mask.clone()
-    rest[0, 2:] = False
-    assert scores.logprobs[rest].min() > -50
-    assert scores.entropy[rest].min() > 0.1
-
-
-@pytest.mark.parametrize("route", ["expand", "packed"])
-def test_a_lora_on_the_head_is_applied(make_vlm: MakeVLM, builders: ModuleType, route: Any) -> None:
-    lora = LoRAOptions(r=4, alpha=8, target_modules=("q_proj", "lm_head"))
-    vlm = make_vlm("qwen", lora=lora, route=route)
-    model = vlm.build()
-    builders.randomise_lora(model)
-    prompts, texts = make_prompts(vlm, builders), make_texts(vlm, builders)
-    ours = vlm.score(model, prompts, texts).logprobs
-    ours.sum().backward()
-    assert unwrap(model).lm_head.lora_B["policy"].weight.grad.abs().max() > 0
-    with torch.no_grad():
-        theirs = own_logprobs(vlm, model, builders, texts, row=1)
-        unwrap(model).lm_head.lora_B["policy"].weight.zero_()
-        without = vlm.score(model, prompts, texts).logprobs
-    counted = texts.loss_mask[1, :3]
-    torch.testing.assert_close(ours[1, :3][counted], theirs[counted], rtol=0, atol=1e-5)
-    assert (without - ours)[texts.loss_mask].abs().min() > 1e-4
-
-
-def own_logprobs(vlm: VLM, model: nn.Module, builders: ModuleType, texts: TextBatch, row: int) -> Tensor:
-    """Of one text behind its prompt, from the family's own forward and all of its logits."""
-    alone = dict(vlm.encode([builders.make_example(prompt="who?", seed=1)]).prompts.inputs)
-    tail = texts.ids[row : row + 1, : int(texts.mask[row].sum())]
-    start = alone["input_ids"].shape[1]
-    alone["input_ids"] = torch.cat([alone["input_ids"], tail], 1)
-    alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-    if "mm_token_type_ids" in alone:
-        alone["mm_token_type_ids"] = torch.cat([alone["mm_token_type_ids"], torch.zeros_like(tail)], 1)
-    logits = model(**alone).logits[0, start - 1 : -1].float()
-    logits[:, sorted(vlm.suppressed_ids)] = -torch.inf
-    return logits.log_softmax(-1).gather(-1, tail[0, :, None])[:, 0]
-
-
-def add_cap(model: nn.Module, cap: Callable[[], float | None]) -> None:
-    """Gives the family's own forward something that it does to its logits."""
-    own = model.forward
-
-    def capped(*args: Any, **kwargs: Any) -> Any:
-        out = own(*args, **kwargs)
-        if cap() is not None:
-            out.logits = torch.tanh(out.logits / cap()) * cap()
-        return out
-
-    model.forward = capped  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("route", ["expand", "packed"])
-def test_soft_capping_comes_before_the_log_probs(make_vlm: MakeVLM, builders: ModuleType, route: Any) -> None:
-    vlm = make_vlm("smolvlm", route=route)
-    model = vlm.build()
-    prompts, texts = make_prompts(vlm, builders), make_texts(vlm, builders)
-    uncapped = vlm.score(model, prompts, texts).logprobs
-    text_config(model).final_logit_softcapping = 1.5
-    add_cap(model, lambda: text_config(model).final_logit_softcapping)
-    with torch.no_grad():
-        ours = vlm.score(model, prompts, texts).logprobs
-        theirs = own_logprobs(vlm, model, builders, texts, row=1)
-    assert text_config(model).final_logit_softcapping == 1.5
-    counted = texts.loss_mask[1, :3]
-    torch.testing.assert_close(ours[1, :3][counted], theirs[counted], rtol=0, atol=1e-5)
-    assert (ours - uncapped)[texts.loss_mask].abs().max() > 0.01
-
-
-def test_logits_that_are_changed_unseen_are_refused(make_vlm: MakeVLM, builders: ModuleType) -> None:
-    vlm = make_vlm("smolvlm")
-    model = vlm.build()
-    add_cap(model, lambda: 30.0)
-    with pytest.raises(ValueError, match="changes its logits behind the head"):
-        vlm.score(model, make_prompts(vlm, builders), make_texts(vlm, builders))
+        vlm.score(model, make_prompts(vlm, words=WORDS), make_texts(vlm, ROWS))
 
 
 def test_dropout_says_what_it_shares(make_vlm: MakeVLM, caplog: pytest.LogCaptureFixture) -> None:

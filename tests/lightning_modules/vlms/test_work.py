@@ -3,11 +3,11 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import vlm_builders as builders
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -58,7 +58,7 @@ class Tensors(TorchDispatchMode):
         self.alive -= size
 
 
-def write(builders: ModuleType, tmp_path_factory: pytest.TempPathFactory, **sizes: int) -> Path:
+def write(tmp_path_factory: pytest.TempPathFactory, **sizes: int) -> Path:
     path: Path = builders.write_qwen(
         tmp_path_factory.mktemp("work"),
         hidden_size=128,
@@ -71,23 +71,23 @@ def write(builders: ModuleType, tmp_path_factory: pytest.TempPathFactory, **size
 
 
 @pytest.fixture(scope="module")
-def folder(builders: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(builders, tmp_path_factory)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def large_vocabulary(builders: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(builders, tmp_path_factory, vocab_size=8192)
+def large_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory, vocab_size=8192)
 
 
-def make(folder: Path, builders: ModuleType, **options: Any) -> tuple[VLM, nn.Module, EncodedPrompts]:
+def make(folder: Path, **options: Any) -> tuple[VLM, nn.Module, EncodedPrompts]:
     """64 visual tokens."""
     vlm = QwenVL(str(folder), **options)
     return vlm, vlm.build(), vlm.encode([builders.make_example(frames=8, size=(112, 112))]).prompts
 
 
-def fan(vlm: VLM, builders: ModuleType, texts: int, length: int) -> Any:
-    return builders.text_rows([(0, -1, length)] * texts, sorted(set(range(10, 500)) - vlm.suppressed_ids))
+def fan(vlm: VLM, texts: int, length: int) -> Any:
+    return builders.make_texts(vlm, [(0, -1, length)] * texts)
 
 
 def flops(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: Any, **options: Any) -> int:
@@ -100,10 +100,10 @@ def flops(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: Any, **opt
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_fraction_of_the_work(folder: Path, builders: ModuleType, checkpointing: bool) -> None:
+def test_a_fraction_of_the_work(folder: Path, checkpointing: bool) -> None:
     """G = 8 texts of 16 tokens behind 64 visual tokens, tower frozen: forward and backward."""
-    vlm, model, prompts = make(folder, builders, lora=LORA, gradient_checkpointing=checkpointing)
-    texts = fan(vlm, builders, 8, 16)
+    vlm, model, prompts = make(folder, lora=LORA, gradient_checkpointing=checkpointing)
+    texts = fan(vlm, 8, 16)
     naive = flops(vlm, model, prompts, texts, route="naive")
     assert naive / flops(vlm, model, prompts, texts, route="packed") > 3.5
     assert naive / flops(vlm, model, prompts, texts, route="auto") > 3.5
@@ -112,9 +112,9 @@ def test_a_fraction_of_the_work(folder: Path, builders: ModuleType, checkpointin
 
 
 @pytest.mark.parametrize("route", ["expand", "packed"])
-def test_chunks_cost_one_more_forward_of_the_texts(folder: Path, builders: ModuleType, route: str) -> None:
-    vlm, model, prompts = make(folder, builders, lora=LORA)
-    texts = fan(vlm, builders, 8, 16)
+def test_chunks_cost_one_more_forward_of_the_texts(folder: Path, route: str) -> None:
+    vlm, model, prompts = make(folder, lora=LORA)
+    texts = fan(vlm, 8, 16)
     whole = flops(vlm, model, prompts, texts, route=route)
     chunked = flops(vlm, model, prompts, texts, completion_chunk=2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -133,8 +133,8 @@ def test_chunks_cost_one_more_forward_of_the_texts(folder: Path, builders: Modul
     ],
     ids=str,
 )
-def test_forwards_and_vision_calls(folder: Path, builders: ModuleType, options: dict[str, Any], forwards: int) -> None:
-    vlm, model, prompts = make(folder, builders, lora=LORA, **options)
+def test_forwards_and_vision_calls(folder: Path, options: dict[str, Any], forwards: int) -> None:
+    vlm, model, prompts = make(folder, lora=LORA, **options)
     calls = {"model": 0, "tower": 0, "patches": 0}
 
     def count(name: str) -> Callable[..., None]:
@@ -147,7 +147,7 @@ def test_forwards_and_vision_calls(folder: Path, builders: ModuleType, options: 
 
     unwrap(model).register_forward_pre_hook(count("model"), with_kwargs=True)
     unwrap(model).model.visual.register_forward_pre_hook(count("tower"), with_kwargs=True)
-    scores = vlm.score(model, prompts, fan(vlm, builders, 8, 16))
+    scores = vlm.score(model, prompts, fan(vlm, 8, 16))
     assert calls["model"] == forwards
     scores.logprobs.sum().backward()
     assert calls["tower"] == 1
@@ -159,11 +159,9 @@ def test_forwards_and_vision_calls(folder: Path, builders: ModuleType, options: 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [{"route": "expand"}, {"route": "packed", "completion_chunk": 5}], ids=str)
-def test_no_forward_holds_tokens_by_vocabulary(
-    large_vocabulary: Path, builders: ModuleType, options: dict[str, Any], dtype: str
-) -> None:
-    vlm, model, prompts = make(large_vocabulary, builders, lora=LORA, dtype=dtype, **options)
-    texts = fan(vlm, builders, 12, 64)
+def test_no_forward_holds_tokens_by_vocabulary(large_vocabulary: Path, options: dict[str, Any], dtype: str) -> None:
+    vlm, model, prompts = make(large_vocabulary, lora=LORA, dtype=dtype, **options)
+    texts = fan(vlm, 12, 64)
     tokens = int(texts.loss_mask.sum())
     assert tokens > 4 * STATES_AT_ONCE
     with Tensors() as seen:
@@ -174,10 +172,10 @@ def test_no_forward_holds_tokens_by_vocabulary(
     assert max(seen.largest.values()) == STATES_AT_ONCE * 8192
 
 
-def peak(folder: Path, builders: ModuleType, texts: int, **options: Any) -> int:
+def peak(folder: Path, texts: int, **options: Any) -> int:
     """Most bytes alive in forward and backward, above the weights and gradients."""
-    vlm, model, prompts = make(folder, builders, lora=LORA, **options)
-    batch = fan(vlm, builders, texts, 48)
+    vlm, model, prompts = make(folder, lora=LORA, **options)
+    batch = fan(vlm, texts, 48)
     with Tensors() as seen:
         vlm.score(model, prompts, batch).logprobs.sum().backward()
     return seen.peak
@@ -185,15 +183,13 @@ def peak(folder: Path, builders: ModuleType, texts: int, **options: Any) -> int:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("route", ["expand", "packed"])
-def test_memory_of_chunks_does_not_grow_with_the_texts(
-    folder: Path, builders: ModuleType, route: str, checkpointing: bool
-) -> None:
+def test_memory_of_chunks_does_not_grow_with_the_texts(folder: Path, route: str, checkpointing: bool) -> None:
     if route == "expand" and checkpointing:
         pytest.skip("refused")
     options: dict[str, Any] = {"route": route, "gradient_checkpointing": checkpointing}
-    few, many = (peak(folder, builders, n, completion_chunk=2, **options) for n in (4, 16))
+    few, many = (peak(folder, n, completion_chunk=2, **options) for n in (4, 16))
     assert many < 1.1 * few
-    whole = peak(folder, builders, 16, **options)
+    whole = peak(folder, 16, **options)
     assert whole > (1.5 if checkpointing else 3) * many
 
 
@@ -209,28 +205,26 @@ def test_memory_of_chunks_does_not_grow_with_the_texts(
     ],
     ids=str,
 )
-def test_the_estimate_is_near_what_is_held(
-    make_vlm: Callable[..., VLM], builders: ModuleType, family: str, options: dict[str, Any]
-) -> None:
+def test_the_estimate_is_near_what_is_held(make_vlm: Callable[..., VLM], family: str, options: dict[str, Any]) -> None:
     vlm = make_vlm(family, lora=LORA, **{"dtype": "float32", **options})
     model = vlm.build()
     prompts = vlm.encode([builders.make_example(frames=8, size=(112, 112))]).prompts
     held = []
     for count in (4, 12):
-        batch = fan(vlm, builders, count, 48)
+        batch = fan(vlm, count, 48)
         with Tensors() as seen:
             vlm.score(model, prompts, batch).logprobs.sum().backward()
         held.append(seen.peak)
     each = (held[1] - held[0]) / 8
-    width = plan_texts(fan(vlm, builders, 1, 48)).widths[0]
+    width = plan_texts(fan(vlm, 1, 48)).widths[0]
     estimate = text_bytes(model, width, prompts.inputs["input_ids"].shape[1], options["route"])
     print(f"{estimate / each:.2f} of what is held")
     assert 0.7 < estimate / each < 1.6
 
 
-def test_chunks_follow_from_the_memory_limit(folder: Path, builders: ModuleType) -> None:
-    vlm, model, prompts = make(folder, builders, lora=LORA)
-    texts = fan(vlm, builders, 8, 16)
+def test_chunks_follow_from_the_memory_limit(folder: Path) -> None:
+    vlm, model, prompts = make(folder, lora=LORA)
+    texts = fan(vlm, 8, 16)
     plan, length = plan_texts(texts), prompts.inputs["input_ids"].shape[1]
     each = max(text_bytes(model, width, length, "expand") for width in plan.widths)
     assert texts_that_fit(model, plan, length, "expand", 3.5 * each / 1e9) == 3

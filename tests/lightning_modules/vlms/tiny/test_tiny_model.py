@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import vlm_builders as builders
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaModel
+from vlm_builders import PROMPTS
 
 import vidreason.lightning_modules.vlms  # noqa: F401  makes TinyVLM known to the Auto classes
 from vidreason.lightning_modules.parameters import set_train_mode
@@ -18,12 +19,9 @@ from vidreason.lightning_modules.vlms.tiny.processing import TinyVLMProcessor
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM, embedded_folder
 
 MakeTiny = Callable[..., TinyVLM]
-PROMPTS = ("what happens?", "describe the video, step by step, and say who arrives at the door", "who?")
 
 
-def inputs_of(
-    vlm: TinyVLM, builders: ModuleType, prompts: tuple[str, ...] = PROMPTS, frames: int = 4
-) -> dict[str, Tensor]:
+def inputs_of(vlm: TinyVLM, prompts: tuple[str, ...] = PROMPTS, frames: int = 4) -> dict[str, Tensor]:
     examples = [builders.make_example(prompt=p, seed=i, frames=frames, size=(64, 96)) for i, p in enumerate(prompts)]
     return dict(vlm.encode(examples).prompts.inputs)
 
@@ -46,15 +44,15 @@ def test_the_embedded_folder_describes_the_shipped_sizes() -> None:
     assert config.max_frames == 12
 
 
-def test_a_saved_model_gives_identical_logits(make_tiny: MakeTiny, builders: ModuleType, tmp_path: Path) -> None:
+def test_a_saved_model_gives_identical_logits(make_tiny: MakeTiny, tmp_path: Path) -> None:
     vlm = make_tiny()
     model = vlm.build().eval()
-    inputs = inputs_of(vlm, builders)
+    inputs = inputs_of(vlm)
     model.save_pretrained(tmp_path)  # type: ignore[operator]
     vlm.processor.save_pretrained(tmp_path)
     again = TinyVLM(str(tmp_path))
     loaded = again.build().eval()
-    other = inputs_of(again, builders)
+    other = inputs_of(again)
     assert inputs.keys() == other.keys() == {"input_ids", "attention_mask", "pixel_values_videos"}
     assert all(inputs[name].equal(other[name]) for name in inputs)
     with torch.no_grad():
@@ -69,7 +67,7 @@ def test_it_is_small(make_tiny: MakeTiny, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_frozen_tower_does_not_drift(make_tiny: MakeTiny, builders: ModuleType, frozen: bool) -> None:
+def test_a_frozen_tower_does_not_drift(make_tiny: MakeTiny, frozen: bool) -> None:
     vlm = make_tiny(freeze_vision=frozen)
     model = vlm.build()
     for put in (lambda m: m, nn.Module.train, lambda m: set_train_mode(m) or m):
@@ -79,16 +77,16 @@ def test_a_frozen_tower_does_not_drift(make_tiny: MakeTiny, builders: ModuleType
         assert {module.training for module in norms} == {not frozen}
         assert model.get_submodule("model.language_model").training
         before = {name: value.clone() for name, value in tower.named_buffers()}
-        model(**inputs_of(vlm, builders))
+        model(**inputs_of(vlm))
         moved = any(not value.equal(before[name]) for name, value in tower.named_buffers())
         assert moved is not frozen
     assert [p.requires_grad for p in tower.parameters()] == [not frozen] * len(list(tower.parameters()))
 
 
-def test_features_stand_where_the_placeholders_are(make_tiny: MakeTiny, builders: ModuleType) -> None:
+def test_features_stand_where_the_placeholders_are(make_tiny: MakeTiny) -> None:
     vlm = make_tiny()
     model = vlm.build().eval()
-    inputs = inputs_of(vlm, builders)
+    inputs = inputs_of(vlm)
     seen: list[Tensor] = []
     model.get_submodule("model.language_model").register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
@@ -118,17 +116,17 @@ def test_a_token_sees_its_own_frame_and_place(make_tiny: MakeTiny) -> None:
     assert (a[:6] - a[6:12]).norm() > 0, "equal frames at other times differ"
 
 
-def test_refusals(make_tiny: MakeTiny, builders: ModuleType) -> None:
+def test_refusals(make_tiny: MakeTiny) -> None:
     vlm = make_tiny()
     model = vlm.build().eval()
-    inputs = inputs_of(vlm, builders)
+    inputs = inputs_of(vlm)
     short = inputs["input_ids"].clone()
     first = (short[0] == model.config.video_token_id).nonzero()[0]  # type: ignore[union-attr]
     short[0, first] = 10
     with pytest.raises(ValueError, match="do not match: 72 features, 71 tokens"):
         model(**{**inputs, "input_ids": short})
     with pytest.raises(ValueError, match=r"at most 12 frames, got 16.*num_frames"):
-        model(**inputs_of(vlm, builders, frames=16))
+        model(**inputs_of(vlm, frames=16))
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="input_ids to place"):
@@ -137,7 +135,7 @@ def test_refusals(make_tiny: MakeTiny, builders: ModuleType) -> None:
         TinyVLMConfig(frame_width=100)
 
 
-def test_the_processor_refuses_what_does_not_fit(make_tiny: MakeTiny, builders: ModuleType) -> None:
+def test_the_processor_refuses_what_does_not_fit(make_tiny: MakeTiny) -> None:
     vlm = make_tiny()
     examples = [builders.make_example(frames=frames, size=(64, 96)) for frames in (4, 8)]
     with pytest.raises(ValueError, match=r"one length in a batch, got \[4, 8\]"):
@@ -149,7 +147,7 @@ def test_the_processor_refuses_what_does_not_fit(make_tiny: MakeTiny, builders: 
         vlm.processor("<|video|> and <|video|>", videos=[frames])
 
 
-def test_frames_of_any_size_are_seen_at_one_size(make_tiny: MakeTiny, builders: ModuleType) -> None:
+def test_frames_of_any_size_are_seen_at_one_size(make_tiny: MakeTiny) -> None:
     vlm = make_tiny()
     whole = vlm.encode([builders.make_example(size=(64, 96))]).prompts.inputs["pixel_values_videos"]
     large = vlm.encode([builders.make_example(size=(240, 320))]).prompts.inputs["pixel_values_videos"]
@@ -158,10 +156,10 @@ def test_frames_of_any_size_are_seen_at_one_size(make_tiny: MakeTiny, builders: 
     torch.testing.assert_close(whole[0], pixels.float() / 127.5 - 1, rtol=0, atol=1e-5)
 
 
-def test_a_left_padded_batch_equals_single_rows(make_tiny: MakeTiny, builders: ModuleType) -> None:
+def test_a_left_padded_batch_equals_single_rows(make_tiny: MakeTiny) -> None:
     vlm = make_tiny()
     model = vlm.build().eval()
-    together = inputs_of(vlm, builders)
+    together = inputs_of(vlm)
     assert not together["attention_mask"].all(), "the prompts differ in length"
     positions = (together["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
@@ -172,10 +170,10 @@ def test_a_left_padded_batch_equals_single_rows(make_tiny: MakeTiny, builders: M
             torch.testing.assert_close(batched[row, -len(alone) :], alone, rtol=0, atol=1e-4)
 
 
-def test_labels_give_the_mean_token_loss(make_tiny: MakeTiny, builders: ModuleType) -> None:
+def test_labels_give_the_mean_token_loss(make_tiny: MakeTiny) -> None:
     vlm = make_tiny()
     model = vlm.build().eval()
-    inputs = inputs_of(vlm, builders, PROMPTS[:1])
+    inputs = inputs_of(vlm, PROMPTS[:1])
     labels = inputs["input_ids"].clone()
     labels[:, :30] = -100
     with torch.no_grad():

@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from stage_world import QUIET
 from torch import nn
 
 from vidreason.datamodules.porch_captions import PorchCaptionDataModule, question_and_answer_example
@@ -40,16 +41,12 @@ def test_fit_trains_the_tower_and_writes_a_model_folder(tmp_path: Path) -> None:
     module = frames_module()
     data = PorchFrameDataModule(clips_per_epoch=4, frames_per_clip=2, batch_size=2, num_workers=0)
     trainer = L.Trainer(
-        accelerator="cpu",
         devices=1,
         max_epochs=1,
         limit_val_batches=1,
-        num_sanity_val_steps=0,
         default_root_dir=tmp_path,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     start = {name: p.clone() for name, p in TinyVLM("scratch").build().named_parameters()}
     trainer.fit(module, data)

@@ -23,7 +23,8 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from vidreason.datamodules.types import Clip, Example, FrameTiming, Prompt, Text, TextBatch, VideoSample
+from vidreason.datamodules.types import Clip, EncodedPrompts, Example, FrameTiming, Prompt, Text, TextBatch, VideoSample
+from vidreason.lightning_modules.vlms.base import VLM
 
 CORPUS = [
     "<think>a person walks to the door and leaves a parcel</think><answer>delivery</answer>",
@@ -31,6 +32,22 @@ CORPUS = [
     "You are provided the following series of eight frames from a 0:00:02 [H:MM:SS] video. Frame from 00:01:",
     "User: Assistant: normal abnormal left right red blue two three stays goes system user assistant",
 ]
+
+DECODER = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": None,
+}
+PROMPTS = ("what happens?", "describe the video, step by step, and say who arrives at the door", "who?")
+FAN = [(0, -1, 5), (0, -1, 1), (2, -1, 7), (0, -1, 3), (1, -1, 4)]
+TREE = [*FAN, (0, 0, 2), (2, 2, 4), (0, 0, 1), (0, 3, 6), (0, 5, 3), (0, 5, 1), (1, 4, 1)]
+"""Texts behind ``PROMPTS`` as (owner, parent, length): unequal counts and lengths, one token, parents that are any
+earlier row, three levels"""
 
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -81,14 +98,7 @@ def write_qwen(
     )
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in specials}
     text = {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "bos_token_id": None,
+        **DECODER,
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
@@ -157,14 +167,7 @@ def write_smolvlm(folder: Path, seed: int = 0) -> Path:
         },
         text_config={
             "model_type": "llama",
-            "vocab_size": 512,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "bos_token_id": None,
+            **DECODER,
             "eos_token_id": end,
             "pad_token_id": pad,
         },
@@ -236,6 +239,32 @@ def text_rows(rows: Sequence[tuple[int, int, int]], vocab: Sequence[int], seed: 
     loss = mask & (torch.rand(len(rows), length, generator=generator) < 0.75)
     owner, parent = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
     return TextBatch(ids, mask, loss, torch.zeros_like(mask), owner, parent)
+
+
+def make_prompts(vlm: VLM, seed: int = 0, words: Sequence[str] = PROMPTS) -> EncodedPrompts:
+    """Each of the prompts behind a clip of its own."""
+    size = (64, 96) if type(vlm).__name__ == "TinyVLM" else (56, 56)
+    return vlm.encode([make_example(prompt=p, seed=seed + i, size=size) for i, p in enumerate(words)]).prompts
+
+
+def make_texts(vlm: VLM, rows: Sequence[tuple[int, int, int]] = TREE, seed: int = 0) -> TextBatch:
+    """``text_rows`` of tokens that the family may write."""
+    return text_rows(rows, sorted(set(range(10, 500)) - vlm.suppressed_ids), seed)
+
+
+def gradients(
+    vlm: VLM, model: torch.nn.Module, prompts: EncodedPrompts, texts: TextBatch, route: Any
+) -> dict[str, torch.Tensor]:
+    """Of a weighted sum of log-probs and entropies, by parameter; and both under ``logprobs`` and ``entropy``."""
+    vlm.route = route
+    model.zero_grad()
+    scores = vlm.score(model, prompts, texts, temperature=0.8, with_entropy=True)
+    assert scores.entropy is not None
+    weights = torch.randn(scores.logprobs.shape, generator=torch.Generator().manual_seed(1))
+    (scores.logprobs * weights + scores.entropy * weights.flip(0)).sum().backward()
+    out = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    out["logprobs"], out["entropy"] = scores.logprobs.detach(), scores.entropy.detach()
+    return out
 
 
 def randomise_lora(model: torch.nn.Module, seed: int = 0) -> None:
