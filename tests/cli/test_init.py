@@ -7,19 +7,18 @@ import os
 import shlex
 import shutil
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from vidreason.cli import init_frames
-from vidreason.cli.init_frames import suggest_frames
+from vidreason.cli.lightning import build
 from vidreason.cli.main import main
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.probing import ClipProbe, Unreadable
 from vidreason.datamodules.task import Task
-from vidreason.lightning_modules.vlms.tiny.configuration import TinyVLMConfig
 
 TINY = (48, 32)
 
@@ -127,8 +126,6 @@ def test_a_folder_of_real_clips_becomes_what_the_other_commands_read(here, write
 def test_the_data_section_goes_into_a_stage(here, fake_probe):
     classes("clips", 8)
     assert main(["init", "clips", "--out", "task"]) == 0
-    from vidreason.cli.lightning import build
-
     os.chdir("/")  # the files are found from any folder
     data = build("fit", ["--config", "configs/sft_label.yaml", "--data", str(here / "task" / "data.yaml")]).datamodule
     data.setup("fit")
@@ -271,30 +268,6 @@ def test_a_full_disk_is_one_line(here, fake_probe, capsys, monkeypatch):
         main(["init", "clips", "--out", "task", "--traceback"])
 
 
-def probes(seconds=4.0, sizes=((320, 240),)):
-    return [ClipProbe("x", int(seconds * 10), 10.0, w, h, False) for w, h in sizes]
-
-
-@pytest.mark.parametrize(("seconds", "frames", "more"), [(1, 8, None), (5.0, 10, None), (9.0, 12, 18), (300, 12, 32)])
-def test_frames_follow_from_the_median_duration(seconds, frames, more):
-    suggestion = suggest_frames(probes(seconds))
-    assert suggestion.num_frames == frames
-    assert (f"num_frames {more}" in suggestion.why_frames) == (more is not None)
-    assert ("num_frames" in suggestion.why_frames) == (more is not None)
-
-
-def test_pixels_follow_from_the_measured_sizes():
-    assert suggest_frames(probes(sizes=[(320, 240)] * 10)).max_pixels == 320 * 240
-    one_large = suggest_frames(probes(sizes=[(320, 240)] * 19 + [(1920, 1080)]))
-    assert one_large.max_pixels == 320 * 240
-    assert "up to 1920 x 1080" in one_large.why_pixels
-    assert suggest_frames(probes(sizes=[(1920, 1080)] * 3)).max_pixels == 448 * 448
-
-
-def test_the_embedded_base_takes_the_suggested_frames():
-    assert TinyVLMConfig().max_frames == init_frames.EMBEDDED_FRAMES
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--where", "x"], "COLUMN=VALUE"), (["--timeout", "0"], "must be positive"), (["--label", "x"], "--label")],
@@ -307,17 +280,14 @@ def test_wrong_options(here, capsys, options, message):
 
 
 def test_the_real_actions_are_read(here, test_data, capsys):
-    assert (
-        main(["init", str(test_data / "real_clips" / "weizmann_silhouettes"), "--out", "task", "--workers", "1"]) == 0
-    )
+    clips = test_data / "real_clips"
+    assert main(["init", str(clips / "weizmann_silhouettes"), "--out", "task", "--workers", "1"]) == 0
     out = capsys.readouterr().out
     assert "_robustness_walk" in out
     assert len(rows("task/manifest.csv")) == 93
-    argv = ["init", str(test_data / "real_clips" / "manifest.csv"), "--out", "task2", "--workers", "1"]
+    argv = ["init", str(clips / "manifest.csv"), "--out", "task2", "--workers", "1"]
     assert main([*argv, "--where", "subset=weizmann_silhouettes"]) == 0
-    sizes = {}
-    for row in rows("task2/manifest.csv"):
-        sizes[row["split"]] = sizes.get(row["split"], 0) + 1
+    sizes = Counter(row["split"] for row in rows("task2/manifest.csv"))
     assert sizes == {"train": 40, "cal": 10, "val": 13, "test": 30, "robustness": 20}
 
 

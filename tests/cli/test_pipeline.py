@@ -1,128 +1,22 @@
-"""Pipelines with a stand-in for the trainer commands: order, hand-over, skipping, resuming, errors."""
+"""Pipelines with a stand-in for the trainer commands: order, hand-over, skipping, resuming."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
+import pipeline_world
 import pytest
 import yaml
+from pipeline_world import PIPELINE, FakeTrainer, option, options, run, state_of
 
-from vidreason.cli import stage_inputs
-from vidreason.cli.configs import find_config, shipped_folder
+from vidreason.cli.configs import shipped_folder
 from vidreason.cli.pipeline import list_pipelines, main, read_call, run_pipeline
-from vidreason.cli.pipeline_commands import COLD_POLICY_STATUS, Commands, StageSize
+from vidreason.cli.pipeline_commands import COLD_POLICY_STATUS
 from vidreason.cli.pipeline_spec import read_pipeline
 
-PIPELINE = """
-name: three
-description: a test
-args: {data.init_args.num_workers: 0}
-stages:
-  - {name: generate, command: predict, config: generate.yaml}
-  - name: cold
-    command: fit
-    config: train.yaml
-    inputs: {model.init_args.traces: "{generate.traces}"}
-  - name: grpo
-    command: fit
-    config: train.yaml
-    inputs: {model.init_args.adapter_path: "{cold.adapter}"}
-    on_cold_policy: skip
-  - name: test
-    command: test
-    config: train.yaml
-    inputs: {model.init_args.adapter_path: "{grpo.adapter|cold.adapter}"}
-"""
-
-
-class FakeTrainer:
-    """Writes what a stage would write; its content follows from the settings that count."""
-
-    def __init__(self) -> None:
-        self.calls: list[list[str]] = []
-        self.before: dict[str, Callable[[Path], int]] = {}
-        """Stage name to what happens instead of a run; returns the exit status"""
-        self.checked: list[str] = []
-
-    @property
-    def commands(self) -> Commands:
-        return Commands(self.run, self.check, lambda argv: StageSize(128))
-
-    @property
-    def stages(self) -> list[str]:
-        return [_option(argv, "run_dir").rsplit("_", 1)[-1] for argv in self.calls]
-
-    def check(self, argv: list[str]) -> str | None:
-        self.checked.append(Path(_option(argv, "run_dir")).name)
-        return "unknown key max_step" if "trainer.max_step" in _options(argv) else None
-
-    def run(self, argv: list[str]) -> int:
-        self.calls.append(argv)
-        folder = Path(_option(argv, "run_dir"))
-        name = folder.name[3:]
-        if name in self.before:
-            return self.before[name](folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = {key: value for key, value in _options(argv).items() if key not in ("run_dir", "ckpt_path")}
-        for key in ("model.init_args.traces", "model.init_args.adapter_path"):
-            if key in settings:
-                settings[key] = _content(Path(settings[key]))
-        files = [find_config(argv[i + 1]) for i, word in enumerate(argv) if word == "--config"]
-        settings["config"] = "\n".join(file.read_text() for file in files if file is not None)
-        text = json.dumps(settings, sort_keys=True)
-        if argv[0] == "predict":
-            (folder / "traces.jsonl").write_text(text)
-        elif argv[0] == "fit":
-            (folder / "adapter").mkdir(exist_ok=True)
-            (folder / "adapter" / "weights").write_text(text)
-        else:
-            row: dict[str, object] = {"video_id": "v", "split": "test", "group": "", "label": "a", "pred": "a"}
-            row |= {"probs": {"a": 1, "b": 0}, "answer": "a", "unparsed": False, "failed": False, "traces": []}
-            (folder / "predictions.jsonl").write_text(json.dumps(row) + "\n")
-        return 0
-
-
-def _options(argv: list[str]) -> dict[str, str]:
-    words = [part for word in argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    return {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
-
-
-def _option(argv: list[str], key: str) -> str:
-    return _options(argv)[key]
-
-
-def _content(path: Path) -> str:
-    return path.read_text() if path.is_file() else (path / "weights").read_text()
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage_inputs, "fingerprint_embedded_weights", lambda: "base")
-    (tmp_path / "p.yaml").write_text(PIPELINE)
-    (tmp_path / "generate.yaml").write_text("model: {init_args: {samples: 1}}\n")
-    (tmp_path / "train.yaml").write_text("data: data.yaml\ntrainer: {max_steps: 3}\n")
-    (tmp_path / "data.yaml").write_text("init_args: {manifest: clips.csv}\n")
-    (tmp_path / "clips.csv").write_text("path,label\na.mp4,a\n")
-    return tmp_path
-
-
-@pytest.fixture
-def trainer() -> FakeTrainer:
-    return FakeTrainer()
-
-
-def run(trainer: FakeTrainer, *extra: str) -> int:
-    trainer.calls.clear()
-    return run_pipeline(["--config", "p.yaml", "--run_dir", "runs/x", *extra], trainer.commands)
-
-
-def state_of(run_dir: str = "runs/x") -> dict[str, dict[str, object]]:
-    stages: dict[str, dict[str, object]] = json.loads((Path(run_dir) / "state.json").read_text())["stages"]
-    return stages
+project, trainer = pipeline_world.project, pipeline_world.trainer
 
 
 def test_stages_run_in_order_and_hand_over(
@@ -133,14 +27,14 @@ def test_stages_run_in_order_and_hand_over(
     generate, cold, grpo, test = trainer.calls
     assert generate[0] == "predict"
     assert test[0] == "test"
-    assert _option(cold, "model.init_args.traces") == "runs/x/stages/01_generate/traces.jsonl"
-    assert _option(grpo, "model.init_args.adapter_path") == "runs/x/stages/02_cold/adapter"
-    assert _option(test, "model.init_args.adapter_path") == "runs/x/stages/03_grpo/adapter"
-    assert _option(grpo, "trainer.max_steps") == "5"
-    assert "trainer.max_steps" not in _options(cold)
+    assert option(cold, "model.init_args.traces") == "runs/x/stages/01_generate/traces.jsonl"
+    assert option(grpo, "model.init_args.adapter_path") == "runs/x/stages/02_cold/adapter"
+    assert option(test, "model.init_args.adapter_path") == "runs/x/stages/03_grpo/adapter"
+    assert option(grpo, "trainer.max_steps") == "5"
+    assert "trainer.max_steps" not in options(cold)
     for argv in trainer.calls:
-        assert (_option(argv, "seed_everything"), _option(argv, "data.init_args.num_workers")) == ("7", "0")
-        assert yaml.safe_load(_option(argv, "data.init_args.limit")) == {"train": 4}
+        assert (option(argv, "seed_everything"), option(argv, "data.init_args.num_workers")) == ("7", "0")
+        assert yaml.safe_load(option(argv, "data.init_args.limit")) == {"train": 4}
     saved = shlex.split(Path("runs/x/stages/03_grpo/command.txt").read_text())
     assert saved == ["vidreason", *grpo]
     assert shlex.join(saved) in capsys.readouterr().out
@@ -219,7 +113,7 @@ def test_an_interrupted_fit_resumes_from_its_last_checkpoint(
     trainer.before.clear()
     assert run(trainer) == 0
     assert trainer.stages == ["cold", "grpo", "test"]
-    assert _option(trainer.calls[0], "ckpt_path") == "runs/x/stages/02_cold/checkpoints/last.ckpt"
+    assert option(trainer.calls[0], "ckpt_path") == "runs/x/stages/02_cold/checkpoints/last.ckpt"
     assert state_of()["cold"]["status"] == "finished"
 
 
@@ -242,14 +136,14 @@ def test_an_interrupted_stage_with_changed_inputs_starts_anew(project: Path, tra
     assert run(trainer) == 130
     trainer.before.clear()
     assert run(trainer, "--cold.trainer.max_steps", "9") == 0
-    assert "ckpt_path" not in _options(trainer.calls[0])
+    assert "ckpt_path" not in options(trainer.calls[0])
 
 
 def test_a_cold_policy_ends_its_stage_only(project: Path, trainer: FakeTrainer) -> None:
     trainer.before["grpo"] = lambda folder: COLD_POLICY_STATUS
     assert run(trainer) == 0
     assert trainer.stages == ["generate", "cold", "grpo", "test"]
-    assert _option(trainer.calls[-1], "model.init_args.adapter_path") == "runs/x/stages/02_cold/adapter"
+    assert option(trainer.calls[-1], "model.init_args.adapter_path") == "runs/x/stages/02_cold/adapter"
     (row,) = json.loads(Path("runs/x/summary.json").read_text())
     assert "grpo" in row["note"]
     assert "grpo" in Path("runs/x/summary.txt").read_text()
@@ -303,7 +197,7 @@ def test_a_finished_stage_is_taken_from_another_run(project: Path, trainer: Fake
     argv = ["--config", "p.yaml", "--run_dir", "runs/y", "--use", f"generate={folder}"]
     assert run_pipeline(argv, trainer.commands) == 0
     assert trainer.stages == ["cold", "grpo", "test"]
-    assert _option(trainer.calls[0], "model.init_args.traces") == "runs/x/stages/01_generate/traces.jsonl"
+    assert option(trainer.calls[0], "model.init_args.traces") == "runs/x/stages/01_generate/traces.jsonl"
     assert state_of("runs/y")["generate"]["taken"] is True
     trainer.calls.clear()
     assert run_pipeline(argv, trainer.commands) == 0
@@ -317,68 +211,6 @@ def test_a_stage_made_on_other_inputs_is_not_taken(project: Path, trainer: FakeT
         run_pipeline(argv, trainer.commands)
     with pytest.raises(ValueError, match="no state.json"):
         run_pipeline([*argv[:4], "--use", "generate=elsewhere"], trainer.commands)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("stages:", "stage:", "unknown key 'stage'; did you mean 'stages'"),
-        ("name: cold\n    command: fit", "name: cold", r"stages\[2\]: key 'command' is missing"),
-        ("command: predict", "command: train", r"stages\[1\] \(generate\): key 'command' must be one of"),
-        ("config: generate.yaml", "config: generat.yaml", r"stages\[1\] \(generate\): key 'config': no file"),
-        ("{cold.adapter}", "{colt.adapter}", r"inputs.model.init_args.adapter_path: no earlier stage 'colt'.*'cold'"),
-        ("{cold.adapter}", "{cold.traces}", r"stage cold \(fit\) writes 'adapter' only"),
-        ("{grpo.adapter|cold.adapter}", "{grpo.adapter}", "may end without an artefact"),
-        ("name: grpo", "name: cold", "there is a stage 'cold' already"),
-        ("name: grpo", "name: data", "a stage's name"),
-        ("on_cold_policy: skip", "on_cold_policy: maybe", "key 'on_cold_policy' must be stop or skip"),
-        ("name: three", "name: [three", "not valid YAML"),
-    ],
-)
-def test_a_wrong_pipeline_file_is_one_clear_error(
-    project: Path, trainer: FakeTrainer, old: str, new: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (project / "p.yaml").write_text(PIPELINE.replace(old, new))
-    with pytest.raises(ValueError, match=message) as caught:
-        read_pipeline("p.yaml")
-    assert str(caught.value).startswith("p.yaml: ")
-    assert run(trainer) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert trainer.calls == []
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--gpro.trainer.max_steps", "5"], "did you mean 'grpo'"),
-        (["--until", "gprp"], "no stage 'gprp'; did you mean 'grpo'"),
-        (["--use", "generat=runs/z"], "no stage 'generat'"),
-        (["--use", "generate"], "STAGE=DIR"),
-        (["--grpo.model.init_args.adapter_path", "z"], "--use cold=FOLDER"),
-        (["--grpo.trainer.max_steps"], "a value is missing"),
-        (["--sed", "5"], "unknown option '--sed': did you mean --seed?"),
-        (["--nothing_like_it", "5"], "unknown option '--nothing_like_it': settings read --STAGE.dotted.key VALUE"),
-        (["--data", "missing.yaml"], "no file 'missing.yaml'"),
-    ],
-)
-def test_a_wrong_command_line_is_one_clear_error(
-    project: Path, trainer: FakeTrainer, extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(trainer, *extra) == 2
-    assert message in capsys.readouterr().err
-    assert trainer.calls == []
-
-
-def test_a_typo_in_a_late_stage_shows_before_anything_runs(
-    project: Path, trainer: FakeTrainer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(trainer, "--grpo.trainer.max_step", "5") == 2
-    assert capsys.readouterr().err == "error: stage grpo: unknown key max_step\n"
-    assert trainer.calls == []
-    run(trainer)
-    trainer.checked.clear()
-    run(trainer, "--grpo.trainer.max_steps", "5")
-    assert trainer.checked == ["03_grpo"]  # what is finished on these settings was checked then
 
 
 def test_another_pipeline_does_not_run_into_the_same_folder(

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
+import pipeline_world
 import pytest
+from pipeline_world import PIPELINE, run
 
 from vidreason.cli import lightning, pipeline_commands
 from vidreason.cli.pipeline_spec import read_pipeline
 
-_spec = importlib.util.spec_from_file_location("pipelines", Path(__file__).with_name("test_pipeline.py"))
-assert _spec is not None
-assert _spec.loader is not None
-pipelines = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(pipelines)
-PIPELINE, project, run, trainer = pipelines.PIPELINE, pipelines.project, pipelines.run, pipelines.trainer
+project, trainer = pipeline_world.project, pipeline_world.trainer
 
 
 def test_a_stage_trains_by_its_strategy(project: Path, trainer: Any) -> None:

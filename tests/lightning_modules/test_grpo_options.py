@@ -6,7 +6,9 @@ import statistics
 from dataclasses import replace
 
 import pytest
+import small_grpo
 import torch
+from small_grpo import SHORT
 
 from vidreason.lightning_modules.functional.aggregation import LOSS_TYPES
 from vidreason.lightning_modules.grpo import GRPOModule
@@ -15,11 +17,8 @@ from vidreason.lightning_modules.grpo_replay import ReplayBuffer
 from vidreason.lightning_modules.grpo_statistics import RolloutTable, prefix_statistics, rollout_statistics
 from vidreason.lightning_modules.rollout import score_rollouts
 from vidreason.lightning_modules.vlms.context import prompt_tokens
-from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.base import RewardFn, RewardInput
 from vidreason.rewards.completion import CompletionForm
-
-SHORT = Sampling(max_new_tokens=6)
 
 
 class Length(RewardFn):
@@ -40,8 +39,7 @@ class Same(RewardFn):
 
 
 def make(vlm, **options):
-    options = {"rewards": [Length()], "group_size": 4, "train_sampling": SHORT, "sampling": SHORT, **options}
-    return GRPOModule(vlm, warmup=0, cold_steps=10**6, optimizer=lambda p: torch.optim.SGD(p, lr=1e-2), **options)
+    return small_grpo.make(vlm, **{"rewards": [Length()], **options})
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""One clip in a worker: which frames are drawn, what cannot be read, equal frames, signals."""
+
+import multiprocessing
+import pickle
+import subprocess
+import time
+
+import pytest
+import torch
+import two_classes
+from two_classes import epoch, order
+
+from vidreason.datamodules.clip_dataset import ClipKey, leave_signals_to_the_run
+from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.prompts import DescribeView, LabelView, ReviewView
+
+make = two_classes.make
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_jitter_depends_on_seed_epoch_and_clip(make, num_workers):
+    def chosen(number, seed=0, batch_size=4):
+        data = make(
+            frames=FrameOptions(num_frames=4, sampling="segment"),
+            num_workers=num_workers,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        loader = data.loader("train", LabelView(data.task), train=True)
+        epoch(loader, 7)  # what was drawn before changes nothing, also where workers live on
+        batches = epoch(loader, number)
+        rows = torch.cat([batch.prompts.inputs["indices"] for batch in batches]).tolist()
+        return dict(zip(order(batches), map(tuple, rows), strict=True))
+
+    base = chosen(0)
+    assert base == chosen(0, batch_size=3)
+    assert base != chosen(1)
+    if not num_workers:
+        assert base != chosen(0, seed=1)
+    assert len({base[f"train{i}"] for i in (0, 3, 6, 9)}) > 1  # the same file under four ids
+
+
+def test_evaluation_never_jitters(make):
+    data = make(frames=FrameOptions(num_frames=4, sampling="segment"))
+    (batch,) = data.loader("val", LabelView(data.task))
+    assert batch.prompts.inputs["indices"][0].tolist() == [3, 9, 15, 21]
+
+
+def broken(make, **options):
+    data = make({"train": 4, "val": 2, "cal": 2, "test": 5}, **options)
+    (data.folder / "1.mp4").write_text("no video")
+    return data
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_clip_stops_training(make, num_workers):
+    data = broken(make, num_workers=num_workers)
+    loader = data.loader("train", LabelView(data.task), train=True)
+    with pytest.raises(DecodeError, match=r"1\.mp4.*from train1.*mend or remove"):
+        epoch(loader)
+
+
+def test_elsewhere_it_is_set_aside(make):
+    data = broken(make)
+    data.set_view(LabelView(data.task))
+    (loader,) = data.test_dataloader()
+    batches = list(loader)
+    assert [order([batch]) for batch in batches] == [["test0", "test2", "test3"], []]
+    assert [[failed.clip.video_id for failed in batch.failed] for batch in batches] == [["test1"], ["test4"]]
+    assert "1.mp4" in batches[0].failed[0].error
+    assert batches[1].prompts is None
+    assert batches[1].texts is None
+    assert batches[1].labels.shape == (0,)
+
+
+def test_what_goes_to_a_worker_can_be_pickled(make):
+    data = make()
+    loader = data.loader("train", DescribeView(data.task, {"train0": ("x",)}), train=True)
+    dataset, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    batch = collate([dataset[ClipKey(0, 2)]])
+    assert batch.video_ids == ("train0",)
+
+
+def identities(data, train=False, view=None):
+    loader = data.loader("train", view or LabelView(data.task), batch_size=10, train=train)
+    dataset = loader.dataset
+    return [dataset[ClipKey(i, 0)].content.sample.identity for i in range(len(dataset))]
+
+
+def test_equal_frames_have_one_identity(make, tmp_path, write_clip):
+    """The file's content and which frames were taken; not its name, and nothing where frames are drawn anew."""
+    first = identities(make())
+    assert len(set(first)) == 3  # ten clips of three files
+    assert all(first)
+    assert identities(make()) == first
+    (tmp_path / "1.mp4").write_bytes((tmp_path / "0.mp4").read_bytes())
+    assert identities(make())[1] == first[0]
+    write_clip(tmp_path / "0.mp4", frames=30, size=(48, 32))
+    assert identities(make())[0] not in first
+    for other in (FrameOptions(num_frames=3), FrameOptions(num_frames=4, max_pixels=600)):
+        assert identities(make(frames=other))[2] != first[2]
+    jittered = make(frames=FrameOptions(num_frames=4, sampling="segment"))
+    assert set(identities(jittered, train=True)) == {""}
+    assert all(identities(jittered))
+
+
+def test_a_blind_view_has_an_identity_of_its_own(make):
+    data = make()
+    blind = ReviewView(data.task, {f"train{i}": ("a trace",) for i in range(10)}, "all", input="trace")
+    assert len(set(identities(data, view=blind))) == 1
+    assert set(identities(data, view=blind)).isdisjoint(identities(data))
+
+
+def asleep(folder):
+    leave_signals_to_the_run(0)
+    (folder / "ready").touch()
+    time.sleep(60)
+
+
+def test_only_its_own_run_ends_a_worker(tmp_path):
+    """A scheduler's SIGTERM and a terminal's Ctrl-C go to workers too; the run's own SIGTERM must still end them."""
+    worker = multiprocessing.get_context("fork").Process(target=asleep, args=(tmp_path,), daemon=True)
+    worker.start()
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    for name in ("TERM", "INT"):
+        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)  # another process sends it
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
