@@ -38,20 +38,14 @@ class PredictionLogger(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Remembers the first clips."""
-        self._remember(outputs)
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
         """Remembers the first clips of each split."""
-        self._remember(outputs)
+        if not isinstance(outputs, Mapping):
+            return
+        for prediction in outputs.get("predictions", ()):
+            if sum(p.split == prediction.split for p in self._shown) < self.clips:
+                self._shown.append(prediction)
+
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes ``val``; the module resets its metrics after this."""
@@ -61,13 +55,6 @@ class PredictionLogger(L.Callback):
         """Writes every test split."""
         assert isinstance(pl_module, VLMModule)
         self._write(trainer, pl_module, pl_module.data.test_split_names)
-
-    def _remember(self, outputs: Any) -> None:
-        if not isinstance(outputs, Mapping):
-            return
-        for prediction in outputs.get("predictions", ()):
-            if sum(p.split == prediction.split for p in self._shown) < self.clips:
-                self._shown.append(prediction)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, splits: tuple[str, ...]) -> None:
         assert isinstance(pl_module, VLMModule)
