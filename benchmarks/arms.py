@@ -75,6 +75,12 @@ def fan(setting: Setting) -> TextBatch:
     return make_texts([setting.text_tokens] * n, [0] * n, [-1] * n, setting.seed)
 
 
+def rows(texts: TextBatch, start: int, end: int) -> TextBatch:
+    """Some of the texts behind one prompt."""
+    names = ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")
+    return TextBatch(*(getattr(texts, name)[start:end] for name in names))
+
+
 def grpo(logprobs: Tensor, texts: TextBatch) -> Tensor:
     """The on-policy GRPO loss in its second pass: ratios off 1, so that clipping acts; advantages as of a group."""
     generator = torch.Generator().manual_seed(0)

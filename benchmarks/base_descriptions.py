@@ -10,12 +10,12 @@ stands the balanced score of always naming the most frequent value.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import torch
+from figures import write_json
 
 import vidreason
 from vidreason.datamodules.decoding import FrameOptions, read_frames
@@ -93,9 +93,7 @@ def main() -> None:
             majority.append(sum(majority) / len(majority))
             print(f"{'majority':9s}" + "".join(f"{100 * m:13.1f}" for m in majority))
         print(f"{f'L{level}':9s}" + "".join(f"{100 * value:13.1f}" for value in row.values()), flush=True)
-    if options.json is not None:
-        result = {"clips": options.clips, "camera": options.camera, "scores": scores}
-        options.json.write_text(json.dumps(result, indent=1))
+    write_json(options.json, {"clips": options.clips, "camera": options.camera, "scores": scores})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from arms import cross_entropy, naive, shared
-from harness import Make, Setting, arguments, circumstances, gradient_difference, in_a_fork, measure, report
+from harness import Make, Setting, report_ratios
 from reference_model import CALIBRATOR, make_texts
 
 from vidreason.datamodules.types import TextBatch
@@ -44,14 +44,4 @@ ARMS = {
 }
 
 if __name__ == "__main__":
-    setting, options = arguments(__doc__, group_size=4)
-    found = measure(ARMS, setting)
-    gradient, single = in_a_fork(gradient_difference, list(ARMS.values()), setting)
-    headline = {"ratio": found["naive"].cpu_s / found["auto+cache"].cpu_s}
-    more = {
-        "ratio_expand": found["naive"].cpu_s / found["expand+cache"].cpu_s,
-        "ratio_no_cache": found["naive"].cpu_s / found["auto"].cpu_s,
-        "grad_rel_diff": gradient,
-        "grad_rel_diff_per_tensor": single,
-    }
-    report(headline, found, circumstances(setting), options.json, **more)
+    report_ratios(__doc__, ARMS, "auto+cache", ratio_expand="expand+cache", ratio_no_cache="auto")

@@ -15,6 +15,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from figures import write_json
+
 from vidreason.cli.main import main as vidreason
 from vidreason.cli.summary import wilson_interval
 
@@ -43,11 +45,8 @@ def main() -> None:
         print(f"\n{title}\n{'method':12s}" + "".join(f"{level:>22s}" for level in levels))
         for method in methods:
             print(f"{method:12s}" + "".join(f"{_cell(pooled[method, level], name):>22s}" for level in levels))
-    if options.json is not None:
-        found = [{"method": method, "level": level, **pooled[method, level]} for method, level in pooled]
-        options.json.write_text(
-            json.dumps({"seeds": options.seeds, "pooled": found}, indent=1) + "\n", encoding="utf-8"
-        )
+    found = [{"method": method, "level": level, **pooled[method, level]} for method, level in pooled]
+    write_json(options.json, {"seeds": options.seeds, "pooled": found})
 
 
 def _pool(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -13,22 +13,18 @@ does not fit is reported as that and enters no ratio. It ends within ten minutes
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-from arms import grpo, naive_logprobs
-from gpu_rows import Clock, Row, Side, matmul_rate, print_rows
+from arms import grpo, naive_logprobs, rows
+from figures import write_json
+from gpu_rows import Row, Side, print_rows
+from gpu_run import Clock, circumstances, matmul_rate, options_of
 from harness import flop_counter
 from reference_model import Grid, make_prompts, make_texts, make_vlm
 from torch import nn
@@ -119,12 +115,6 @@ class Bench:
         return float(gap.abs().max())
 
 
-def rows(texts: TextBatch, start: int, end: int) -> TextBatch:
-    """Some texts, all of one prompt."""
-    names = ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")
-    return TextBatch(*(getattr(texts, name)[start:end] for name in names))
-
-
 def gflop(step: Callable[[], None]) -> float:
     """Of one step."""
     with flop_counter() as counter:
@@ -174,24 +164,11 @@ def measure(
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures all settings that the time allows."""
     started = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no setting is begun after them")
-    options = parser.parse_args(arguments)
+    options = options_of(__doc__, arguments, minutes=9.0)
     scale = SMOKE if options.smoke else FULL
-    if scale.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU here; --smoke runs the same code on a CPU")
     clock = Clock(scale.device)
     rate = matmul_rate(scale.matrix, getattr(torch, scale.dtype), scale.device)
-    name = torch.cuda.get_device_name() if clock.cuda else f"CPU {platform.machine()}"
-    where = {
-        "date": date.today().isoformat(),
-        "device": name,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "cuda": torch.version.cuda,
-        "matmul_tflops": rate / 1e12,
-    }
+    where = {**circumstances(clock, PACKAGES), "matmul_tflops": rate / 1e12}
     print(where)
     found: list[Row] = []
     left: list[str] = []
@@ -220,9 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     ratios = [{"ratio": row.ratio, "memory_ratio": row.memory_ratio} for row in found]
     table = [asdict(row) | extra for row, extra in zip(found, ratios, strict=True)]
     result = {**where, "scale": asdict(scale), "not_measured": left, "rows": table}
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, result)
     return result
 
 

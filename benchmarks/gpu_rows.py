@@ -1,14 +1,10 @@
-"""What ``gpu_grpo.py`` measures with and what it writes down: a clock, the sides of a setting, a table."""
+"""What ``gpu_grpo.py`` writes down: the sides of a setting, and a table."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -49,52 +45,6 @@ class Row:
         """Memory of naive over ours, both with all completions at once."""
         both = self.naive_at_once.peak_gb, self.ours.peak_gb
         return both[0] / both[1] if both[0] and both[1] else None
-
-
-class Clock:
-    """Times and memory of the device."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def run(self, step: Callable[[], None], repeats: int) -> tuple[list[float], float] | None:
-        """Seconds of each repeat and the peak in GB; None where the memory does not suffice."""
-        seconds = []
-        try:
-            if self.cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            for _ in range(repeats):
-                seconds.append(self._one(step))
-        except torch.OutOfMemoryError:
-            return None
-        return seconds, torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0.0
-
-    def _one(self, step: Callable[[], None]) -> float:
-        if not self.cuda:
-            start = time.perf_counter()
-            step()
-            return time.perf_counter() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        milliseconds: float = begin.elapsed_time(end)
-        return milliseconds / 1e3
-
-
-def matmul_rate(size: int, dtype: torch.dtype, device: str) -> float:
-    """FLOPs per second of a matrix product of that size."""
-    a = torch.randn(size, size, device=device, dtype=dtype)
-
-    def ten() -> None:
-        for _ in range(10):
-            a @ a
-
-    found = Clock(device).run(ten, 6)
-    assert found is not None
-    return 10 * 2 * size**3 / statistics.median(found[0][1:])
 
 
 def print_rows(found: Sequence[Row], rate: float) -> None:

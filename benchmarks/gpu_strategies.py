@@ -14,25 +14,20 @@ bits need bitsandbytes and are named where it is not installed. No arm is begun 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.util
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from arms import cross_entropy, grpo
-from gpu_rows import Clock
+from figures import write_json
+from gpu_run import Clock, circumstances, options_of
 from reference_model import END, Grid, make_prompts, make_texts, make_vlm
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -197,23 +192,11 @@ def print_rows(rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures all arms that machine and time allow."""
     started = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
-    parser.add_argument("--minutes", type=float, default=8.5, help="no arm is begun after them")
-    options = parser.parse_args(arguments)
+    options = options_of(__doc__, arguments, minutes=8.5)
     scale = SMOKE if options.smoke else FULL
-    if scale.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU here; --smoke runs the same code on a CPU")
     clock = Clock(scale.device)
     four_bits = importlib.util.find_spec("bitsandbytes") is not None
-    found = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
-    where = {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if clock.cuda else f"CPU {platform.machine()}",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in found},
-        "cuda": torch.version.cuda,
-    }
+    where = circumstances(clock, PACKAGES)
     print(where)
     rows: list[Row] = []
     left: dict[str, str] = {}
@@ -239,9 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name, why in left.items():
         print(f"not run: {name}: {why}")
     result = {**where, "scale": asdict(scale), "not_run": left, "rows": [asdict(row) for row in rows]}
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, result)
     return result
 
 

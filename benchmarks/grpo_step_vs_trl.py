@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -36,6 +35,7 @@ from typing import Any
 
 import grpo_step_arms
 import torch
+from figures import write_json
 
 ROOT = Path(__file__).parent.parent
 ARMS = ("video_trl", "video_ours", "text_trl", "text_ours")
@@ -162,8 +162,7 @@ def main() -> None:
     }
     print(f"{figures['date']}, {figures['device']}, {figures['versions']}, load {figures['load_average']}, {setting}")
     print_table(figures)
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
 import multiprocessing
 import os
@@ -21,11 +20,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from figures import versions, write_json
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -258,7 +257,7 @@ def circumstances(setting: Setting) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "device": f"CPU {platform.machine()}, one thread",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(PACKAGES),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "setting": asdict(setting),
     }
@@ -268,9 +267,9 @@ def report(
     headline: Mapping[str, float], arms: Mapping[str, Figures], where: Mapping[str, Any], file: Path | None, **more: Any
 ) -> None:
     """Prints the figures as a table and writes them as JSON: the headline, and ``details`` with all else."""
-    setting, versions = where["setting"], ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-    print(f"{where['date']}, {where['device']}, {versions}, load average {where['load_average']}")
-    print(", ".join(f"{name} {value}" for name, value in setting.items()))
+    packages = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
+    print(f"{where['date']}, {where['device']}, {packages}, load average {where['load_average']}")
+    print(", ".join(f"{name} {value}" for name, value in where["setting"].items()))
     head = ("CPU-s", "wall s", "GFLOP", "peak MB", "vision calls", "in the run")
     print(f"{'':16s}" + "".join(f"{name:>14s}" for name in head))
     for name, f in arms.items():
@@ -278,7 +277,23 @@ def report(
         print(f"{name:16s}" + "".join(f"{x:14.2f}" for x in row) + f"{f.vision_calls:14d}{f.vision_calls_in_run:14d}")
     for name, value in headline.items():
         print(f"{name:24s}{value:.4g}")
-    if file is not None:
-        details = {**where, **more, "arms": {name: asdict(figures) for name, figures in arms.items()}}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**headline, "details": details}, indent=1) + "\n", encoding="utf-8")
+    details = {**where, **more, "arms": {name: asdict(figures) for name, figures in arms.items()}}
+    write_json(file, {**headline, "details": details})
+
+
+def report_ratios(doc: str, arms: Mapping[str, Make], ours: str, **more: str) -> None:
+    """Runs a benchmark whose figures are CPU-seconds of the arm ``naive`` over those of others.
+
+    Args:
+        doc: The script's docstring.
+        arms: All of them; each computes the same gradient.
+        ours: The arm of ``ratio``.
+        more: Arms of further ratios, by the names that these get.
+    """
+    setting, options = arguments(doc, group_size=4)
+    found = measure(arms, setting)
+    gradient, single = in_a_fork(gradient_difference, list(arms.values()), setting)
+    ratios = {name: found["naive"].cpu_s / found[arm].cpu_s for name, arm in {"ratio": ours, **more}.items()}
+    headline = {"ratio": ratios.pop("ratio")}
+    differences = {"grad_rel_diff": gradient, "grad_rel_diff_per_tensor": single}
+    report(headline, found, circumstances(setting), options.json, **ratios, **differences)

@@ -44,12 +44,18 @@ class Stage:
         return [*argv, "--ckpt_path", str(checkpoint)] if self.resumes and checkpoint.is_file() else argv
 
 
-def _options(command: str, config: str, **settings: object) -> tuple[str, ...]:
-    argv = [command, "--config", f"configs/{config}.yaml", "--data", "data.yaml", "--vlm.init_args.lora", LORA]
+def _settings(stage: str = "", **settings: object) -> tuple[str, ...]:
+    """``model__x=1`` and ``trainer_of_y=2`` as ``--model.init_args.x 1 --trainer.y 2``; of a pipeline's stage."""
+    argv = []
     for key, value in settings.items():
         text = value if isinstance(value, str) else json.dumps(value)
-        argv += ["--" + key.replace("__", ".init_args.").replace("_of_", "."), text]
-    return (*argv, "--seed_everything", SEED)
+        argv += [f"--{stage and stage + '.'}" + key.replace("__", ".init_args.").replace("_of_", "."), text]
+    return tuple(argv)
+
+
+def _options(command: str, config: str, **settings: object) -> tuple[str, ...]:
+    first = (command, "--config", f"configs/{config}.yaml", "--data", "data.yaml", "--vlm.init_args.lora", LORA)
+    return (*first, *_settings(**settings), "--seed_everything", SEED)
 
 
 _SHORT = {"max_new_tokens": 12, "temperature": 1.0}
@@ -137,27 +143,36 @@ STAGES = {
         (
             *("pipeline", "--config", "configs/pipelines/deepintuit.yaml", "--data", "data.yaml", "--seed", SEED),
             *("--vlm.init_args.lora", LORA),
-            *("--checkpoint.every_n_batches", "2"),
-            *("--generate.model.init_args.traces_sampled", json.dumps({**_TRACES, "filter": _ALL})),
-            *("--sft_cold_start.model.init_args.min_steps", "0"),
-            *("--sft_cold_start.model.init_args.batch_size", "6"),
-            *("--sft_cold_start.model.init_args.sampling", json.dumps(_GREEDY)),
-            *("--sft_cold_start.model.init_args.optimizer", json.dumps(_ADAM)),
-            *("--sft_cold_start.trainer.max_epochs", "3"),
-            *("--sft_cold_start.trainer.check_val_every_n_epoch", "3"),
-            *("--grpo.model.init_args.batch_size", "4"),
-            *("--grpo.model.init_args.group_size", "3"),
-            *("--grpo.model.init_args.cold_steps", "1000"),
-            *("--grpo.model.init_args.train_sampling", json.dumps(_SHORT)),
-            *("--grpo.model.init_args.sampling", json.dumps(_GREEDY)),
-            *("--grpo.trainer.max_steps", "4"),
-            *("--grpo.trainer.val_check_interval", "2"),
-            *("--traces.model.init_args.traces_sampled", json.dumps(_TRACES)),
-            *("--calibration.model.init_args.traces_sampled", json.dumps(_TRACES)),
-            *("--calibration.model.init_args.batch_size", "6"),
-            *("--calibration.trainer.max_epochs", "2"),
-            *("--calibration.trainer.check_val_every_n_epoch", "1"),
-            *("--test.model.init_args.traces_sampled", json.dumps(_TRACES)),
+            *_settings(checkpoint_of_every_n_batches=2),
+            *_settings("generate", model__traces_sampled={**_TRACES, "filter": _ALL}),
+            *_settings(
+                "sft_cold_start",
+                model__min_steps=0,
+                model__batch_size=6,
+                model__sampling=_GREEDY,
+                model__optimizer=_ADAM,
+                trainer_of_max_epochs=3,
+                trainer_of_check_val_every_n_epoch=3,
+            ),
+            *_settings(
+                "grpo",
+                model__batch_size=4,
+                model__group_size=3,
+                model__cold_steps=1000,
+                model__train_sampling=_SHORT,
+                model__sampling=_GREEDY,
+                trainer_of_max_steps=4,
+                trainer_of_val_check_interval=2,
+            ),
+            *_settings("traces", model__traces_sampled=_TRACES),
+            *_settings(
+                "calibration",
+                model__traces_sampled=_TRACES,
+                model__batch_size=6,
+                trainer_of_max_epochs=2,
+                trainer_of_check_val_every_n_epoch=1,
+            ),
+            *_settings("test", model__traces_sampled=_TRACES),
         ),
         resumes=False,
     ),

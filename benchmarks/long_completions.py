@@ -11,42 +11,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from arms import fan, naive_logprobs, shared
+from arms import cross_entropy, fan, naive_logprobs, rows, shared
 from harness import Setting, Work, arguments, circumstances, gradient_difference, in_a_fork, measure, report
 from reference_model import make_prompts
-from torch import Tensor
-
-from vidreason.datamodules.types import TextBatch
-
-
-def mean(logprobs: Tensor, texts: TextBatch) -> Tensor:
-    """The SFT loss."""
-    return -logprobs.sum() / texts.loss_mask.sum()
 
 
 def one_at_a_time(setting: Setting) -> Work:
     """Naive, a backward after each completion."""
-    work = shared(mean, route="naive")(setting)
+    work = shared(cross_entropy, route="naive")(setting)
     prompts, texts = make_prompts(setting.family, setting.grid, 1, setting.seed), fan(setting)
     total = texts.loss_mask.sum()
 
     def step() -> None:
         for row in range(len(texts)):
-            one = TextBatch(
-                *(getattr(texts, name)[row : row + 1] for name in ("ids", "mask", "loss_mask", "answer_mask")),
-                owner=texts.owner[row : row + 1],
-                parent=texts.parent[row : row + 1],
-            )
-            (-naive_logprobs(work.vlm, work.model, prompts, one).sum() / total).backward()  # type: ignore[no-untyped-call]
+            one = naive_logprobs(work.vlm, work.model, prompts, rows(texts, row, row + 1))
+            (-one.sum() / total).backward()  # type: ignore[no-untyped-call]
 
     return replace(work, step=step)
 
 
 ARMS = {
     "naive, one by one": one_at_a_time,
-    "at once": shared(mean),
-    "chunks of 2": shared(mean, completion_chunk=2),
-    "chunks of 1": shared(mean, completion_chunk=1),
+    "at once": shared(cross_entropy),
+    "chunks of 2": shared(cross_entropy, completion_chunk=2),
+    "chunks of 1": shared(cross_entropy, completion_chunk=1),
 }
 
 if __name__ == "__main__":

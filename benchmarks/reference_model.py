@@ -1,4 +1,4 @@
-"""The model that the benchmarks run: sizes of PERFORMANCE's reference or of a real one, random weights, random prompts.
+"""The model that the benchmarks run: sizes of a small reference or of a real one, random weights, random prompts.
 
 Nothing is read from disk, so a benchmark needs neither tokenizer nor processor nor a download. A grid of T x H x W
 patches makes T·H·W / 4 visual tokens in every family.

@@ -10,12 +10,12 @@ its tokens alone, without any prompt. ``marginal`` is what one more completion a
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from arms import cross_entropy, fan, naive, shared
+from figures import write_json
 from harness import Make, Setting, Work, circumstances, count, in_a_fork, run
 from reference_model import WORDS_BEFORE, WORDS_BEHIND, Grid, visual_tokens
 
@@ -128,8 +128,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print(f"\none more completion: {marginal:.3f} GFLOP; its tokens alone, behind no video: {alone:.3f}")
     found = {**where, "marginal_gflop": marginal, "own_gflop": alone}
     found |= {name: [p._asdict() | {"ratio": p.ratio} for p in points] for name, points in sweeps.items()}
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, found)
     if options.figure is not None:
         draw(sweeps, options.figure)
     return found

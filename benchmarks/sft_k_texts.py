@@ -9,7 +9,7 @@ over those of the first epoch, where the vision cache is empty; ``ratio_with_cac
 from __future__ import annotations
 
 from arms import cross_entropy, naive, shared
-from harness import arguments, circumstances, gradient_difference, in_a_fork, measure, report
+from harness import report_ratios
 
 ARMS = {
     "naive": naive(cross_entropy),
@@ -18,13 +18,4 @@ ARMS = {
 }
 
 if __name__ == "__main__":
-    setting, options = arguments(__doc__, group_size=4)
-    found = measure(ARMS, setting)
-    gradient, single = in_a_fork(gradient_difference, list(ARMS.values()), setting)
-    headline = {"ratio": found["naive"].cpu_s / found["ours"].cpu_s}
-    more = {
-        "ratio_with_cache": found["naive"].cpu_s / found["ours+cache"].cpu_s,
-        "grad_rel_diff": gradient,
-        "grad_rel_diff_per_tensor": single,
-    }
-    report(headline, found, circumstances(setting), options.json, **more)
+    report_ratios(__doc__, ARMS, "ours", ratio_with_cache="ours+cache")
