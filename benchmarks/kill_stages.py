@@ -45,11 +45,17 @@ class Stage:
 
 
 def _settings(stage: str = "", **settings: object) -> tuple[str, ...]:
-    """``model__x=1`` and ``trainer_of_y=2`` as ``--model.init_args.x 1 --trainer.y 2``; of a pipeline's stage."""
-    argv = []
+    """``model__x=1`` as ``--model.init_args.x 1`` and ``trainer_of_y=2`` as ``--trainer.y 2``.
+
+    Args:
+        stage: Of a pipeline; its name stands before each key.
+        settings: The keys and what they are set to.
+    """
+    front = f"--{stage}." if stage else "--"
+    argv: list[str] = []
     for key, value in settings.items():
         text = value if isinstance(value, str) else json.dumps(value)
-        argv += [f"--{stage and stage + '.'}" + key.replace("__", ".init_args.").replace("_of_", "."), text]
+        argv += [front + key.replace("__", ".init_args.").replace("_of_", "."), text]
     return tuple(argv)
 
 
@@ -65,16 +71,20 @@ _ALL = {"min_words": 1, "agree": False, "complete": False, "told": False}
 _GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
 _ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}}
 
+# what a stage by itself and the same stage of a pipeline have alike
+_OWN = {"model__traces_sampled": {**_TRACES, "filter": _ALL}}
+_SFT = {"model__min_steps": 0, "model__sampling": _GREEDY, "model__optimizer": _ADAM}
+_GRPO = {"model__train_sampling": _SHORT, "model__sampling": _GREEDY, "model__cold_steps": 1000}
+_CALIBRATION = {"model__traces_sampled": _TRACES, "trainer_of_check_val_every_n_epoch": 1}
+
 STAGES = {
     "sft": Stage(
         _options(
             "fit",
             "sft_cold_start",
-            model__traces_sampled={**_TRACES, "filter": _ALL},
+            **_OWN,
+            **_SFT,
             model__batch_size=4,
-            model__min_steps=0,
-            model__sampling=_GREEDY,
-            model__optimizer=_ADAM,
             data__num_workers=1,
             trainer_of_max_epochs=4,
             trainer_of_check_val_every_n_epoch=2,
@@ -94,17 +104,15 @@ STAGES = {
                     "init_args": {"max_tokens": 12, "buffer": 8},
                 },
             ],
+            **_GRPO,
             model__batch_size=4,
             model__group_size=4,
-            model__train_sampling=_SHORT,
-            model__sampling=_GREEDY,
             model__inner_epochs=2,
             model__minibatches=2,
             model__prompts_per_forward=2,
             model__kl_coef=0.05,
             model__replay=4,
             model__resample=1,
-            model__cold_steps=1000,
             model__optimizer=_ADAM,
             trainer_of_max_steps=28,
             trainer_of_val_check_interval=3,
@@ -118,11 +126,10 @@ STAGES = {
             "fit",
             "calibration",
             model__adapter_path="sft/adapter",
-            model__traces_sampled=_TRACES,
+            **_CALIBRATION,
             model__batch_size=4,
             model__optimizer=_ADAM,
             trainer_of_max_epochs=3,
-            trainer_of_check_val_every_n_epoch=1,
             checkpoint_of_every_n_batches=2,
         ),
         needs="sft",
@@ -144,34 +151,24 @@ STAGES = {
             *("pipeline", "--config", "configs/pipelines/deepintuit.yaml", "--data", "data.yaml", "--seed", SEED),
             *("--vlm.init_args.lora", LORA),
             *_settings(checkpoint_of_every_n_batches=2),
-            *_settings("generate", model__traces_sampled={**_TRACES, "filter": _ALL}),
+            *_settings("generate", **_OWN),
             *_settings(
                 "sft_cold_start",
-                model__min_steps=0,
+                **_SFT,
                 model__batch_size=6,
-                model__sampling=_GREEDY,
-                model__optimizer=_ADAM,
                 trainer_of_max_epochs=3,
                 trainer_of_check_val_every_n_epoch=3,
             ),
             *_settings(
                 "grpo",
+                **_GRPO,
                 model__batch_size=4,
                 model__group_size=3,
-                model__cold_steps=1000,
-                model__train_sampling=_SHORT,
-                model__sampling=_GREEDY,
                 trainer_of_max_steps=4,
                 trainer_of_val_check_interval=2,
             ),
             *_settings("traces", model__traces_sampled=_TRACES),
-            *_settings(
-                "calibration",
-                model__traces_sampled=_TRACES,
-                model__batch_size=6,
-                trainer_of_max_epochs=2,
-                trainer_of_check_val_every_n_epoch=1,
-            ),
+            *_settings("calibration", **_CALIBRATION, model__batch_size=6, trainer_of_max_epochs=2),
             *_settings("test", model__traces_sampled=_TRACES),
         ),
         resumes=False,
