@@ -16,13 +16,12 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.prompts import ClipView, LabelScoringView
 from vidreason.datamodules.types import VideoBatch
-from vidreason.lightning_modules.deciding import closed_set, decide_by_answers, decide_by_probs, update_metrics
-from vidreason.lightning_modules.functional.reductions import average_over_traces, label_log_probabilities
+from vidreason.lightning_modules.deciding import class_logprobs, decide_by_answers, decide_by_probs, update_metrics
 from vidreason.lightning_modules.interrupts import unless_stopped
 from vidreason.lightning_modules.metrics import ClassificationMetrics
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions, report_failed
@@ -116,18 +115,19 @@ class VLMModule(WritingModule):
 
     # ------------------------------------------------------------------ deciding
 
+    def class_logprobs(self, batch: VideoBatch) -> Tensor:
+        """Log of the class probabilities of the B readable clips of a batch, [B, C]."""
+        assert batch.prompts is not None
+        assert batch.texts is not None
+        scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
+        return class_logprobs(scores.logprobs, batch.texts, len(self.data.label_names), len(batch))
+
     def decide_batch(self, batch: VideoBatch) -> Decisions:
         """Decides about the B readable clips of a batch."""
-        assert batch.prompts is not None
         if self.decide == "answer":
             options = TraceOptions(samples=self.samples, sampling=self.sampling)
             return decide_by_answers(self.sample_texts(batch, options), self.data.label_names)
-        assert batch.texts is not None
-        names = self.data.label_names
-        scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
-        asked = closed_set(scores.logprobs, batch.texts, len(names))
-        logprobs = average_over_traces(label_log_probabilities(asked.scores), asked.owner, len(batch))
-        return decide_by_probs(logprobs.exp(), names)
+        return decide_by_probs(self.class_logprobs(batch).exp(), self.data.label_names)
 
     def evaluate_batch(self, batch: VideoBatch, split: str) -> dict[str, tuple[Prediction, ...]]:
         """Decides about a batch and updates the split's metrics; clips that could not be read count as wrong.

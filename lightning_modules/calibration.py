@@ -39,7 +39,7 @@ from vidreason.lightning_modules.calibrator_info import CalibratorInfo, Calibrat
 from vidreason.lightning_modules.deciding import closed_set, decide_by_probs
 from vidreason.lightning_modules.functional.calibration import apply_temperature
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
-from vidreason.lightning_modules.functional.reductions import average_over_traces, label_log_probabilities
+from vidreason.lightning_modules.functional.reductions import label_log_probabilities
 from vidreason.lightning_modules.lineage import Lineage
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.predictions import Decisions, TraceText
@@ -262,14 +262,6 @@ class CalibrationModule(TemperatureScaledModule):
         return loss
 
     # ------------------------------------------------------------------ deciding
-
-    def class_logprobs(self, batch: VideoBatch) -> Tensor:
-        """Log of the class probabilities averaged over traces, before temperature scaling, [B, C]."""
-        assert batch.prompts is not None
-        assert batch.texts is not None
-        scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
-        asked = closed_set(scores.logprobs, batch.texts, len(self.data.label_names))
-        return average_over_traces(label_log_probabilities(asked.scores), asked.owner, len(batch))
 
     def decide_batch(self, batch: VideoBatch) -> Decisions:
         """Decides by the averaged, temperature-scaled probabilities."""

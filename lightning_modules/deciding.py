@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from vidreason.datamodules.types import TextBatch, VideoBatch
-from vidreason.lightning_modules.functional.reductions import sequence_logprobs
+from vidreason.lightning_modules.functional.reductions import (
+    average_over_traces,
+    label_log_probabilities,
+    sequence_logprobs,
+)
 from vidreason.lightning_modules.metrics import UNDECIDED, ClassificationMetrics
 from vidreason.lightning_modules.predictions import Decisions, TraceText
 from vidreason.lightning_modules.rollout import Completion
@@ -53,6 +57,19 @@ def closed_set(logprobs: Tensor, texts: TextBatch, n_classes: int) -> ClosedSet:
     if bool((owner != owner[:, :1]).any()):
         raise ValueError("the class names behind one question belong to different clips")
     return ClosedSet(scores.view(-1, n_classes), owner[:, 0])
+
+
+def class_logprobs(logprobs: Tensor, texts: TextBatch, n_classes: int, n_clips: int) -> Tensor:
+    """Log of the class probabilities of every clip, averaged over its closed-set questions, [B, C].
+
+    Args:
+        logprobs: [N, L].
+        texts: N texts, as ``closed_set`` takes them.
+        n_classes: C.
+        n_clips: B.
+    """
+    asked = closed_set(logprobs, texts, n_classes)
+    return average_over_traces(label_log_probabilities(asked.scores), asked.owner, n_clips)
 
 
 def decide_by_probs(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.types import VideoBatch
@@ -26,16 +26,12 @@ from vidreason.lightning_modules.work import Work
 
 
 class TemperatureScaledModule(VLMModule):
-    """A stage that decides by temperature-scaled probabilities; a subclass says in ``class_logprobs`` of what."""
+    """A stage that decides by temperature-scaled class probabilities."""
 
     temperature: float = 1.0
     scaled_metrics: nn.ModuleDict
     _temperature_step: int = -1
     """Optimizer step of the weights that the temperature was fitted to"""
-
-    def class_logprobs(self, batch: VideoBatch) -> Tensor:
-        """Log of the class probabilities before scaling, [B, C], of a batch as ``eval_view`` shows it."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ fitting it
 
