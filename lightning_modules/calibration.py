@@ -9,16 +9,14 @@ Deviations from the paper:
        fine-tuning: a fresh adapter on the policy's weights).
     2. K traces at test as in training, at the same temperature, and a temperature fitted on ``cal``.
 
-What it hands on is described in ``calibrator_info.py``; the temperature is in ``temperature.py``.
+Its weights are in ``calibrator.py``, the temperature in ``temperature.py``, what it hands on in ``calibrator_info.py``.
 
 Shape letters: B clips, K traces per clip, C classes, R = traces in a batch, N texts, L tokens.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -26,44 +24,29 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
-from peft import PeftModel
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.prompts import ClipView, ReviewView
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.datamodules.types import VideoBatch
-from vidreason.lightning_modules.calibrator_info import CalibratorInfo, CalibratorInput, calibrator_extra
+from vidreason.lightning_modules.calibrator import CalibratorModule
+from vidreason.lightning_modules.calibrator_info import CalibratorInput
 from vidreason.lightning_modules.deciding import closed_set, decide_by_probs
 from vidreason.lightning_modules.functional.calibration import apply_temperature
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import label_log_probabilities
-from vidreason.lightning_modules.lineage import Lineage
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.predictions import Decisions, TraceText
-from vidreason.lightning_modules.rollout import Completion
-from vidreason.lightning_modules.temperature import TemperatureScaledModule
-from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER
-from vidreason.lightning_modules.vlms.adapters import (
-    LoRAOptions,
-    attach_lora,
-    copy_adapter,
-    load_adapter,
-    save_adapter,
-    use_adapter,
-)
+from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.building import POLICY
 from vidreason.lightning_modules.work import Work
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
-CALIBRATOR = "calibrator"
 CALIBRATOR_LORA = LoRAOptions()
 
 
-class CalibrationModule(TemperatureScaledModule):
+class CalibrationModule(CalibratorModule):
     """Trains and runs the calibrator.
 
     Args:
@@ -86,7 +69,6 @@ class CalibrationModule(TemperatureScaledModule):
     """
 
     stage: ClassVar[str] = "calibration"
-    trained_adapter: ClassVar[str] = CALIBRATOR
 
     def __init__(
         self,
@@ -124,70 +106,6 @@ class CalibrationModule(TemperatureScaledModule):
         self.loss_kind = loss
         self.lora = lora
         self._traces: dict[str, tuple[TraceRecord, ...]] = {}
-
-    # ------------------------------------------------------------------ weights
-
-    def setup(self, stage: str) -> None:
-        """Reads what the calibrator's folder says; then as every stage."""
-        if stage == "fit":
-            self.refuse_accumulation()
-        if self.calibrator_path is not None:
-            self.take_calibrator(Path(self.calibrator_path))
-        elif stage in ("test", "validate"):
-            raise ValueError(
-                "calibration: give --model.init_args.calibrator_path, the adapter/ that a calibration stage wrote"
-            )
-        super().setup(stage)
-
-    def take_calibrator(self, folder: Path) -> None:
-        """Takes policy and temperature from the calibrator's folder.
-
-        Raises:
-            ValueError: It is no calibrator, or is of another policy, input or class list.
-        """
-        found = CalibratorInfo.read(folder, self.stage_name)
-        found.check(folder, self.input, self.data.label_names, self.task.sha())
-        if self.adapter_path is None and found.policy is not None:
-            self.adapter_path = os.path.normpath(folder.resolve() / found.policy)
-        if self.parent_sha != found.parent_sha:
-            raise ValueError(
-                f"calibrator_path: {folder} reviews the traces of another policy than {self.adapter_path}; "
-                "leave adapter_path null to take its own"
-            )
-        if found.sampling != asdict(self.trace_options.sampling):
-            rank_zero_warn(f"traces are sampled otherwise than those that {folder} was trained on: {found.sampling}")
-        self.temperature = found.temperature
-
-    def build_model(self) -> nn.Module:
-        """Builds the policy and beside it the calibrator, which is active but where the policy samples."""
-        model = super().build_model()
-        if self.calibrator_path is not None:
-            model = load_adapter(model, self.calibrator_path, CALIBRATOR)
-        elif isinstance(model, PeftModel):
-            copy_adapter(model, POLICY, CALIBRATOR, trainable=True)
-        else:
-            assert isinstance(model, PreTrainedModel)
-            frozen = self.vlm.vision_modules if self.vlm.freeze_vision else ()
-            model = attach_lora(model, self.lora, CALIBRATOR, frozen)
-        assert isinstance(model, PeftModel)
-        model.set_adapter(CALIBRATOR)  # trainable, and POLICY frozen
-        return model
-
-    @property
-    def adapter_options(self) -> LoRAOptions:
-        """The calibrator's."""
-        return self.vlm.lora or self.lora
-
-    @property
-    def policy_adapter(self) -> str | None:
-        """Name of the policy's adapter; None where its weights are the base in memory."""
-        assert isinstance(self.policy, PeftModel)
-        return POLICY if POLICY in self.policy.peft_config else None
-
-    def sample_texts(self, batch: VideoBatch, options: TraceOptions) -> Sequence[Sequence[Completion]]:
-        """Lets the policy, not the calibrator, write."""
-        with use_adapter(self.policy, self.policy_adapter):
-            return super().sample_texts(batch, options)
 
     # ------------------------------------------------------------------ traces and views
 
@@ -272,27 +190,6 @@ class CalibrationModule(TemperatureScaledModule):
             for clip in batch.clips
         ]
         return decide_by_probs(probs, self.data.label_names, traces, unscaled=logprobs.exp())
-
-    # ------------------------------------------------------------------ artefacts
-
-    def lineage(self, folder: Path) -> Lineage:
-        """As every stage, with what is needed to run the calibrator."""
-        policy: str | None = None
-        if self.adapter_path is not None:
-            here = self.run_dir / ADAPTER_FOLDER
-            inside = folder == here and not self.starts_from_weights
-            policy = POLICY if inside else os.path.relpath(Path(self.adapter_path).resolve(), folder.resolve())
-        extra = calibrator_extra(self.temperature, self.input, self.loss_kind, policy, self.trace_options)
-        return replace(super().lineage(folder), extra=extra)
-
-    def export(self, run_dir: Path) -> Path:
-        """Writes the calibrator, and its policy beside it; see the module's docstring."""
-        self.refresh_stale_temperature()
-        folder = run_dir / ADAPTER_FOLDER
-        copied = self.adapter_path is not None and not self.starts_from_weights
-        beside = {POLICY: Path(str(self.adapter_path))} if copied else {}
-        save_adapter(self.policy, folder, CALIBRATOR, self.lineage(folder).info(), beside)
-        return folder
 
     # ------------------------------------------------------------------ how much there is to do
 

@@ -9,7 +9,8 @@ from stage_world import adamw
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
 from vidreason.callbacks.prediction_writer import PredictionWriter
-from vidreason.lightning_modules.calibration import CALIBRATOR, CalibrationModule
+from vidreason.lightning_modules.calibration import CalibrationModule
+from vidreason.lightning_modules.calibrator import CALIBRATOR
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
