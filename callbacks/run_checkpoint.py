@@ -21,6 +21,7 @@ from vidreason.lightning_modules.fit_progress import FitProgress, batches_done, 
 from vidreason.lightning_modules.interrupts import StopNow, left_whole
 from vidreason.lightning_modules.resumable import KEY
 from vidreason.lightning_modules.trained_weights import WeightsModule
+from vidreason.lightning_modules.unread_clips import NothingReadError
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Saves where a fit stops in a state from which it can go on; several ranks do so only where all stop."""
         if isinstance(exception, StopNow):
             return
-        asked = left_whole(trainer, exception)
+        asked = left_whole(trainer, exception) or isinstance(exception, NothingReadError)
         alone = trainer.world_size == 1 and not isinstance(exception, OSError)
         started = trainer.global_step > 0 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if started and (asked or (alone and not self._touched)):

@@ -40,7 +40,11 @@ from vidreason.lightning_modules.calibrator_info import CalibratorInfo, Calibrat
 from vidreason.lightning_modules.deciding import closed_set, decide_by_probs, update_metrics
 from vidreason.lightning_modules.functional.calibration import apply_temperature, fit_temperature
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
-from vidreason.lightning_modules.functional.reductions import average_over_traces, label_log_probabilities
+from vidreason.lightning_modules.functional.reductions import (
+    average_over_traces,
+    count_or_one,
+    label_log_probabilities,
+)
 from vidreason.lightning_modules.lineage import Lineage
 from vidreason.lightning_modules.metrics import ClassificationMetrics
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
@@ -263,7 +267,7 @@ class CalibrationModule(VLMModule):
             asked = closed_set(logprobs, texts, len(self.data.label_names))
             truth = batch.labels[asked.owner]
             count = self.mean_over_ranks(torch.tensor(len(truth), device=truth.device))
-            loss = -label_log_probabilities(asked.scores).gather(1, truth[:, None]).sum() / count
+            loss = -label_log_probabilities(asked.scores).gather(1, truth[:, None]).sum() / count_or_one(count)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         return loss
 

@@ -200,7 +200,7 @@ class GRPOModule(PolicyModule):
         """One rollout batch: generate, score, advantages, log-probs, and the updates on them.
 
         Returns:
-            ``{"groups": [B] RolloutGroup, "advantages": [B, G]}`` for callbacks.
+            ``{"groups": [B] RolloutGroup, "advantages": [B, G], "fillers": rows that count nothing}`` for callbacks.
         """
         clock = Stopwatch()
         if (learning := self.half_learnt()) is None:
@@ -208,7 +208,8 @@ class GRPOModule(PolicyModule):
             with clock("reward"):
                 groups = tuple(group for part in rolled for group in part.groups)
                 table = RolloutTable.of(groups, self.data.label_names, batch.fillers).over_ranks(self.over_ranks)
-                self.refuse_cold_policy(table.counted(), groups[0].rollouts[0].completion.text)
+                shown = next((g for row, g in enumerate(groups) if row not in batch.fillers), groups[0])
+                self.refuse_cold_policy(table.counted(), shown.rollouts[0].completion.text)
                 advantages = self.advantages(table, len(groups))
             parts = make_parts(rolled, advantages, self.mask_truncated, batch.counted)
             parts = self.with_frozen_logprobs(parts, clock)
@@ -216,10 +217,8 @@ class GRPOModule(PolicyModule):
         self.log_replayed(learning.slots)
         with clock("update_actor"):
             self.learn(learning)
-        groups = tuple(group for part in learning.own for group in part.groups)
-        table = RolloutTable.of(groups, self.data.label_names, batch.fillers).over_ranks(self.over_ranks)
-        self.log_step(batch, table, clock)
-        return {"groups": groups, "advantages": learning.advantages}
+        self.log_step(learning, clock)
+        return {"groups": learning.groups, "advantages": learning.advantages, "fillers": learning.fillers}
 
     def learn(self, learning: HalfLearnt) -> None:
         """Makes the optimizer steps on a batch that are still to be made; the fit may be stopped between two."""
@@ -241,7 +240,7 @@ class GRPOModule(PolicyModule):
                 rolled = [self.rewarded(part) for part in sampled]
             for attempt in range(1, self.resample + 1):
                 with clock("gen"):
-                    rolled = self.resample_dead(rolled, attempt)
+                    rolled = self.resample_dead(rolled, attempt, batch.fillers)
             return rolled
 
         with ExitStack() as gathered:

@@ -45,12 +45,18 @@ class ResumablePolicy(VLMModule):
     def rank_state(self) -> dict[str, Any]:
         """The batch that was left half learnt from, and the groups to be replayed."""
         return {
+            **super().rank_state(),
             "half_learnt": None if self._half_learnt is None else self._half_learnt.state(),
             "replay": [] if self.replay is None else [pack(group) for group in self.replay.groups],
         }
 
     def take_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
-        """Takes up both; groups of more or fewer ranks are dealt out anew."""
+        """Takes up both; groups of more or fewer ranks are dealt out anew.
+
+        A batch left half learnt from, which one process had sampled, goes whole to each of several ranks: their mean
+        gradient is that of one.
+        """
+        super().take_rank_states(states)
         clips = {clip.video_id: clip for clip in self.data.clips("train")}
         if len(states) == self.trainer.world_size:
             mine = states[self.global_rank]["replay"]
@@ -59,7 +65,9 @@ class ResumablePolicy(VLMModule):
         if self.replay is not None:
             self.replay.groups.extend(unpack(group, clips, self.completion) for group in mine)
         half = states[0]["half_learnt"]  # a process that trains alone
-        self._half_learnt = None if half is None else HalfLearnt.of(half, clips, self.completion)
+        if half is not None:
+            shared = self.trainer.world_size > 1
+            self._half_learnt = replace(HalfLearnt.of(half, clips, self.completion), shared=shared)
 
     def half_learnt(self) -> HalfLearnt | None:
         """What is left of the batch in which the fit was interrupted; None from the next batch on."""

@@ -30,6 +30,19 @@ class HalfLearnt:
     """[B, G] of ``own``"""
     updates: int
     """Optimizer steps made"""
+    shared: bool = False
+    """Whether all ranks learn from these, which one process had sampled"""
+
+    @property
+    def groups(self) -> tuple[RolloutGroup, ...]:
+        """[B] what was sampled."""
+        return tuple(group for part in self.own for group in part.groups)
+
+    @property
+    def fillers(self) -> tuple[int, ...]:
+        """Those of the B whose clips count nothing."""
+        weighed = [counts for part in self.own for counts in part.weighed_groups]
+        return tuple(row for row, counts in enumerate(weighed) if not counts)
 
     def state(self) -> dict[str, Any]:
         """As a checkpoint holds it."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -27,6 +27,8 @@ from vidreason.lightning_modules.fit_progress import FitProgress, batches_done, 
 from vidreason.lightning_modules.fsdp import ShardedModule
 from vidreason.lightning_modules.own_traces import TRACES_FILE
 from vidreason.lightning_modules.random_states import random_state, seed_batch, set_random_state
+
+T = TypeVar("T")
 
 KEY = "vidreason"
 
@@ -100,7 +102,7 @@ class ResumableModule(ShardedModule):
             "parent_sha": self.parent_sha,
             "progress": FitProgress.of(self.trainer).state(),
             "clips_per_batch": self.clips_per_batch(),
-            "ranks": self._all_ranks({"random": random_state(), "stage": self.rank_state()}),
+            "ranks": self.all_ranks({"random": random_state(), "stage": self.rank_state()}),
             "traces": _texts(self.run_dir / TRACES_FILE),
         }
 
@@ -108,7 +110,8 @@ class ResumableModule(ShardedModule):
         """Clips that all ranks together train on at once."""
         return self.data.batch_size * int(self.trainer.world_size)
 
-    def _all_ranks(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+    def all_ranks(self, own: T) -> list[T]:
+        """Returns what every rank says, in their order; all of them have to call it together."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return [own]
         found: list[Any] = [None] * distributed.get_world_size()

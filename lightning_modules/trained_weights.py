@@ -21,7 +21,7 @@ from vidreason.datamodules.clip_order import batches_of_an_epoch
 from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.lineage import REVIEWED, Lineage
 from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable
-from vidreason.lightning_modules.resumable import ResumableModule
+from vidreason.lightning_modules.unread_clips import UnreadClipsModule
 from vidreason.lightning_modules.vlms.adapters import (
     LoRAOptions,
     adapter_sha,
@@ -46,7 +46,7 @@ class _Start(NamedTuple):
     full: bool
 
 
-class WeightsModule(ResumableModule):
+class WeightsModule(UnreadClipsModule):
     """Weights of a vision-language model under a trainer.
 
     Args:

@@ -223,6 +223,8 @@ MISTAKES = {
 """Each with the beginning of its row"""
 TOO_MANY_GPUS = "trainer.devices is …, but this machine has … GPU"
 FULL_DISK = "…: the disk is full"
+NOTHING_READ = "none of …"
+LEFT_OUT = "…: … could not be read"
 
 
 @pytest.fixture
@@ -301,20 +303,28 @@ def test_devices_are_compared_with_those_there_are(monkeypatch, there, accelerat
     assert row.startswith(TOO_MANY_GPUS) == (there > 0)
 
 
-def damaged_clip_in_training():
+@pytest.mark.usefixtures("here")
+def test_a_clip_that_broke_is_said_and_the_run_goes_on(capfd):
     Path("clips/a/0.mp4").write_text("no video")
-    return list(FIT)
+    with pytest.warns(UserWarning, match=r"clips/a/0\.mp4: no weight in this step, the clip cannot be read") as caught:
+        assert main(list(FIT)) == 0
+    (line,) = (str(one.message) for one in caught if "failed reads" in str(one.message))
+    assert rows_that_say(line, "Failures")
 
 
 @pytest.mark.usefixtures("here")
-def test_a_clip_that_broke_is_a_failure(capfd):
-    assert main(damaged_clip_in_training()) == 1
+def test_clips_that_are_all_gone_are_a_failure(capfd):
+    for path in Path("clips").rglob("*.mp4"):
+        path.write_text("no video")
+    with pytest.warns(UserWarning, match="no weight in this step"):
+        assert main(list(FIT)) == 1
     error = capfd.readouterr().err.splitlines()[-1]
-    assert rows_that_say(error.removeprefix("error: "), "Data")
+    (row,) = rows_that_say(error.removeprefix("error: "), "Failures")
+    assert row.startswith(NOTHING_READ)
 
 
 def test_every_documented_message_is_produced_above():
     everything = [*documented("Commands and runs"), *documented("Failures")]
-    starts = {*MISTAKES.values(), TOO_MANY_GPUS, FULL_DISK}
+    starts = {*MISTAKES.values(), TOO_MANY_GPUS, FULL_DISK, NOTHING_READ, LEFT_OUT}
     assert len(everything) == len(starts)
     assert all(sum(row.startswith(start) for start in starts) == 1 for row in everything)
