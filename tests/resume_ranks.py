@@ -66,10 +66,30 @@ class WatchedSFT(RationaleSFTModule):
 
 class WatchedGRPO(grpo.Watched):
     prompts: Prompts
+    tokens = 0
+    """Of all completions that this rank has sampled"""
 
     def roll_out(self, batch: Any, clock: Any) -> Any:
         self.prompts.note(self, batch.video_ids)
         return super().roll_out(batch, clock)
+
+    def rewarded(self, batch: Any) -> Any:
+        self.tokens += sum(completion.n_tokens for group in batch.completions for completion in group)
+        return super().rewarded(batch)
+
+
+class SignalledInUpdate(WatchedGRPO):
+    """The signal comes in the first of the two optimizer steps on a rollout."""
+
+    def roll_out(self, batch: Any, clock: Any) -> Any:
+        self.prompts.stop_at, at = None, self.prompts.stop_at
+        rolled = super().roll_out(batch, clock)
+        self.prompts.stop_at = at
+        return rolled
+
+    def update(self, minibatch: Any) -> None:
+        self.prompts.note(self, ())
+        super().update(minibatch)
 
 
 class SignalledInValidation(WatchedGRPO):
@@ -90,7 +110,7 @@ def module_of(stage: str, base: Path) -> Any:
 
     if stage == "sft":
         return WatchedSFT(ranks.TinyVLM(path=str(base), lora=lora), optimizer=adam, schedule="linear")
-    kind = WatchedGRPO if stage == "grpo" else SignalledInValidation
+    kind = {"grpo": WatchedGRPO, "half": SignalledInUpdate}.get(stage, SignalledInValidation)
     return kind(
         grpo.Stopping(path=str(base), lora=lora),
         rewards=[grpo.EvenLetters()],
@@ -148,7 +168,10 @@ def fit(
     with signals_handled(), contextlib.suppress(SystemExit):
         trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
     weights = {n: processes.gathered(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad}
-    return {"weights": weights, "seen": module.prompts.seen, "steps": trainer.global_step}
+    found = {"weights": weights, "seen": module.prompts.seen, "steps": trainer.global_step}
+    if isinstance(module, WatchedGRPO):
+        found |= {"tokens": module.tokens, "num_tokens": trainer.callback_metrics.get("train/num_tokens")}
+    return found
 
 
 def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
@@ -172,6 +195,10 @@ def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
             found[stage, strategy, "stopped"] = fit(*given, out / f"two_{name}", 2, stop=signal.SIGTERM, signalled=1)
             found[stage, strategy, "resumed"] = fit(*given, _copy(out / f"two_{name}", rank), 2)
             found[stage, strategy, "from one"] = fit(*given, out / f"one_{name}", 2)
+        print(f"rank {rank}: in the midst of a rollout under {strategy}", flush=True)
+        half = ("half", strategy, base, clips)
+        found[*half[:2], "stopped"] = fit(*half, out / f"two_half_{strategy}", 2, stop=signal.SIGTERM, signalled=1)
+        found[*half[:2], "from one"] = fit(*half, out / f"one_half_{strategy}", 2)
     torch.save(found, out / f"rank{rank}.pt")
 
 

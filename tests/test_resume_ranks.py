@@ -26,7 +26,7 @@ def found(small_base, clip_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
     one = {}
     for strategy in STRATEGIES:
-        for stage in resume.STAGES:
+        for stage in (*resume.STAGES, "half"):
             given = (stage, strategy, small_base, clip_folder)
             one[stage, strategy, "whole"] = resume.fit(*given, out / f"alone_{stage}_{strategy}", 1)
             one[stage, strategy, "stopped"] = resume.fit(
@@ -34,7 +34,7 @@ def found(small_base, clip_folder, tmp_path_factory):
             )
     resume.processes.launch(resume.__file__, small_base, clip_folder, out, ",".join(STRATEGIES), limit_s=LIMIT_S)
     for strategy in STRATEGIES:
-        for stage in resume.STAGES:
+        for stage in (*resume.STAGES, "half"):
             folder = out / f"two_{stage}_{strategy}"
             one[stage, strategy, "from two"] = resume.fit(stage, strategy, small_base, clip_folder, folder, 1)
     return one, [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
@@ -68,6 +68,26 @@ def test_ranks_go_on_where_one_process_was_and_the_reverse(found, stage, strateg
     rest = [entry for entry in shown(whole) if entry[0] >= resume.STOP_AT + (stage == "sft")]
     assert shown(*from_one) == rest
     assert shown(one[stage, strategy, "from two"]) == rest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rollout_half_learnt_from_is_learnt_and_counted_once(found, strategy):
+    """One process stops between the two optimizer steps on a rollout, two ranks make both; then the others go on."""
+    one, (first, second) = found
+    whole, stopped = (one["half", strategy, name] for name in ("whole", "stopped"))
+    assert (stopped["steps"], first["half", strategy, "stopped"]["steps"]) == (9, 10)
+    assert whole["num_tokens"] == whole["tokens"]
+    from_one = [rank["half", strategy, "from one"] for rank in (first, second)]
+    assert stopped["tokens"] + sum(rank["tokens"] for rank in from_one) == whole["tokens"]
+    for rank in from_one:
+        assert rank["num_tokens"] == whole["tokens"]
+        assert rank["steps"] == whole["steps"]
+        close(rank["weights"], whole["weights"], 1e-5)
+    before = sum(rank["half", strategy, "stopped"]["tokens"] for rank in (first, second))
+    from_two = one["half", strategy, "from two"]
+    assert before + from_two["tokens"] == from_two["num_tokens"] == whole["tokens"]
+    close(from_two["weights"], whole["weights"], 1e-5)
 
 
 @pytest.mark.slow
