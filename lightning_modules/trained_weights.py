@@ -293,7 +293,7 @@ class WeightsModule(UnreadClipsModule):
         return folder
 
     def export_beside(self, folder: Path) -> None:
-        """Writes the adapter of the checkpoint that was just written; there is none after full fine-tuning."""
+        """Writes the adapter of the checkpoint that was just written or read; there is none after full fine-tuning."""
         state, self.gathered_state = self.gathered_state, {}
         if isinstance(self.policy, PeftModel):
             save_adapter(self.policy, folder, self.trained_adapter, self.lineage(folder).info(), state=state)

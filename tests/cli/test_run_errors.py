@@ -91,6 +91,14 @@ def checkpoint_of_another_batch_size():
     return [*FIT, "--model.init_args.batch_size", "3", "--ckpt_path", "a/checkpoints/last.ckpt"]
 
 
+def checkpoint_of_other_clips():
+    trained("a")
+    shutil.copy("clips/a/0.mp4", "clips/a/9.mp4")
+    with Path("t.csv").open("a") as table:
+        table.write("clips/a/9.mp4,a,train\n")
+    return [*FIT, "--ckpt_path", "a/checkpoints/last.ckpt"]
+
+
 def checkpoint_of_other_weights():
     begun = trained("a", *LORA)
     trained("b", *LORA, "--model.init_args.adapter_path", f"{begun}/adapter")
@@ -198,6 +206,7 @@ MISTAKES = {
     adapter_as_calibrator: "calibrator_path: … was written",
     checkpoint_of_another_stage: "this checkpoint was written by stage",
     checkpoint_of_another_batch_size: "this checkpoint was written at",
+    checkpoint_of_other_clips: "this checkpoint was written with",
     checkpoint_of_other_weights: "adapter_path: holds other weights",
     checkpoint_of_more_texts: "…: holds … texts",
     no_gpu: "trainer.accelerator is",
