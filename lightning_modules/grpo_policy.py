@@ -23,7 +23,7 @@ from vidreason.lightning_modules.functional.advantages import dead_groups, group
 from vidreason.lightning_modules.functional.losses import GRPOLoss
 from vidreason.lightning_modules.grpo_parts import Part, Rolled
 from vidreason.lightning_modules.grpo_resuming import REFERENCE, ResumablePolicy
-from vidreason.lightning_modules.grpo_state import HalfLearnt
+from vidreason.lightning_modules.grpo_state import RolloutStep
 from vidreason.lightning_modules.grpo_statistics import (
     RolloutTable,
     Stopwatch,
@@ -278,18 +278,19 @@ class PolicyModule(ResumablePolicy):
         self.log_dict(dict(zip(values, means.unbind(), strict=True)))
         self.log("rollout_mismatch/max", reduce(gap, reduce_op="max"))
 
-    def log_replayed(self, slots: Sequence[Sequence[Part]]) -> None:
+    def log_replayed(self, training_parts: Sequence[Sequence[Part]]) -> None:
         """Logs how many groups of this rank are earlier ones."""
         if self.replay is not None:
-            self.log("train/replayed_groups", float(sum(len(part.groups) for slot in slots for part in slot[1:])))
+            replayed = sum(len(part.groups) for place in training_parts for part in place[1:])
+            self.log("train/replayed_groups", float(replayed))
 
-    def log_step(self, learning: HalfLearnt, clock: Stopwatch) -> None:
+    def log_step(self, step: RolloutStep, clock: Stopwatch) -> None:
         """Logs what was sampled by all ranks, and where the time of this one went."""
-        own = RolloutTable.of(learning.groups, self.data.label_names, learning.fillers)
-        counted = (own if learning.shared else own.over_ranks(self.over_ranks)).counted()
-        size = len(learning.groups)
+        own = RolloutTable.of(step.groups, self.data.label_names, step.fillers)
+        counted = (own if step.shared else own.over_ranks(self.over_ranks)).counted()
+        size = len(step.groups)
         self._tokens += int(counted.fact("length").sum())
-        prompts = torch.cat([prompt_tokens(part.batch.prompts) for part in learning.own])
+        prompts = torch.cat([prompt_tokens(part.batch.prompts) for part in step.sampled])
         completions = int(own.fact("length").sum())
         prefix = prefix_statistics(prompts, completions, self.group_size, self.shares_prefix())
         self.log_dict({**prefix, **clock.logged(), "train/num_tokens": float(self._tokens)}, batch_size=size)

@@ -72,7 +72,7 @@ def test_ranks_go_on_where_one_process_was_and_the_reverse(found, stage, strateg
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_rollout_half_learnt_from_is_learnt_and_counted_once(found, strategy):
+def test_an_unfinished_step_on_a_rollout_is_finished_and_counted_once(found, strategy):
     """One process stops between the two optimizer steps on a rollout, two ranks make both; then the others go on."""
     one, (first, second) = found
     whole, stopped = (one["half", strategy, name] for name in ("whole", "stopped"))
