@@ -4,7 +4,8 @@
 
 writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``; checkpoints of one process are expected in ``OUT/one_STAGE_STRATEGY``.
 With ``kill:STAGE:STRATEGY`` one of the ranks kills itself, with ``resume:STAGE:STRATEGY`` they go on from what is left;
-with ``validation:STAGE:STRATEGY`` one of them is signalled while both write completions in a validation.
+with ``validation:STAGE:STRATEGY`` one of them is signalled while both write completions in a validation; with
+``gone:STAGE:STRATEGY`` the disk goes away under both, and is there when they go on.
 Loaded by path, as ``stage_world.py`` is.
 """
 
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 
 from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.callbacks.stopping import Stopping
 from vidreason.lightning_modules.interrupts import signals_handled, take_signals
 from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.unread_clips import NothingReadError
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 
@@ -133,6 +136,7 @@ def fit(
     number: int,
     stop: signal.Signals | None = None,
     signalled: int = 0,
+    gone: bool = False,
 ) -> dict[str, Any]:
     """Trains two epochs of three batches, from ``out/last.ckpt`` where there is one.
 
@@ -145,6 +149,7 @@ def fit(
         number: Of processes.
         stop: This signal comes in batch ``STOP_AT``.
         signalled: The rank that it comes to.
+        gone: Nothing can be read from batch ``STOP_AT`` on.
     """
     module = module_of(stage, base)
     module.prompts = Prompts(STOP_AT if stop else None, signalled, stop or signal.SIGTERM)
@@ -163,7 +168,15 @@ def fit(
         callbacks=[Stopping(), RunCheckpoint(CheckpointOptions(99), dirpath=str(out))],
     )
     take_signals(trainer)
-    data = world.GreyClips(clips, encoder=module.vlm, batch_size=CLIPS_PER_BATCH // number)
+    data = world.LostClips(clips, (), encoder=module.vlm, batch_size=CLIPS_PER_BATCH // number)
+    if gone:
+        everything = tuple(f"train_{i}" for i in range(world.SPLIT_SIZES["train"]))
+
+        def vanish(*_: Any) -> None:
+            done = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+            trainer.train_dataloader.dataset.lost = everything if done >= STOP_AT else ()  # type: ignore[union-attr]
+
+        module.on_train_batch_end = vanish
     last = out / "last.ckpt"
     with signals_handled(), contextlib.suppress(SystemExit):
         trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
@@ -181,6 +194,13 @@ def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
         if what == "validation":
             left = fit(what, strategy, base, clips, out / "signalled", 2)
             torch.save({"steps": left["steps"]}, out / f"rank{rank}.pt")
+            return
+        if what == "gone":
+            with pytest.raises(NothingReadError, match="none of 2 training clips in a row"):
+                fit(stage, strategy, base, clips, out / "gone", 2, gone=True)
+            saved = torch.load(out / "gone" / "last.ckpt", weights_only=True)["vidreason"]["progress"]
+            mended = fit(stage, strategy, base, clips, out / "gone", 2)
+            torch.save({**mended, "saved": saved["batches"]}, out / f"rank{rank}.pt")
             return
         stop = signal.SIGKILL if what == "kill" else None
         found[stage, strategy] = fit(stage, strategy, base, clips, out / "killed", 2, stop, signalled=1)

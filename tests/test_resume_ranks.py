@@ -122,6 +122,19 @@ def test_ranks_of_which_one_was_killed_end_as_those_that_were_not(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("stage", "strategy"), [("sft", "ddp"), ("grpo", "fsdp")])
+def test_ranks_that_can_read_nothing_stop_where_they_can_go_on(small_base, clip_folder, tmp_path, stage, strategy):
+    given = (resume.__file__, small_base, clip_folder, tmp_path)
+    resume.processes.launch(*given, f"gone:{stage}:{strategy}", limit_s=300)
+    whole = resume.fit(stage, strategy, small_base, clip_folder, tmp_path / "whole", 1)
+    for rank in (0, 1):
+        mended = torch.load(tmp_path / f"rank{rank}.pt")
+        assert mended["saved"] == resume.STOP_AT
+        assert mended["steps"] == whole["steps"]
+        close(mended["weights"], whole["weights"], 1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ranks_leave_a_validation_together(small_base, clip_folder, tmp_path, strategy):
     """Only one of them hears of it, in the midst of writing; both save what they have learnt before it."""
