@@ -214,7 +214,6 @@ class GRPOModule(PolicyModule):
             parts = make_parts(rolled, advantages, self.mask_truncated, batch.counted)
             parts = self.with_frozen_logprobs(parts, clock)
             step = RolloutStep(self.replayed(parts), parts, advantages, 0)
-        self.log_replayed(step.training_parts)
         with clock("update_actor"):
             self.learn(step)
         self.log_step(step, clock)

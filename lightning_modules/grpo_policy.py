@@ -278,12 +278,6 @@ class PolicyModule(ResumablePolicy):
         self.log_dict(dict(zip(values, means.unbind(), strict=True)))
         self.log("rollout_mismatch/max", reduce(gap, reduce_op="max"))
 
-    def log_replayed(self, training_parts: Sequence[Sequence[Part]]) -> None:
-        """Logs how many groups of this rank are earlier ones."""
-        if self.replay is not None:
-            replayed = sum(len(part.groups) for place in training_parts for part in place[1:])
-            self.log("train/replayed_groups", float(replayed))
-
     def log_step(self, step: RolloutStep, clock: Stopwatch) -> None:
         """Logs what was sampled by all ranks, and where the time of this one went."""
         own = RolloutTable.of(step.groups, self.data.label_names, step.fillers)
@@ -291,13 +285,13 @@ class PolicyModule(ResumablePolicy):
         size = len(step.groups)
         self._tokens += int(counted.fact("length").sum())
         prompts = torch.cat([prompt_tokens(part.batch.prompts) for part in step.sampled])
-        completions = int(own.fact("length").sum())
-        prefix = prefix_statistics(prompts, completions, self.group_size, self.shares_prefix())
+        prefix = prefix_statistics(prompts, int(own.fact("length").sum()), self.group_size, self.shares_prefix())
         self.log_dict({**prefix, **clock.logged(), "train/num_tokens": float(self._tokens)}, batch_size=size)
         if len(counted.values):
             self.log_dict(rollout_statistics(counted), batch_size=size)
-            reward = counted.fact("reward").nanmean().float()
-            self.log("reward", reward, prog_bar=True, logger=False, batch_size=size)
+            self.log("reward", counted.fact("reward").nanmean().float(), prog_bar=True, logger=False, batch_size=size)
+        if self.replay is not None:
+            self.log("train/replayed_groups", float(step.replayed_groups))
 
     def learning_work(self, clips: float, classes: int) -> Work:
         """A group behind each clip: written, scored by what stays as it is, learnt from."""

@@ -45,6 +45,11 @@ class RolloutStep:
         weighed = [counts for part in self.sampled for counts in part.weighed_groups]
         return tuple(row for row, counts in enumerate(weighed) if not counts)
 
+    @property
+    def replayed_groups(self) -> int:
+        """How many groups of earlier steps this rank trains on."""
+        return sum(len(part.groups) for place in self.training_parts for part in place[1:])
+
     def state(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
         return {
