@@ -56,7 +56,7 @@ class UnreadClipsModule(ResumableModule):
             return
         report_failed(batch, "no weight in this step")
         strategy = self.trainer.strategy
-        numbers = [int(batch.counted.sum()), len(batch.failed)]
+        numbers = [len(batch) - len(batch.fillers), len(batch.failed)]
         weighed, lost = strategy.reduce(
             torch.tensor(numbers, dtype=torch.float32, device=strategy.root_device), reduce_op="sum"
         ).tolist()
