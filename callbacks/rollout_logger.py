@@ -35,8 +35,11 @@ class RolloutLogger(L.Callback):
         if not trainer.is_global_zero or trainer.fit_loop.total_batch_idx % self.every_n_steps:
             return
         if isinstance(outputs, Mapping) and "groups" in outputs:
-            groups: tuple[RolloutGroup, ...] = outputs["groups"][: self.prompts]
-            log_text(trainer, "train/rollouts", rollout_table(groups, outputs["advantages"]))
+            rows = [row for row in range(len(outputs["groups"])) if row not in outputs["fillers"]][: self.prompts]
+            groups = tuple(outputs["groups"][row] for row in rows)
+            if not groups:
+                return
+            log_text(trainer, "train/rollouts", rollout_table(groups, outputs["advantages"][rows]))
             assert isinstance(pl_module, VLMModule)
             view = pl_module.data.view
             assert view is not None

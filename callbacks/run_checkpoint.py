@@ -7,20 +7,25 @@ on from but that of a stage that keeps it (``GRPOModule``).
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel
 from torch import Tensor
 
 from vidreason.lightning_modules.fit_progress import FitProgress, batches_done, batches_per_epoch
 from vidreason.lightning_modules.interrupts import StopNow, left_whole
-from vidreason.lightning_modules.resumable import KEY
+from vidreason.lightning_modules.resumable import KEY, by_model_names
 from vidreason.lightning_modules.trained_weights import WeightsModule
+from vidreason.lightning_modules.unread_clips import NothingReadError
+from vidreason.lightning_modules.vlms.weight_folders import read_info
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._validated: dict[str, Tensor] = {}
         self._touched = False
         self._bytes = 0
+        self._mended = False
 
     # ------------------------------------------------------------------ when
 
@@ -78,6 +84,15 @@ class RunCheckpoint(ModelCheckpoint):
         """A fit that goes on has just been saved; the process may have fitted before."""
         super().on_train_start(trainer, pl_module)
         self._saved_at, self._validated, self._touched = batches_done(trainer), {}, False
+        self._mend_adapter(trainer)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing of an earlier fit holds."""
+        self._mended = False
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A fit that was at its end has not begun to train."""
+        self._mend_adapter(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -113,7 +128,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Saves where a fit stops in a state from which it can go on; several ranks do so only where all stop."""
         if isinstance(exception, StopNow):
             return
-        asked = left_whole(trainer, exception)
+        asked = left_whole(trainer, exception) or isinstance(exception, NothingReadError)
         alone = trainer.world_size == 1 and not isinstance(exception, OSError)
         started = trainer.global_step > 0 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if started and (asked or (alone and not self._touched)):
@@ -151,6 +166,20 @@ class RunCheckpoint(ModelCheckpoint):
             module.export_beside(_adapter_of(filepath))
         if trainer.is_global_zero and self._bytes == 0:
             self._say(trainer, f"the first; one follows every {self.options.every_n_batches} batches")
+
+    def _mend_adapter(self, trainer: L.Trainer) -> None:
+        """Writes the adapter of the checkpoint that was restored, where a kill came before it was written."""
+        module, path, before = trainer.lightning_module, trainer.ckpt_path, self._mended
+        self._mended = True
+        if before or not path or not trainer.is_global_zero or not isinstance(module, WeightsModule):
+            return
+        here = self.dirpath is not None and Path(path).resolve().parent == Path(self.dirpath).resolve()
+        folder = _adapter_of(str(path))
+        plain = json.loads(json.dumps(module.lineage(folder).info()))
+        if here and isinstance(module.policy, PeftModel) and read_info(folder) != plain:
+            module.gathered_state = by_model_names(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+            module.export_beside(folder)
+            rank_zero_info(f"{folder}: written after a kill that came before it (step {trainer.global_step})")
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)

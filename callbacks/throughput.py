@@ -13,7 +13,8 @@ from vidreason.datamodules.types import VideoBatch
 class Throughput(L.Callback):
     """Logs ``train/step_time``, ``data/wait_s``, ``data/decode_ms`` and ``train/clips_per_s`` for every batch.
 
-    ``data/decode_failures`` counts the clips of a validation or test that could not be read; training stops at one.
+    ``data/decode_failures`` counts, over all ranks, the clips that could not be read in an epoch of training, a
+    validation or a test.
     """
 
     def __init__(self) -> None:
@@ -73,6 +74,10 @@ class Throughput(L.Callback):
         if self._ended is not None:
             values["data/wait_s"] = self._started - self._ended
         if isinstance(batch, VideoBatch):
+            pl_module.log(
+                "data/decode_failures", float(len(batch.failed)), on_step=False, on_epoch=True, reduce_fx="sum",
+                sync_dist=True,
+            )  # fmt: skip
             values["data/decode_ms"] = batch.decode_ms
             values["train/clips_per_s"] = clips / max(now - (self._ended or self._started), 1e-9)
         pl_module.log_dict(values, batch_size=max(1, clips))

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from vidreason.datamodules.clip_dataset import ClipDataset, LoadedClip, leave_signals_to_the_run
 from vidreason.datamodules.clip_order import BalancedSampler, EveryClipOnce, ResumableLoader, SeededSampler
+from vidreason.datamodules.collating import BatchCollator
 from vidreason.datamodules.decoding import FrameOptions
 from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
@@ -33,7 +34,7 @@ from vidreason.datamodules.splits import (
     write_splits,
 )
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import Clip, Encoded, Example, FailedClip, VideoBatch
+from vidreason.datamodules.types import Clip, Encoded, Example
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,36 +47,6 @@ class BatchEncoder(Protocol):
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Encodes B clips with their prompts and the N texts behind them."""
         ...
-
-
-class BatchCollator:
-    """Encodes the readable clips of a batch and sets the unreadable ones beside them.
-
-    Args:
-        encoder: the model family's.
-        label_names: index of a label is its place here.
-    """
-
-    def __init__(self, encoder: BatchEncoder, label_names: Sequence[str]) -> None:
-        self.encoder = encoder
-        self.label_index = {name: index for index, name in enumerate(label_names)}
-
-    def __call__(self, items: Sequence[LoadedClip]) -> VideoBatch:
-        """Collates a batch; ``prompts`` and ``texts`` are None where every clip failed."""
-        readable = [item for item in items if isinstance(item.content, Example)]
-        examples = [item.content for item in readable if isinstance(item.content, Example)]
-        failed = tuple(item.content for item in items if isinstance(item.content, FailedClip) and item.counts)
-        encoded = self.encoder.encode(examples) if examples else None
-        labels = [-1 if e.sample.label is None else self.label_index[e.sample.label] for e in examples]
-        return VideoBatch(
-            prompts=encoded.prompts if encoded else None,
-            texts=encoded.texts if encoded else None,
-            labels=torch.tensor(labels, dtype=torch.int64),
-            clips=tuple(example.sample.clip for example in examples),
-            failed=failed,
-            decode_ms=sum(item.decode_ms for item in items) / max(len(items), 1),
-            fillers=tuple(i for i, item in enumerate(readable) if not item.counts),
-        )
 
 
 def run_seed(seed: int | None) -> int:
@@ -231,8 +202,9 @@ class VideoDataModule(L.LightningDataModule, ABC):
             split: its name.
             view: what is shown of a clip.
             batch_size: clips per batch; None takes the configured one.
-            train: shuffles, jitters, leaves out clips without a target, and stops at a clip that cannot be read.
-                Without it the order is fixed, every clip appears, and unreadable ones are in ``VideoBatch.failed``.
+            train: shuffles, jitters, leaves out clips without a target, and shows black frames without weight for a
+                clip that cannot be read. Without it the order is fixed, and such a clip is in ``VideoBatch.failed``
+                alone.
 
         Raises:
             ValueError: if the split is empty or unknown, or no clip of it has a target.

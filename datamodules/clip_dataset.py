@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
+from vidreason.datamodules.black_video import blackened, stand_in
 from vidreason.datamodules.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.decoding import FrameOptions, read_frames
 from vidreason.datamodules.probing import content_sha
@@ -34,10 +35,13 @@ class ClipKey(NamedTuple):
 class LoadedClip:
     """One clip out of the dataset, or the reason why there is none."""
 
-    content: Example | FailedClip
+    content: Example | None
+    """None outside of training, where the clip could not be read; in training it is a black video then"""
     decode_ms: float
     counts: bool = True
     """As in ``ClipKey``"""
+    failed: FailedClip | None = None
+    """Why the clip could not be read"""
 
 
 def leave_signals_to_the_run(worker: int) -> None:
@@ -66,7 +70,8 @@ class ClipDataset(Dataset[LoadedClip]):
         view: prompt and texts of a clip.
         frames: which frames to take.
         seed: of the jitter in training.
-        train: jitters segment sampling, and raises where a clip cannot be read instead of passing the failure on.
+        train: jitters segment sampling, and shows black frames, which get no weight, for a clip that cannot be read:
+            ranks that train together all have to run their part of a batch.
     """
 
     def __init__(self, clips: Sequence[Clip], view: ClipView, frames: FrameOptions, seed: int, train: bool) -> None:
@@ -81,24 +86,30 @@ class ClipDataset(Dataset[LoadedClip]):
         return len(self.clips)
 
     def __getitem__(self, key: int | ClipKey) -> LoadedClip:
-        """Reads a clip.
-
-        Raises:
-            DecodeError: in training, if the clip cannot be read.
-        """
+        """Reads a clip, or says why it cannot be read."""
         position, epoch, counts = key if isinstance(key, ClipKey) else ClipKey(key, 0)
         clip = self.clips[position]
         start = time.perf_counter()
+        failed = None
         try:
-            video = self.read(clip, self._jitter(clip, epoch) if self.train else None)
-        except DecodeError as error:
-            if self.train:
-                raise DecodeError(f"{error} (from {clip.where or clip.video_id}); mend or remove the clip") from error
-            return LoadedClip(FailedClip(clip, str(error)), 1000 * (time.perf_counter() - start), counts)
-        pixels = video.frames if self.view.shows_video else torch.zeros_like(video.frames)
-        sample = VideoSample(clip.video_id, pixels, clip.label, video.timing, clip, self._identity(clip, video))
-        example = Example(sample, self.view.prompt(clip), self.view.texts(clip))
-        return LoadedClip(example, 1000 * (time.perf_counter() - start), counts)
+            sample = self._sample(clip, self._jitter(clip, epoch) if self.train else None)
+        except (DecodeError, OSError) as error:
+            sample, failed = stand_in(clip, self.frames), FailedClip(clip, str(error))
+        decode_ms = 1000 * (time.perf_counter() - start)
+        if failed is not None and not self.train:
+            return LoadedClip(None, decode_ms, counts, failed)
+        return LoadedClip(Example(sample, self.view.prompt(clip), self.view.texts(clip)), decode_ms, counts, failed)
+
+    def _sample(self, clip: Clip, jitter: torch.Generator | None) -> VideoSample:
+        """The frames that the view shows of a clip.
+
+        Raises:
+            DecodeError: No frame can be read.
+            OSError: The system refuses to open the file.
+        """
+        video = self.read(clip, jitter)
+        sample = VideoSample(clip.video_id, video.frames, clip.label, video.timing, clip, self._identity(clip, video))
+        return sample if self.view.shows_video else blackened(sample)
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
         """Reads the frames of a clip from its file."""
@@ -117,14 +128,11 @@ class ClipDataset(Dataset[LoadedClip]):
 
     def _identity(self, clip: Clip, video: DecodedVideo) -> str:
         """As ``VideoSample.identity``."""
-        shape = tuple(video.frames.shape)
-        if not self.view.shows_video:
-            return f"blank {shape}"
         jittered = self.train and self.frames.sampling == "segment"
         content = "" if jittered else self.content(clip)
         if not content:
             return ""
-        taken = f"{content} {video.timing.indices} {shape} {video.reader} {self.frames}"
+        taken = f"{content} {video.timing.indices} {tuple(video.frames.shape)} {video.reader} {self.frames}"
         return hashlib.sha256(taken.encode()).hexdigest()
 
     def _jitter(self, clip: Clip, epoch: int) -> torch.Generator:

@@ -73,7 +73,7 @@ class VideoSample:
 
 @dataclass(frozen=True)
 class FailedClip:
-    """A clip that could not be read: reported and counted wrong, never replaced."""
+    """A clip that could not be read: reported, never replaced by another; counted wrong, in training without weight."""
 
     clip: Clip
     error: str
@@ -177,10 +177,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class VideoBatch:
-    """A collated batch of B readable clips and the clips that could not be read."""
+    """A collated batch of B clips, and those that could not be read.
+
+    In training a clip that could not be read is among the B as well: a black video without weight.
+    """
 
     prompts: EncodedPrompts | None
-    """None only where every clip of the batch failed"""
+    """None only outside of training, where every clip of the batch failed"""
     texts: TextBatch | None
     labels: Tensor
     """[B] int64, index into the data module's ``label_names``; -1 where unlabelled"""
@@ -190,7 +193,7 @@ class VideoBatch:
     decode_ms: float = 0.0
     """Mean milliseconds spent decoding one clip of this batch"""
     fillers: tuple[int, ...] = ()
-    """Indices of clips without weight, which only give a rank as many clips as the others have"""
+    """Indices of clips without weight: they give a rank as many clips as the others have, or could not be read"""
 
     def __len__(self) -> int:
         return len(self.clips)

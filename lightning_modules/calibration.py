@@ -35,7 +35,7 @@ from vidreason.lightning_modules.calibrator_info import CalibratorInput
 from vidreason.lightning_modules.deciding import closed_set, decide_by_probs
 from vidreason.lightning_modules.functional.calibration import apply_temperature
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
-from vidreason.lightning_modules.functional.reductions import label_log_probabilities
+from vidreason.lightning_modules.functional.reductions import count_or_one, label_log_probabilities
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.predictions import Decisions, TraceText
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
@@ -175,7 +175,7 @@ class CalibrationModule(CalibratorModule):
             asked = closed_set(logprobs, texts, len(self.data.label_names))
             truth = batch.labels[asked.owner]
             count = self.mean_over_ranks(torch.tensor(len(truth), device=truth.device))
-            loss = -label_log_probabilities(asked.scores).gather(1, truth[:, None]).sum() / count
+            loss = -label_log_probabilities(asked.scores).gather(1, truth[:, None]).sum() / count_or_one(count)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         return loss
 

@@ -37,7 +37,7 @@ from vidreason.lightning_modules.functional.policy_terms import largest_gap
 from vidreason.lightning_modules.grpo_parts import Part, Rolled, count_step, make_parts, split_evenly
 from vidreason.lightning_modules.grpo_policy import PolicyModule
 from vidreason.lightning_modules.grpo_replay import ReplayBuffer
-from vidreason.lightning_modules.grpo_state import HalfLearnt
+from vidreason.lightning_modules.grpo_state import RolloutStep
 from vidreason.lightning_modules.grpo_statistics import RolloutTable, Stopwatch
 from vidreason.lightning_modules.interrupts import stop_together, unless_stopped
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
@@ -200,36 +200,34 @@ class GRPOModule(PolicyModule):
         """One rollout batch: generate, score, advantages, log-probs, and the updates on them.
 
         Returns:
-            ``{"groups": [B] RolloutGroup, "advantages": [B, G]}`` for callbacks.
+            ``{"groups": [B] RolloutGroup, "advantages": [B, G], "fillers": rows that count nothing}`` for callbacks.
         """
         clock = Stopwatch()
-        if (learning := self.half_learnt()) is None:
+        if (step := self.unfinished_step()) is None:
             rolled = self.roll_out(batch, clock)
             with clock("reward"):
                 groups = tuple(group for part in rolled for group in part.groups)
                 table = RolloutTable.of(groups, self.data.label_names, batch.fillers).over_ranks(self.over_ranks)
-                self.refuse_cold_policy(table.counted(), groups[0].rollouts[0].completion.text)
+                shown = next((g for row, g in enumerate(groups) if row not in batch.fillers), groups[0])
+                self.refuse_cold_policy(table.counted(), shown.rollouts[0].completion.text)
                 advantages = self.advantages(table, len(groups))
             parts = make_parts(rolled, advantages, self.mask_truncated, batch.counted)
             parts = self.with_frozen_logprobs(parts, clock)
-            learning = HalfLearnt(self.replayed(parts), parts, advantages, 0)
-        self.log_replayed(learning.slots)
+            step = RolloutStep(self.replayed(parts), parts, advantages, 0)
         with clock("update_actor"):
-            self.learn(learning)
-        groups = tuple(group for part in learning.own for group in part.groups)
-        table = RolloutTable.of(groups, self.data.label_names, batch.fillers).over_ranks(self.over_ranks)
-        self.log_step(batch, table, clock)
-        return {"groups": groups, "advantages": learning.advantages}
+            self.learn(step)
+        self.log_step(step, clock)
+        return {"groups": step.groups, "advantages": step.advantages, "fillers": step.fillers}
 
-    def learn(self, learning: HalfLearnt) -> None:
+    def learn(self, step: RolloutStep) -> None:
         """Makes the optimizer steps on a batch that are still to be made; the fit may be stopped between two."""
-        minibatches = [m for _ in range(self.inner_epochs) for m in split_evenly(learning.slots, self.minibatches)]
+        minibatches = [m for _ in range(self.inner_epochs) for m in split_evenly(step.training_parts, self.minibatches)]
         for number, minibatch in enumerate(minibatches):
-            if number < learning.updates:
+            if number < step.updates:
                 continue
             if number > 0:
-                self.stop_between_updates(replace(learning, updates=number))
-            self.update([part for slot in minibatch for part in slot])
+                self.stop_between_updates(replace(step, updates=number))
+            self.update([part for place in minibatch for part in place])
 
     def roll_out(self, batch: VideoBatch, clock: Stopwatch) -> list[Rolled]:
         """Samples and scores a batch; ranks may write unequal lengths, and sample unequal numbers of groups again."""
@@ -241,7 +239,7 @@ class GRPOModule(PolicyModule):
                 rolled = [self.rewarded(part) for part in sampled]
             for attempt in range(1, self.resample + 1):
                 with clock("gen"):
-                    rolled = self.resample_dead(rolled, attempt)
+                    rolled = self.resample_dead(rolled, attempt, batch.fillers)
             return rolled
 
         with ExitStack() as gathered:

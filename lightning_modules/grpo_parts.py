@@ -49,6 +49,12 @@ class Part:
         """[n, L] bool, tokens that count in the loss."""
         return self.batch.texts.loss_mask if self.completion_mask is None else self.completion_mask
 
+    @property
+    def weighed_groups(self) -> list[bool]:
+        """Whether the clip of each group counts."""
+        size = len(self.groups)
+        return [True] * size if self.weighed is None else self.weighed.view(size, -1).all(dim=1).tolist()
+
     def take(self, vlm: VLM, rows: Sequence[int]) -> Part:
         """Returns the groups ``rows`` of the part."""
         size = len(self.batch.completions[0])
@@ -123,10 +129,11 @@ def whole_completions(batch: CompletionBatch) -> Tensor:
 
 
 def count_step(parts: Sequence[Part]) -> StepCounts:
-    """Counts what an optimizer step of this rank holds, as float32 scalars."""
+    """Counts what an optimizer step of this rank holds, as float32 scalars; clips without weight are in no count."""
     tokens = torch.stack([part.counted.sum() for part in parts]).sum().float()
     completions = sum(len(p.advantages) if p.weighed is None else int(p.weighed.sum()) for p in parts)
-    return StepCounts(tokens, tokens.new_tensor(float(completions)), tokens.new_tensor(float(len(parts))))
+    forwards = sum(p.weighed is None or bool(p.weighed.any()) for p in parts)
+    return StepCounts(tokens, tokens.new_tensor(float(completions)), tokens.new_tensor(float(forwards)))
 
 
 def split_evenly(parts: Sequence[T], n: int) -> Iterator[list[T]]:

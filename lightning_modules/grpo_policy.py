@@ -6,7 +6,7 @@ Shape letters: B prompts of a step, G completions per prompt, n completions of a
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Literal
@@ -23,6 +23,7 @@ from vidreason.lightning_modules.functional.advantages import dead_groups, group
 from vidreason.lightning_modules.functional.losses import GRPOLoss
 from vidreason.lightning_modules.grpo_parts import Part, Rolled
 from vidreason.lightning_modules.grpo_resuming import REFERENCE, ResumablePolicy
+from vidreason.lightning_modules.grpo_state import RolloutStep
 from vidreason.lightning_modules.grpo_statistics import (
     RolloutTable,
     Stopwatch,
@@ -151,11 +152,13 @@ class PolicyModule(ResumablePolicy):
         self._named |= warn_of_failures(groups, self._named)
         return Rolled(batch, groups)
 
-    def resample_dead(self, rolled: Sequence[Rolled], attempt: int = 1) -> list[Rolled]:
-        """Samples the groups with equal rewards again, with other noise; the others stay as they are."""
-        fresh = []
+    def resample_dead(self, rolled: Sequence[Rolled], attempt: int = 1, fillers: Collection[int] = ()) -> list[Rolled]:
+        """Samples the groups with equal rewards again, with other noise; others, and ``fillers``, stay as they are."""
+        fresh: list[Rolled] = []
         for part in rolled:
+            start = sum(len(earlier.groups) for earlier in fresh)
             dead = dead_groups(reward_tensor(part.groups)).nonzero().flatten().tolist()
+            dead = [row for row in dead if start + row not in fillers]
             if not dead:
                 fresh.append(part)
                 continue
@@ -183,7 +186,7 @@ class PolicyModule(ResumablePolicy):
         Raises:
             ColdPolicyError: After ``cold_steps`` steps in which no completion has parsed.
         """
-        self._rollout_steps += 1
+        self._rollout_steps += bool(len(table.values))
         self._parsed += int(table.fact("parsed").sum())
         if self._parsed == 0 and self._rollout_steps >= self.cold_steps:
             raise ColdPolicyError(
@@ -275,23 +278,20 @@ class PolicyModule(ResumablePolicy):
         self.log_dict(dict(zip(values, means.unbind(), strict=True)))
         self.log("rollout_mismatch/max", reduce(gap, reduce_op="max"))
 
-    def log_replayed(self, slots: Sequence[Sequence[Part]]) -> None:
-        """Logs how many groups of this rank are earlier ones."""
-        if self.replay is not None:
-            self.log("train/replayed_groups", float(sum(len(part.groups) for slot in slots for part in slot[1:])))
-
-    def log_step(self, batch: VideoBatch, table: RolloutTable, clock: Stopwatch) -> None:
+    def log_step(self, step: RolloutStep, clock: Stopwatch) -> None:
         """Logs what was sampled by all ranks, and where the time of this one went."""
-        assert batch.prompts is not None
-        lengths = table.fact("length")
-        counted = table.counted()
+        own = RolloutTable.of(step.groups, self.data.label_names, step.fillers)
+        counted = (own if step.shared else own.over_ranks(self.over_ranks)).counted()
+        size = len(step.groups)
         self._tokens += int(counted.fact("length").sum())
-        own = int(lengths[self.global_rank * len(batch) :][: len(batch)].sum())
-        prefix = prefix_statistics(prompt_tokens(batch.prompts), own, self.group_size, self.shares_prefix())
-        self.log_dict(rollout_statistics(counted), batch_size=len(batch))
-        self.log_dict({**prefix, **clock.logged(), "train/num_tokens": float(self._tokens)}, batch_size=len(batch))
-        reward = counted.fact("reward").nanmean().float()
-        self.log("reward", reward, prog_bar=True, logger=False, batch_size=len(batch))
+        prompts = torch.cat([prompt_tokens(part.batch.prompts) for part in step.sampled])
+        prefix = prefix_statistics(prompts, int(own.fact("length").sum()), self.group_size, self.shares_prefix())
+        self.log_dict({**prefix, **clock.logged(), "train/num_tokens": float(self._tokens)}, batch_size=size)
+        if len(counted.values):
+            self.log_dict(rollout_statistics(counted), batch_size=size)
+            self.log("reward", counted.fact("reward").nanmean().float(), prog_bar=True, logger=False, batch_size=size)
+        if self.replay is not None:
+            self.log("train/replayed_groups", float(step.replayed_groups))
 
     def learning_work(self, clips: float, classes: int) -> Work:
         """A group behind each clip: written, scored by what stays as it is, learnt from."""

@@ -34,6 +34,8 @@ class ReplayBuffer:
     def refresh(self, part: Part, vlm: VLM, step: int, number: int) -> list[Part]:
         """Replaces dead groups as far as there are others, and remembers the live ones.
 
+        What stands for a clip that counts nothing is neither: in its place another clip would count.
+
         Args:
             part: Of the current step, with ``old_logprobs``.
             vlm: The family that encoded the prompts.
@@ -45,13 +47,13 @@ class ReplayBuffer:
         """
         assert part.old_logprobs is not None, "a group is replayed with the log-probs of the policy that sampled it"
         rows = range(len(part.groups))
-        alive = part.advantages.view(len(part.groups), -1).ne(0).any(dim=1).tolist()
-        dead = [row for row in rows if not alive[row]]
+        alive, weighed = part.advantages.view(len(part.groups), -1).ne(0).any(dim=1).tolist(), part.weighed_groups
+        dead = [row for row in rows if weighed[row] and not alive[row]]
         draw = random.Random(f"{self.seed}/{step}/{number}")
         drawn = draw.sample(list(self.groups), min(len(dead), len(self.groups)))
         self.groups.extend(part.take(vlm, [row]).to("cpu") for row in rows if alive[row])
         if not drawn:
             return [part]
-        kept = [row for row in rows if alive[row] or row in dead[len(drawn) :]]
+        kept = [row for row in rows if row not in dead[: len(drawn)]]
         device: torch.device = part.advantages.device
         return [*([part.take(vlm, kept)] if kept else []), *(group.to(device) for group in drawn)]

@@ -1,4 +1,4 @@
-"""What GRPO adds to checkpoints: the reference, what is counted, groups to be replayed, a batch half learnt from."""
+"""What GRPO adds to checkpoints: the reference, what is counted, groups to be replayed, an unfinished step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.grpo_replay import ReplayBuffer
-from vidreason.lightning_modules.grpo_state import HalfLearnt, pack, unpack
+from vidreason.lightning_modules.grpo_state import RolloutStep, pack, unpack
 from vidreason.lightning_modules.interrupts import StopRequested, check_stop
 
 REFERENCE = "reference"
@@ -21,7 +21,7 @@ class ResumablePolicy(VLMModule):
     """A policy whose fit may be stopped in a rollout and between two optimizer steps on it."""
 
     replay: ReplayBuffer | None
-    _half_learnt: HalfLearnt | None = None
+    _unfinished_step: RolloutStep | None = None
     _rollout_steps = 0
     _parsed = 0
     _tokens = 0
@@ -43,14 +43,20 @@ class ResumablePolicy(VLMModule):
         self._tokens = counted["tokens"]
 
     def rank_state(self) -> dict[str, Any]:
-        """The batch that was left half learnt from, and the groups to be replayed."""
+        """The step that was left between two of its updates, and the groups to be replayed."""
         return {
-            "half_learnt": None if self._half_learnt is None else self._half_learnt.state(),
+            **super().rank_state(),
+            "half_learnt": None if self._unfinished_step is None else self._unfinished_step.state(),
             "replay": [] if self.replay is None else [pack(group) for group in self.replay.groups],
         }
 
     def take_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
-        """Takes up both; groups of more or fewer ranks are dealt out anew."""
+        """Takes up both; groups of more or fewer ranks are dealt out anew.
+
+        An unfinished step, which one process has sampled, goes whole to each of several ranks: their mean gradient is
+        that of one.
+        """
+        super().take_rank_states(states)
         clips = {clip.video_id: clip for clip in self.data.clips("train")}
         if len(states) == self.trainer.world_size:
             mine = states[self.global_rank]["replay"]
@@ -59,19 +65,21 @@ class ResumablePolicy(VLMModule):
         if self.replay is not None:
             self.replay.groups.extend(unpack(group, clips, self.completion) for group in mine)
         half = states[0]["half_learnt"]  # a process that trains alone
-        self._half_learnt = None if half is None else HalfLearnt.of(half, clips, self.completion)
+        if half is not None:
+            shared = self.trainer.world_size > 1
+            self._unfinished_step = replace(RolloutStep.of(half, clips, self.completion), shared=shared)
 
-    def half_learnt(self) -> HalfLearnt | None:
-        """What is left of the batch in which the fit was interrupted; None from the next batch on."""
-        found, self._half_learnt = self._half_learnt, None
+    def unfinished_step(self) -> RolloutStep | None:
+        """The step in which the fit was interrupted; None from the next batch on."""
+        found, self._unfinished_step = self._unfinished_step, None
         if found is None:
             return None
         self.go_on_within_batch()
-        slots = [[part.to(self.device) for part in slot] for slot in found.slots]
-        own = [part.to(self.device) for part in found.own]
-        return replace(found, slots=slots, own=own)
+        training_parts = [[part.to(self.device) for part in place] for place in found.training_parts]
+        sampled = [part.to(self.device) for part in found.sampled]
+        return replace(found, training_parts=training_parts, sampled=sampled)
 
-    def stop_between_updates(self, learning: HalfLearnt) -> None:
+    def stop_between_updates(self, step: RolloutStep) -> None:
         """Leaves the fit where a signal asks for it; ranks that exchange gradients finish the batch first.
 
         Raises:
@@ -82,5 +90,5 @@ class ResumablePolicy(VLMModule):
         try:
             check_stop()
         except StopRequested:
-            self._half_learnt = learning
+            self._unfinished_step = step
             raise

@@ -1,4 +1,4 @@
-"""Rollouts as tensors and plain containers, for checkpoints: those of a batch half learnt from, and those replayed."""
+"""Rollouts as tensors and plain containers, for checkpoints: of an unfinished step, and those replayed."""
 
 from __future__ import annotations
 
@@ -19,29 +19,48 @@ _TEXTS = ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")
 
 
 @dataclass(frozen=True)
-class HalfLearnt:
-    """A batch that some of its optimizer steps have been made on."""
+class RolloutStep:
+    """What was sampled for a batch of prompts, and how many optimizer steps (updates) have been made on it."""
 
-    slots: list[list[Part]]
-    """Of this rank, as ``GRPOModule`` goes through them"""
-    own: list[Part]
-    """What was sampled, before groups were replaced by earlier ones"""
+    training_parts: list[list[Part]]
+    """What this rank trains on, in the place of each sampled part: itself, without the dead groups that replayed ones
+    behind it replace"""
+    sampled: list[Part]
+    """What this rank has sampled"""
     advantages: Tensor
-    """[B, G] of ``own``"""
+    """[B, G] of ``sampled``"""
     updates: int
     """Optimizer steps made"""
+    shared: bool = False
+    """Whether all ranks learn from these, which one process had sampled"""
+
+    @property
+    def groups(self) -> tuple[RolloutGroup, ...]:
+        """[B] what was sampled."""
+        return tuple(group for part in self.sampled for group in part.groups)
+
+    @property
+    def fillers(self) -> tuple[int, ...]:
+        """Those of the B whose clips count nothing."""
+        weighed = [counts for part in self.sampled for counts in part.weighed_groups]
+        return tuple(row for row, counts in enumerate(weighed) if not counts)
+
+    @property
+    def replayed_groups(self) -> int:
+        """How many groups of earlier steps this rank trains on."""
+        return sum(len(part.groups) for place in self.training_parts for part in place[1:])
 
     def state(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
         return {
-            "slots": [[pack(part) for part in slot] for slot in self.slots],
-            "own": [pack(part) for part in self.own],
+            "slots": [[pack(part) for part in place] for place in self.training_parts],
+            "own": [pack(part) for part in self.sampled],
             "advantages": self.advantages.cpu(),
             "updates": self.updates,
         }
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], clips: Mapping[str, Clip], form: CompletionForm) -> HalfLearnt:
+    def of(cls, state: Mapping[str, Any], clips: Mapping[str, Clip], form: CompletionForm) -> RolloutStep:
         """Reads what ``state`` returned; tensors are on the CPU.
 
         Args:
@@ -49,9 +68,9 @@ class HalfLearnt:
             clips: Training clips by video id.
             form: Which blocks completions have.
         """
-        slots = [[unpack(part, clips, form) for part in slot] for slot in state["slots"]]
-        own = [unpack(part, clips, form) for part in state["own"]]
-        return cls(slots, own, state["advantages"], state["updates"])
+        training_parts = [[unpack(part, clips, form) for part in place] for place in state["slots"]]
+        sampled = [unpack(part, clips, form) for part in state["own"]]
+        return cls(training_parts, sampled, state["advantages"], state["updates"])
 
 
 def pack(part: Part) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Tensors and plain containers only: ``torch.load(..., weights_only=True)`` reads 
 - ``stage``, and ``parent_sha``: the weights that it started from;
 - ``progress``: whole batches trained on (``fit_progress.py``), and ``clips_per_batch`` of all ranks together;
 - ``ranks``: of every rank the state of its random number generators and what the stage adds in ``rank_state``;
+- ``train_clips``: number, and hash of the ids in their order, of the clips of split train;
 - ``traces``: how many texts the run folder held.
 
 Randomness depends on the seed, the batch's number, the clip and the sample, and on nothing that a restart changes.
@@ -13,13 +14,15 @@ Randomness depends on the seed, the batch's number, the clip and the sample, and
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
 
 from vidreason.datamodules.base import VideoDataModule
@@ -27,6 +30,8 @@ from vidreason.lightning_modules.fit_progress import FitProgress, batches_done, 
 from vidreason.lightning_modules.fsdp import ShardedModule
 from vidreason.lightning_modules.own_traces import TRACES_FILE
 from vidreason.lightning_modules.random_states import random_state, seed_batch, set_random_state
+
+T = TypeVar("T")
 
 KEY = "vidreason"
 
@@ -39,7 +44,7 @@ class ResumableModule(ShardedModule):
     _to_resume: dict[str, Any] | None = None
     _own_state: dict[str, Any] | None = None
     gathered_state: Mapping[str, Tensor] = MappingProxyType({})
-    """Of the checkpoint that was just written, by the names that the model itself uses"""
+    """Of the checkpoint that was just written or read, by the names that the model itself uses"""
 
     # ------------------------------------------------------------------ what a stage says
 
@@ -92,7 +97,7 @@ class ResumableModule(ShardedModule):
         keep |= {name for name, _ in self.named_buffers() if name.rpartition(".")[0] in modules}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in keep or self.kept_beside(k)}
-        self.gathered_state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+        self.gathered_state = by_model_names(checkpoint)
         if self._trainer is None:
             return  # no fit to go on with
         checkpoint[KEY] = {
@@ -100,7 +105,8 @@ class ResumableModule(ShardedModule):
             "parent_sha": self.parent_sha,
             "progress": FitProgress.of(self.trainer).state(),
             "clips_per_batch": self.clips_per_batch(),
-            "ranks": self._all_ranks({"random": random_state(), "stage": self.rank_state()}),
+            "train_clips": self.train_clips(),
+            "ranks": self.all_ranks({"random": random_state(), "stage": self.rank_state()}),
             "traces": _texts(self.run_dir / TRACES_FILE),
         }
 
@@ -108,7 +114,13 @@ class ResumableModule(ShardedModule):
         """Clips that all ranks together train on at once."""
         return self.data.batch_size * int(self.trainer.world_size)
 
-    def _all_ranks(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+    def train_clips(self) -> dict[str, Any]:
+        """What the order of an epoch hangs on: how many training clips there are, and a hash of their ids in order."""
+        ids = [clip.video_id for clip in self.data.clips("train")]
+        return {"count": len(ids), "sha": hashlib.sha256("\n".join(ids).encode()).hexdigest()}
+
+    def all_ranks(self, own: T) -> list[T]:
+        """Returns what every rank says, in their order; all of them have to call it together."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return [own]
         found: list[Any] = [None] * distributed.get_world_size()
@@ -182,6 +194,7 @@ class ResumableModule(ShardedModule):
                 "with those, or start the stage again without --ckpt_path"
             )
         self._check_batches(saved)
+        self._check_clips(saved)
         self._check_texts(saved["traces"])
         return saved
 
@@ -206,6 +219,21 @@ class ResumableModule(ShardedModule):
             f"{ranks} with {self.data.batch_size} clips each make {now}, another training: {remedy}"
         )
 
+    def _check_clips(self, saved: dict[str, Any]) -> None:
+        """Within an epoch nothing may differ; at its end clips may have given way to as many others."""
+        before, now = saved.get("train_clips"), self.train_clips()  # earlier versions did not say
+        if before is None or before == now:
+            return
+        as_many = before["count"] == now["count"]
+        if saved["progress"]["batches"] % saved["progress"]["per_epoch"] == 0 and as_many:
+            rank_zero_warn("the training clips are others, or in another order, than when this checkpoint was written")
+            return
+        raise ValueError(
+            f"this checkpoint was written with {before['count']} training clips, but the data now hold {now['count']}"
+            f"{', others or in another order' if as_many else ''}: the fit cannot tell which are still to come; put "
+            "them back as they were, or start the stage again without --ckpt_path"
+        )
+
     def _check_texts(self, before: int) -> None:
         path = self.run_dir / TRACES_FILE
         now = _texts(path)
@@ -214,6 +242,11 @@ class ResumableModule(ShardedModule):
                 f"{path}: holds {now} texts, but {before} when this checkpoint was written: put the file back, or "
                 "start the stage again without --ckpt_path"
             )
+
+
+def by_model_names(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights in a checkpoint of a stage, by the names that the model itself uses."""
+    return {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
 
 
 def _texts(path: Path) -> int:

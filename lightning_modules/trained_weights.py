@@ -21,7 +21,7 @@ from vidreason.datamodules.clip_order import batches_of_an_epoch
 from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.lineage import REVIEWED, Lineage
 from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable
-from vidreason.lightning_modules.resumable import ResumableModule
+from vidreason.lightning_modules.unread_clips import UnreadClipsModule
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions, save_adapter
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.building import POLICY, checkpoint_sha
@@ -40,7 +40,7 @@ class _Start(NamedTuple):
     full: bool
 
 
-class WeightsModule(ResumableModule):
+class WeightsModule(UnreadClipsModule):
     """Weights of a vision-language model under a trainer.
 
     Args:
@@ -287,7 +287,7 @@ class WeightsModule(ResumableModule):
         return folder
 
     def export_beside(self, folder: Path) -> None:
-        """Writes the adapter of the checkpoint that was just written; there is none after full fine-tuning."""
+        """Writes the adapter of the checkpoint that was just written or read; there is none after full fine-tuning."""
         state, self.gathered_state = self.gathered_state, {}
         if isinstance(self.policy, PeftModel):
             save_adapter(self.policy, folder, self.trained_adapter, self.lineage(folder).info(), state=state)

@@ -4,7 +4,8 @@
 
 writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``; checkpoints of one process are expected in ``OUT/one_STAGE_STRATEGY``.
 With ``kill:STAGE:STRATEGY`` one of the ranks kills itself, with ``resume:STAGE:STRATEGY`` they go on from what is left;
-with ``validation:STAGE:STRATEGY`` one of them is signalled while both write completions in a validation.
+with ``validation:STAGE:STRATEGY`` one of them is signalled while both write completions in a validation; with
+``gone:STAGE:STRATEGY`` the disk goes away under both, and is there when they go on.
 Loaded by path, as ``stage_world.py`` is.
 """
 
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 
 from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.callbacks.stopping import Stopping
 from vidreason.lightning_modules.interrupts import signals_handled, take_signals
 from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.unread_clips import NothingReadError
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 
@@ -66,10 +69,30 @@ class WatchedSFT(RationaleSFTModule):
 
 class WatchedGRPO(grpo.Watched):
     prompts: Prompts
+    tokens = 0
+    """Of all completions that this rank has sampled"""
 
     def roll_out(self, batch: Any, clock: Any) -> Any:
         self.prompts.note(self, batch.video_ids)
         return super().roll_out(batch, clock)
+
+    def rewarded(self, batch: Any) -> Any:
+        self.tokens += sum(completion.n_tokens for group in batch.completions for completion in group)
+        return super().rewarded(batch)
+
+
+class SignalledInUpdate(WatchedGRPO):
+    """The signal comes in the first of the two optimizer steps on a rollout."""
+
+    def roll_out(self, batch: Any, clock: Any) -> Any:
+        self.prompts.stop_at, at = None, self.prompts.stop_at
+        rolled = super().roll_out(batch, clock)
+        self.prompts.stop_at = at
+        return rolled
+
+    def update(self, minibatch: Any) -> None:
+        self.prompts.note(self, ())
+        super().update(minibatch)
 
 
 class SignalledInValidation(WatchedGRPO):
@@ -90,7 +113,7 @@ def module_of(stage: str, base: Path) -> Any:
 
     if stage == "sft":
         return WatchedSFT(ranks.TinyVLM(path=str(base), lora=lora), optimizer=adam, schedule="linear")
-    kind = WatchedGRPO if stage == "grpo" else SignalledInValidation
+    kind = {"grpo": WatchedGRPO, "half": SignalledInUpdate}.get(stage, SignalledInValidation)
     return kind(
         grpo.Stopping(path=str(base), lora=lora),
         rewards=[grpo.EvenLetters()],
@@ -113,6 +136,7 @@ def fit(
     number: int,
     stop: signal.Signals | None = None,
     signalled: int = 0,
+    gone: bool = False,
 ) -> dict[str, Any]:
     """Trains two epochs of three batches, from ``out/last.ckpt`` where there is one.
 
@@ -125,6 +149,7 @@ def fit(
         number: Of processes.
         stop: This signal comes in batch ``STOP_AT``.
         signalled: The rank that it comes to.
+        gone: Nothing can be read from batch ``STOP_AT`` on.
     """
     module = module_of(stage, base)
     module.prompts = Prompts(STOP_AT if stop else None, signalled, stop or signal.SIGTERM)
@@ -143,12 +168,23 @@ def fit(
         callbacks=[Stopping(), RunCheckpoint(CheckpointOptions(99), dirpath=str(out))],
     )
     take_signals(trainer)
-    data = world.GreyClips(clips, encoder=module.vlm, batch_size=CLIPS_PER_BATCH // number)
+    data = world.LostClips(clips, (), encoder=module.vlm, batch_size=CLIPS_PER_BATCH // number)
+    if gone:
+        everything = tuple(f"train_{i}" for i in range(world.SPLIT_SIZES["train"]))
+
+        def vanish(*_: Any) -> None:
+            done = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+            trainer.train_dataloader.dataset.lost = everything if done >= STOP_AT else ()  # type: ignore[union-attr]
+
+        module.on_train_batch_end = vanish
     last = out / "last.ckpt"
     with signals_handled(), contextlib.suppress(SystemExit):
         trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
     weights = {n: processes.gathered(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad}
-    return {"weights": weights, "seen": module.prompts.seen, "steps": trainer.global_step}
+    found = {"weights": weights, "seen": module.prompts.seen, "steps": trainer.global_step}
+    if isinstance(module, WatchedGRPO):
+        found |= {"tokens": module.tokens, "num_tokens": trainer.callback_metrics.get("train/num_tokens")}
+    return found
 
 
 def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
@@ -158,6 +194,13 @@ def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
         if what == "validation":
             left = fit(what, strategy, base, clips, out / "signalled", 2)
             torch.save({"steps": left["steps"]}, out / f"rank{rank}.pt")
+            return
+        if what == "gone":
+            with pytest.raises(NothingReadError, match="none of 2 training clips in a row"):
+                fit(stage, strategy, base, clips, out / "gone", 2, gone=True)
+            saved = torch.load(out / "gone" / "last.ckpt", weights_only=True)["vidreason"]["progress"]
+            mended = fit(stage, strategy, base, clips, out / "gone", 2)
+            torch.save({**mended, "saved": saved["batches"]}, out / f"rank{rank}.pt")
             return
         stop = signal.SIGKILL if what == "kill" else None
         found[stage, strategy] = fit(stage, strategy, base, clips, out / "killed", 2, stop, signalled=1)
@@ -172,6 +215,10 @@ def _rank(rank: int, base: Path, clips: Path, out: Path, chosen: str) -> None:
             found[stage, strategy, "stopped"] = fit(*given, out / f"two_{name}", 2, stop=signal.SIGTERM, signalled=1)
             found[stage, strategy, "resumed"] = fit(*given, _copy(out / f"two_{name}", rank), 2)
             found[stage, strategy, "from one"] = fit(*given, out / f"one_{name}", 2)
+        print(f"rank {rank}: in the midst of a rollout under {strategy}", flush=True)
+        half = ("half", strategy, base, clips)
+        found[*half[:2], "stopped"] = fit(*half, out / f"two_half_{strategy}", 2, stop=signal.SIGTERM, signalled=1)
+        found[*half[:2], "from one"] = fit(*half, out / f"one_half_{strategy}", 2)
     torch.save(found, out / f"rank{rank}.pt")
 
 

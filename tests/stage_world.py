@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import av
 import lightning as L
@@ -18,7 +18,10 @@ import torch
 
 import vidreason.lightning_modules.vlms  # noqa: F401 - registers TinyVLM with the Auto classes
 from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.clip_dataset import ClipDataset
+from vidreason.datamodules.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.base import VLMModule
@@ -81,6 +84,43 @@ class GreyClips(VideoDataModule):
             path = self.folder / ("broken.mp4" if name in self.broken else f"{i % len(LABELS)}.mp4")
             clips.append(Clip(path, label, name, split, group=name, fields={"caption": f"it is a {label}"}))
         return clips
+
+
+class _Lost(ClipDataset):
+    def __init__(self, lost: Sequence[str], *args: Any) -> None:
+        super().__init__(*args)
+        self.lost = lost
+
+    def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
+        if self.train and clip.video_id in self.lost:
+            LostClips.unread.append(clip.video_id)
+            raise DecodeError(f"{clip.video_id}.mp4: gone")
+        return super().read(clip, jitter)
+
+
+class LostClips(GreyClips):
+    """Some clips cannot be read any more when training begins; texts about them have been written before."""
+
+    unread: ClassVar[list[str]] = []
+    """All that this process has tried to read"""
+
+    def __init__(self, folder: Path, lost: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(folder, **kwargs)
+        self.lost = tuple(lost)
+
+    def dataset(self, clips: Sequence[Clip], view: ClipView, train: bool) -> ClipDataset:
+        return _Lost(self.lost, clips, view, self.frames, self.seed, train)
+
+
+class FewerClips(GreyClips):
+    """Some clips were never there."""
+
+    def __init__(self, folder: Path, gone: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(folder, **kwargs)
+        self.gone = tuple(gone)
+
+    def samples(self, split: str) -> Sequence[Clip]:
+        return [clip for clip in super().samples(split) if clip.video_id not in self.gone]
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def found(small_base, clip_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
     one = {}
     for strategy in STRATEGIES:
-        for stage in resume.STAGES:
+        for stage in (*resume.STAGES, "half"):
             given = (stage, strategy, small_base, clip_folder)
             one[stage, strategy, "whole"] = resume.fit(*given, out / f"alone_{stage}_{strategy}", 1)
             one[stage, strategy, "stopped"] = resume.fit(
@@ -34,7 +34,7 @@ def found(small_base, clip_folder, tmp_path_factory):
             )
     resume.processes.launch(resume.__file__, small_base, clip_folder, out, ",".join(STRATEGIES), limit_s=LIMIT_S)
     for strategy in STRATEGIES:
-        for stage in resume.STAGES:
+        for stage in (*resume.STAGES, "half"):
             folder = out / f"two_{stage}_{strategy}"
             one[stage, strategy, "from two"] = resume.fit(stage, strategy, small_base, clip_folder, folder, 1)
     return one, [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
@@ -72,6 +72,26 @@ def test_ranks_go_on_where_one_process_was_and_the_reverse(found, stage, strateg
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_unfinished_step_on_a_rollout_is_finished_and_counted_once(found, strategy):
+    """One process stops between the two optimizer steps on a rollout, two ranks make both; then the others go on."""
+    one, (first, second) = found
+    whole, stopped = (one["half", strategy, name] for name in ("whole", "stopped"))
+    assert (stopped["steps"], first["half", strategy, "stopped"]["steps"]) == (9, 10)
+    assert whole["num_tokens"] == whole["tokens"]
+    from_one = [rank["half", strategy, "from one"] for rank in (first, second)]
+    assert stopped["tokens"] + sum(rank["tokens"] for rank in from_one) == whole["tokens"]
+    for rank in from_one:
+        assert rank["num_tokens"] == whole["tokens"]
+        assert rank["steps"] == whole["steps"]
+        close(rank["weights"], whole["weights"], 1e-5)
+    before = sum(rank["half", strategy, "stopped"]["tokens"] for rank in (first, second))
+    from_two = one["half", strategy, "from two"]
+    assert before + from_two["tokens"] == from_two["num_tokens"] == whole["tokens"]
+    close(from_two["weights"], whole["weights"], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("stage", resume.STAGES)
 def test_ranks_that_were_stopped_end_as_those_that_were_not(found, stage, strategy):
     for rank in found[1]:
@@ -99,6 +119,19 @@ def test_ranks_of_which_one_was_killed_end_as_those_that_were_not(
         resumed = torch.load(tmp_path / f"rank{rank}.pt")[stage, strategy]
         close(resumed["weights"], whole["weights"], 1e-6)
         assert resumed["seen"] == [entry for entry in whole["seen"] if entry[0] >= 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "strategy"), [("sft", "ddp"), ("grpo", "fsdp")])
+def test_ranks_that_can_read_nothing_stop_where_they_can_go_on(small_base, clip_folder, tmp_path, stage, strategy):
+    given = (resume.__file__, small_base, clip_folder, tmp_path)
+    resume.processes.launch(*given, f"gone:{stage}:{strategy}", limit_s=300)
+    whole = resume.fit(stage, strategy, small_base, clip_folder, tmp_path / "whole", 1)
+    for rank in (0, 1):
+        mended = torch.load(tmp_path / f"rank{rank}.pt")
+        assert mended["saved"] == resume.STOP_AT
+        assert mended["steps"] == whole["steps"]
+        close(mended["weights"], whole["weights"], 1e-5)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``. WARM holds a vision cache for the 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -85,11 +86,9 @@ class OneVal(world.GreyClips):  # type: ignore[misc, name-defined]
         return clips[:1] if split == "val" else clips
 
 
-class BrokenTrain(world.GreyClips):  # type: ignore[misc, name-defined]
-    """One of the training clips, which one of the ranks gets, cannot be read."""
-
-    def __init__(self, folder: Path, **kwargs: Any) -> None:
-        super().__init__(folder, broken=("train_4",), **kwargs)
+SECOND = ("train_0", "train_4", "train_5")
+"""What the second of two ranks is given in the first epoch"""
+ALL = tuple(f"train_{i}" for i in range(grpo.CLIPS))
 
 
 ANSWERS = {"decide": "answer", "samples": 2, "sampling": Sampling(max_new_tokens=8)}
@@ -116,6 +115,15 @@ def last_batch(stage: str, strategy: str, base: Path, clips: Path, out: Path, ra
         stage, strategy, base, clips, out, ranks, family=Counting, clips_of=FiveClips, batch_size=4, test=False
     )
     return found
+
+
+def lost(stage: str, strategy: str, base: Path, clips: Path, out: Path, ranks: int, gone: bool = False) -> Any:
+    """``SECOND`` cannot be read when training begins, or (``gone``) was never there."""
+    kind = functools.partial(world.FewerClips, gone=SECOND) if gone else functools.partial(world.LostClips, lost=SECOND)
+    data = functools.partial(kind, seed=1)
+    world.LostClips.unread.clear()
+    found = strategies.run(stage, strategy, base, clips, out, ranks, family=Counting, clips_of=data, test=False)
+    return {**found, "unread": [*world.LostClips.unread]}
 
 
 def cached(stage: str, strategy: str, base: Path, clips: Path, out: Path, ranks: int, folder: Path | None) -> Any:
@@ -178,6 +186,7 @@ def _rank(rank: int, base: Path, clips: Path, out: Path, warmed: Path, chosen: s
         written(strategy, base, clips, out, 2)
         for stage in LAST_BATCH:
             found[say("last", stage)] = last_batch(stage, strategy, base, clips, out, 2)
+            found[say("lost", stage)] = lost(stage, strategy, base, clips, out / "lost", 2)
         for stage in ("sft_label", "grpo"):
             quantised = strategies.vlm_options(strategy).get("quantize", "none")
             folder = warmed / quantised if rank == 0 else place / f"{stage}_{strategy}"
@@ -187,7 +196,8 @@ def _rank(rank: int, base: Path, clips: Path, out: Path, warmed: Path, chosen: s
 
 
 def _failing_rank(rank: int, base: Path, clips: Path, out: Path, warmed: Path, chosen: str) -> None:
-    strategies.run("sft_label", chosen, base, clips, out, 2, family=Counting, clips_of=BrokenTrain, test=False)
+    data = functools.partial(world.LostClips, lost=ALL)
+    strategies.run("sft_label", chosen, base, clips, out, 2, family=Counting, clips_of=data, test=False)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vidreason.lightning_modules.functional.reductions import masked_sum
+from vidreason.lightning_modules.functional.reductions import count_or_one, masked_sum
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo"]
 RatioLevel = Literal["token", "sequence"]
@@ -36,9 +36,9 @@ class StepCounts(NamedTuple):
     tokens: Tensor
     """[] tokens that count"""
     completions: Tensor
-    """[] completions, those without a token that counts included"""
+    """[] completions of clips that count, those without a token that counts included"""
     micro_batches: Tensor
-    """[] forwards"""
+    """[] forwards in which a clip counts"""
 
 
 def loss_normalizer(loss_type: LossType, counts: StepCounts, max_completion_length: int | None = None) -> Tensor:
@@ -56,18 +56,17 @@ def loss_normalizer(loss_type: LossType, counts: StepCounts, max_completion_leng
     if loss_type == "dr_grpo":
         if max_completion_length is None or max_completion_length < 1:
             raise ValueError(f"dr_grpo needs a positive max_completion_length, got {max_completion_length}")
-        return counts.completions * max_completion_length
+        return count_or_one(counts.completions) * max_completion_length
     if loss_type in ("grpo", "gspo"):
-        return counts.completions
+        return count_or_one(counts.completions)
     if loss_type == "bnpo":
-        return counts.micro_batches
+        return count_or_one(counts.micro_batches)
     return token_normalizer(counts)
 
 
 def token_normalizer(counts: StepCounts) -> Tensor:
     """Returns the tokens of the step, 1 where there are none."""
-    # Not at least 1: the mean over two ranks of which one has a single token is a half.
-    return torch.where(counts.tokens > 0, counts.tokens, torch.ones_like(counts.tokens))
+    return count_or_one(counts.tokens)
 
 
 def summed_terms(terms: Tensor, mask: Tensor, loss_type: LossType) -> Tensor:

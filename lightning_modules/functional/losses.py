@@ -37,7 +37,7 @@ from vidreason.lightning_modules.functional.policy_terms import (
     clipped_terms,
     k3_terms,
 )
-from vidreason.lightning_modules.functional.reductions import masked_sum
+from vidreason.lightning_modules.functional.reductions import count_or_one, masked_sum
 
 
 class GRPOLoss(NamedTuple):
@@ -242,9 +242,8 @@ def weighted_text_loss(
 
 
 def _nonzero(count: float | Tensor, like: Tensor) -> Tensor:
-    """The count, or 1 where it is 0: nothing was summed there, so the term is 0 and not NaN."""
-    tensor = torch.as_tensor(count, dtype=like.dtype, device=like.device)
-    return torch.where(tensor > 0, tensor, torch.ones_like(tensor))
+    """The count in the type of another tensor, or 1 where it is 0."""
+    return count_or_one(torch.as_tensor(count, dtype=like.dtype, device=like.device))
 
 
 def _check_shapes(mask: Tensor, *tensors: Tensor | None) -> None:

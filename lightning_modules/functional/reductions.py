@@ -56,6 +56,14 @@ def sum_counts(counts: Iterable[TokenCounts]) -> TokenCounts:
     return total
 
 
+def count_or_one(count: Tensor) -> Tensor:
+    """Returns the count, or 1 where it is 0: nothing was summed there, so the mean is 0 and not NaN.
+
+    Not at least 1: the mean over two ranks of which one has a single token is a half.
+    """
+    return torch.where(count > 0, count, torch.ones_like(count))
+
+
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of the values that count.
 

@@ -1,5 +1,6 @@
 """When checkpoints are written, what they hold, and what a crash at any moment of writing leaves."""
 
+import contextlib
 import errno
 import json
 import os
@@ -171,6 +172,61 @@ def test_a_crash_at_any_write_leaves_what_can_be_loaded(make_vlm, make_data, mak
     assert seen == {True, False}
     assert at > 10
     assert {path.name for path in folder.iterdir()} == {"last.ckpt", "last_adapter"}  # nothing is left of them
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may be written any more."""
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_steps": 6}])
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_a_kill_between_checkpoint_and_adapter_is_mended_on_resume(
+    make_vlm, make_data, make_trainer, monkeypatch, step, limit
+):
+    """Also where the checkpoint is the fit's last, after which there is nothing left to train."""
+
+    def fit(**more):
+        module = RationaleSFTModule(make_vlm(), optimizer=adamw)
+        saving = RunCheckpoint(CheckpointOptions(1))
+        trainer = make_trainer(limit_val_batches=0, callbacks=[saving], **limit)
+        saving.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        trainer.fit(module, make_data(module.vlm, batch_size=2), **more)  # three batches an epoch
+
+    def export_beside(module, folder):
+        if module.trainer.global_step == step:
+            raise Killed
+        written(module, folder)
+
+    written = RationaleSFTModule.export_beside
+    with monkeypatch.context() as patched:
+        patched.setattr(RationaleSFTModule, "export_beside", export_beside)
+        patched.setattr(RunCheckpoint, "on_exception", lambda *_: None)
+        with pytest.raises(Killed):
+            fit()
+    folder = next(Path(make_trainer().default_root_dir).glob("checkpoints"))
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == step
+    assert not (folder / "last_adapter").exists() or adapter_step(folder / "last_adapter") == step - 1
+
+    def killed(*_):
+        raise Killed
+
+    def resumed_and_killed_at_once():
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
+            patched.setattr(RunCheckpoint, "on_train_batch_start", killed)
+            patched.setattr(RunCheckpoint, "on_exception", lambda *_: None)
+            fit(ckpt_path=folder / "last.ckpt", weights_only=True)
+
+    resumed_and_killed_at_once()
+    assert adapter_step(folder / "last_adapter") == step
+    beside = load_file(folder / "last_adapter" / "adapter_model.safetensors")
+    assert len(beside) == len(saved["state_dict"])
+    for key, value in saved["state_dict"].items():
+        assert torch.equal(beside[key.removeprefix("model.").replace(".policy.", ".")], value)
+    written_at = (folder / "last_adapter" / "vidreason.json").stat().st_mtime_ns
+    resumed_and_killed_at_once()
+    assert (folder / "last_adapter" / "vidreason.json").stat().st_mtime_ns == written_at, "it is right, and stays"
 
 
 def crash_at(number):

@@ -70,6 +70,14 @@ def checkpoint_of_another_batch_size():
     return [*FIT, "--model.init_args.batch_size", "3", "--ckpt_path", "a/checkpoints/last.ckpt"]
 
 
+def checkpoint_of_other_clips():
+    trained("a")
+    shutil.copy("clips/a/0.mp4", "clips/a/9.mp4")
+    with Path("t.csv").open("a") as table:
+        table.write("clips/a/9.mp4,a,train\n")
+    return [*FIT, "--ckpt_path", "a/checkpoints/last.ckpt"]
+
+
 def checkpoint_of_other_weights():
     begun = trained("a", *LORA)
     trained("b", *LORA, "--model.init_args.adapter_path", f"{begun}/adapter")
@@ -177,6 +185,7 @@ MISTAKES = {
     adapter_as_calibrator: "calibrator_path: … was written",
     checkpoint_of_another_stage: "this checkpoint was written by stage",
     checkpoint_of_another_batch_size: "this checkpoint was written at",
+    checkpoint_of_other_clips: "this checkpoint was written with",
     checkpoint_of_other_weights: "adapter_path: holds other weights",
     checkpoint_of_more_texts: "…: holds … texts",
     no_gpu: "trainer.accelerator is",
@@ -200,6 +209,8 @@ MISTAKES = {
     no_such_file: "no such file",
 }
 """Each with the beginning of its row"""
+NOTHING_READ = "none of …"
+LEFT_OUT = "…: … could not be read"
 
 
 @pytest.fixture
@@ -246,20 +257,29 @@ def test_a_typo_is_answered_with_the_nearest_name(capfd, mistake, nearest):
     assert re.search(rf"did you mean '?{nearest}'?\?", capfd.readouterr().err)
 
 
-def damaged_clip_in_training():
+@pytest.mark.usefixtures("here")
+def test_a_clip_that_broke_is_said_and_the_run_goes_on(capfd):
     Path("clips/a/0.mp4").write_text("no video")
-    return list(FIT)
+    with pytest.warns(UserWarning, match=r"clips/a/0\.mp4: no weight in this step, the clip cannot be read") as caught:
+        assert main(list(FIT)) == 0
+    (line,) = (str(one.message) for one in caught if "failed reads" in str(one.message))
+    assert rows_that_say(line, "Failures")
 
 
 @pytest.mark.usefixtures("here")
-def test_a_clip_that_broke_is_a_failure(capfd):
-    assert main(damaged_clip_in_training()) == 1
+def test_clips_that_are_all_gone_are_a_failure(capfd):
+    for path in Path("clips").rglob("*.mp4"):
+        path.write_text("no video")
+    with pytest.warns(UserWarning, match="no weight in this step"):
+        assert main(list(FIT)) == 1
     error = capfd.readouterr().err.splitlines()[-1]
-    assert rows_that_say(error.removeprefix("error: "), "Data")
+    (row,) = rows_that_say(error.removeprefix("error: "), "Failures")
+    assert row.startswith(NOTHING_READ)
 
 
 def test_every_documented_message_is_produced_above():
     everything = [*documented("Commands and runs"), *documented("Failures")]
-    starts = {*MISTAKES.values(), TOO_MANY_GPUS, FULL_DISK}  # the last two in test_devices.py and test_full_disk.py
+    elsewhere = {TOO_MANY_GPUS, FULL_DISK}  # test_devices.py and test_full_disk.py
+    starts = {*MISTAKES.values(), *elsewhere, NOTHING_READ, LEFT_OUT}
     assert len(everything) == len(starts)
     assert all(sum(row.startswith(start) for start in starts) == 1 for row in everything)

@@ -8,10 +8,9 @@ import time
 import pytest
 import torch
 import two_classes
-from two_classes import epoch, order
+from two_classes import FakeEncoder, epoch, order
 
 from vidreason.datamodules.clip_dataset import ClipKey, leave_signals_to_the_run
-from vidreason.datamodules.decoded import DecodeError
 from vidreason.datamodules.decoding import FrameOptions
 from vidreason.datamodules.prompts import DescribeView, LabelView, ReviewView
 
@@ -54,11 +53,61 @@ def broken(make, **options):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_unreadable_clip_stops_training(make, num_workers):
+def test_in_training_an_unreadable_clip_is_black_and_without_weight(make, num_workers):
+    """It keeps its place, prompt and texts; its frames are as many and as large as those of the others."""
     data = broken(make, num_workers=num_workers)
-    loader = data.loader("train", LabelView(data.task), train=True)
-    with pytest.raises(DecodeError, match=r"1\.mp4.*from train1.*mend or remove"):
-        epoch(loader)
+    (batch,) = epoch(data.loader("train", LabelView(data.task), train=True))
+    whole = make({"train": 4, "val": 2, "cal": 2, "test": 5})
+    assert order([batch]) == order(epoch(whole.loader("train", LabelView(whole.task), train=True)))
+    (lost,) = (row for row, clip in enumerate(batch.clips) if clip.video_id == "train1")
+    assert [failed.clip.video_id for failed in batch.failed] == ["train1"]
+    assert "1.mp4" in batch.failed[0].error
+    assert batch.fillers == (lost,)
+    frames = batch.prompts.inputs["frames"]
+    assert [bool(row.any()) for row in frames] == [row != lost for row in range(4)]
+    texts = [chr(row[0]) for row in batch.texts.ids]
+    assert texts == [clip.label for clip in batch.clips], "what is run stays the same"
+    assert batch.weighed_texts.loss_mask.any(dim=1).tolist() == [row != lost for row in range(4)]
+
+
+class Shapes(FakeEncoder):
+    def encode(self, examples):
+        self.seen = [(tuple(e.sample.frames.shape), e.sample.identity, e.sample.timing) for e in examples]
+        return super().encode(examples)
+
+
+def test_black_frames_are_like_those_of_the_batch(make):
+    data = broken(make, frames=FrameOptions(num_frames=6, max_pixels=600))
+    data.encoder = Shapes()
+    loader = data.loader("train", LabelView(data.task), batch_size=1, train=True)
+    dataset, collate = loader.dataset, loader.collate_fn
+    collate([dataset[ClipKey(1, 0)], dataset[ClipKey(2, 0)]])
+    (black, blank, timing), (other, identity, its_timing) = data.encoder.seen
+    assert (black, timing) == (other, its_timing)
+    assert blank != identity
+    assert blank == f"blank {other}", "a cache must not take it for the clip"
+    collate([dataset[ClipKey(1, 0)]])
+    ((alone, _, timing),) = data.encoder.seen
+    assert alone[:2] == (6, 3)
+    assert alone[2] * alone[3] <= 600
+    assert len(timing.indices) == 6
+    batch = collate([dataset[ClipKey(2, 0)], dataset[ClipKey(1, 0, counts=False)]])
+    assert batch.fillers == (1,)
+    assert not batch.failed, "it is named where it counts"
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_the_system_does_not_let_read_is_no_clip_either(make, train):
+    data = broken(make)
+    loader = data.loader("train", LabelView(data.task), train=train)
+
+    def gone(clip, jitter):
+        raise OSError(5, "Input/output error", str(clip.path))
+
+    loader.dataset.read = gone
+    found = loader.dataset[ClipKey(0, 0)]
+    assert "Input/output error" in found.failed.error
+    assert (found.content is None) == (not train)
 
 
 def test_elsewhere_it_is_set_aside(make):

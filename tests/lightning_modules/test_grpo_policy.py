@@ -149,6 +149,13 @@ def test_resampling_tries_dead_groups_again_and_leaves_the_others_where_they_are
         torch.testing.assert_close(again.batch.logprobs[n][mask], completion.logprobs)
     (other,) = module.resample_dead([Rolled(part.batch, groups)], attempt=2)
     assert [[c.text for c in group] for group in other.batch.completions][1:] != new[1:]
+    (kept,) = module.resample_dead([Rolled(part.batch, groups)], fillers=(1,))
+    kept_texts = [[c.text for c in group] for group in kept.batch.completions]
+    assert kept_texts[1] == old[1], "what stands for a clip that counts nothing is not worth a sample"
+    assert kept_texts[2] == new[2]
+    one, two = (Rolled(part.batch.take(module.vlm, rows), groups[rows[0] : rows[-1] + 1]) for rows in ([0], [1, 2]))
+    cut = module.resample_dead([one, two], fillers=(1,))
+    assert [[c.text for c in group] for item in cut for group in item.batch.completions] == kept_texts
     alive = Rolled(part.batch, score_rollouts(part.batch, [Length()], module.data.label_names))
     assert module.resample_dead([alive]) == [alive]
 

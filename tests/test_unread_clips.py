@@ -1,0 +1,280 @@
+"""Training clips that cannot be read: nothing is learnt from them, nothing else changes, and nothing is hidden."""
+
+import importlib.util
+import math
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
+from vidreason.callbacks.stopping import Stopping
+from vidreason.callbacks.throughput import Throughput
+from vidreason.lightning_modules.calibration import CalibrationModule
+from vidreason.lightning_modules.interrupts import StopRequested
+from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.unread_clips import NothingReadError
+from vidreason.lightning_modules.vlms.vision_cache import VisionCacheOptions
+
+_spec = importlib.util.spec_from_file_location("strategy_ranks", Path(__file__).with_name("strategy_ranks.py"))
+assert _spec is not None
+assert _spec.loader is not None
+ranks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ranks)
+world, grpo = ranks.world, ranks.grpo
+small_base, clip_folder, make_vlm, make_trainer = (
+    world.small_base,
+    world.clip_folder,
+    world.make_vlm,
+    world.make_trainer,
+)
+
+LOST = ("train_4",)
+GRPO = {
+    "grpo": {"loss_type": "grpo", "kl_coef": 0.1, "entropy_coef": 0.01},
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "bnpo": {"loss_type": "bnpo", "prompts_per_forward": 1},
+    "batch": {"advantage_scale": "batch"},
+    "resampled": {"resample": 1},
+    "replayed": {"replay": 6},
+    "twice": {"inner_epochs": 2},
+}
+
+
+def close(got, wanted, tolerance=1e-6):
+    assert got.keys() == wanted.keys()
+    total = torch.stack([tensor.norm() for tensor in wanted.values()]).norm()
+    gap = torch.stack([(got[name] - wanted[name]).norm() for name in wanted]).norm()
+    assert float(total) > 0
+    assert float(gap / total) < tolerance
+
+
+def learnt_alike(lost, fewer):
+    assert lost["steps"] == fewer["steps"]
+    for got, wanted in zip(lost["gradients"], fewer["gradients"], strict=True):
+        close(got, wanted)
+    close(lost["weights"], fewer["weights"])
+
+
+def both(run):
+    """What is learnt with a clip that cannot be read, and where it was never there."""
+    with pytest.warns(UserWarning, match=r"train_4\.mp4: gone"):
+        lost = run(clips_of=partial(world.LostClips, lost=LOST))
+    return lost, run(clips_of=partial(world.FewerClips, gone=LOST))
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("sft_label", {}),
+        ("sft_trace", {}),
+        ("sft_trace", {"answer_weight": None}),
+        ("calibration", {}),
+        ("calibration", {"loss": "classes"}),
+    ],
+)
+def test_a_batch_teaches_what_its_readable_clips_teach(small_base, clip_folder, tmp_path, stage, options):
+    def run(clips_of):
+        out = tmp_path / clips_of.func.__name__
+        return ranks.run(stage, "ddp", small_base, clip_folder, out, 1, clips_of=clips_of, test=False, **options)
+
+    lost, fewer = both(run)
+    learnt_alike(lost, fewer)
+    for name, value in fewer["metrics"].items():
+        assert lost["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert lost["losses"] == pytest.approx(fewer["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", GRPO)
+def test_no_group_is_learnt_from_counted_or_replayed_in_its_place(small_base, clip_folder, tmp_path, monkeypatch, case):
+    monkeypatch.setitem(grpo.CASES, "dead_case", GRPO[case])
+    dead = {"resampled": ("train_0", "train_1"), "replayed": ("train_0",)}.get(case, ())
+
+    def run(clips_of):
+        return grpo.run("dead_case", small_base, clip_folder, tmp_path, 1, dead, clips_of=clips_of)
+
+    lost, fewer = both(run)
+    learnt_alike(lost, fewer)
+    assert {name: texts for name, texts in lost["seen"].items() if name not in LOST} == fewer["seen"]
+    for got, wanted in zip(lost["logged"], fewer["logged"], strict=True):
+        for name, value in wanted.items():
+            if name.startswith(("train/", "rollout_mismatch/")):
+                assert got[name] == pytest.approx(value, rel=1e-4, abs=2e-6), name
+    if case == "replayed":
+        assert fewer["logged"][1]["train/replayed_groups"] > 0
+
+
+def test_a_minibatch_of_nothing_else_changes_nothing(small_base, clip_folder, tmp_path, monkeypatch):
+    """Whatever its terms are divided by."""
+    for loss_type in ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo"):
+        monkeypatch.setitem(grpo.CASES, "alone", {"loss_type": loss_type, "minibatches": 6})
+        found = grpo.run("alone", small_base, clip_folder, tmp_path, 1, clips_of=partial(world.LostClips, lost=LOST))
+        norms = [torch.stack([g.norm() for g in step.values()]).norm() for step in found["gradients"]]
+        assert all(bool(norm.isfinite()) for norm in norms)
+        assert sum(float(norm) == 0 for norm in norms) >= 2, "one of six in each of two epochs"
+        assert max(map(float, norms)) > 0
+        for logged in found["logged"]:
+            assert all(math.isfinite(value) for name, value in logged.items() if name.startswith("train/")), loss_type
+
+
+def label_stage(make_vlm, **options):
+    return RationaleSFTModule(make_vlm(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options)
+
+
+def fit(module, trainer, folder, lost, batch_size=2, ckpt=None, **kwargs):
+    data = world.LostClips(folder, lost, encoder=module.vlm, batch_size=batch_size, **kwargs)
+    trainer.fit(module, data, ckpt_path=ckpt, weights_only=True if ckpt else None)
+    return trainer
+
+
+def said(caught):
+    return [str(one.message) for one in caught if "train_" in str(one.message)]
+
+
+def test_every_clip_is_named_and_counted(make_vlm, make_trainer, clip_folder):
+    trainer = make_trainer(max_epochs=2, limit_val_batches=0, callbacks=[Throughput()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(label_stage(make_vlm), trainer, clip_folder, ("train_1", "train_4"), 3)
+    *each, end = said(caught)
+    assert len(each) == 2 * 2
+    assert all("no weight in this step, the clip cannot be read (train_" in one for one in each)
+    assert str(clip_folder / "1.mp4") in each[0]
+    assert end == (
+        "sft_label: 2 training clips could not be read and had no weight (failed reads: 4): train_1; train_4"
+    )
+    assert float(trainer.callback_metrics["data/decode_failures"]) == 2  # of the last epoch
+
+
+def test_what_was_said_before_a_kill_counts_at_the_end(make_vlm, make_trainer, clip_folder, tmp_path):
+    class Stopped(RationaleSFTModule):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 3:
+                raise StopRequested
+            return super().training_step(batch, batch_idx)
+
+    def saving():
+        return [Stopping(), RunCheckpoint(CheckpointOptions(1), dirpath=str(tmp_path / "saved"))]
+
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        fit(Stopped(make_vlm()), make_trainer(max_epochs=2, callbacks=saving()), clip_folder, LOST)
+    with pytest.warns(UserWarning, match=r"1 training clip could not .*failed reads: 2.*train_4"):
+        fit(
+            RationaleSFTModule(make_vlm()),
+            make_trainer(max_epochs=2, callbacks=saving()),
+            clip_folder,
+            LOST,
+            ckpt=tmp_path / "saved" / "last.ckpt",
+        )
+
+
+ALL = tuple(f"train_{i}" for i in range(6))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_a_disk_that_is_gone_ends_the_fit_where_it_can_go_on(make_vlm, make_trainer, clip_folder, tmp_path, batch_size):
+    """From the first batch of the second epoch on nothing can be read; mended, the fit ends as one that was not cut."""
+
+    def saving(name):
+        return [RunCheckpoint(CheckpointOptions(99), dirpath=str(tmp_path / name))]
+
+    def trained(name):
+        trainer = make_trainer(name, max_epochs=2, limit_val_batches=0, callbacks=saving(name))
+        return trainer, label_stage(make_vlm)
+
+    trainer, whole = trained("whole")
+    fit(whole, trainer, clip_folder, (), batch_size)
+    trainer, cut = trained("cut")
+    data = world.LostClips(clip_folder, (), encoder=cut.vlm, batch_size=batch_size)
+    per_epoch = 6 // batch_size
+    cut.on_train_epoch_end = lambda: setattr(trainer.train_dataloader.dataset, "lost", ALL)
+    with pytest.raises(NothingReadError, match=r"none of \d training clips in a row .*train_\d\.mp4: gone.*resume"):
+        trainer.fit(cut, data)
+    saved = torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)
+    lost_alone = batch_size == 1  # one clip of one may be damaged; the second says that it is more than that
+    assert saved["vidreason"]["progress"]["batches"] == per_epoch + lost_alone
+    trainer, again = trained("cut")
+    with warnings.catch_warnings(record=True) as caught:
+        fit(again, trainer, clip_folder, (), batch_size, ckpt=tmp_path / "cut" / "last.ckpt")
+    assert len(said(caught)) == lost_alone, "what was not trained on has not lost its weight"
+    if not lost_alone:
+        for name, value in world.parameters(whole).items():
+            assert torch.equal(value, world.parameters(again)[name])
+
+
+def test_what_cannot_be_read_is_named_up_to_a_number(make_vlm, make_trainer, clip_folder):
+    with pytest.raises(NothingReadError, match=r"none of 6 .*: train_\d.mp4: gone; .*gone; .*gone; and 3 more: mend"):
+        fit(label_stage(make_vlm), make_trainer(max_epochs=1), clip_folder, ALL, 6)
+
+
+@pytest.mark.parametrize("stage", ["sft_label", "calibration", "grpo"])
+def test_a_last_batch_of_one_damaged_clip_is_a_step_on_nothing(make_vlm, make_trainer, clip_folder, tmp_path, stage):
+    """It says nothing about the disk; and nothing is divided by its 0 tokens, completions or questions."""
+    vlm = make_vlm()
+    if stage == "grpo":
+        module = grpo.Watched(
+            vlm,
+            rewards=[grpo.EvenLetters()],
+            group_size=2,
+            train_sampling=world.SHORT,
+            loss_type="grpo",
+            resample=1,
+            cold_steps=3,
+            warmup=0,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        )
+    elif stage == "calibration":
+        options = {"traces_sampled": ranks.OWN, "loss": "classes"}
+        module = CalibrationModule(vlm, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options)
+    else:
+        module = label_stage(lambda: vlm)
+    weights = []
+    module.on_train_batch_end = lambda *_: weights.append(world.parameters(module))
+
+    class FiveLost(world.LostClips):
+        def samples(self, split):
+            clips = super().samples(split)
+            return clips[:5] if split == "train" else clips
+
+    data = FiveLost(clip_folder, (), encoder=vlm, batch_size=4)
+    data.setup("fit")
+    data.set_view(module_view(data))
+    last = [clip for batch in data.train_dataloader() for clip in batch.video_ids][-1]
+    data.lost = (last,)
+    trainer = make_trainer(max_epochs=1, limit_val_batches=0)
+    with pytest.warns(UserWarning, match=f"{last}.mp4: gone"):
+        trainer.fit(module, data)
+    assert trainer.global_step == 2
+    assert float(trainer.callback_metrics["train/loss"]) == 0
+    first, second = weights
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    if stage == "grpo":
+        assert module._rollout_steps == 1, "nor is a policy colder for it"
+
+
+def module_view(data):
+    from vidreason.datamodules.prompts import LabelView
+
+    return LabelView(data.task)
+
+
+@pytest.mark.parametrize("lost", [LOST, ()])
+def test_a_cache_never_takes_black_frames_for_the_clip(make_vlm, make_trainer, clip_folder, tmp_path, lost):
+    """What one fit has kept of a clip that it could not read does not change the next fit, which can."""
+    weights = {}
+    for name, folder in (("cached", str(tmp_path / "cache")), ("plain", None)):
+        for now in (lost, ()):
+            vlm = make_vlm()
+            vlm.vision_cache_options = None if folder is None else VisionCacheOptions(folder=folder)
+            module = RationaleSFTModule(vlm, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                fit(module, make_trainer(name, max_epochs=1, limit_val_batches=0), clip_folder, now, 3)
+            weights[name] = world.parameters(module)
+    for name, value in weights["plain"].items():
+        torch.testing.assert_close(weights["cached"][name], value, rtol=1e-5, atol=1e-7)
+    kept = [load_file(path) for path in (tmp_path / "cache").rglob("*.safetensors")]
+    assert len(kept) == 3 + len(lost)  # greys, and black
