@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from vidreason.datamodules.decoded import fit_size
+from vidreason.datamodules.decoded import NOMINAL_FPS, fit_size
 from vidreason.datamodules.decoding import FrameOptions
-from vidreason.datamodules.frame_zip import NOMINAL_FPS
 from vidreason.datamodules.types import Clip, FrameTiming, VideoSample
 
 _SIDE = 224

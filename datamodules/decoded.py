@@ -10,6 +10,9 @@ from torchvision.transforms.v2 import functional as vision
 
 from vidreason.datamodules.types import FrameTiming
 
+NOMINAL_FPS = 25.0
+"""Of frames that come without times: pictures in an archive, black frames"""
+
 
 class DecodeError(ValueError):
     """A clip that cannot be read; the message names its path and what each reader said."""

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vidreason.datamodules.decoded import DecodedVideo, DecodeError, first_line, fit_size, resize
-from vidreason.datamodules.frame_zip import NOMINAL_FPS, read_pictures
+from vidreason.datamodules.decoded import NOMINAL_FPS, DecodedVideo, DecodeError, first_line, fit_size, resize
+from vidreason.datamodules.frame_zip import read_pictures
 from vidreason.datamodules.pyav_reader import read_with_pyav
 from vidreason.datamodules.sampling import FrameChooser, choose_by_time, fps_indices, segment_indices, uniform_indices
 from vidreason.datamodules.types import FrameTiming

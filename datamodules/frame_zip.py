@@ -15,9 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-NOMINAL_FPS = 25.0
-"""An archive has no frame rate; timings are given as if it had this one."""
-
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"})
 _PICTURE_ERRORS = (OSError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 

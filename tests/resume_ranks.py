@@ -6,13 +6,11 @@ writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``; checkpoints of one process are exp
 With ``kill:STAGE:STRATEGY`` one of the ranks kills itself, with ``resume:STAGE:STRATEGY`` they go on from what is left;
 with ``validation:STAGE:STRATEGY`` one of them is signalled while both write completions in a validation; with
 ``gone:STAGE:STRATEGY`` the disk goes away under both, and is there when they go on.
-Loaded by path, as ``stage_world.py`` is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import signal
 import sys
@@ -21,6 +19,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import strategy_ranks as ranks
 import torch
 
 from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
@@ -31,11 +30,6 @@ from vidreason.lightning_modules.unread_clips import NothingReadError
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 
-_spec = importlib.util.spec_from_file_location("strategy_ranks", Path(__file__).with_name("strategy_ranks.py"))
-assert _spec is not None
-assert _spec.loader is not None
-ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks)
 world, grpo, processes = ranks.world, ranks.grpo, ranks.processes
 
 STAGES = ("sft", "grpo")

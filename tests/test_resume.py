@@ -1,14 +1,13 @@
 """Fits that are cut off at any moment, and stopped by signals: they go on as if nothing had happened."""
 
 import contextlib
-import importlib.util
 import os
 import signal
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import stage_world as world
 import torch
+from kill_compare import same
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
 from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
@@ -19,20 +18,11 @@ from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.base import RewardFn
 
-_spec = importlib.util.spec_from_file_location("stage_world", Path(__file__).with_name("stage_world.py"))
-assert _spec is not None
-assert _spec.loader is not None
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
 small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_folder, world.make_vlm, world.make_data
-make_trainer = world.make_trainer
+make_trainer, adamw = world.make_trainer, world.adamw
 
 SHORT = Sampling(max_new_tokens=6)
 EVERY = CheckpointOptions(every_n_batches=1)
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2)
 
 
 class EvenLength(RewardFn):
@@ -93,16 +83,6 @@ def cut():
 
 def state_of(path):
     return torch.load(path, weights_only=True)
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 @pytest.fixture
@@ -213,82 +193,6 @@ def test_sigterm_stops_a_fit_where_it_can_go_on(fit, make, kinds):
     whole = fit("whole", make, book)
     for at in points(book.entries, kinds):
         stop(fit, make, whole, book.entries, at, signal.SIGTERM)
-
-
-class Listed(world.GreyClips):
-    """Training clips by number."""
-
-    def __init__(self, folder, numbers, **kwargs):
-        super().__init__(folder, **kwargs)
-        self.numbers = numbers
-
-    def samples(self, split):
-        clips = super().samples(split)
-        if split != "train":
-            return clips
-        others = [replace(clip, video_id=f"late_{i}", group=f"late_{i}") for i, clip in enumerate(clips)]
-        return [(*clips, *others)[number] for number in self.numbers]
-
-
-@pytest.fixture
-def resumed_over(make_vlm, make_trainer, clip_folder, tmp_path):
-    """``resumed_over(batches, numbers)``: six clips in twos, cut after some batches, gone on with other clips."""
-
-    def fit(numbers, **kwargs):
-        module = RationaleSFTModule(make_vlm(), optimizer=adamw)
-        saving = RunCheckpoint(EVERY, dirpath=str(tmp_path / "saved"))
-        trainer = make_trainer(max_epochs=2, limit_val_batches=0, callbacks=[saving])
-        if not kwargs:
-            module.on_train_batch_start = lambda batch, _: trainer.global_step == fit.until and cut()
-        trainer.fit(module, Listed(clip_folder, numbers, encoder=module.vlm, batch_size=2), **kwargs)
-        return trainer
-
-    def run(batches, numbers, forget=False):
-        fit.until = batches
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(RunCheckpoint, "on_exception", lambda *_: None)
-            with pytest.raises(Cut):
-                fit(range(6))
-        last = tmp_path / "saved" / "last.ckpt"
-        if forget:
-            saved = state_of(last)
-            del saved["vidreason"]["train_clips"]
-            torch.save(saved, last)
-        return fit(numbers, ckpt_path=last, weights_only=True).global_step
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("numbers", "now"),
-    [
-        ((0, 1, 2, 3, 5), "hold 5:"),
-        ((0, 1, 2, 3, 4, 5, 6), "hold 7:"),
-        ((0, 1, 2, 3, 4, 6), "hold 6, others or in another order:"),
-        ((1, 0, 2, 3, 4, 5), "hold 6, others or in another order:"),
-    ],
-)
-def test_within_an_epoch_the_training_clips_stay_the_same(resumed_over, numbers, now):
-    with pytest.raises(
-        ValueError, match=f"written with 6 training clips, but the data now {now} .*without --ckpt_path"
-    ):
-        resumed_over(4, numbers)
-
-
-def test_between_epochs_clips_may_give_way_to_as_many_others(resumed_over):
-    with pytest.warns(UserWarning, match="the training clips are others"):
-        assert resumed_over(3, (0, 1, 2, 3, 4, 6)) == 6
-
-
-def test_between_epochs_their_number_stays_the_same(resumed_over):
-    with pytest.raises(ValueError, match="now hold 4: .*put them back"):
-        resumed_over(3, (0, 1, 2, 3))
-
-
-def test_the_same_clips_and_checkpoints_that_do_not_say_go_on(resumed_over, tmp_path):
-    assert resumed_over(4, range(6)) == 6
-    (tmp_path / "saved" / "last.ckpt").unlink()
-    assert resumed_over(4, (1, 0, 2, 3, 4, 5), forget=True) == 6
 
 
 @pytest.mark.slow

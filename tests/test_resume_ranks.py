@@ -3,17 +3,11 @@
 A signal to one of two ranks, in the midst of a batch, stops both where they can go on.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import resume_ranks as resume
 import torch
+from comparing import relative_gap
 
-_spec = importlib.util.spec_from_file_location("resume_ranks", Path(__file__).with_name("resume_ranks.py"))
-assert _spec is not None
-assert _spec.loader is not None
-resume = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(resume)
 small_base, clip_folder = resume.world.small_base, resume.world.clip_folder
 
 LIMIT_S = 900
@@ -40,13 +34,6 @@ def found(small_base, clip_folder, tmp_path_factory):
     return one, [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-def close(got, wanted, tolerance):
-    total = torch.stack([tensor.norm() for tensor in wanted.values()]).norm()
-    gap = torch.stack([(got[name] - wanted[name]).norm() for name in wanted]).norm()
-    assert got.keys() == wanted.keys()
-    assert float(gap / total) < tolerance
-
-
 def shown(*runs):
     return sorted(entry for run in runs for entry in run["seen"])
 
@@ -58,13 +45,13 @@ def test_ranks_go_on_where_one_process_was_and_the_reverse(found, stage, strateg
     one, (first, second) = found
     whole = one[stage, strategy, "whole"]
     assert whole["steps"] in (6, 12)
-    close(first[stage, strategy, "whole"]["weights"], whole["weights"], 1e-5)
+    assert relative_gap(first[stage, strategy, "whole"]["weights"], whole["weights"]) < 1e-5
     stops = [one[stage, strategy, "stopped"], first[stage, strategy, "stopped"]]
     done = {stop["steps"] for stop in stops}
     assert done == {resume.STOP_AT * whole["steps"] // 6 + (1 if stage == "sft" else 0)}
     from_one = [rank[stage, strategy, "from one"] for rank in (first, second)]
-    close(from_one[0]["weights"], whole["weights"], 1e-5)
-    close(one[stage, strategy, "from two"]["weights"], whole["weights"], 1e-5)
+    assert relative_gap(from_one[0]["weights"], whole["weights"]) < 1e-5
+    assert relative_gap(one[stage, strategy, "from two"]["weights"], whole["weights"]) < 1e-5
     rest = [entry for entry in shown(whole) if entry[0] >= resume.STOP_AT + (stage == "sft")]
     assert shown(*from_one) == rest
     assert shown(one[stage, strategy, "from two"]) == rest
@@ -83,11 +70,11 @@ def test_an_unfinished_step_on_a_rollout_is_finished_and_counted_once(found, str
     for rank in from_one:
         assert rank["num_tokens"] == whole["tokens"]
         assert rank["steps"] == whole["steps"]
-        close(rank["weights"], whole["weights"], 1e-5)
+        assert relative_gap(rank["weights"], whole["weights"]) < 1e-5
     before = sum(rank["half", strategy, "stopped"]["tokens"] for rank in (first, second))
     from_two = one["half", strategy, "from two"]
     assert before + from_two["tokens"] == from_two["num_tokens"] == whole["tokens"]
-    close(from_two["weights"], whole["weights"], 1e-5)
+    assert relative_gap(from_two["weights"], whole["weights"]) < 1e-5
 
 
 @pytest.mark.slow
@@ -96,7 +83,7 @@ def test_an_unfinished_step_on_a_rollout_is_finished_and_counted_once(found, str
 def test_ranks_that_were_stopped_end_as_those_that_were_not(found, stage, strategy):
     for rank in found[1]:
         whole, resumed = (rank[stage, strategy, name] for name in ("whole", "resumed"))
-        close(resumed["weights"], whole["weights"], 1e-6)
+        assert relative_gap(resumed["weights"], whole["weights"]) < 1e-6
         assert whole["steps"] == resumed["steps"]
         assert whole["seen"][-len(resumed["seen"]) :] == resumed["seen"]
 
@@ -117,7 +104,7 @@ def test_ranks_of_which_one_was_killed_end_as_those_that_were_not(
     for rank in (0, 1):
         whole = found[1][rank][stage, strategy, "whole"]
         resumed = torch.load(tmp_path / f"rank{rank}.pt")[stage, strategy]
-        close(resumed["weights"], whole["weights"], 1e-6)
+        assert relative_gap(resumed["weights"], whole["weights"]) < 1e-6
         assert resumed["seen"] == [entry for entry in whole["seen"] if entry[0] >= 3]
 
 
@@ -131,7 +118,7 @@ def test_ranks_that_can_read_nothing_stop_where_they_can_go_on(small_base, clip_
         mended = torch.load(tmp_path / f"rank{rank}.pt")
         assert mended["saved"] == resume.STOP_AT
         assert mended["steps"] == whole["steps"]
-        close(mended["weights"], whole["weights"], 1e-5)
+        assert relative_gap(mended["weights"], whole["weights"]) < 1e-5
 
 
 @pytest.mark.slow

@@ -2,20 +2,19 @@
 
     python tests/uneven_ranks.py BASE CLIPS OUT WARM all|STRATEGY,STRATEGY PORT
 
-writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``. WARM holds a vision cache for the first rank. Loaded by path, as
-``stage_world.py`` is.
+writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``. WARM holds a vision cache for the first rank.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
+import strategy_ranks as strategies
 import torch
 from torch import nn
 
@@ -29,11 +28,6 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.layout import unwrap
 from vidreason.lightning_modules.vlms.vision_cache import VisionCacheOptions
 
-_spec = importlib.util.spec_from_file_location("strategy_ranks", Path(__file__).with_name("strategy_ranks.py"))
-assert _spec is not None
-assert _spec.loader is not None
-strategies = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(strategies)
 grpo, world, processes = strategies.grpo, strategies.world, strategies.processes
 
 STRATEGIES = ("ddp", "fsdp", "fsdp_qlora")

@@ -25,8 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vidreason.callbacks.run_checkpoint import EVERY_TEN, CheckpointOptions, RunCheckpoint
 from vidreason.callbacks.stopping import Stopping
-from vidreason.cli.command_files import config_files as config_files
-from vidreason.cli.command_files import point_at_shipped, with_shipped_files
+from vidreason.cli.command_files import config_files, point_at_shipped, with_shipped_files
 from vidreason.cli.config_errors import explain
 from vidreason.cli.devices import refuse_missing_gpus
 from vidreason.cli.main import EXIT_OK, EXIT_USAGE

@@ -154,13 +154,13 @@ def check_stage(built: Builds, argv: list[str]) -> str | None:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
-    from vidreason.cli import lightning
+    from vidreason.cli.command_files import config_files
     from vidreason.cli.config_errors import explain
 
     try:
         built(argv)
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
-        return explain(str(error), lightning.config_files(argv))
+        return explain(str(error), config_files(argv))
     except MisconfigurationException as error:
         return str(error)
     return None
