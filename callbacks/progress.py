@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import lightning as L
@@ -119,8 +120,8 @@ class RunProgress(ProgressBar):
         done = bar.n - bar.initial
         if done < 1:
             return {}
-        each = float(bar.format_dict["elapsed"]) / done
-        return {"pipeline": f"{pipeline_left(behind, (bar.total - bar.n) * each, bar.total * each)} left"}
+        left = (bar.total - bar.n) * float(bar.format_dict["elapsed"]) / done
+        return {"pipeline": f"{pipeline_left(behind, left, time.time() - behind.began + left)} left"}
 
     def _open(
         self, module: L.LightningModule, what: str, total: int | None, done: int, unit: str, leave: bool = True

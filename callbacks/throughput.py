@@ -13,8 +13,8 @@ from vidreason.datamodules.types import VideoBatch
 class Throughput(L.Callback):
     """Logs ``train/step_time``, ``data/wait_s``, ``data/decode_ms`` and ``train/clips_per_s`` for every batch.
 
-    ``data/decode_failures`` counts, over all ranks, the clips that could not be read in an epoch of training, a
-    validation or a test.
+    ``data/decode_failures`` counts, over all ranks, the clips that could not be read in an epoch of training or in a
+    test; ``val/decode_failures`` those of a validation.
     """
 
     def __init__(self) -> None:
@@ -49,10 +49,12 @@ class Throughput(L.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the count, apart from that of training."""
+        pl_module.log("val/decode_failures", float(self._failures), reduce_fx="sum", sync_dist=True)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the count."""
         pl_module.log("data/decode_failures", float(self._failures), reduce_fx="sum", sync_dist=True)
-
-    on_test_epoch_end = on_validation_epoch_end
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Does not count validation as waiting for data."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field, replace
 
 import numpy as np
 
@@ -38,6 +39,8 @@ class Behind:
     """Stages that did run here: what they did, and their seconds"""
     running: Work | None = None
     """What the stage that runs has to do in all"""
+    began: float = field(default=0.0, compare=False)
+    """When it began, in seconds since the epoch"""
 
     def __add__(self, other: Behind) -> Behind:
         return Behind(
@@ -46,13 +49,14 @@ class Behind:
             self.untimed + other.untimed,
             self.timed + other.timed,
             self.running or other.running,
+            max(self.began, other.began),
         )
 
 
 @contextmanager
 def announced(behind: Behind) -> Iterator[None]:
     """Lets a stage know what is behind it, also one that is a process of its own."""
-    os.environ[_VARIABLE] = json.dumps(asdict(behind))
+    os.environ[_VARIABLE] = json.dumps(asdict(replace(behind, began=time.time())))
     try:
         yield
     finally:
@@ -72,6 +76,7 @@ def what_is_behind() -> Behind | None:
         untimed=tuple(Work(**work) for work in found["untimed"]),
         timed=tuple((Work(**work), seconds) for work, seconds in found["timed"]),
         running=None if running is None else Work(**running),
+        began=found["began"],
     )
 
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -108,8 +108,10 @@ class ClipDataset(Dataset[LoadedClip]):
             OSError: The system refuses to open the file.
         """
         video = self.read(clip, jitter)
-        sample = VideoSample(clip.video_id, video.frames, clip.label, video.timing, clip, self._identity(clip, video))
-        return sample if self.view.shows_video else blackened(sample)
+        sample = VideoSample(clip.video_id, video.frames, clip.label, video.timing, clip)
+        if not self.view.shows_video:
+            return blackened(sample)
+        return replace(sample, identity=self._identity(clip, video))
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
         """Reads the frames of a clip from its file."""

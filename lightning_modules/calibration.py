@@ -69,6 +69,7 @@ class CalibrationModule(CalibratorModule):
     """
 
     stage: ClassVar[str] = "calibration"
+    weighs_clips: ClassVar[bool] = True
 
     def __init__(
         self,

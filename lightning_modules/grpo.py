@@ -96,6 +96,7 @@ class GRPOModule(PolicyModule):
     """
 
     stage: ClassVar[str] = "grpo"
+    weighs_clips: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -254,9 +255,9 @@ class GRPOModule(PolicyModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         counts = StepCounts(*self.mean_over_ranks(torch.stack(count_step(minibatch))).unbind())
+        self.learns_nothing = not float(counts.completions)
         optimizer.zero_grad()
-        losses, gaps = [], []
-        minibatch = self.as_many_on_all_ranks(minibatch)
+        losses, gaps, minibatch = [], [], self.as_many_on_all_ranks(minibatch)
         for number, part in enumerate(minibatch, start=1):
             with self.syncing(last=number == len(minibatch)):
                 scores = self.score(part, with_entropy=self.entropy_coef != 0)
@@ -271,6 +272,7 @@ class GRPOModule(PolicyModule):
         optimizer.step()
         schedule = self.lr_schedulers()
         schedule.step()  # type: ignore[union-attr]
+        self.learns_nothing = False
 
     def loss(self, part: Part, scores: Scores, counts: StepCounts) -> GRPOLoss:
         """The objective of one part, divided by the counts of the whole optimizer step."""

@@ -44,8 +44,11 @@ class ResumablePolicy(VLMModule):
 
     def rank_state(self) -> dict[str, Any]:
         """The step that was left between two of its updates, and the groups to be replayed."""
+        state = super().rank_state()
+        if self._unfinished_step is not None:
+            state["unread"] = self.unread_before_this_batch()
         return {
-            **super().rank_state(),
+            **state,
             "half_learnt": None if self._unfinished_step is None else self._unfinished_step.state(),
             "replay": [] if self.replay is None else [pack(group) for group in self.replay.groups],
         }

@@ -18,6 +18,11 @@ _OPTIONAL = ("old_logprobs", "ref_logprobs", "completion_mask", "weighed")
 _TEXTS = ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")
 
 
+def _told(group: RolloutGroup) -> tuple[str, ...]:
+    """What tells a group from others: its clip, and what was written about it."""
+    return (group.clip.video_id, *(rollout.completion.text for rollout in group.rollouts))
+
+
 @dataclass(frozen=True)
 class RolloutStep:
     """What was sampled for a batch of prompts, and how many optimizer steps (updates) have been made on it."""
@@ -48,7 +53,9 @@ class RolloutStep:
     @property
     def replayed_groups(self) -> int:
         """How many groups of earlier steps this rank trains on."""
-        return sum(len(part.groups) for place in self.training_parts for part in place[1:])
+        sampled = {_told(group) for group in self.groups}
+        trained = [group for place in self.training_parts for part in place for group in part.groups]
+        return sum(_told(group) not in sampled for group in trained)
 
     def state(self) -> dict[str, Any]:
         """As a checkpoint holds it."""

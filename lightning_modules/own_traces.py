@@ -191,9 +191,11 @@ def missing_batches(
 
 def report_failed(batch: VideoBatch, consequence: str) -> None:
     """Says which clips of a batch could not be read, and what follows; on every rank, for each has other clips."""
-    for failed in batch.failed:
-        message = f"{failed.clip.path}: {consequence}, the clip cannot be read ({failed.error})"
-        warnings.warn(message, stacklevel=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # each time: Python shows a text once
+        for failed in batch.failed:
+            message = f"{failed.clip.path}: {consequence}, the clip cannot be read ({failed.error})"
+            warnings.warn(message, stacklevel=2)
 
 
 def _loader(data: VideoDataModule, split: str, view: ClipView, batches: list[list[int]]) -> DataLoader[LoadedClip]:

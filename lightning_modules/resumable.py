@@ -6,7 +6,8 @@ Tensors and plain containers only: ``torch.load(..., weights_only=True)`` reads 
 - ``stage``, and ``parent_sha``: the weights that it started from;
 - ``progress``: whole batches trained on (``fit_progress.py``), and ``clips_per_batch`` of all ranks together;
 - ``ranks``: of every rank the state of its random number generators and what the stage adds in ``rank_state``;
-- ``train_clips``: number, and hash of the ids in their order, of the clips of split train;
+- ``train_clips``: number, and hash of the ids in their order, of the clips of split train; ``learnt_clips``: of those
+  that have something to learn;
 - ``traces``: how many texts the run folder held.
 
 Randomness depends on the seed, the batch's number, the clip and the sample, and on nothing that a restart changes.
@@ -26,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
 
 from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.fit_progress import FitProgress, batches_done, set_logged_steps
 from vidreason.lightning_modules.fsdp import ShardedModule
 from vidreason.lightning_modules.own_traces import TRACES_FILE
@@ -106,6 +108,7 @@ class ResumableModule(ShardedModule):
             "progress": FitProgress.of(self.trainer).state(),
             "clips_per_batch": self.clips_per_batch(),
             "train_clips": self.train_clips(),
+            "learnt_clips": self.learnt_clips(),
             "ranks": self.all_ranks({"random": random_state(), "stage": self.rank_state()}),
             "traces": _texts(self.run_dir / TRACES_FILE),
         }
@@ -116,8 +119,12 @@ class ResumableModule(ShardedModule):
 
     def train_clips(self) -> dict[str, Any]:
         """What the order of an epoch hangs on: how many training clips there are, and a hash of their ids in order."""
-        ids = [clip.video_id for clip in self.data.clips("train")]
-        return {"count": len(ids), "sha": hashlib.sha256("\n".join(ids).encode()).hexdigest()}
+        return _count_and_hash(self.data.clips("train"))
+
+    def learnt_clips(self) -> dict[str, Any]:
+        """The same of those that have something to learn; known when the stage has all its texts."""
+        view, clips = self.data.view, self.data.clips("train")
+        return _count_and_hash(clips if view is None else [clip for clip in clips if view.keep(clip)])
 
     def all_ranks(self, own: T) -> list[T]:
         """Returns what every rank says, in their order; all of them have to call it together."""
@@ -138,6 +145,7 @@ class ResumableModule(ShardedModule):
         saved = self._check_fit(checkpoint)
         if saved is None:
             return
+        self._check_learnt(saved)
         self._resumed = FitProgress(**saved["progress"])
         self._resumed.tell(checkpoint["loops"]["fit_loop"])
         ranks = saved["ranks"]
@@ -234,6 +242,16 @@ class ResumableModule(ShardedModule):
             "them back as they were, or start the stage again without --ckpt_path"
         )
 
+    def _check_learnt(self, saved: dict[str, Any]) -> None:
+        """A clip that was mended may have been written about only now."""
+        before, now = saved.get("learnt_clips"), self.learnt_clips()
+        if before is not None and before != now and saved.get("train_clips") == self.train_clips():
+            raise ValueError(
+                f"this checkpoint was written when {before['count']} training clips had something to learn, now "
+                f"{now['count']} have{', others' if before['count'] == now['count'] else ''}: the fit cannot tell "
+                "which are still to come; start the stage again without --ckpt_path"
+            )
+
     def _check_texts(self, before: int) -> None:
         path = self.run_dir / TRACES_FILE
         now = _texts(path)
@@ -247,6 +265,11 @@ class ResumableModule(ShardedModule):
 def by_model_names(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights in a checkpoint of a stage, by the names that the model itself uses."""
     return {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
+
+
+def _count_and_hash(clips: Sequence[Clip]) -> dict[str, Any]:
+    ids = "\n".join(clip.video_id for clip in clips)
+    return {"count": len(clips), "sha": hashlib.sha256(ids.encode()).hexdigest()}
 
 
 def _texts(path: Path) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -63,6 +63,8 @@ class RationaleSFTModule(VLMModule):
         seed: Seed of all sampling.
         completion: Which blocks the target ``trace`` has.
     """
+
+    weighs_clips: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -222,6 +222,7 @@ class WeightsModule(UnreadClipsModule):
         if self.automatic_optimization:
             self.log("train/grad_norm", grad_norm(trainable(self)))
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        super().on_before_optimizer_step(optimizer)
 
     def mean_over_ranks(self, counts: Tensor) -> Tensor:
         """Gradients are averaged over ranks, so sums are divided by the ranks' mean counts."""

@@ -96,10 +96,15 @@ def length_of_fit(trainer: L.Trainer, clips: float, batch_size: int, min_steps: 
     if not limits:
         return None
     batches = min(limits)
+    return FitLength(batches, _validations(trainer, batches, an_epoch))
+
+
+def _validations(trainer: L.Trainer, batches: int, an_epoch: int) -> int:
+    """How often the trainer validates: ``val_check_interval`` counts batches, as an int, or is a share of an epoch."""
     interval = trainer.val_check_interval
-    between = (
-        interval if isinstance(interval, int) else interval * an_epoch if isinstance(interval, float) else an_epoch
-    )
-    if trainer.check_val_every_n_epoch is not None:
-        between = max(between, trainer.check_val_every_n_epoch * an_epoch)
-    return FitLength(batches, int(batches // max(between, 1)))
+    between = interval if isinstance(interval, int) else max(1, int(an_epoch * float(interval or 1.0)))
+    every = trainer.check_val_every_n_epoch
+    if every is None:
+        return batches // between
+    epochs, rest = divmod(batches, an_epoch)
+    return epochs // every * (an_epoch // between) + (rest // between if (epochs + 1) % every == 0 else 0)

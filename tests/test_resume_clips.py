@@ -7,12 +7,15 @@ import stage_world as world
 import torch
 
 from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
+from vidreason.lightning_modules.calibration import CalibrationModule
+from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
 
 small_base, clip_folder, make_vlm = world.small_base, world.clip_folder, world.make_vlm
 make_trainer, adamw = world.make_trainer, world.adamw
 
 EVERY = CheckpointOptions(every_n_batches=1)
+OWN = TraceOptions(samples=2, sampling=world.SHORT)
 
 
 class Cut(BaseException):
@@ -36,6 +39,26 @@ class Listed(world.GreyClips):
             return clips
         others = [replace(clip, video_id=f"late_{i}", group=f"late_{i}") for i, clip in enumerate(clips)]
         return [(*clips, *others)[number] for number in self.numbers]
+
+
+def test_a_clip_that_was_mended_is_not_learnt_from_half_way(make_vlm, make_trainer, clip_folder, tmp_path, monkeypatch):
+    """It had no trace, and so no place in the order; written about now, it would shift all others."""
+    monkeypatch.setattr(RunCheckpoint, "on_exception", lambda *_: None)
+
+    def fit(broken, cut_at=None, **kwargs):
+        module = CalibrationModule(make_vlm(), optimizer=adamw, traces_sampled=OWN)
+        saving = RunCheckpoint(EVERY, dirpath=str(tmp_path / "saved"))
+        trainer = make_trainer(max_epochs=1, limit_val_batches=0, callbacks=[saving])
+        if cut_at is not None:
+            module.on_train_batch_end = lambda *_: trainer.global_step == cut_at and cut()
+        trainer.fit(module, world.GreyClips(clip_folder, broken, encoder=module.vlm, batch_size=1), **kwargs)
+        return trainer.global_step
+
+    with pytest.raises(Cut):
+        fit(("train_1",), cut_at=3)
+    last = {"ckpt_path": tmp_path / "saved" / "last.ckpt", "weights_only": True}
+    with pytest.raises(ValueError, match="when 5 training clips had something to learn, now 6 have"):
+        fit((), **last)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import math
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import strategy_ranks as ranks
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.callbacks.stopping import Stopping
 from vidreason.callbacks.throughput import Throughput
+from vidreason.datamodules.decoded import DecodeError
+from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.interrupts import StopRequested
 from vidreason.lightning_modules.sft import RationaleSFTModule
@@ -131,9 +134,46 @@ def test_every_clip_is_named_and_counted(make_vlm, make_trainer, clip_folder):
     assert all("no weight in this step, the clip cannot be read (train_" in one for one in each)
     assert str(clip_folder / "1.mp4") in each[0]
     assert end == (
-        "sft_label: 2 training clips could not be read and had no weight (failed reads: 4): train_1; train_4"
+        "sft_label: 2 training clips could not be read and had no weight (failed reads: 4; unread_clips.csv): train_1; "
+        "train_4"
     )
+    written = (Path(trainer.default_root_dir) / "unread_clips.csv").read_text().split()
+    assert written == ["video_id,times", "train_1,2", "train_4,2"]
     assert float(trainer.callback_metrics["data/decode_failures"]) == 2  # of the last epoch
+
+
+def test_a_clip_is_named_each_time_and_validation_is_counted_apart(make_vlm, make_trainer, clip_folder):
+    class ValLost(world.LostClips):
+        def dataset(self, clips, view, train):
+            self.lost = ("train_1",) if train else ("val_0",)
+            return super().dataset(clips, view, True) if train else world.GreyClips.dataset(self, clips, view, False)
+
+    trainer, module = make_trainer(max_epochs=3, callbacks=[Throughput()]), label_stage(make_vlm)
+    data = ValLost(clip_folder, (), broken=("val_0",), encoder=module.vlm, batch_size=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # as Python starts: a text is shown once
+        trainer.fit(module, data)
+    assert sum("no weight in this step" in one for one in said(caught)) == 3
+    assert float(trainer.callback_metrics["data/decode_failures"]) == 1
+    assert float(trainer.callback_metrics["val/decode_failures"]) == 1
+
+
+def test_a_few_damaged_clips_in_one_small_batch_end_nothing(make_vlm, make_trainer, clip_folder):
+    whole, module = label_stage(make_vlm), label_stage(make_vlm)
+    trainer = fit(whole, make_trainer(max_epochs=1, limit_val_batches=0), clip_folder, (), 2)
+    second = trainer.train_dataloader
+    first_two = [clip for batch in second for clip in batch.video_ids][:2]
+    trainer = fit(module, make_trainer(max_epochs=1, limit_val_batches=0), clip_folder, first_two, 2)
+    assert trainer.global_step == 3
+
+
+def test_a_stage_that_does_not_weigh_clips_is_not_fed_black_frames(make_vlm, make_trainer, clip_folder):
+    class Own(RationaleSFTModule):
+        weighs_clips = False
+
+    with pytest.raises(DecodeError, match=r"training clips cannot be read: train_4.mp4: gone: .*weighs_clips"):
+        fit(Own(make_vlm()), make_trainer(max_epochs=1, limit_val_batches=0), clip_folder, LOST, 6)
+    assert not VLMModule.weighs_clips, "so is every stage that says nothing"
 
 
 def test_what_was_said_before_a_kill_counts_at_the_end(make_vlm, make_trainer, clip_folder, tmp_path):
@@ -176,24 +216,23 @@ def test_a_disk_that_is_gone_ends_the_fit_where_it_can_go_on(make_vlm, make_trai
     fit(whole, trainer, clip_folder, (), batch_size)
     trainer, cut = trained("cut")
     data = world.LostClips(clip_folder, (), encoder=cut.vlm, batch_size=batch_size)
-    per_epoch = 6 // batch_size
+    per_epoch, lost_before = 6 // batch_size, 6 // batch_size - 1  # of six clips all have to be lost in a row
     cut.on_train_epoch_end = lambda: setattr(trainer.train_dataloader.dataset, "lost", ALL)
-    with pytest.raises(NothingReadError, match=r"none of \d training clips in a row .*train_\d\.mp4: gone.*resume"):
+    with pytest.raises(NothingReadError, match=r"6 in a row: training clips cannot .*train_\d\.mp4: gone.*resume"):
         trainer.fit(cut, data)
     saved = torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)
-    lost_alone = batch_size == 1  # one clip of one may be damaged; the second says that it is more than that
-    assert saved["vidreason"]["progress"]["batches"] == per_epoch + lost_alone
+    assert saved["vidreason"]["progress"]["batches"] == per_epoch + lost_before
     trainer, again = trained("cut")
     with warnings.catch_warnings(record=True) as caught:
         fit(again, trainer, clip_folder, (), batch_size, ckpt=tmp_path / "cut" / "last.ckpt")
-    assert len(said(caught)) == lost_alone, "what was not trained on has not lost its weight"
-    if not lost_alone:
+    assert len(said(caught)) == bool(lost_before), "what was not trained on has not lost its weight"
+    if not lost_before:
         for name, value in world.parameters(whole).items():
             assert torch.equal(value, world.parameters(again)[name])
 
 
 def test_what_cannot_be_read_is_named_up_to_a_number(make_vlm, make_trainer, clip_folder):
-    with pytest.raises(NothingReadError, match=r"none of 6 .*: train_\d.mp4: gone; .*gone; .*gone; and 3 more: mend"):
+    with pytest.raises(NothingReadError, match=r"6 in a row: .*: train_\d.mp4: gone; .*gone; .*gone; and 3 more: mend"):
         fit(label_stage(make_vlm), make_trainer(max_epochs=1), clip_folder, ALL, 6)
 
 
@@ -211,15 +250,20 @@ def test_a_last_batch_of_one_damaged_clip_is_a_step_on_nothing(make_vlm, make_tr
             resample=1,
             cold_steps=3,
             warmup=0,
-            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            optimizer=world.adamw,
         )
     elif stage == "calibration":
         options = {"traces_sampled": ranks.OWN, "loss": "classes"}
-        module = CalibrationModule(vlm, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options)
+        module = CalibrationModule(vlm, optimizer=world.adamw, **options)
     else:
-        module = label_stage(lambda: vlm)
-    weights = []
-    module.on_train_batch_end = lambda *_: weights.append(world.parameters(module))
+        module = RationaleSFTModule(vlm, optimizer=world.adamw)
+    weights, losses = [], []
+
+    def note(*_):
+        weights.append(world.parameters(module))
+        losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    module.on_train_batch_end = note
 
     class FiveLost(world.LostClips):
         def samples(self, split):
@@ -235,7 +279,7 @@ def test_a_last_batch_of_one_damaged_clip_is_a_step_on_nothing(make_vlm, make_tr
     with pytest.warns(UserWarning, match=f"{last}.mp4: gone"):
         trainer.fit(module, data)
     assert trainer.global_step == 2
-    assert float(trainer.callback_metrics["train/loss"]) == 0
+    assert losses[0] == float(trainer.callback_metrics["train/loss"]), "a step on nothing has no loss"
     first, second = weights
     assert all(torch.equal(first[name], second[name]) for name in first)
     if stage == "grpo":

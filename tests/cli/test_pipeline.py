@@ -98,6 +98,25 @@ def test_an_edited_artefact_is_kept_and_used(
     assert "edited" in capsys.readouterr().out
 
 
+def test_what_a_stage_went_without_is_said_whenever_it_is_passed_over(
+    project: Path, trainer: FakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(folder: Path) -> int:
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "weights").write_text("w")
+        (folder / "unread_clips.csv").write_text("video_id,times\na,3\nb,3\n")
+        return 0
+
+    trainer.before["cold"] = damaged
+    run(trainer)
+    capsys.readouterr()
+    run(trainer)
+    said = "[2/4] cold: finished, inputs unchanged; went without 2 training clips that could not be read: runs/x/stages"
+    assert said in capsys.readouterr().out
+    summary = json.loads(Path("runs/x/summary.json").read_text())
+    assert "cold went without 2 training clips" in json.dumps(summary)
+
+
 def test_an_interrupted_fit_resumes_from_its_last_checkpoint(
     project: Path, trainer: FakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,7 @@
 """What the real commands say of a stage before it runs."""
 
+import pytest
+
 from vidreason.cli import lightning
 from vidreason.cli.pipeline_commands import StageSize, trainer_commands
 from vidreason.lightning_modules.work import Work
@@ -32,6 +34,13 @@ def test_data_that_cannot_be_read_are_left_to_the_stage(tmp_path):
         "configs/tasks/porch.yaml",
     ]
     assert trainer_commands().check(line) is None
+    assert trainer_commands().size(line) == StageSize()
+
+
+def test_what_cannot_be_built_here_has_no_size(tmp_path):
+    line = debug(tmp_path, "--trainer.devices", "64", "--trainer.accelerator", "gpu")  # finished elsewhere, say
+    with pytest.raises(ValueError, match="accelerator is gpu|devices"):
+        lightning.build(line[0], line[1:])
     assert trainer_commands().size(line) == StageSize()
 
 

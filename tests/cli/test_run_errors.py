@@ -11,6 +11,7 @@ import yaml
 from errors_page import FIT, FULL_DISK, LORA, TOO_MANY_GPUS, WRITES, documented, rows_that_say, stage
 
 from vidreason.cli.main import main
+from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.tiny.vlm import embedded_folder
 
 
@@ -209,7 +210,8 @@ MISTAKES = {
     no_such_file: "no such file",
 }
 """Each with the beginning of its row"""
-NOTHING_READ = "none of …"
+NOTHING_READ = "… in a row: training clips"
+NOT_WEIGHED = "training clips cannot be read"
 LEFT_OUT = "…: … could not be read"
 
 
@@ -277,9 +279,19 @@ def test_clips_that_are_all_gone_are_a_failure(capfd):
     assert row.startswith(NOTHING_READ)
 
 
+@pytest.mark.usefixtures("here")
+def test_a_stage_of_your_own_that_does_not_weigh_clips_fails(capfd, monkeypatch):
+    monkeypatch.setattr(RationaleSFTModule, "weighs_clips", False)
+    Path("clips/a/0.mp4").write_text("no video")
+    with pytest.warns(UserWarning, match="no weight in this step"):
+        assert main(list(FIT)) == 1
+    (row,) = rows_that_say(capfd.readouterr().err.splitlines()[-1].removeprefix("error: "), "Failures")
+    assert row.startswith(NOT_WEIGHED)
+
+
 def test_every_documented_message_is_produced_above():
     everything = [*documented("Commands and runs"), *documented("Failures")]
     elsewhere = {TOO_MANY_GPUS, FULL_DISK}  # test_devices.py and test_full_disk.py
-    starts = {*MISTAKES.values(), *elsewhere, NOTHING_READ, LEFT_OUT}
+    starts = {*MISTAKES.values(), *elsewhere, NOTHING_READ, NOT_WEIGHED, LEFT_OUT}
     assert len(everything) == len(starts)
     assert all(sum(row.startswith(start) for start in starts) == 1 for row in everything)

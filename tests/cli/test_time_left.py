@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from dataclasses import astuple
 from pathlib import Path
 
@@ -186,6 +187,7 @@ def test_what_is_behind_reaches_another_process():
         assert what_is_behind() == behind
     with announced(Behind(1)):
         assert what_is_behind() == Behind(1)
+        assert what_is_behind().began == pytest.approx(time.time(), abs=60)
     assert what_is_behind() is None
 
 
@@ -206,8 +208,10 @@ def test_the_bar_adds_the_rest_of_its_stage():
     assert bars._pipeline(Bar()) == {}
     bars._behind = Behind(100)
     assert bars._pipeline(Bar()) == {"pipeline": "about 2 min left"}
-    bars._behind = Behind(100, untimed=(Work(clips_read=80),), running=Work(clips_read=20))
-    assert bars._pipeline(Bar()) == {"pipeline": "roughly 9 min left"}  # ten batches of ten seconds: 5 s a clip
+    # begun 20 s before its bar, done in 40 s more: 20 clips take 100 s, 80 take 400
+    began = time.time() - 60
+    bars._behind = Behind(100, untimed=(Work(clips_read=80),), running=Work(clips_read=20), began=began)
+    assert bars._pipeline(Bar()) == {"pipeline": "roughly 9 min left"}
     Bar.n = 2
     assert bars._pipeline(Bar()) == {}
 

@@ -157,7 +157,8 @@ def test_the_buffer_replaces_dead_groups_with_older_ones(rolled):
     assert first == second, "the draw depends on seed and step alone"
 
 
-def test_replayed_groups_train(make_vlm, make_data, make_trainer):
+@pytest.mark.parametrize("prompts_per_forward", [None, 1])
+def test_replayed_groups_train(make_vlm, make_data, make_trainer, prompts_per_forward):
     class Fading(GRPOModule):
         """Its rewards are all equal from the second step on."""
 
@@ -174,12 +175,13 @@ def test_replayed_groups_train(make_vlm, make_data, make_trainer):
             warmup=0,
             cold_steps=10**6,
             replay=capacity,
+            prompts_per_forward=prompts_per_forward,
             optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
         )
         logged = fit(module, make_data, make_trainer, folder=f"replay{capacity}")
         norms[capacity] = logged["train/grad_norm"]
         assert logged["train/frac_reward_zero_std"] == 1
-        assert (logged.get("train/replayed_groups", 0.0) > 0) == (capacity > 0)
+        assert logged.get("train/replayed_groups", 0.0) == (3 if capacity else 0)
     assert norms[0] == 0
     assert norms[8] > 0
 

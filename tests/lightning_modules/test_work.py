@@ -2,8 +2,10 @@
 
 from dataclasses import asdict
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
@@ -134,6 +136,48 @@ def test_a_stage_that_has_not_said_how_it_learns_is_unknown(make_vlm, make_data,
 )
 def test_clips_taken(clips, limit, taken):
     assert clips_taken(clips, 4, limit) == taken
+
+
+class Validated(L.LightningModule):
+    """Counts batches and validations."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.validations = 0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch, batch_idx):
+        return self.weight.sum()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def on_validation_epoch_end(self):
+        self.validations += 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_epochs": 2},
+        {"max_epochs": 2, "val_check_interval": 4},
+        {"max_epochs": 2, "val_check_interval": 0.25},
+        {"max_epochs": 4, "check_val_every_n_epoch": 2, "val_check_interval": 5},
+        {"max_epochs": 5, "check_val_every_n_epoch": 2},
+        {"max_steps": 20},
+        {"max_steps": 20, "check_val_every_n_epoch": None, "val_check_interval": 6},
+        {"max_steps": 20, "val_check_interval": 3},
+    ],
+    ids=str,
+)
+def test_batches_and_validations_are_those_of_the_trainer(make_trainer, options):
+    trainer, module = make_trainer(**options), Validated()
+    said = length_of_fit(trainer, 100, 8, 0, updates=1)
+    trainer.fit(module, DataLoader(torch.zeros(100), 8), DataLoader(torch.zeros(4), 8))
+    assert said == (trainer.global_step, module.validations)
 
 
 def test_steps_and_validations_of_a_fit(make_trainer):

@@ -84,6 +84,7 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
     again = shlex.join(["vidreason", "demo", *argv])
     settings = demo_settings(options.run_dir, options.seed, options.quick)
     lines = {name: pipeline_options(name, options.run_dir, options.seed, settings) for name in METHODS}
+    print(f"\npreparing the clips and checking {len(METHODS)} pipelines ...", flush=True)
     try:
         runs = [open_pipeline(line, commands) for line in lines.values()]
         if not all(run.prepare() for run in runs):

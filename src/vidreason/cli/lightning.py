@@ -34,6 +34,7 @@ from vidreason.cli.run_record import RunRecord, from_the_start
 from vidreason.lightning_modules.checkpoints import WholeCheckpointIO
 from vidreason.lightning_modules.interrupts import StopRequested, check_stop, signals_handled, take_signals
 from vidreason.lightning_modules.trained_weights import WeightsModule
+from vidreason.lightning_modules.unread_clips import NothingReadError
 from vidreason.lightning_modules.vlms.base import VLM
 
 _CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
@@ -181,7 +182,7 @@ class VideoCLI(LightningCLI):
                 say(self._how_to_resume())
                 raise KeyboardInterrupt from None
             raise
-        except StopRequested:
+        except (StopRequested, NothingReadError):
             say(self._how_to_resume())
             raise
 

@@ -9,6 +9,7 @@ import logging
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Commands:
     check: Callable[[list[str]], str | None]
     """Parses and builds what a command would use, without weights; returns what is wrong with it, in one line"""
     size: Callable[[list[str]], StageSize]
-    """Lets the data be prepared and counts what a command that can be built will do"""
+    """Lets the data be prepared and counts what a command will do, as far as that can be told"""
 
 
 class Builds:
@@ -171,27 +172,30 @@ def measure_stage(built: Builds, argv: list[str]) -> StageSize:
 
     Args:
         built: Where commands are built.
-        argv: As for :func:`run_stage`, and checked.
+        argv: As for :func:`run_stage`.
 
     Returns:
-        What can be told; nothing of data that cannot be read, for the stage itself will say so.
+        What can be told; nothing of what cannot be built or read here.
     """
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import OmegaConfBaseException
+
     from vidreason.datamodules.base import VideoDataModule
     from vidreason.lightning_modules.base import VLMModule
     from vidreason.lightning_modules.interrupts import signals_handled
 
-    cli = built(argv)
-    data, model = cli.datamodule, cli.model
-    if not isinstance(data, VideoDataModule):
-        return StageSize()
     try:
+        cli = built(argv)
+        data, model = cli.datamodule, cli.model
+        if not isinstance(data, VideoDataModule):
+            return StageSize()
         with signals_handled():
             data.prepare_data()
         with quietly(logging.WARNING):
             clips = len(data.clips("train"))
             work = model.work(argv[0], data, cli.trainer) if isinstance(model, VLMModule) else None
-    except (ValueError, OSError):
-        return StageSize()
+    except (argparse.ArgumentError, OmegaConfBaseException, MisconfigurationException, ValueError, OSError):
+        return StageSize()  # a stage that is to run says it itself; one that was finished elsewhere need not run here
     return StageSize(clips, work)
 
 
@@ -201,7 +205,7 @@ def quietly(level: int = logging.INFO) -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(level)
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
             yield
     finally:
         logging.disable(before)

@@ -14,7 +14,14 @@ from vidreason.callbacks.time_left import Behind, announced, pipeline_left
 from vidreason.cli.fingerprints import fingerprint_artefact
 from vidreason.cli.pipeline_commands import COLD_POLICY_STATUS, INTERRUPTED_STATUS, USAGE_STATUS, Commands
 from vidreason.cli.pipeline_spec import PipelineSpec, StageSpec
-from vidreason.cli.pipeline_state import RunState, StageRecord, artefact_path, changed_inputs, find_taken_stage
+from vidreason.cli.pipeline_state import (
+    RunState,
+    StageRecord,
+    artefact_path,
+    changed_inputs,
+    find_taken_stage,
+    unread_note,
+)
 from vidreason.cli.stage_inputs import StageInputs
 from vidreason.cli.summary import write_summary
 from vidreason.cli.timetable import Timetable, seconds_taken
@@ -168,7 +175,8 @@ class PipelineRun:
             if path is not None:
                 self.times.finished(stage.name, record.wall_seconds)
                 edited = fingerprint_artefact(path) != record.artefact_sha
-                print(f"{title}: finished, inputs unchanged" + (f" ({path} was edited since; kept)" if edited else ""))
+                said = [record.note] * bool(record.note) + [f"{path} was edited since; kept"] * edited
+                print("; ".join([f"{title}: finished, inputs unchanged", *said]))
                 return 0
             print(f"{title}: runs again, its {stage.artefact} is gone from {folder}")
             record = None
@@ -220,6 +228,7 @@ class PipelineRun:
             raise ValueError(f"stage {stage.name} ended without an error but wrote no {stage.artefact} into {folder}")
         record.status, record.artefact_sha = "finished", fingerprint_artefact(path)
         self.times.finished(stage.name, record.wall_seconds)
+        record.note = unread_note(folder)
         self._count_train_clips(stage, record)
 
     def _count_train_clips(self, stage: StageSpec, record: StageRecord) -> None:

@@ -17,6 +17,8 @@ from vidreason.datamodules.whole_files import write_text
 
 Status = Literal["running", "interrupted", "failed", "finished", "skipped"]
 STATE_FILE = "state.json"
+UNREAD_FILE = "unread_clips.csv"
+"""Written by a fit: ``lightning_modules/unread_clips.py``"""
 _VERSION = 1
 
 
@@ -129,3 +131,12 @@ def find_taken_stage(name: str, folder: Path) -> tuple[Path, StageRecord]:
     if folder != run_dir and folder.resolve() != stage_folder.resolve():
         raise ValueError(f"{option}: stage {name!r} of {run_dir} lies in {stage_folder}")
     return stage_folder, record
+
+
+def unread_note(folder: Path) -> str:
+    """What a stage was trained without, if anything; how often each clip was asked for stands in the file."""
+    path = folder / UNREAD_FILE
+    if not path.is_file():
+        return ""
+    clips = len(path.read_text(encoding="utf-8").splitlines()) - 1
+    return f"went without {clips} training clip{'s'[: clips > 1]} that could not be read: {path}"

@@ -202,7 +202,7 @@ def summarise_run(run_dir: Path, spec: PipelineSpec, state: RunState) -> list[Su
     """The rows of a run: every finished test stage, every split, in the order of the predictions."""
     tests = [stage for stage in spec.stages if stage.command == "test"]
     has_fit = any(stage.command == "fit" for stage in spec.stages)
-    note = "; ".join(f"{name} {r.note}" for name, r in state.stages.items() if r.status == "skipped")
+    note = "; ".join(f"{name} {r.note}" for name, r in state.stages.items() if r.note and not r.taken)
     rows: list[SummaryRow] = []
     for stage in tests:
         record = state.stages.get(stage.name)
