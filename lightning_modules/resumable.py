@@ -6,6 +6,7 @@ Tensors and plain containers only: ``torch.load(..., weights_only=True)`` reads 
 - ``stage``, and ``parent_sha``: the weights that it started from;
 - ``progress``: whole batches trained on (``fit_progress.py``), and ``clips_per_batch`` of all ranks together;
 - ``ranks``: of every rank the state of its random number generators and what the stage adds in ``rank_state``;
+- ``seed``: of the order of clips;
 - ``train_clips``: number, and hash of the ids in their order, of the clips of split train; ``learnt_clips``: of those
   that have something to learn;
 - ``traces``: how many texts the run folder held.
@@ -107,6 +108,7 @@ class ResumableModule(ShardedModule):
             "parent_sha": self.parent_sha,
             "progress": FitProgress.of(self.trainer).state(),
             "clips_per_batch": self.clips_per_batch(),
+            "seed": self.data.seed,
             "train_clips": self.train_clips(),
             "learnt_clips": self.learnt_clips(),
             "ranks": self.all_ranks({"random": random_state(), "stage": self.rank_state()}),
@@ -229,6 +231,11 @@ class ResumableModule(ShardedModule):
 
     def _check_clips(self, saved: dict[str, Any]) -> None:
         """Within an epoch nothing may differ; at its end clips may have given way to as many others."""
+        if saved.get("seed", self.data.seed) != self.data.seed:
+            raise ValueError(
+                f"this checkpoint was written with seed {saved['seed']}, now it is {self.data.seed}, and other clips "
+                f"would come next: give --seed_everything {saved['seed']}, or start the stage again without --ckpt_path"
+            )
         before, now = saved.get("train_clips"), self.train_clips()  # earlier versions did not say
         if before is None or before == now:
             return

@@ -71,6 +71,11 @@ def checkpoint_of_another_batch_size():
     return [*FIT, "--model.init_args.batch_size", "3", "--ckpt_path", "a/checkpoints/last.ckpt"]
 
 
+def checkpoint_of_another_seed():
+    trained("a")
+    return [*FIT, "--seed_everything", "7", "--ckpt_path", "a/checkpoints/last.ckpt"]
+
+
 def checkpoint_of_other_clips():
     trained("a")
     shutil.copy("clips/a/0.mp4", "clips/a/9.mp4")
@@ -186,7 +191,8 @@ MISTAKES = {
     adapter_as_calibrator: "calibrator_path: … was written",
     checkpoint_of_another_stage: "this checkpoint was written by stage",
     checkpoint_of_another_batch_size: "this checkpoint was written at",
-    checkpoint_of_other_clips: "this checkpoint was written with",
+    checkpoint_of_another_seed: "this checkpoint was written with seed",
+    checkpoint_of_other_clips: "this checkpoint was written with … training",
     checkpoint_of_other_weights: "adapter_path: holds other weights",
     checkpoint_of_more_texts: "…: holds … texts",
     no_gpu: "trainer.accelerator is",
@@ -274,7 +280,8 @@ def test_clips_that_are_all_gone_are_a_failure(capfd):
         path.write_text("no video")
     with pytest.warns(UserWarning, match="no weight in this step"):
         assert main(list(FIT)) == 1
-    error = capfd.readouterr().err.splitlines()[-1]
+    *_, resume, error = capfd.readouterr().err.splitlines()
+    assert resume.startswith("interrupted before the first checkpoint; start again with: vidreason fit")
     (row,) = rows_that_say(error.removeprefix("error: "), "Failures")
     assert row.startswith(NOTHING_READ)
 
