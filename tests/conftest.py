@@ -1,6 +1,7 @@
 """Fixtures that every test may use: clips made on the fly, and the folder of real ones."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: sums in one order, whatever the machine
 
@@ -56,6 +57,13 @@ def write_video(
 def no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """``seed_everything`` leaves its seed in the environment, where whatever has no seed of its own finds it."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_as_in_a_terminal() -> None:
+    """What a script starts in the background ignores SIGINT; tests send it, to themselves and to what they start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

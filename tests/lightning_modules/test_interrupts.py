@@ -8,14 +8,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from vidreason.lightning_modules.interrupts import StopNow, StopRequested, defer, signals_handled, unless_stopped
 
 
-@pytest.fixture
-def ctrl_c():
-    """SIGINT as in a terminal: what a script starts in the background ignores it, and so would the tests."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def signalled() -> str:
     signal.raise_signal(signal.SIGTERM)
     return "done"
@@ -36,7 +28,7 @@ def test_in_a_fit_of_several_ranks_the_rest_is_passed_over():
             unless_stopped(SingleDeviceStrategy(), signalled, "nothing")
 
 
-def test_a_second_ctrl_c_waits_for_nothing(monkeypatch, ctrl_c):
+def test_a_second_ctrl_c_waits_for_nothing(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("vidreason.lightning_modules.interrupts.time.monotonic", lambda: now[0])
     with signals_handled():
