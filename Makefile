@@ -29,7 +29,7 @@ test:  ## the fast tier: no network, no GPU
 	$(QUIET_CPU) $(PYTHON) -m pytest
 
 slow:  ## what takes longer than that
-	$(QUIET_CPU) $(PYTHON) -m pytest -m slow
+	$(QUIET_CPU) $(PYTHON) -m pytest -n 0 -m slow  # many start two processes of their own
 
 smoke:  ## the whole main job, small
 	$(PYTHON) -m vidreason demo --quick --run_dir runs/smoke
