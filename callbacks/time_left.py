@@ -20,7 +20,7 @@ from vidreason.lightning_modules.work import Work
 
 _VARIABLE = "VIDREASON_BEHIND"
 _SHAPE = Work(clips_read=1, clips_learnt=1, texts_scored=0.15, texts_learnt=0.5, texts_written=0.5)
-"""What each kind of work costs, in clips read, until measured: the embedded model on a CPU, rounded"""
+"""What each kind of work is taken to cost, in clips read, until stages tell: a guess that suits the embedded model"""
 _TRUST = 0.02
 """Weight of ``_SHAPE`` beside all measured stages together"""
 

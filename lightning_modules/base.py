@@ -73,14 +73,15 @@ class VLMModule(WritingModule):
         seed: int | None = None,
         completion: CompletionForm = THINK_FORM,
     ) -> None:
-        super().__init__(
-            vlm, adapter_path, optimizer, schedule, warmup, predict, traces_sampled, seed=seed, completion=completion
-        )
+        super().__init__(vlm, adapter_path, optimizer, schedule, warmup, seed)
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
         self.decide: Decide = decide
         self.samples = samples
         self.sampling = sampling
+        self.predict = predict
+        self.trace_options = traces_sampled
+        self.completion = completion
         self.batch_size = batch_size
         self.metrics = nn.ModuleDict()
 

@@ -10,13 +10,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 
 from vidreason.datamodules.prompts import ClipView, DescribeView, ReasonView
 from vidreason.datamodules.traces import TraceStore
 from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.own_traces import (
-    OWN_TRACES,
     TRACES_FILE,
     Share,
     TraceOptions,
@@ -26,43 +24,17 @@ from vidreason.lightning_modules.own_traces import (
 )
 from vidreason.lightning_modules.rollout import Completion, generate_rollouts
 from vidreason.lightning_modules.trained_weights import WeightsModule
-from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.work import Work
-from vidreason.rewards.completion import THINK_FORM, CompletionForm
+from vidreason.rewards.completion import CompletionForm
 
 
 class WritingModule(WeightsModule):
-    """Weights that write about clips.
+    """Weights that write about clips; its attributes are arguments of ``VLMModule``."""
 
-    Args:
-        vlm: See ``WeightsModule``; so are all arguments up to ``warmup``.
-        adapter_path: Start from these weights.
-        optimizer: The optimizer.
-        schedule: Learning-rate schedule.
-        warmup: Share or number of warm-up steps.
-        predict: What ``vidreason predict`` writes: descriptions or traces that end in an answer.
-        traces_sampled: How ``predict``, and a stage whose ``traces`` are null, sample their texts.
-        seed: Seed of all sampling; null takes ``seed_everything``'s.
-        completion: Which blocks a completion has: ``mode`` think, no_think or answer_first; ``confidence`` at the end.
-    """
-
-    def __init__(
-        self,
-        vlm: VLM,
-        adapter_path: str | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Literal["constant", "linear", "cosine"] = "constant",
-        warmup: float = 0.0,
-        predict: Literal["describe", "reason"] = "describe",
-        traces_sampled: TraceOptions = OWN_TRACES,
-        seed: int | None = None,
-        completion: CompletionForm = THINK_FORM,
-    ) -> None:
-        super().__init__(vlm, adapter_path, optimizer, schedule, warmup, seed)
-        self.predict = predict
-        self.trace_options = traces_sampled
-        self.completion = completion
-        self._written: frozenset[str] = frozenset()
+    predict: Literal["describe", "reason"]
+    trace_options: TraceOptions
+    completion: CompletionForm
+    _written: frozenset[str] = frozenset()
 
     # ------------------------------------------------------------------ what it is shown
 
