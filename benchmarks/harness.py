@@ -26,13 +26,14 @@ from typing import Any, NamedTuple
 import torch
 from figures import versions, write_json
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.layout import unwrap
 
 PACKAGES = ("torch", "transformers", "peft", "lightning")
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+"""Kernels of ``scaled_dot_product_attention`` in ``torch.ops.aten``, without ``_scaled_dot_product_`` in front"""
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,17 @@ class Counted(NamedTuple):
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts the CPU's attention kernel too, also where the installed torch does not."""
+    """Returns a counter that includes every attention kernel.
+
+    Torch's own formulas leave out the CPU's kernel in older versions, and refuse keys and values with fewer heads than
+    the queries (``enable_gqa``), which CUDA kernels take as they are.
+    """
     own: dict[Any, Any] = {}
-    if ATTENTION not in flop_registry:
-        own[ATTENTION] = lambda q, k, v, *_, **__: sdpa_flop_count(q, _heads(k, q), _heads(v, q))
-        own[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward] = lambda g, q, k, v, *_, **__: (
-            sdpa_backward_flop_count(g, q, _heads(k, q), _heads(v, q))
-        )
+    for kernel in ATTENTION:
+        forward = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
+        backward = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward")
+        own[forward] = lambda q, k, v, *_, **__: sdpa_flop_count(q, _heads(k, q), _heads(v, q))
+        own[backward] = lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, _heads(k, q), _heads(v, q))
     return FlopCounterMode(display=False, custom_mapping=own)
 
 
