@@ -18,7 +18,7 @@ import torch
 from figures import write_json
 
 import vidreason
-from vidreason.datamodules.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
 from vidreason.datamodules.porch_render import render, to_mono, write_mp4
 from vidreason.datamodules.porch_scene import draw_scene
 from vidreason.datamodules.porch_texts import DESCRIBE_QUESTION, read_facts

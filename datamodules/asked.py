@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vidreason.datamodules.base import BatchEncoder, VideoDataModule
-from vidreason.datamodules.clip_dataset import ClipDataset
-from vidreason.datamodules.decoded import DecodedVideo
-from vidreason.datamodules.decoding import FrameOptions, take_frames
+from vidreason.datamodules.clips.dataset import ClipDataset
+from vidreason.datamodules.clips.decoded import DecodedVideo
+from vidreason.datamodules.clips.decoding import FrameOptions, take_frames
 from vidreason.datamodules.probing import content_sha
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task

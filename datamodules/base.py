@@ -19,10 +19,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from vidreason.datamodules.clip_dataset import ClipDataset, LoadedClip, leave_signals_to_the_run
-from vidreason.datamodules.clip_order import BalancedSampler, EveryClipOnce, ResumableLoader, SeededSampler
-from vidreason.datamodules.collating import BatchCollator
-from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.clips.collating import BatchCollator
+from vidreason.datamodules.clips.dataset import ClipDataset, LoadedClip, leave_signals_to_the_run
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.samplers import BalancedSampler, EveryClipOnce, ResumableLoader, SeededSampler
 from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.split_names import STANDARD_SPLITS

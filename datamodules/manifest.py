@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, VideoDataModule
-from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.rows import Row, Table, read_table
 from vidreason.datamodules.split_names import ALMOST_SPLITS
 from vidreason.datamodules.splits import (

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, run_seed
-from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.porch_render import render, to_mono, write_mp4
 from vidreason.datamodules.porch_scene import SHORTCUT, draw_scene

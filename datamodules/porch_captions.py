@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vidreason.datamodules.base import BatchEncoder, VideoDataModule
-from vidreason.datamodules.clip_dataset import LoadedClip, leave_signals_to_the_run
-from vidreason.datamodules.clip_order import ResumableLoader
-from vidreason.datamodules.collating import BatchCollator
+from vidreason.datamodules.clips.collating import BatchCollator
+from vidreason.datamodules.clips.dataset import LoadedClip, leave_signals_to_the_run
+from vidreason.datamodules.clips.samplers import ResumableLoader
 from vidreason.datamodules.porch_scene import FRAMES
 from vidreason.datamodules.porch_stream import StreamSampler, pretraining_frames, pretraining_scene
 from vidreason.datamodules.porch_texts import (

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vidreason.datamodules.clip_dataset import leave_signals_to_the_run
-from vidreason.datamodules.clip_order import ResumableLoader, ResumableSampler
+from vidreason.datamodules.clips.dataset import leave_signals_to_the_run
+from vidreason.datamodules.clips.samplers import ResumableLoader, ResumableSampler
 from vidreason.datamodules.porch_render import Frames, render
 from vidreason.datamodules.porch_scene import FRAMES, WIDTH, Scene, draw_scene
 from vidreason.datamodules.porch_world import draw_any_facts, stream

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from pebble import ProcessExpired, ProcessPool
 
-from vidreason.datamodules.decoded import DecodeError
-from vidreason.datamodules.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoded import DecodeError
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
 
 _LOOK = FrameOptions(num_frames=4)  # spread over the clip; four frames of a 4K video are 100 MB, and a copy of them
 _HASH_DIGITS = 16

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
 from vidreason.datamodules.base import VideoDataModule, run_seed
-from vidreason.datamodules.clip_order import batches_of_an_epoch
+from vidreason.datamodules.clips.samplers import batches_of_an_epoch
 from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.lineage import REVIEWED, Lineage
 from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable

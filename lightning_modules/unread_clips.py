@@ -1,6 +1,6 @@
 """Training clips that cannot be read: a fit goes on without them, says so, and ends where nothing can be read at all.
 
-In its batch such a clip is a black video without weight (``datamodules/collating.py``), so that every rank runs its
+In its batch such a clip is a black video without weight (``clips/collating.py``), so that every rank runs its
 part of the step. A disk that has gone away ends the fit: nobody wants a night of steps on nothing.
 """
 
@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.splits import first_five
 from vidreason.datamodules.types import VideoBatch
 from vidreason.datamodules.whole_files import whole_file

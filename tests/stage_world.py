@@ -18,9 +18,9 @@ import torch
 
 import vidreason.lightning_modules.vlms  # noqa: F401 - registers TinyVLM with the Auto classes
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.clip_dataset import ClipDataset
-from vidreason.datamodules.decoded import DecodedVideo, DecodeError
-from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.clips.dataset import ClipDataset
+from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
+from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.callbacks.stopping import Stopping
 from vidreason.callbacks.throughput import Throughput
-from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.interrupts import StopRequested

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.types import Clip, Encoded, EncodedPrompts, Example, TextBatch
 
 

@@ -8,7 +8,7 @@ import torch
 import two_classes
 from two_classes import epoch, order
 
-from vidreason.datamodules.clip_dataset import ClipKey
+from vidreason.datamodules.clips.dataset import ClipKey
 from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReviewView
 from vidreason.datamodules.types import Clip
 

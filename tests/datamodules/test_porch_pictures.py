@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidreason.datamodules.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
 from vidreason.datamodules.porch_render import Frames, render, to_mono, write_mp4
 from vidreason.datamodules.porch_scene import (
     FRAMES,

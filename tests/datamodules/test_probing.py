@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.probing import ClipProbe, Unreadable, content_sha, probe_clip, probe_clips
 
 BAD = """

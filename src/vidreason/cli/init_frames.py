@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.probing import ClipProbe
 
 FRAMES_PER_SECOND = 2

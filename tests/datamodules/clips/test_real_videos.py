@@ -5,8 +5,8 @@ import csv
 import pytest
 import torch
 
-from vidreason.datamodules.decoded import DecodeError
-from vidreason.datamodules.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoded import DecodeError
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
 from vidreason.datamodules.manifest import ManifestDataModule
 
 

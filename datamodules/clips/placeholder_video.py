@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from vidreason.datamodules.decoded import NOMINAL_FPS, fit_size
-from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.clips.decoded import NOMINAL_FPS, fit_size
+from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.types import Clip, FrameTiming, VideoSample
 
 _SIDE = 224

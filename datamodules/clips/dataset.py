@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from vidreason.datamodules.black_video import blackened, stand_in
-from vidreason.datamodules.decoded import DecodedVideo, DecodeError
-from vidreason.datamodules.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.placeholder_video import blackened, stand_in
 from vidreason.datamodules.probing import content_sha
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample

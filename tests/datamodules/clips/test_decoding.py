@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from vidreason.datamodules import decoding
-from vidreason.datamodules.decoded import DecodeError, fit_size
-from vidreason.datamodules.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips import decoding
+from vidreason.datamodules.clips.decoded import DecodeError, fit_size
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
 
 READERS = ["decord", "pyav"]
 

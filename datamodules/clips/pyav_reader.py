@@ -18,8 +18,8 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from vidreason.datamodules.decoded import DecodedVideo, DecodeError, first_line, fit_size, resize
-from vidreason.datamodules.sampling import FrameChooser, choose_by_time
+from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError, first_line, fit_size, resize
+from vidreason.datamodules.clips.sampling import FrameChooser, choose_by_time
 from vidreason.datamodules.types import FrameTiming
 
 _PYAV_ERRORS = (av.FFmpegError, OSError)

@@ -10,8 +10,8 @@ import torch
 import two_classes
 from two_classes import FakeEncoder, epoch, order
 
-from vidreason.datamodules.clip_dataset import ClipKey, leave_signals_to_the_run
-from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.clips.dataset import ClipKey, leave_signals_to_the_run
+from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.prompts import DescribeView, LabelView, ReviewView
 
 make = two_classes.make

@@ -20,10 +20,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vidreason.datamodules.decoded import NOMINAL_FPS, DecodedVideo, DecodeError, first_line, fit_size, resize
-from vidreason.datamodules.frame_zip import read_pictures
-from vidreason.datamodules.pyav_reader import read_with_pyav
-from vidreason.datamodules.sampling import FrameChooser, choose_by_time, fps_indices, segment_indices, uniform_indices
+from vidreason.datamodules.clips.decoded import NOMINAL_FPS, DecodedVideo, DecodeError, first_line, fit_size, resize
+from vidreason.datamodules.clips.frame_zip import read_pictures
+from vidreason.datamodules.clips.pyav_reader import read_with_pyav
+from vidreason.datamodules.clips.sampling import (
+    FrameChooser,
+    choose_by_time,
+    fps_indices,
+    segment_indices,
+    uniform_indices,
+)
 from vidreason.datamodules.types import FrameTiming
 
 _LOG = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vidreason.datamodules.decoded import DecodeError
-from vidreason.datamodules.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoded import DecodeError
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
 
 
 def picture(value: int, size: tuple[int, int] = (16, 12), kind: str = "PNG", mode: str = "RGB") -> bytes:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vidreason.datamodules.black_video import blackened
-from vidreason.datamodules.clip_dataset import LoadedClip
+from vidreason.datamodules.clips.dataset import LoadedClip
+from vidreason.datamodules.clips.placeholder_video import blackened
 from vidreason.datamodules.types import Example, VideoBatch
 
 if TYPE_CHECKING:  # base.py collates

@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, DistributedSampler
 
-from vidreason.datamodules.clip_dataset import ClipDataset, ClipKey
-from vidreason.datamodules.sampling import balanced_order
+from vidreason.datamodules.clips.dataset import ClipDataset, ClipKey
+from vidreason.datamodules.clips.sampling import balanced_order
 
 
 def batches_of_an_epoch(trainer: L.Trainer, batches: int) -> int:

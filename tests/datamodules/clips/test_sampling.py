@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from vidreason.datamodules.sampling import balanced_order, fps_indices, segment_indices, uniform_indices
+from vidreason.datamodules.clips.sampling import balanced_order, fps_indices, segment_indices, uniform_indices
 
 
 def test_uniform_takes_the_middle_of_each_stretch():

@@ -5,7 +5,7 @@ import torch
 import two_classes
 from two_classes import epoch, order
 
-from vidreason.datamodules.clip_order import BalancedSampler, EveryClipOnce, SeededSampler
+from vidreason.datamodules.clips.samplers import BalancedSampler, EveryClipOnce, SeededSampler
 from vidreason.datamodules.prompts import LabelView
 
 make = two_classes.make
