@@ -43,7 +43,7 @@ def import_everything() -> None:
     import vidreason.callbacks.trace_writer
     import vidreason.cli.lightning
     import vidreason.cli.pipeline
-    import vidreason.datamodules.porch
+    import vidreason.datamodules.porch.data
     import vidreason.lightning_modules.calibration
     import vidreason.lightning_modules.grpo
     import vidreason.lightning_modules.sft

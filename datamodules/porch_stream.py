@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vidreason.datamodules.clips.dataset import leave_signals_to_the_run
 from vidreason.datamodules.clips.samplers import ResumableLoader, ResumableSampler
-from vidreason.datamodules.porch_render import Frames, render
-from vidreason.datamodules.porch_scene import FRAMES, WIDTH, Scene, draw_scene
-from vidreason.datamodules.porch_world import draw_any_facts, stream
+from vidreason.datamodules.porch.render import Frames, render
+from vidreason.datamodules.porch.scene import FRAMES, WIDTH, Scene, draw_scene
+from vidreason.datamodules.porch.world import draw_any_facts, stream
 
 COLUMNS = 12
 """Columns into which the picture is divided where a place is asked for; one more value says that nobody is there."""

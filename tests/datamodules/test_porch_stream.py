@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vidreason.datamodules.porch_scene import FRAMES, TRAIN_CLOTHING, WIDTH
+from vidreason.datamodules.porch.scene import FRAMES, TRAIN_CLOTHING, WIDTH
+from vidreason.datamodules.porch.world import ABNORMAL, draw_any_facts, label_of, stream
 from vidreason.datamodules.porch_stream import (
     COLUMNS,
     FRAME_TARGETS,
@@ -18,7 +19,6 @@ from vidreason.datamodules.porch_stream import (
     pretraining_frames,
     pretraining_scene,
 )
-from vidreason.datamodules.porch_world import ABNORMAL, draw_any_facts, label_of, stream
 
 SCENES = [pretraining_scene(0, index) for index in range(600)]
 

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vidreason.datamodules.porch_stream import pretraining_scene
-from vidreason.datamodules.porch_texts import (
+from vidreason.datamodules.porch.texts import (
     DESCRIBE_QUESTION,
     ECHO_QUESTION,
     FRAMES_QUESTION,
@@ -20,7 +19,8 @@ from vidreason.datamodules.porch_texts import (
     frame_by_frame,
     slots,
 )
-from vidreason.datamodules.porch_world import stream
+from vidreason.datamodules.porch.world import stream
+from vidreason.datamodules.porch_stream import pretraining_scene
 from vidreason.lightning_modules.vlms.tiny.processing import TinyVLMProcessor, make_processor
 from vidreason.rewards.completion import render_completion
 

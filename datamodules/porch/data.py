@@ -25,10 +25,10 @@ from tqdm import tqdm
 from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, run_seed
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.manifest import ManifestDataModule
-from vidreason.datamodules.porch_render import render, to_mono, write_mp4
-from vidreason.datamodules.porch_scene import SHORTCUT, draw_scene
-from vidreason.datamodules.porch_texts import rationale
-from vidreason.datamodules.porch_world import ABNORMAL, LABELS, Facts, draw_facts, draw_twins, label_of, stream
+from vidreason.datamodules.porch.render import render, to_mono, write_mp4
+from vidreason.datamodules.porch.scene import SHORTCUT, draw_scene
+from vidreason.datamodules.porch.texts import rationale
+from vidreason.datamodules.porch.world import ABNORMAL, LABELS, Facts, draw_facts, draw_twins, label_of, stream
 from vidreason.datamodules.prompts import ReasonView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore

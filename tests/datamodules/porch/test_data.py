@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from vidreason.datamodules.porch import PorchDataModule
-from vidreason.datamodules.porch_texts import read_facts
-from vidreason.datamodules.porch_world import ABNORMAL, LABELS, Facts, label_of
+from vidreason.datamodules.porch.data import PorchDataModule
+from vidreason.datamodules.porch.texts import read_facts
+from vidreason.datamodules.porch.world import ABNORMAL, LABELS, Facts, label_of
 from vidreason.datamodules.prompts import LabelView
 from vidreason.datamodules.types import Encoded, EncodedPrompts, Example, TextBatch
 

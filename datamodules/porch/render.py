@@ -12,7 +12,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from vidreason.datamodules.porch_scene import FRAMES, HEIGHT, WIDTH, Looks, Scene
+from vidreason.datamodules.porch.scene import FRAMES, HEIGHT, WIDTH, Looks, Scene
 from vidreason.datamodules.whole_files import whole_file
 
 Image = NDArray[np.float32]

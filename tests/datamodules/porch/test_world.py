@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vidreason.datamodules.porch_world import (
+from vidreason.datamodules.porch.world import (
     ABNORMAL,
     FACT_VALUES,
     LABELS,

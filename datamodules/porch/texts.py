@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vidreason.datamodules.porch_scene import FRAMES, Scene
+from vidreason.datamodules.porch.scene import FRAMES, Scene
+from vidreason.datamodules.porch.world import FACT_VALUES, Facts, label_of
 from vidreason.datamodules.porch_stream import COLUMNS, person_columns
-from vidreason.datamodules.porch_world import FACT_VALUES, Facts, label_of
 from vidreason.rewards.completion import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 
 PHRASES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
@@ -176,7 +176,7 @@ _PATTERNS = {
 def read_facts(text: str) -> dict[str, str | None]:
     """Reads the facts a description states; None for a fact that it does not state, or states in two ways.
 
-    >>> from vidreason.datamodules.porch_texts import read_facts
+    >>> from vidreason.datamodules.porch.texts import read_facts
     >>> read_facts("A parcel waits on the porch. The parcel is gone and the light is out.")["end_parcel"]
     'gone'
     """

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
-from vidreason.datamodules.porch_render import Frames, render, to_mono, write_mp4
-from vidreason.datamodules.porch_scene import (
+from vidreason.datamodules.porch.render import Frames, render, to_mono, write_mp4
+from vidreason.datamodules.porch.scene import (
     FRAMES,
     HEIGHT,
     SHORTCUT,
@@ -22,7 +22,7 @@ from vidreason.datamodules.porch_scene import (
     Scene,
     draw_scene,
 )
-from vidreason.datamodules.porch_world import ABNORMAL, LABELS, Facts, draw_facts, draw_twins, label_of, stream
+from vidreason.datamodules.porch.world import ABNORMAL, LABELS, Facts, draw_facts, draw_twins, label_of, stream
 
 
 def scene_of(

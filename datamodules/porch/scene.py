@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from vidreason.datamodules.porch_world import ABNORMAL, LABELS, Facts, label_of, stream
+from vidreason.datamodules.porch.world import ABNORMAL, LABELS, Facts, label_of, stream
 
 WIDTH, HEIGHT, FRAMES = 96, 64, 12
 SHORTCUT = 0.85

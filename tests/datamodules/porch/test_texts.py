@@ -7,10 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from vidreason.datamodules.porch_captions import question_and_answer_example
-from vidreason.datamodules.porch_scene import draw_scene
-from vidreason.datamodules.porch_stream import frame_targets, pretraining_scene
-from vidreason.datamodules.porch_texts import (
+from vidreason.datamodules.porch.scene import draw_scene
+from vidreason.datamodules.porch.texts import (
     DESCRIBE_QUESTION,
     ECHO_QUESTION,
     FORBIDDEN_STEMS,
@@ -25,7 +23,9 @@ from vidreason.datamodules.porch_texts import (
     read_facts,
     slots,
 )
-from vidreason.datamodules.porch_world import FACT_VALUES, LABELS, Facts, draw_any_facts, is_possible, label_of, stream
+from vidreason.datamodules.porch.world import FACT_VALUES, LABELS, Facts, draw_any_facts, is_possible, label_of, stream
+from vidreason.datamodules.porch_captions import question_and_answer_example
+from vidreason.datamodules.porch_stream import frame_targets, pretraining_scene
 
 TEXTS = 10_000
 POSSIBLE = [facts for values in itertools.product(*FACT_VALUES.values()) if is_possible(facts := Facts(*values))]
