@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, VideoDataModule
 from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.rows import Row, Table, read_table
+from vidreason.datamodules.sources.rows import Row, Table, read_table
 from vidreason.datamodules.split_names import ALMOST_SPLITS
 from vidreason.datamodules.splits import (
     DEFAULT_FRACTIONS,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidreason.datamodules.folders import read_layout
+from vidreason.datamodules.sources.folders import read_layout
 
 REQUIRED_COLUMNS = ("path", "label")
 

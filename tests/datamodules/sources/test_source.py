@@ -4,8 +4,8 @@ import unicodedata
 
 import pytest
 
-from vidreason.datamodules.columns import ColumnNames
-from vidreason.datamodules.sources import SourceOptions, read_source
+from vidreason.datamodules.sources.columns import ColumnNames
+from vidreason.datamodules.sources.source import SourceOptions, read_source
 from vidreason.rewards.completion import render_completion
 
 CLIPS = [(f"v/{i}.mp4", "ab"[i % 2]) for i in range(6)]

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from vidreason.datamodules.new_splits import assign_splits, group_by_content
+from vidreason.datamodules.sources.new_splits import assign_splits, group_by_content
 from vidreason.datamodules.types import Clip
 
 

@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
-from vidreason.datamodules.folders import read_layout
-from vidreason.datamodules.rows import read_table
+from vidreason.datamodules.sources.folders import read_layout
+from vidreason.datamodules.sources.rows import read_table
 from vidreason.datamodules.split_names import ALMOST_SPLITS, STANDARD_SPLITS, standard_split
 
 

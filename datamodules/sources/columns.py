@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from vidreason.datamodules.folders import VIDEO_SUFFIXES
-from vidreason.datamodules.rows import Table
+from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES
+from vidreason.datamodules.sources.rows import Table
 from vidreason.datamodules.split_names import is_split_name
 
 _PATH_NAMES = (

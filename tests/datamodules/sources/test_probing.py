@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from vidreason.datamodules.clips.decoded import DecodeError
-from vidreason.datamodules.probing import ClipProbe, Unreadable, content_sha, probe_clip, probe_clips
+from vidreason.datamodules.sources.probing import ClipProbe, Unreadable, content_sha, probe_clip, probe_clips
 
 BAD = """
 import os, signal, time
-from vidreason.datamodules.probing import probe_clip
+from vidreason.datamodules.sources.probing import probe_clip
 
 
 def probe(path):

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vidreason.datamodules.folders import VIDEO_SUFFIXES
+from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES
 
 _SAMPLE = 200  # rows that the guess of a root looks for
 

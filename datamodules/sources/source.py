@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vidreason.datamodules.chat_records import holds_chats, table_of_chats
-from vidreason.datamodules.columns import ColumnNames, Columns, find_columns
-from vidreason.datamodules.folders import VIDEO_SUFFIXES, Layout, read_layout
-from vidreason.datamodules.rows import Row, Table, read_delimited, read_records, table_of
+from vidreason.datamodules.sources.chat_records import holds_chats, table_of_chats
+from vidreason.datamodules.sources.columns import ColumnNames, Columns, find_columns
+from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES, Layout, read_layout
+from vidreason.datamodules.sources.rows import Row, Table, read_delimited, read_records, table_of
+from vidreason.datamodules.sources.table_paths import absolute, locator, path_of
 from vidreason.datamodules.split_names import standard_split
-from vidreason.datamodules.table_paths import absolute, locator, path_of
 
 _DELIMITERS = (",", ";", "\t", "|")
 _FALLBACK_ENCODING = "cp1252"  # what a spreadsheet writes where it does not write UTF-8

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vidreason.datamodules.rows import Record, Row, Table
+from vidreason.datamodules.sources.rows import Record, Row, Table
 from vidreason.rewards.completion import parse_completion
 
 _MESSAGE_KEYS = ("messages", "conversations")
