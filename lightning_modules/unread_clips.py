@@ -16,10 +16,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from vidreason.datamodules.atomic_files import whole_file
 from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.splits import first_five
 from vidreason.datamodules.types import VideoBatch
-from vidreason.datamodules.whole_files import whole_file
 from vidreason.lightning_modules.own_traces import report_failed
 from vidreason.lightning_modules.resumable import ResumableModule
 

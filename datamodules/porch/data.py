@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from vidreason.datamodules.atomic_files import naming
 from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, run_seed
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.manifest import ManifestDataModule
@@ -32,7 +33,6 @@ from vidreason.datamodules.porch.world import ABNORMAL, LABELS, Facts, draw_fact
 from vidreason.datamodules.prompts import ReasonView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
-from vidreason.datamodules.whole_files import naming
 from vidreason.rewards.completion import render_completion
 
 _LOG = logging.getLogger(__name__)

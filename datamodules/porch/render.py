@@ -12,8 +12,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from vidreason.datamodules.atomic_files import whole_file
 from vidreason.datamodules.porch.scene import FRAMES, HEIGHT, WIDTH, Looks, Scene
-from vidreason.datamodules.whole_files import whole_file
 
 Image = NDArray[np.float32]
 Frames = NDArray[np.uint8]

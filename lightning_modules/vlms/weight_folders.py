@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from vidreason.datamodules.whole_files import flush_to_disk, naming, replace_folder
+from vidreason.datamodules.atomic_files import flush_to_disk, naming, replace_folder
 from vidreason.lightning_modules.vlms.layout import is_sharded
 from vidreason.lightning_modules.vlms.sharding import whole_state
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from vidreason.cli import init_files, init_report
 from vidreason.cli.init_files import LeftOut, printable
 from vidreason.cli.options import CommandParser
+from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.sources.columns import ColumnNames
 from vidreason.datamodules.sources.source import Source, SourceClip, SourceOptions, read_source
-from vidreason.datamodules.whole_files import write_text
 
 if TYPE_CHECKING:
     from vidreason.datamodules.sources.new_splits import Assignment
