@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.functional.losses import grpo_loss
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.layout import PER_TOKEN
+from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN
 from vidreason.lightning_modules.vlms.vision_cache import IN_MEMORY
 
 Score = Callable[[nn.Module, EncodedPrompts, TextBatch], Tensor]

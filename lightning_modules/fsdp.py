@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.layout import is_sharded
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 from vidreason.lightning_modules.vlms.sharding import shard, whole
 
 

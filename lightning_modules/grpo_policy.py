@@ -46,7 +46,7 @@ from vidreason.lightning_modules.vlms.base import Scores
 from vidreason.lightning_modules.vlms.building import POLICY
 from vidreason.lightning_modules.vlms.context import prompt_tokens
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.layout import is_sharded
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 from vidreason.lightning_modules.work import Work
 from vidreason.rewards.base import RewardFn
 

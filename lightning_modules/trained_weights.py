@@ -25,7 +25,7 @@ from vidreason.lightning_modules.unread_clips import UnreadClipsModule
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions, save_adapter
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.building import POLICY, checkpoint_sha
-from vidreason.lightning_modules.vlms.layout import is_sharded
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 from vidreason.lightning_modules.vlms.weight_folders import adapter_sha, is_adapter_folder, read_info, save_weights
 
 ADAPTER_FOLDER = "adapter"

@@ -15,7 +15,7 @@ from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.layout import is_sharded
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 from vidreason.lightning_modules.vlms.sharding import is_whole, shard, whole
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 

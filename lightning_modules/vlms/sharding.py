@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from vidreason.lightning_modules.vlms.layout import unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, frozen: Sequence[str] = ()) -> None:

@@ -33,7 +33,7 @@ from transformers.utils import ModelOutput
 
 from vidreason.datamodules.types import EncodedPrompts
 from vidreason.lightning_modules.vlms.embedding_store import GB, EmbeddingStore, Entry, entry_bytes
-from vidreason.lightning_modules.vlms.layout import PromptLayout, unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout, unwrap
 from vidreason.lightning_modules.vlms.vision_path import Part, marks, path_parts, path_sha, why_not_fixed
 
 FORMAT = 1

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from vidreason.lightning_modules.vlms.layout import unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 
 VOLATILE = ("text_config", "_name_or_path", "transformers_version", "quantization_config", "dtype")
 """Of a configuration: what no embedding depends on, or what is in the key by itself"""

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.layout import unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 
 
 def run(rank: int, folder: Path, vlm: VLM) -> None:

@@ -13,7 +13,7 @@ from vlm_builders import FAN, PROMPTS, TREE, gradients, make_prompts, make_texts
 
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.layout import unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 
 MakeVLM = Callable[..., VLM]
 LORA = LoRAOptions(r=4, alpha=8)

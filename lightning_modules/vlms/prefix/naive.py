@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
-from vidreason.lightning_modules.vlms.head import Scored, Scoring, forward, scores_of
-from vidreason.lightning_modules.vlms.layout import PER_TOKEN, PromptLayout, unwrap
-from vidreason.lightning_modules.vlms.text_plan import TextPlan, targets
+from vidreason.lightning_modules.vlms.prefix.head import Scored, Scoring, forward, scores_of
+from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN, PromptLayout, unwrap
+from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, targets
 
 
 def naive_scores(

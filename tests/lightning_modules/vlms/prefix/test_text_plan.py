@@ -3,7 +3,7 @@
 import torch
 
 from vidreason.datamodules.types import TextBatch
-from vidreason.lightning_modules.vlms.text_plan import join_only_children, plan_texts
+from vidreason.lightning_modules.vlms.prefix.text_plan import join_only_children, plan_texts
 
 
 def tree(parent: list[int], lengths: list[int]) -> TextBatch:

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vidreason.lightning_modules.vlms.layout import text_config, unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import text_config, unwrap
 
 NAME = "sdpa_shared_prefix"
 Span = tuple[int, int]

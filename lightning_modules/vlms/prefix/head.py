@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vidreason.lightning_modules.functional.logprobs import chunked_token_logprobs
-from vidreason.lightning_modules.vlms.layout import text_config, unwrap
-from vidreason.lightning_modules.vlms.text_plan import Targets
+from vidreason.lightning_modules.vlms.prefix.layout import text_config, unwrap
+from vidreason.lightning_modules.vlms.prefix.text_plan import Targets
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [M, H] to logits [M, V]"""

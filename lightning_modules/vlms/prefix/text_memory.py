@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vidreason.lightning_modules.vlms.layout import text_config, unwrap, would_checkpoint
-from vidreason.lightning_modules.vlms.text_plan import TextPlan
+from vidreason.lightning_modules.vlms.prefix.layout import text_config, unwrap, would_checkpoint
+from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan
 
 
 def texts_that_fit(model: nn.Module, plan: TextPlan, prompt_tokens: int, route: str, limit_gb: float) -> int:

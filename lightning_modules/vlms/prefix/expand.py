@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
-from vidreason.lightning_modules.vlms.head import Answer, Scored, Scoring, forward, scores_of
-from vidreason.lightning_modules.vlms.layout import PromptLayout, next_positions, unwrap
-from vidreason.lightning_modules.vlms.text_plan import TextPlan, plan_texts, targets
+from vidreason.lightning_modules.vlms.prefix.head import Answer, Scored, Scoring, forward, scores_of
+from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout, next_positions, unwrap
+from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, plan_texts, targets
 
 
 @dataclass(frozen=True)

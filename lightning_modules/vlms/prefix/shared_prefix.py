@@ -21,14 +21,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
-from vidreason.lightning_modules.vlms.expand import expand_prompts, expand_texts
-from vidreason.lightning_modules.vlms.head import Scored, Scoring
-from vidreason.lightning_modules.vlms.layout import PromptLayout, is_sharded, text_config, unwrap, would_checkpoint
-from vidreason.lightning_modules.vlms.naive import naive_scores
-from vidreason.lightning_modules.vlms.packed import packed_prompts, packed_scores, packed_texts
-from vidreason.lightning_modules.vlms.packing import NAME
-from vidreason.lightning_modules.vlms.text_memory import texts_that_fit
-from vidreason.lightning_modules.vlms.text_plan import TextPlan, join_only_children, plan_texts, split_texts
+from vidreason.lightning_modules.vlms.prefix.expand import expand_prompts, expand_texts
+from vidreason.lightning_modules.vlms.prefix.head import Scored, Scoring
+from vidreason.lightning_modules.vlms.prefix.layout import (
+    PromptLayout,
+    is_sharded,
+    text_config,
+    unwrap,
+    would_checkpoint,
+)
+from vidreason.lightning_modules.vlms.prefix.naive import naive_scores
+from vidreason.lightning_modules.vlms.prefix.packed import packed_prompts, packed_scores, packed_texts
+from vidreason.lightning_modules.vlms.prefix.packing import NAME
+from vidreason.lightning_modules.vlms.prefix.text_memory import texts_that_fit
+from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, join_only_children, plan_texts, split_texts
 
 Route = Literal["expand", "packed", "naive"]
 

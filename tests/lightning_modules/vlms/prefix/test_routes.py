@@ -12,13 +12,13 @@ from comparing import norm_of
 from torch import nn
 from vlm_builders import make_prompts, make_texts
 
-from vidreason.lightning_modules.vlms import packing, shared_prefix
 from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.layout import text_config, unwrap
-from vidreason.lightning_modules.vlms.packing import NAME, packed_attention
-from vidreason.lightning_modules.vlms.shared_prefix import RouteOptions, choose_route
+from vidreason.lightning_modules.vlms.prefix import packing, shared_prefix
+from vidreason.lightning_modules.vlms.prefix.layout import text_config, unwrap
+from vidreason.lightning_modules.vlms.prefix.packing import NAME, packed_attention
+from vidreason.lightning_modules.vlms.prefix.shared_prefix import RouteOptions, choose_route
 
 MakeVLM = Callable[..., VLM]
 WORDS = ("what happens at the door?", "who?")
