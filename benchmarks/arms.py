@@ -20,7 +20,7 @@ from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.functional.losses import grpo_loss
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN
-from vidreason.lightning_modules.vlms.vision_cache import IN_MEMORY
+from vidreason.lightning_modules.vlms.vision_cache.cache import IN_MEMORY
 
 Score = Callable[[nn.Module, EncodedPrompts, TextBatch], Tensor]
 """Log-probs [N, L], 0 where they do not count"""

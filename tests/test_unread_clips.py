@@ -20,7 +20,7 @@ from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.interrupts import StopRequested
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.unread_clips import NothingReadError
-from vidreason.lightning_modules.vlms.vision_cache import VisionCacheOptions
+from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
 
 world, grpo = ranks.world, ranks.grpo
 small_base, clip_folder, make_vlm, make_trainer = (

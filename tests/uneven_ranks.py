@@ -26,7 +26,7 @@ from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.prefix.layout import unwrap
-from vidreason.lightning_modules.vlms.vision_cache import VisionCacheOptions
+from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
 
 grpo, world, processes = strategies.grpo, strategies.world, strategies.processes
 

@@ -25,7 +25,7 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.prefix.head import Scoring
 from vidreason.lightning_modules.vlms.prefix.shared_prefix import Choice, RouteOptions, choose_route, score_texts
 from vidreason.lightning_modules.vlms.sharding import whole
-from vidreason.lightning_modules.vlms.vision_cache import IN_MEMORY, VisionCache, VisionCacheOptions
+from vidreason.lightning_modules.vlms.vision_cache.cache import IN_MEMORY, VisionCache, VisionCacheOptions
 
 __all__ = ["VLM", "Generated", "Sampling", "Scores"]
 

@@ -17,7 +17,7 @@ from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
-from vidreason.lightning_modules.vlms.vision_cache import VisionCacheOptions
+from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
 
 SHORT = Sampling(max_new_tokens=4)
 

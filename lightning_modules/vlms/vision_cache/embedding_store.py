@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidreason.lightning_modules.vlms.vision_path import tensor_bytes
+from vidreason.lightning_modules.vlms.vision_cache.vision_path import tensor_bytes
 
 GB = 1e9
 SUFFIX = ".safetensors"

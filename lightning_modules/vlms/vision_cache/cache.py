@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from vidreason.datamodules.types import EncodedPrompts
-from vidreason.lightning_modules.vlms.embedding_store import GB, EmbeddingStore, Entry, entry_bytes
 from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout, unwrap
-from vidreason.lightning_modules.vlms.vision_path import Part, marks, path_parts, path_sha, why_not_fixed
+from vidreason.lightning_modules.vlms.vision_cache.embedding_store import GB, EmbeddingStore, Entry, entry_bytes
+from vidreason.lightning_modules.vlms.vision_cache.vision_path import Part, marks, path_parts, path_sha, why_not_fixed
 
 FORMAT = 1
 """Of the files; part of the key"""

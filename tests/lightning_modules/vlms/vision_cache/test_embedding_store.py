@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from vidreason.lightning_modules.vlms.embedding_store import EmbeddingStore
+from vidreason.lightning_modules.vlms.vision_cache.embedding_store import EmbeddingStore
 
 
 def test_the_folder_stays_within_its_bound(tmp_path: Path) -> None:
