@@ -31,8 +31,8 @@ from torch import nn
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.functional.losses import grpo_loss
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 
 LORA = LoRAOptions(r=16, alpha=32)
 PACKAGES = ("torch", "transformers", "peft", "lightning")

@@ -21,9 +21,9 @@ from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Encoded, EncodedPrompts, Example, FrameTiming, Prompt
 from vidreason.lightning_modules.grpo import GRPOModule
 from vidreason.lightning_modules.grpo_parts import Part
-from vidreason.lightning_modules.vlms import chat
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.qwen import QwenVL
+from vidreason.lightning_modules.vlms.text import chat
 from vidreason.rewards.base import RewardFn, RewardInput
 
 

@@ -38,8 +38,8 @@ from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import count_or_one, label_log_probabilities
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.predictions import Decisions, TraceText
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.work import Work
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 

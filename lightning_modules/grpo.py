@@ -43,7 +43,7 @@ from vidreason.lightning_modules.interrupts import stop_together, unless_stopped
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.vlms.base import VLM, Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.sharding import whole
+from vidreason.lightning_modules.vlms.loading.sharding import whole
 from vidreason.rewards.accuracy import AccuracyReward
 from vidreason.rewards.base import RewardFn
 from vidreason.rewards.completion import THINK_FORM, CompletionForm

@@ -41,12 +41,12 @@ from vidreason.lightning_modules.rollout import (
     warn_of_failures,
 )
 from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER
-from vidreason.lightning_modules.vlms.adapters import copy_adapter, use_adapter
 from vidreason.lightning_modules.vlms.base import Scores
-from vidreason.lightning_modules.vlms.building import POLICY
-from vidreason.lightning_modules.vlms.context import prompt_tokens
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.adapters import copy_adapter, use_adapter
+from vidreason.lightning_modules.vlms.loading.building import POLICY
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
+from vidreason.lightning_modules.vlms.text.context import prompt_tokens
 from vidreason.lightning_modules.work import Work
 from vidreason.rewards.base import RewardFn
 

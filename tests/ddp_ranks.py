@@ -23,8 +23,8 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from vidreason.lightning_modules.grpo import GRPOModule
 from vidreason.lightning_modules.grpo_parts import Rolled
 from vidreason.lightning_modules.rollout import CompletionBatch, RolloutGroup
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 from vidreason.rewards.base import RewardFn, RewardInput, RewardScore
 

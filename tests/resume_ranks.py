@@ -28,8 +28,8 @@ from vidreason.lightning_modules import unread_clips
 from vidreason.lightning_modules.interrupts import signals_handled, take_signals
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.unread_clips import NothingReadError
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 
 world, grpo, processes = ranks.world, ranks.grpo, ranks.processes
 

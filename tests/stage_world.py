@@ -25,8 +25,8 @@ from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration, scratch_config
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 

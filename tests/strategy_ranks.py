@@ -26,8 +26,8 @@ from vidreason.lightning_modules.fsdp import FSDP2
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.sft import RationaleSFTModule
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
 world, processes = grpo.world, grpo.processes

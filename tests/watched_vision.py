@@ -11,8 +11,8 @@ import vlm_builders as builders
 from torch import nn
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 
 MakeVLM = Callable[..., VLM]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from vidreason.cli.main import main
 from vidreason.datamodules.porch.data import render as porch_render
-from vidreason.lightning_modules.vlms import adapters
+from vidreason.lightning_modules.vlms.loading import adapters
 
 
 class Full:

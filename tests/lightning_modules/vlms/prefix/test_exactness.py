@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from vlm_builders import make_prompts, make_texts
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 
 MakeVLM = Callable[..., VLM]
 LORA = LoRAOptions(r=4, alpha=8)

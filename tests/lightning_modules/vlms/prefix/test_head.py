@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from vlm_builders import make_prompts, make_texts
 
 from vidreason.datamodules.types import TextBatch
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.prefix.layout import text_config, unwrap
 
 MakeVLM = Callable[..., VLM]

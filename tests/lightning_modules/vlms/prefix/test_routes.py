@@ -12,9 +12,9 @@ from comparing import norm_of
 from torch import nn
 from vlm_builders import make_prompts, make_texts
 
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.prefix import packing, shared_prefix
 from vidreason.lightning_modules.vlms.prefix.layout import text_config, unwrap
 from vidreason.lightning_modules.vlms.prefix.packing import NAME, packed_attention

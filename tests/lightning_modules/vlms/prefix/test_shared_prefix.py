@@ -11,8 +11,8 @@ import vlm_builders as builders
 from comparing import norm_of, relative_gap
 from vlm_builders import FAN, PROMPTS, TREE, gradients, make_prompts, make_texts
 
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 
 MakeVLM = Callable[..., VLM]

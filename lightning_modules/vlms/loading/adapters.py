@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vidreason.lightning_modules.vlms.loading.sharding import whole_state
+from vidreason.lightning_modules.vlms.loading.weight_folders import CONFIG_FILE, is_adapter_folder, published
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
-from vidreason.lightning_modules.vlms.sharding import whole_state
-from vidreason.lightning_modules.vlms.weight_folders import CONFIG_FILE, is_adapter_folder, published
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 

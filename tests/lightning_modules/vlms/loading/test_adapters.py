@@ -10,7 +10,9 @@ import vlm_builders as builders
 from torch import Tensor, nn
 
 from vidreason.datamodules.types import Encoded
-from vidreason.lightning_modules.vlms.adapters import (
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.adapters import (
     LoRAOptions,
     copy_adapter,
     load_adapter,
@@ -18,10 +20,8 @@ from vidreason.lightning_modules.vlms.adapters import (
     trainable_names,
     use_adapter,
 )
-from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha, read_info, save_weights
 from vidreason.lightning_modules.vlms.qwen import QwenVL
-from vidreason.lightning_modules.vlms.weight_folders import adapter_sha, read_info, save_weights
 
 MakeVLM = Callable[..., VLM]
 LORA = LoRAOptions(r=4, alpha=8)

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from vidreason.datamodules.atomic_files import flush_to_disk, naming, replace_folder
+from vidreason.lightning_modules.vlms.loading.sharding import whole_state
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
-from vidreason.lightning_modules.vlms.sharding import whole_state
 
 INFO_FILE = "vidreason.json"
 CONFIG_FILE = "adapter_config.json"

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions, attach_lora, load_adapter
-from vidreason.lightning_modules.vlms.weight_folders import INFO_FILE, is_adapter_folder, read_info
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, attach_lora, load_adapter
+from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE, is_adapter_folder, read_info
 
 POLICY = "policy"
 """Name of the adapter that a stage trains."""
