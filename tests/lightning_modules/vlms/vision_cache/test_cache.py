@@ -14,8 +14,8 @@ from watched_vision import built, counting, prompts_of, texts_of
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.vision_cache import cache as vision_cache
 from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
-from vidreason.lightning_modules.vlms.vision_cache.cache import cache as vision_cache
 from vidreason.lightning_modules.vlms.vision_cache.embedding_store import EmbeddingStore
 
 MakeVLM = Callable[..., VLM]

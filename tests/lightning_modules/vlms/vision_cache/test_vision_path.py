@@ -12,7 +12,7 @@ from watched_vision import LORA, built, counting, prompts_of, texts_of, tower
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.prefix.layout import unwrap
-from vidreason.lightning_modules.vlms.vision_cache.cache import cache as vision_cache
+from vidreason.lightning_modules.vlms.vision_cache import cache as vision_cache
 
 MakeVLM = Callable[..., VLM]
 
