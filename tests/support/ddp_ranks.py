@@ -1,6 +1,6 @@
 """One GRPO run on any number of ranks; as a script, the same runs on two gloo ranks.
 
-    python tests/ddp_ranks.py BASE CLIPS OUT PORT
+    python tests/support/ddp_ranks.py BASE CLIPS OUT PORT
 
 writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
+PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 FIT = ("fit", "--config", "configs/sft_label.yaml", "--config", "small.yaml", "--data", "data.yaml")
 LORA = ("--vlm.init_args.lora", "{r: 2, alpha: 4}")
 WRITES = "{samples: 1, sampling: {max_new_tokens: 4}}"

@@ -1,6 +1,6 @@
 """Two gloo ranks that train whole, are stopped by a signal to one of them, and go on from what one process wrote.
 
-    python tests/resume_ranks.py BASE CLIPS OUT STRATEGY,STRATEGY PORT
+    python tests/support/resume_ranks.py BASE CLIPS OUT STRATEGY,STRATEGY PORT
 
 writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``; checkpoints of one process are expected in ``OUT/one_STAGE_STRATEGY``.
 With ``kill:STAGE:STRATEGY`` one of the ranks kills itself, with ``resume:STAGE:STRATEGY`` they go on from what is left;

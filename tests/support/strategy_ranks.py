@@ -1,6 +1,6 @@
 """Every stage under ddp, fsdp and fsdp_qlora on two gloo ranks, or in one process on the same global batch.
 
-    python tests/strategy_ranks.py BASE CLIPS OUT all|STRATEGY,STRATEGY PORT
+    python tests/support/strategy_ranks.py BASE CLIPS OUT all|STRATEGY,STRATEGY PORT
 
 writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``.
 """

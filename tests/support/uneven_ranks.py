@@ -1,6 +1,6 @@
 """Two gloo ranks made uneven on purpose, under ddp, fsdp and fsdp_qlora.
 
-    python tests/uneven_ranks.py BASE CLIPS OUT WARM all|STRATEGY,STRATEGY PORT
+    python tests/support/uneven_ranks.py BASE CLIPS OUT WARM all|STRATEGY,STRATEGY PORT
 
 writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``. WARM holds a vision cache for the first rank.
 """
