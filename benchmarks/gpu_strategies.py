@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from arms import cross_entropy, grpo
 from figures import write_json
 from gpu_run import Clock, circumstances, options_of
 from reference_model import END, Grid, make_prompts, make_texts, make_vlm
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from variants import cross_entropy, grpo
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable

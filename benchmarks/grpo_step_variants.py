@@ -1,4 +1,4 @@
-"""The arms of ``grpo_step_vs_trl.py``: some GRPO steps on one side, and their CPU-seconds."""
+"""The variants of ``grpo_step_vs_trl.py``: some GRPO steps on one side, and their CPU-seconds."""
 
 from __future__ import annotations
 

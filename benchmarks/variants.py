@@ -1,4 +1,4 @@
-"""The arms of the CPU benchmarks: texts behind videos scored in one forward and one backward, in different ways.
+"""The variants of the CPU benchmarks: texts behind videos scored in one forward and one backward, in different ways.
 
 ``naive`` is what trainers do that know no shared prefix, pinned: prompt and pixels repeated for every text, logits of
 the text alone (``logits_to_keep``), no cache, sdpa, no padding. It is written out here with the model's own forward and
