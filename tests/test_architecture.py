@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("rewards", "datamodules", "lightning_modules", "callbacks", "configs")
 SOURCES = sorted(
     path
-    for folder in (*FOLDERS, "src", "benchmarks")
+    for folder in (*FOLDERS, "src", "benchmarks", "tools")
     for path in (ROOT / folder).rglob("*.py")
     if "__pycache__" not in path.parts
 )

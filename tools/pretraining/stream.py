@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tools.pretraining.texts import COLUMNS, person_columns
 from vidreason.datamodules.clips.dataset import leave_signals_to_the_run
 from vidreason.datamodules.clips.samplers import ResumableLoader, ResumableSampler
 from vidreason.datamodules.porch.render import Frames, render
 from vidreason.datamodules.porch.scene import FRAMES, WIDTH, Scene, draw_scene
 from vidreason.datamodules.porch.world import draw_any_facts, stream
-
-COLUMNS = 12
-"""Columns into which the picture is divided where a place is asked for; one more value says that nobody is there."""
 
 
 def pretraining_scene(seed: int, index: int) -> Scene:
@@ -47,11 +45,6 @@ def halve_chroma(frames: Frames) -> Frames:
     smooth = blocks.repeat(2, axis=1).repeat(2, axis=2)
     halved: Frames = (smooth + luma[..., None]).clip(0, 255).astype(np.uint8)
     return halved
-
-
-def person_columns(scene: Scene) -> list[int]:
-    """Column 0..COLUMNS-1 of the person in each frame; COLUMNS where nobody is in the picture."""
-    return [COLUMNS if np.isnan(x) or not 0 <= x < WIDTH else int(x * COLUMNS / WIDTH) for x in scene.x]
 
 
 FRAME_TARGETS = {"person": COLUMNS + 1, "at_door": 2, "carried": 2, "lying": 2, "lamp": 2, "door": COLUMNS}

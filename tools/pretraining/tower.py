@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from vidreason.datamodules.porch_stream import FRAME_TARGETS, FrameBatch
+from tools.pretraining.stream import FRAME_TARGETS, FrameBatch
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration
 
 if TYPE_CHECKING:

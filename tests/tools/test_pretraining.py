@@ -8,11 +8,11 @@ import torch
 from stage_world import QUIET
 from torch import nn
 
-from vidreason.datamodules.porch_captions import PorchCaptionDataModule, question_and_answer_example
-from vidreason.datamodules.porch_stream import FRAME_TARGETS, PorchFrameDataModule
+from tools.pretraining.captions import PorchCaptionDataModule, question_and_answer_example
+from tools.pretraining.stream import FRAME_TARGETS, PorchFrameDataModule
+from tools.pretraining.tower import FramePretrainingModule
 from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration
-from vidreason.lightning_modules.vlms.tiny.pretraining import FramePretrainingModule
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
 

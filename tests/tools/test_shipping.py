@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from vidreason.lightning_modules.vlms.tiny.shipping import ship
+from tools.pretraining.shipping import ship
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM, embedded_folder
 
 

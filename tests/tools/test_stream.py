@@ -6,19 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from vidreason.datamodules.porch.scene import FRAMES, TRAIN_CLOTHING, WIDTH
-from vidreason.datamodules.porch.world import ABNORMAL, draw_any_facts, label_of, stream
-from vidreason.datamodules.porch_stream import (
-    COLUMNS,
+from tools.pretraining.stream import (
     FRAME_TARGETS,
     PorchFrameDataModule,
     StreamSampler,
     frame_targets,
     halve_chroma,
-    person_columns,
     pretraining_frames,
     pretraining_scene,
 )
+from tools.pretraining.texts import COLUMNS, person_columns
+from vidreason.datamodules.porch.scene import FRAMES, TRAIN_CLOTHING, WIDTH
+from vidreason.datamodules.porch.world import ABNORMAL, draw_any_facts, label_of, stream
 
 SCENES = [pretraining_scene(0, index) for index in range(600)]
 
@@ -134,7 +133,7 @@ def test_validation_sees_other_clips(seed: int) -> None:
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_stream_goes_on_behind_the_clips_that_were_seen(replicas):
-    from vidreason.datamodules.porch_stream import StreamSampler
+    from tools.pretraining.stream import StreamSampler
 
     for rank in range(replicas):
         sampler = StreamSampler(list(range(10)), replicas, rank)  # type: ignore[arg-type]

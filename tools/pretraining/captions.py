@@ -13,23 +13,15 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tools.pretraining.stream import StreamSampler, pretraining_frames, pretraining_scene
+from tools.pretraining.texts import ECHO_QUESTION, FRAMES_QUESTION, SLOTS_QUESTION, echo, frame_by_frame, slots
 from vidreason.datamodules.base import BatchEncoder, VideoDataModule
 from vidreason.datamodules.clips.collating import BatchCollator
 from vidreason.datamodules.clips.dataset import LoadedClip, leave_signals_to_the_run
 from vidreason.datamodules.clips.samplers import ResumableLoader
 from vidreason.datamodules.porch.scene import FRAMES
-from vidreason.datamodules.porch.texts import (
-    DESCRIBE_QUESTION,
-    ECHO_QUESTION,
-    FRAMES_QUESTION,
-    SLOTS_QUESTION,
-    describe,
-    echo,
-    frame_by_frame,
-    slots,
-)
+from vidreason.datamodules.porch.texts import DESCRIBE_QUESTION, describe
 from vidreason.datamodules.porch.world import LABELS, stream
-from vidreason.datamodules.porch_stream import StreamSampler, pretraining_frames, pretraining_scene
 from vidreason.datamodules.types import Clip, Example, FrameTiming, Prompt, Text, VideoSample
 
 FPS = 4.0

@@ -1,4 +1,4 @@
-"""Makes the tokenizer of TinyVLM; ``python -m vidreason.lightning_modules.vlms.tiny.tokenizer FOLDER`` writes it.
+"""Makes the tokenizer of TinyVLM; ``python -m tools.pretraining.tokenizer FOLDER`` writes it.
 
 It is trained on descriptions of the pretraining stream, so that their words are mostly one token; being byte-level, it
 spells any other text. No class name occurs in what it is trained on.
@@ -10,17 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vidreason.datamodules.porch.texts import (
-    DESCRIBE_QUESTION,
-    ECHO_QUESTION,
-    FRAMES_QUESTION,
-    SLOTS_QUESTION,
-    describe,
-    frame_by_frame,
-    slots,
-)
+from tools.pretraining.stream import pretraining_scene
+from tools.pretraining.texts import ECHO_QUESTION, FRAMES_QUESTION, SLOTS_QUESTION, frame_by_frame, slots
+from vidreason.datamodules.porch.texts import DESCRIBE_QUESTION, describe
 from vidreason.datamodules.porch.world import stream
-from vidreason.datamodules.porch_stream import pretraining_scene
 from vidreason.lightning_modules.vlms.tiny.processing import TinyVLMProcessor, make_processor
 from vidreason.rewards.completion import render_completion
 

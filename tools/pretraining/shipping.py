@@ -1,6 +1,6 @@
 """Makes the folder that the package ships out of a pretraining run, in bfloat16.
 
-``python -m vidreason.lightning_modules.vlms.tiny.shipping runs/pretrain_describe/weights FOLDER``
+``python -m tools.pretraining.shipping runs/pretrain_describe/weights FOLDER``
 """
 
 from __future__ import annotations
