@@ -95,7 +95,7 @@ class PolicyModule(ResumablePolicy):
     def setup(self, stage: str) -> None:
         """As every stage; says so where the policy starts from the base."""
         super().setup(stage)
-        self.data.balance_classes = self.balance_classes
+        self.data.connect(balance_classes=self.balance_classes)
         if stage == "fit" and self.adapter_path is None:
             self.print("grpo: no adapter_path given, the policy starts from the base")
 
@@ -121,7 +121,6 @@ class PolicyModule(ResumablePolicy):
 
     def generate(self, batch: VideoBatch) -> list[CompletionBatch]:
         """Samples G completions for every prompt, as many prompts at once as go through the model at once."""
-        assert batch.prompts is not None
         size = max(1, len(batch) // self.minibatches)
         size = min(size, self.prompts_per_forward or size)
         parts = []

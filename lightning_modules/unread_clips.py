@@ -41,7 +41,7 @@ class UnreadClipsModule(ResumableModule):
     """A stage that is trained without the clips that cannot be read."""
 
     weighs_clips: ClassVar[bool] = False
-    """True where ``training_step`` learns nothing from ``batch.fillers``; otherwise the fit ends at such a clip"""
+    """True where ``training_step`` learns nothing from clips that ``sample_mask`` leaves out; else the fit ends"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class UnreadClipsModule(ResumableModule):
             return
         report_failed(batch, "no weight in this step")
         strategy = self.trainer.strategy
-        numbers = [len(batch) - len(batch.fillers), len(batch.failed)]
+        numbers = [int(batch.sample_mask.sum()), len(batch.failed)]
         weighed, lost = strategy.reduce(
             torch.tensor(numbers, dtype=torch.float32, device=strategy.root_device), reduce_op="sum"
         ).tolist()

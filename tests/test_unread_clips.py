@@ -272,7 +272,7 @@ def test_a_last_batch_of_one_damaged_clip_is_a_step_on_nothing(make_vlm, make_tr
 
     data = FiveLost(clip_folder, (), encoder=vlm, batch_size=4)
     data.setup("fit")
-    data.set_view(module_view(data))
+    data.connect(train_view=module_view(data))
     last = [clip for batch in data.train_dataloader() for clip in batch.video_ids][-1]
     data.lost = (last,)
     trainer = make_trainer(max_epochs=1, limit_val_batches=0)

@@ -29,19 +29,17 @@ class BatchCollator:
         self.label_index = {name: index for index, name in enumerate(label_names)}
 
     def __call__(self, items: Sequence[LoadedClip]) -> VideoBatch:
-        """Collates a batch; ``prompts`` and ``texts`` are None where there is no clip to encode."""
+        """Collates a batch; ``encoded`` is None where there is no clip to encode."""
         shown = [item for item in items if item.content is not None]
         examples = _alike(shown)
-        encoded = self.encoder.encode(examples) if examples else None
         labels = [-1 if e.sample.label is None else self.label_index[e.sample.label] for e in examples]
         return VideoBatch(
-            prompts=encoded.prompts if encoded else None,
-            texts=encoded.texts if encoded else None,
+            encoded=self.encoder.encode(examples) if examples else None,
             labels=torch.tensor(labels, dtype=torch.int64),
+            sample_mask=torch.tensor([item.failed is None and item.valid for item in shown], dtype=torch.bool),
             clips=tuple(example.sample.clip for example in examples),
-            failed=tuple(item.failed for item in items if item.failed is not None and item.counts),
+            failed=tuple(item.failed for item in items if item.failed is not None and item.valid),
             decode_ms=sum(item.decode_ms for item in items) / max(len(items), 1),
-            fillers=tuple(i for i, item in enumerate(shown) if item.failed is not None or not item.counts),
         )
 
 

@@ -27,8 +27,8 @@ class ClipKey(NamedTuple):
 
     position: int
     epoch: int
-    counts: bool = True
-    """False for a clip that only fills the last batch of a rank, so that all ranks have as many; it gets no weight"""
+    valid: bool = True
+    """False for a clip that only gives this rank as many clips as the others have; it does not count"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LoadedClip:
     content: Example | None
     """None outside of training, where the clip could not be read; in training it is a black video then"""
     decode_ms: float
-    counts: bool = True
+    valid: bool = True
     """As in ``ClipKey``"""
     failed: FailedClip | None = None
     """Why the clip could not be read"""
@@ -87,7 +87,7 @@ class ClipDataset(Dataset[LoadedClip]):
 
     def __getitem__(self, key: int | ClipKey) -> LoadedClip:
         """Reads a clip, or says why it cannot be read."""
-        position, epoch, counts = key if isinstance(key, ClipKey) else ClipKey(key, 0)
+        position, epoch, valid = key if isinstance(key, ClipKey) else ClipKey(key, 0)
         clip = self.clips[position]
         start = time.perf_counter()
         failed = None
@@ -97,8 +97,8 @@ class ClipDataset(Dataset[LoadedClip]):
             sample, failed = stand_in(clip, self.frames), FailedClip(clip, str(error))
         decode_ms = 1000 * (time.perf_counter() - start)
         if failed is not None and not self.train:
-            return LoadedClip(None, decode_ms, counts, failed)
-        return LoadedClip(Example(sample, self.view.prompt(clip), self.view.texts(clip)), decode_ms, counts, failed)
+            return LoadedClip(None, decode_ms, valid, failed)
+        return LoadedClip(Example(sample, self.view.prompt(clip), self.view.texts(clip)), decode_ms, valid, failed)
 
     def _sample(self, clip: Clip, jitter: torch.Generator | None) -> VideoSample:
         """The frames that the view shows of a clip.

@@ -74,7 +74,7 @@ class SeededSampler(ResumableSampler):
         places = range(self.rank, self.total_size, self.num_replicas)  # in the order of all ranks together
         rest = islice(zip(places, self.order(), strict=True), self.seen, None)
         clips = len(self.dataset)  # type: ignore[arg-type]
-        return (ClipKey(index, self.epoch, counts=place < clips) for place, index in rest)
+        return (ClipKey(index, self.epoch, valid=place < clips) for place, index in rest)
 
     def order(self) -> Iterator[int]:
         """This rank's positions in the order of this epoch, from its beginning."""
@@ -96,7 +96,7 @@ class EveryClipOnce(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[ClipKey]:
         """Yields this rank's positions."""
         own = [ClipKey(place, 0) for place in range(self.rank, self.total_size, self.num_replicas)]
-        return iter(own or [ClipKey(0, 0, counts=False)])
+        return iter(own or [ClipKey(0, 0, valid=False)])
 
 
 class BalancedSampler(SeededSampler):

@@ -75,8 +75,6 @@ def test_questions_and_answers_become_one_batch() -> None:
     assert len(batches) == 2
     batch: object = batches[0]
     assert isinstance(batch, VideoBatch)
-    assert batch.prompts is not None
-    assert batch.texts is not None
     assert batch.prompts.inputs["pixel_values_videos"].shape == (2, 12, 3, 64, 96)
     assert batch.labels.tolist() == [-1, -1], "nothing has a label"
     assert batch.texts.owner.tolist() == [0] * 4 + [1] * 4

@@ -62,12 +62,12 @@ def test_in_training_an_unreadable_clip_is_black_and_without_weight(make, num_wo
     (lost,) = (row for row, clip in enumerate(batch.clips) if clip.video_id == "train1")
     assert [failed.clip.video_id for failed in batch.failed] == ["train1"]
     assert "1.mp4" in batch.failed[0].error
-    assert batch.fillers == (lost,)
+    assert batch.sample_mask.tolist() == [row != lost for row in range(4)]
     frames = batch.prompts.inputs["frames"]
     assert [bool(row.any()) for row in frames] == [row != lost for row in range(4)]
     texts = [chr(row[0]) for row in batch.texts.ids]
     assert texts == [clip.label for clip in batch.clips], "what is run stays the same"
-    assert batch.weighed_texts.loss_mask.any(dim=1).tolist() == [row != lost for row in range(4)]
+    assert batch.valid_texts.loss_mask.any(dim=1).tolist() == [row != lost for row in range(4)]
 
 
 class Shapes(FakeEncoder):
@@ -91,8 +91,8 @@ def test_black_frames_are_like_those_of_the_batch(make):
     assert alone[:2] == (6, 3)
     assert alone[2] * alone[3] <= 600
     assert len(timing.indices) == 6
-    batch = collate([dataset[ClipKey(2, 0)], dataset[ClipKey(1, 0, counts=False)]])
-    assert batch.fillers == (1,)
+    batch = collate([dataset[ClipKey(2, 0)], dataset[ClipKey(1, 0, valid=False)]])
+    assert batch.sample_mask.tolist() == [True, False]
     assert not batch.failed, "it is named where it counts"
 
 
@@ -112,14 +112,16 @@ def test_what_the_system_does_not_let_read_is_no_clip_either(make, train):
 
 def test_elsewhere_it_is_set_aside(make):
     data = broken(make)
-    data.set_view(LabelView(data.task))
+    data.connect(train_view=LabelView(data.task))
     (loader,) = data.test_dataloader()
     batches = list(loader)
     assert [order([batch]) for batch in batches] == [["test0", "test2", "test3"], []]
     assert [[failed.clip.video_id for failed in batch.failed] for batch in batches] == [["test1"], ["test4"]]
     assert "1.mp4" in batches[0].failed[0].error
-    assert batches[1].prompts is None
-    assert batches[1].texts is None
+    assert len(batches[1]) == 0
+    for name in ("prompts", "texts"):
+        with pytest.raises(AssertionError, match="check len"):
+            getattr(batches[1], name)
     assert batches[1].labels.shape == (0,)
 
 

@@ -82,7 +82,7 @@ def test_twins_share_a_group_and_differ_in_label(folder: Path) -> None:
 
 def test_read_back_through_the_ordinary_path(folder: Path) -> None:
     data = porch(folder, batch_size=4, eval_batch_size=8)
-    data.set_view(LabelView(data.task))
+    data.connect(train_view=LabelView(data.task))
     data.setup("fit")
     assert data.label_names == LABELS
     seen: list[str] = []
@@ -187,7 +187,7 @@ def test_policy_labels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_monochrome_camera_writes_grey_files(tmp_path: Path) -> None:
     data = porch(tmp_path, camera="mono", train_clips=1, val_clips=1, cal_clips=1, levels=[])
-    data.set_view(LabelView(data.task))
+    data.connect(train_view=LabelView(data.task))
     frames = next(iter(data.loader("train", LabelView(data.task)))).prompts.inputs["frames"].int()
     assert (frames.amax(2) - frames.amin(2)).max() <= 3, "grey, but for what compression adds"
     assert frames.float().std() > 10
