@@ -43,12 +43,11 @@ def import_everything() -> None:
     import vidreason.callbacks.trace_writer
     import vidreason.cli.lightning
     import vidreason.cli.pipeline
-    import vidreason.datamodules.porch
+    import vidreason.datamodules.porch.data
     import vidreason.lightning_modules.calibration
     import vidreason.lightning_modules.grpo
     import vidreason.lightning_modules.sft
-    import vidreason.lightning_modules.vlms.tiny.vlm
-    import vidreason.lightning_modules.vlms.tiny.pretraining  # noqa: F401  isort: skip
+    import vidreason.lightning_modules.vlms.tiny.vlm  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, VideoDataModule
-from vidreason.datamodules.decoding import FrameOptions
-from vidreason.datamodules.rows import Row, Table, read_table
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.sources.rows import Row, Table, read_table
 from vidreason.datamodules.split_names import ALMOST_SPLITS
 from vidreason.datamodules.splits import (
     DEFAULT_FRACTIONS,

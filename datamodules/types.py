@@ -140,6 +140,21 @@ class TextBatch:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
+    def behind(self, start: int, stop: int) -> TextBatch:
+        """Returns the texts behind the prompts ``start`` to ``stop`` - 1, as rows of a batch of these prompts alone."""
+        rows = (self.owner >= start) & (self.owner < stop)
+        place = rows.cumsum(0) - 1  # New row of each row that stays.
+        length = int(self.mask[rows].sum(dim=1).max()) if bool(rows.any()) else 0
+        parent = self.parent[rows]
+        return TextBatch(
+            ids=self.ids[rows, :length],
+            mask=self.mask[rows, :length],
+            loss_mask=self.loss_mask[rows, :length],
+            answer_mask=self.answer_mask[rows, :length],
+            owner=self.owner[rows] - start,
+            parent=torch.where(parent < 0, parent, place[parent.clamp(min=0)]),
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TextBatch:
         """Returns a copy on ``device``."""
         return TextBatch(
@@ -174,42 +189,51 @@ class Encoded:
     prompts: EncodedPrompts
     texts: TextBatch
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Encoded:
+        """Returns a copy on ``device``."""
+        return Encoded(self.prompts.to(device, non_blocking), self.texts.to(device, non_blocking))
+
 
 @dataclass(frozen=True)
 class VideoBatch:
-    """A collated batch of B clips, and those that could not be read.
+    """A collated batch of B clips, and the clips that could not be read.
 
-    In training a clip that could not be read is among the B as well: a black video without weight.
+    In training a clip that could not be read is among the B as well: a placeholder video whose ``sample_mask`` is
+    False. In evaluation it is in ``failed`` only, so that B is 0 where no clip of the batch could be read.
     """
 
-    prompts: EncodedPrompts | None
-    """None only outside of training, where every clip of the batch failed"""
-    texts: TextBatch | None
+    encoded: Encoded | None
+    """None where B is 0"""
     labels: Tensor
     """[B] int64, index into the data module's ``label_names``; -1 where unlabelled"""
+    sample_mask: Tensor
+    """[B] bool, True where the clip counts. It does not count if it could not be read, or if it only gives a rank as
+    many clips as the other ranks have. All clips have to be run, so that all ranks do the same."""
     clips: tuple[Clip, ...]
     """[B]"""
     failed: tuple[FailedClip, ...] = ()
     decode_ms: float = 0.0
     """Mean milliseconds spent decoding one clip of this batch"""
-    fillers: tuple[int, ...] = ()
-    """Indices of clips without weight: they give a rank as many clips as the others have, or could not be read"""
 
     def __len__(self) -> int:
         return len(self.clips)
 
     @property
-    def counted(self) -> Tensor:
-        """[B] bool, clips that count in the loss."""
-        counted = torch.ones(len(self.clips), dtype=torch.bool, device=self.labels.device)
-        counted[list(self.fillers)] = False
-        return counted
+    def prompts(self) -> EncodedPrompts:
+        """The B prompts."""
+        assert self.encoded is not None, "a batch without a readable clip has no prompts: check len(batch) first"
+        return self.encoded.prompts
 
     @property
-    def weighed_texts(self) -> TextBatch:
-        """The texts, of which nothing counts behind fillers; what is run stays the same."""
-        assert self.texts is not None
-        rows = self.counted[self.texts.owner][:, None]
+    def texts(self) -> TextBatch:
+        """The N texts behind the prompts."""
+        assert self.encoded is not None, "a batch without a readable clip has no texts: check len(batch) first"
+        return self.encoded.texts
+
+    @property
+    def valid_texts(self) -> TextBatch:
+        """The texts with ``loss_mask`` and ``answer_mask`` False behind clips that do not count; the same rows."""
+        rows = self.sample_mask[self.texts.owner][:, None]
         return replace(self.texts, loss_mask=self.texts.loss_mask & rows, answer_mask=self.texts.answer_mask & rows)
 
     @property
@@ -219,12 +243,9 @@ class VideoBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> VideoBatch:
         """Returns a copy on ``device``; Lightning calls this to move a batch."""
-        return VideoBatch(
-            None if self.prompts is None else self.prompts.to(device, non_blocking),
-            None if self.texts is None else self.texts.to(device, non_blocking),
-            self.labels.to(device, non_blocking=non_blocking),
-            self.clips,
-            self.failed,
-            self.decode_ms,
-            self.fillers,
+        return replace(
+            self,
+            encoded=None if self.encoded is None else self.encoded.to(device, non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            sample_mask=self.sample_mask.to(device, non_blocking=non_blocking),
         )

@@ -28,11 +28,16 @@ from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceStore
 from vidreason.datamodules.types import VideoBatch
 from vidreason.datamodules.unreadable import warn_unreadable
-from vidreason.lightning_modules.decisions.deciders import AnswerDecider, Decider, DecideOptions, LikelihoodDecider
+from vidreason.lightning_modules.decisions.deciders import AnswerDecider, DecideOptions, Decider, LikelihoodDecider
 from vidreason.lightning_modules.decisions.evaluation import SplitMetrics
 from vidreason.lightning_modules.decisions.predictions import Prediction, failed_prediction
 from vidreason.lightning_modules.fit.fsdp import shard_weights
-from vidreason.lightning_modules.fit.optimizer_step import OptimizerStep, StepResult, UpdateOptions, check_trainer_options
+from vidreason.lightning_modules.fit.optimizer_step import (
+    OptimizerStep,
+    StepResult,
+    UpdateOptions,
+    check_trainer_options,
+)
 from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, check_checkpoint_file
 from vidreason.lightning_modules.fit.schedule import OptimOptions, count_steps
 from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable
@@ -44,9 +49,9 @@ from vidreason.lightning_modules.traces.generation import (
     TraceGenerator,
     TraceOptions,
 )
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions, save_adapter
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.building import POLICY, checkpoint_sha
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, save_adapter
+from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
 from vidreason.lightning_modules.weights.export import StartingWeights, export_weights, trained_state
 from vidreason.lightning_modules.weights.lineage import REVIEWED, Lineage, read_info
 from vidreason.lightning_modules.weights.parameters import set_train_mode, trainable
@@ -331,9 +336,7 @@ class VLMModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the trained weights only: the base is identified by its hash."""
-        checkpoint["state_dict"] = trained_state(
-            self, checkpoint["state_dict"], self.untrained_adapter_in_checkpoints
-        )
+        checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"], self.untrained_adapter_in_checkpoints)
 
     def lineage(self, folder: Path) -> Lineage:
         """Returns where the weights come from that are written into ``folder``."""

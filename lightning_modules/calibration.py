@@ -39,8 +39,8 @@ from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import count_or_one, label_log_probabilities
 from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.weights.lineage import Lineage
 from vidreason.lightning_modules.weights.reviewer import (
     CALIBRATOR,

@@ -62,8 +62,8 @@ from vidreason.lightning_modules.rl.rollouts import RolloutGroup
 from vidreason.lightning_modules.rl.sampler import RolloutOptions, RolloutSampler
 from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.context import prompt_tokens
-from vidreason.lightning_modules.vlms.sharding import whole
+from vidreason.lightning_modules.vlms.loading.sharding import whole
+from vidreason.lightning_modules.vlms.text.context import prompt_tokens
 from vidreason.rewards.accuracy import AccuracyReward
 from vidreason.rewards.base import RewardFn
 from vidreason.rewards.format import FormatReward

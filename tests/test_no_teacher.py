@@ -11,8 +11,8 @@ import pytest
 from vidreason.cli.demo import METHODS
 from vidreason.cli.pipeline import run_pipeline
 from vidreason.cli.pipeline_spec import read_pipeline
-from vidreason.datamodules.porch import PorchDataModule
-from vidreason.datamodules.porch_texts import RULES
+from vidreason.datamodules.porch.data import PorchDataModule
+from vidreason.datamodules.porch.texts import RULES
 from vidreason.datamodules.prompts import render_review
 from vidreason.datamodules.traces import TraceStore
 from vidreason.lightning_modules.base import VLMModule

@@ -23,8 +23,8 @@ from vidreason.lightning_modules.fit.lightning_internals import (
     shard_over_all_processes,
     torch_optimizer,
 )
-from vidreason.lightning_modules.vlms.layout import is_sharded
-from vidreason.lightning_modules.vlms.sharding import shard, whole
+from vidreason.lightning_modules.vlms.loading.sharding import shard, whole
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 
 
 class FSDP2(ModelParallelStrategy):

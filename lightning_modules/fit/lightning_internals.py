@@ -162,4 +162,3 @@ def torch_optimizer(optimizer: Optimizer) -> Optimizer:
 def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
     """Sets the data-parallel size to the number of all processes; Lightning's ``auto`` is the number of nodes."""
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
-

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vidreason.datamodules.types import VideoBatch
+from vidreason.datamodules.types import Encoded, VideoBatch
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.completions import take_prompts
 from vidreason.lightning_modules.weights.parameters import grad_norm
@@ -115,10 +115,13 @@ def split_clips(vlm: VLM, batch: VideoBatch, clips_per_forward: int | None) -> l
     size = clips_per_forward or len(batch)
     if size >= len(batch):
         return [batch]
-    device = batch.labels.device
-    starts = range(0, len(batch), size)
-    indices = [torch.arange(start, min(start + size, len(batch)), device=device) for start in starts]
-    return [batch.take(index, take_prompts(vlm, batch.prompts, index)) for index in indices]
+    parts = []
+    for start in range(0, len(batch), size):
+        stop = min(start + size, len(batch))
+        index = torch.arange(start, stop, device=batch.labels.device)
+        encoded = Encoded(take_prompts(vlm, batch.prompts, index), batch.texts.behind(start, stop))
+        parts.append(VideoBatch(encoded, batch.labels[index], batch.sample_mask[index], batch.clips[start:stop]))
+    return parts
 
 
 def check_trainer_options(trainer: L.Trainer, stage: str) -> None:

@@ -204,9 +204,7 @@ def check_same_fit(saved: Mapping[str, Any], trainer: L.Trainer, module: L.Light
         )
 
 
-def _check_batches(
-    saved: Mapping[str, Any], now: Mapping[str, Any], trainer: L.Trainer, data: VideoDataModule
-) -> None:
+def _check_batches(saved: Mapping[str, Any], now: Mapping[str, Any], trainer: L.Trainer, data: VideoDataModule) -> None:
     before, ranks = saved["clips_per_batch"], trainer.world_size
     if before == now["clips_per_batch"]:
         return

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vidreason.lightning_modules.fit.lightning_internals import CheckpointWriter, batches_done, batches_per_epoch
 from vidreason.lightning_modules.fit.skip_unreadable import TooManyUnreadableError
 from vidreason.lightning_modules.fit.stopping import stopped_consistently
-from vidreason.lightning_modules.vlms.weight_folders import read_info
+from vidreason.lightning_modules.vlms.loading.weight_folders import read_info
 from vidreason.lightning_modules.weights.lineage import Lineage
 from vidreason.signals import StopNow
 

@@ -12,8 +12,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 from transformers import get_scheduler
 
-from vidreason.datamodules.clip_order import batches_of_an_epoch
-from vidreason.lightning_modules.vlms.layout import is_sharded
+from vidreason.datamodules.clips.samplers import batches_of_an_epoch
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 from vidreason.lightning_modules.weights.parameters import trainable
 
 

@@ -18,11 +18,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.atomic_files import whole_file
+from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.splits import first_five
 from vidreason.datamodules.types import FailedClip, VideoBatch
 from vidreason.datamodules.unreadable import warn_unreadable
-from vidreason.datamodules.whole_files import whole_file
 from vidreason.lightning_modules.fit.ranks import gather_objects
 
 UNREADABLE_FILE = "unreadable.csv"
@@ -96,9 +96,7 @@ class SkipUnreadable(L.Callback):
                 "disk) and resume, or let vidreason init leave them out and start again"
             )
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Drops the gradient of an automatically optimised step without samples: weight decay would move the weights.
 
         A gradient scaler needs gradients, so it keeps them.

@@ -16,9 +16,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from vidreason.lightning_modules.rl.microbatch import MicroBatch
-from vidreason.lightning_modules.vlms.adapters import copy_adapter, use_adapter
 from vidreason.lightning_modules.vlms.base import VLM, Scores
-from vidreason.lightning_modules.vlms.building import POLICY
+from vidreason.lightning_modules.vlms.loading.adapters import copy_adapter, use_adapter
+from vidreason.lightning_modules.vlms.loading.building import POLICY
 
 REFERENCE = "reference"
 """Name of the reference adapter in memory and in checkpoints."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.clip_dataset import LoadedClip
+from vidreason.datamodules.clips.dataset import LoadedClip
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.trace_parts import join_parts, own_part
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
@@ -131,9 +131,7 @@ def sample_texts(
     form: CompletionForm = THINK_FORM,
 ) -> tuple[tuple[Completion, ...], ...]:
     """Samples texts about every clip of a batch, [B][K]; the noise depends on the seed, the clip and the sample."""
-    return generate_completions(
-        vlm, model, batch.prompts, batch.clips, samples, sampling, seed, form=form
-    ).completions
+    return generate_completions(vlm, model, batch.prompts, batch.clips, samples, sampling, seed, form=form).completions
 
 
 class RankShard(NamedTuple):

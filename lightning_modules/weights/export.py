@@ -11,9 +11,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vidreason.lightning_modules.vlms.adapters import save_adapter
-from vidreason.lightning_modules.vlms.building import POLICY
-from vidreason.lightning_modules.vlms.weight_folders import adapter_sha, is_adapter_folder, save_weights
+from vidreason.lightning_modules.vlms.loading.adapters import save_adapter
+from vidreason.lightning_modules.vlms.loading.building import POLICY
+from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha, is_adapter_folder, save_weights
 
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FOLDER = "weights"

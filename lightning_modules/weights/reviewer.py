@@ -12,7 +12,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from vidreason.lightning_modules.vlms.adapters import (
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading.adapters import (
     LoRAOptions,
     attach_lora,
     copy_adapter,
@@ -20,8 +21,7 @@ from vidreason.lightning_modules.vlms.adapters import (
     save_adapter,
     use_adapter,
 )
-from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.building import POLICY
+from vidreason.lightning_modules.vlms.loading.building import POLICY
 from vidreason.lightning_modules.weights.export import ADAPTER_FOLDER, StartingWeights
 
 CALIBRATOR = "calibrator"

@@ -6,8 +6,8 @@
       vidreason.json         lineage, and: temperature, input, objective, policy, samples, sampling
       policy/                copy of the policy's adapter, where it has one
 
-``policy`` is the path of the policy relative to ``adapter/``: ``policy`` for the copy, the path of a ``weights/`` folder
-after full fine-tuning (so that a run folder can be moved as a whole), or null for the base.
+``policy`` is the path of the policy relative to ``adapter/``: ``policy`` for the copy, the path of a ``weights/``
+folder after full fine-tuning (so that a run folder can be moved as a whole), or null for the base.
 """
 
 from __future__ import annotations

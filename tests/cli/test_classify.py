@@ -13,7 +13,7 @@ from vidreason import VideoClassifier
 from vidreason.cli.finished_run import find_stage
 from vidreason.cli.main import main
 from vidreason.cli.pipeline_state import RunState, StageRecord
-from vidreason.datamodules.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
 
 small_base = world.small_base
 

@@ -4,7 +4,7 @@ import pytest
 
 from vidreason.cli import init_frames
 from vidreason.cli.init_frames import suggest_frames
-from vidreason.datamodules.probing import ClipProbe
+from vidreason.datamodules.sources.probing import ClipProbe
 from vidreason.lightning_modules.vlms.tiny.configuration import TinyVLMConfig
 
 

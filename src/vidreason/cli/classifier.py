@@ -23,8 +23,8 @@ from torch import Tensor
 from vidreason.cli import lightning
 from vidreason.cli.finished_run import FinishedStage, find_stage
 from vidreason.cli.pipeline_commands import quietly
-from vidreason.datamodules.asked import ASKED, AskedClips, KnownClips
 from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.inference_data import ASKED, AskedClips, KnownClips
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip, VideoBatch
 from vidreason.lightning_modules.base import VLMModule

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vidreason.cli.main import EXIT_ERROR, EXIT_OK
 from vidreason.cli.options import CommandParser
 from vidreason.cli.table import percent, render_table
-from vidreason.datamodules.folders import clips_below
+from vidreason.datamodules.sources.folders import clips_below
 
 if TYPE_CHECKING:
     from vidreason.cli.classifier import Decision

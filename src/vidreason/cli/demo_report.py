@@ -12,7 +12,7 @@ from vidreason.cli.pipeline_spec import read_pipeline
 from vidreason.cli.pipeline_state import RunState, artefact_path
 from vidreason.cli.summary import Prediction, SummaryRow, load_rows, read_predictions, save_rows
 from vidreason.cli.table import decimal, percent, render_table
-from vidreason.datamodules.whole_files import write_text
+from vidreason.datamodules.atomic_files import write_text
 
 if TYPE_CHECKING:
     from vidreason.datamodules.types import Clip

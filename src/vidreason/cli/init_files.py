@@ -17,7 +17,7 @@ from vidreason.datamodules.split_names import STANDARD_SPLITS
 
 if TYPE_CHECKING:  # all of them need torch
     from vidreason.cli.init_frames import FrameSuggestion
-    from vidreason.datamodules.probing import ClipProbe
+    from vidreason.datamodules.sources.probing import ClipProbe
     from vidreason.datamodules.types import Clip
 
 MANIFEST, UNREADABLE, TASK, DATA, README = FILES = (

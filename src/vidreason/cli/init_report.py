@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from vidreason.cli.init_files import UNREADABLE, LeftOut, printable
 from vidreason.cli.table import render_table
-from vidreason.datamodules.sources import Source
+from vidreason.datamodules.sources.source import Source
 
 if TYPE_CHECKING:  # all of them need torch
     from vidreason.cli.init_frames import FrameSuggestion
-    from vidreason.datamodules.new_splits import Assignment
-    from vidreason.datamodules.probing import ClipProbe
+    from vidreason.datamodules.sources.new_splits import Assignment
+    from vidreason.datamodules.sources.probing import ClipProbe
     from vidreason.datamodules.types import Clip
 
 FEW_CLIPS = 10

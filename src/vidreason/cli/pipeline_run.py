@@ -26,7 +26,7 @@ from vidreason.cli.stage_inputs import StageInputs
 from vidreason.cli.summary import write_summary
 from vidreason.cli.timetable import Timetable, seconds_taken
 from vidreason.cli.usage import cpu_seconds, gpus_used, reset_gpu_peak
-from vidreason.datamodules.whole_files import write_text
+from vidreason.datamodules.atomic_files import write_text
 
 
 class PipelineRun:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from vidreason.cli.pipeline_spec import ARTEFACT_FILES, Artefact
-from vidreason.datamodules.whole_files import write_text
+from vidreason.datamodules.atomic_files import write_text
 
 Status = Literal["running", "interrupted", "failed", "finished", "skipped"]
 STATE_FILE = "state.json"

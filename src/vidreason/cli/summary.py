@@ -17,7 +17,7 @@ from pathlib import Path
 from vidreason.cli.pipeline_spec import PipelineSpec
 from vidreason.cli.pipeline_state import RunState, artefact_path
 from vidreason.cli.table import decimal, percent, render_table
-from vidreason.datamodules.whole_files import write_text
+from vidreason.datamodules.atomic_files import write_text
 
 ECE_BINS = 15
 _Z = 1.959963984540054  # 97.5 % point of the normal distribution
