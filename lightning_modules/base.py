@@ -1,8 +1,8 @@
 """The base of every stage: a vision-language model under a trainer, which decides about clips and writes about them.
 
 ``VLMModule`` keeps what Lightning asks of a module. Everything else is an object that it has (a decider, a trace
-generator) or a callback that it attaches (resuming, unreadable clips). It is complete by itself: ``vidreason test`` runs
-it as zero-shot classifier (or, with ``adapter_path``, as the model of any stage but calibration), and ``vidreason
+generator) or a callback that it attaches (resuming, unreadable clips). It is complete by itself: ``vidreason test``
+runs it as zero-shot classifier (or, with ``adapter_path``, as the model of any stage but calibration), and ``vidreason
 predict`` lets it write descriptions or traces. A training stage subclasses it and adds ``training_step``.
 
 Shape letters: B clips, C classes, K samples per clip.
@@ -25,12 +25,11 @@ from torch.distributed.checkpoint.stateful import Stateful
 from vidreason.datamodules.base import VideoDataModule, run_seed
 from vidreason.datamodules.prompts import ClipView, DescribeView, ReasonView
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.traces import TraceStore
 from vidreason.datamodules.types import VideoBatch
 from vidreason.datamodules.unreadable import warn_unreadable
 from vidreason.lightning_modules.decisions.deciders import AnswerDecider, DecideOptions, Decider, LikelihoodDecider
-from vidreason.lightning_modules.decisions.evaluation import SplitMetrics
-from vidreason.lightning_modules.decisions.predictions import Prediction, failed_prediction
+from vidreason.lightning_modules.decisions.evaluation import SplitMetrics, evaluate_batch
+from vidreason.lightning_modules.decisions.predictions import Prediction
 from vidreason.lightning_modules.fit.fsdp import shard_weights
 from vidreason.lightning_modules.fit.optimizer_step import (
     OptimizerStep,
@@ -42,13 +41,7 @@ from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, ch
 from vidreason.lightning_modules.fit.schedule import OptimOptions, count_steps
 from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable
 from vidreason.lightning_modules.fit.stopping import run_unless_stopped
-from vidreason.lightning_modules.traces.generation import (
-    TRACES_FILE,
-    RankShard,
-    TraceFile,
-    TraceGenerator,
-    TraceOptions,
-)
+from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, complete_clips
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
@@ -82,7 +75,7 @@ class VLMModule(L.LightningModule):
     skipped; otherwise the fit ends at such a clip."""
     trained_adapter: ClassVar[str] = POLICY
     """Name in memory of the adapter that is trained."""
-    untrained_adapter_in_checkpoints: ClassVar[str | None] = None
+    also_saved_adapter: ClassVar[str | None] = None
     """Name of an adapter that checkpoints hold although it is not trained."""
     scales_probabilities: ClassVar[bool] = False
     """Whether decisions carry probabilities from before and after temperature scaling."""
@@ -117,6 +110,7 @@ class VLMModule(L.LightningModule):
         self.checkpoint_to_resume: Path | None = None
         """Checked before a stage writes texts that it lacks; Lightning names its checkpoint only after that."""
         self._start: StartingWeights | None = None
+        self._written: frozenset[str] = frozenset()  # Clips whose texts an earlier ``predict`` has written.
         self._fit_callbacks: list[Callback] = [ResumeFit(), SkipUnreadable()]
 
     # ------------------------------------------------------------------ where it runs
@@ -156,22 +150,20 @@ class VLMModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Connects the data module; the data are ready here, the weights are not."""
         check_attached(self.trainer, self._fit_callbacks, type(self).__name__)
-        self.read_artefacts(self.data.task)
+        data, task = self.data, self.data.task
+        self.read_artefacts(task)
         if stage == "predict":
             self.trainer.predict_loop.return_predictions = False  # Callbacks write them; they need not stay in memory.
-            view = self.trace_generator(self.data.task).view
-            self.data.connect(batch_size=self.batch_size, train_view=view, eval_view=view)
+            view = self.trace_generator(task).view
+            data.connect(batch_size=self.batch_size, train_view=view, eval_view=view)
+            self._written = complete_clips(self.trainer, data, data.predict_splits, self.traces.samples)
             return
-        task = self.data.task
-        self.data.connect(
-            batch_size=self.batch_size, train_view=self.train_view(task), eval_view=self.decider(task).view
-        )
-        splits = self.data.test_split_names if stage == "test" else ("val",)
-        names, scaled = self.data.label_names, self.scales_probabilities
-        self.metrics = nn.ModuleDict({_metric_key(split): SplitMetrics(names, scaled) for split in splits})
+        data.connect(batch_size=self.batch_size, train_view=self.train_view(task), eval_view=self.decider(task).view)
+        splits, scaled = data.test_split_names if stage == "test" else ("val",), self.scales_probabilities
+        self.metrics = nn.ModuleDict({_metric_key(s): SplitMetrics(data.label_names, scaled) for s in splits})
 
     def read_artefacts(self, task: Task) -> None:
-        """Reads what folders of earlier stages say, before weights are built; a stage with such folders overrides it."""
+        """Reads what folders of earlier stages say, before weights are built; does nothing by default."""
 
     def train_view(self, task: Task) -> ClipView:
         """Returns what a clip shows in training."""
@@ -184,17 +176,11 @@ class VLMModule(L.LightningModule):
         return AnswerDecider(task, self.decide.samples, self.decide.sampling, self.seed, self.completion)
 
     def trace_generator(self, task: Task, kind: str | None = None) -> TraceGenerator:
-        """Returns the object that writes texts about clips with the weights that the stage starts from.
-
-        Args:
-            task: Classes and prompts.
-            kind: ``describe`` or ``reason``; None takes ``traces.kind``.
-        """
+        """Returns the object that lets the starting weights write texts of a kind; None is ``traces.kind``."""
         describe = (kind or self.traces.kind) == "describe"
-        hint = self.traces.label_hint
-        view = DescribeView(task, label_hint=hint) if describe else ReasonView(task, form=self.completion)
-        sha = self.start.sha
-        return TraceGenerator(self.vlm, view, self.traces, self.completion, self.seed, sha, task.sha())
+        hint, form = self.traces.label_hint, self.completion
+        view = DescribeView(task, label_hint=hint) if describe else ReasonView(task, form=form)
+        return TraceGenerator(self.vlm, view, self.traces, form, self.seed, self.start.sha, task.sha())
 
     # ------------------------------------------------------------------ weights
 
@@ -237,25 +223,6 @@ class VLMModule(L.LightningModule):
     def prepare_views(self) -> None:
         """Completes the views with texts that the weights have to write; called before the loaders are made."""
 
-    def write_traces(self, generator: TraceGenerator, splits: Sequence[str], known: Sequence[str] = ()) -> TraceStore:
-        """Lets the starting weights write the texts about ``splits`` that the run folder lacks.
-
-        It is called in ``configure_model``, before a checkpoint is restored, so that all texts of a resumed run were
-        written by the same weights.
-
-        Args:
-            generator: Who writes.
-            splits: Names of the splits.
-            known: Ids of clips whose texts are elsewhere.
-        """
-        if next(self.policy.parameters()).device != self.device:
-            self.policy.to(self.device)
-        trainer = self.trainer
-        shard = RankShard(trainer.global_rank, trainer.world_size, partial(trainer.strategy.barrier, "write_traces"))
-        file = TraceFile(Path(trainer.default_root_dir) / TRACES_FILE, generator, self.data, shard)
-        with trainer.precision_plugin.forward_context():
-            return file.complete(self.policy, splits, self.device, known)
-
     # ------------------------------------------------------------------ optimisation
 
     def configure_optimizers(self) -> Any:
@@ -281,31 +248,19 @@ class VLMModule(L.LightningModule):
         assert isinstance(metrics, SplitMetrics)
         return metrics
 
-    def evaluate_batch(self, batch: VideoBatch, split: str) -> dict[str, tuple[Prediction, ...]]:
-        """Decides about a batch and updates the metrics of its split; clips that could not be read count as wrong.
-
-        Returns:
-            ``{"predictions": ...}``, one line for every clip of the batch, for callbacks.
-        """
-        if len(batch) and not bool(batch.sample_mask.any()):
-            return {"predictions": ()}  # A rank without a clip of its own runs one that does not count.
-        warn_unreadable(batch, f"counted wrong in {split}")
-        names = self.data.label_names
-        predictions = [failed_prediction(failed, split, names) for failed in batch.failed]
-        decisions = self.decider(self.data.task).decide(self.vlm, self.policy, batch) if len(batch) else None
-        if decisions is not None:
-            predictions += [decisions.prediction(b, clip, split, names) for b, clip in enumerate(batch.clips)]
-        self.metrics_of(split).update(batch, decisions)
-        return {"predictions": tuple(predictions)}
+    def evaluate(self, batch: VideoBatch, split: str) -> dict[str, tuple[Prediction, ...]]:
+        """Decides about a batch; the predictions go to callbacks."""
+        decider, metrics = self.decider(self.data.task), self.metrics_of(split)
+        return {"predictions": evaluate_batch(decider, self.vlm, self.policy, batch, split, metrics)}
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> Any:
         """Decides about a batch of ``val``; after a signal to one of several ranks it passes over the rest."""
         nothing: dict[str, tuple[Prediction, ...]] = {"predictions": ()}
-        return run_unless_stopped(self.trainer.strategy, partial(self.evaluate_batch, batch, "val"), nothing)
+        return run_unless_stopped(self.trainer.strategy, partial(self.evaluate, batch, "val"), nothing)
 
     def test_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Decides about a batch of a test split."""
-        return self.evaluate_batch(batch, self.data.test_split_names[dataloader_idx])
+        return self.evaluate(batch, self.data.test_split_names[dataloader_idx])
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/*``."""
@@ -317,16 +272,12 @@ class VLMModule(L.LightningModule):
             self.log_dict(self.metrics_of(split).compute(split))
 
     def predict_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Writes texts about a batch.
-
-        Returns:
-            ``{"traces": ...}``, the records, for ``callbacks/trace_writer.py``.
-        """
+        """Writes texts about a batch; the records go to ``callbacks/trace_writer.py``."""
         warn_unreadable(batch, "no text written")
-        if len(batch) and not bool(batch.sample_mask.any()):
+        if not bool(batch.sample_mask.any()) or self._written.issuperset(batch.video_ids):
             return {"traces": ()}
-        generator = self.trace_generator(self.data.task)
-        return {"traces": tuple(generator.records(self.policy, batch, self.data.label_names))}
+        records = self.trace_generator(self.data.task).records(self.policy, batch, self.data.label_names)
+        return {"traces": tuple(record for record in records if record.video_id not in self._written)}
 
     # ------------------------------------------------------------------ checkpoints and artefacts
 
@@ -336,7 +287,7 @@ class VLMModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the trained weights only: the base is identified by its hash."""
-        checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"], self.untrained_adapter_in_checkpoints)
+        checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"], self.also_saved_adapter)
 
     def lineage(self, folder: Path) -> Lineage:
         """Returns where the weights come from that are written into ``folder``."""

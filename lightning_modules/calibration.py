@@ -38,7 +38,7 @@ from vidreason.lightning_modules.fit.optimizer_step import split_clips
 from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import count_or_one, label_log_probabilities
-from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions
+from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, write_run_traces
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.weights.lineage import Lineage
@@ -179,7 +179,8 @@ class CalibrationModule(VLMModule):
             return found
         writer = self.adapter_path or "the base"
         self.print(f"calibration: {writer} writes {samples} traces per clip of {', '.join(lacking)}")
-        return {**self.write_traces(generator, lacking, list(found)).by_video(kept_only=False), **found}
+        store = write_run_traces(self.trainer, self.policy, generator, self.data, lacking, found)
+        return {**store.by_video(kept_only=False), **found}
 
     # ------------------------------------------------------------------ training
 

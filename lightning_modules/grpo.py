@@ -130,7 +130,7 @@ class GRPOModule(VLMModule):
 
     stage: ClassVar[str] = "grpo"
     supports_masked_samples: ClassVar[bool] = True
-    untrained_adapter_in_checkpoints: ClassVar[str | None] = REFERENCE
+    also_saved_adapter: ClassVar[str | None] = REFERENCE
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ from vidreason.lightning_modules.fit.optimizer_step import split_clips
 from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import TextLoss, weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import TokenCounts, count_tokens
-from vidreason.lightning_modules.traces.generation import TRACES_FILE, TraceGenerator
+from vidreason.lightning_modules.traces.generation import TRACES_FILE, TraceGenerator, write_run_traces
 from vidreason.lightning_modules.traces.targets import (
     TargetOptions,
     Texts,
@@ -121,7 +121,7 @@ class RationaleSFTModule(VLMModule):
             return store
         writer = self.adapter_path or "the base"
         self.print(f"{self.stage_name}: no traces_file given; {writer} writes {self.traces.samples} texts per clip")
-        return self.write_traces(generator, ("train",))
+        return write_run_traces(self.trainer, self.policy, generator, self.data, ("train",))
 
     # ------------------------------------------------------------------ training
 

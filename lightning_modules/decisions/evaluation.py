@@ -1,4 +1,4 @@
-"""The metrics of the splits that a run evaluates, before and after temperature scaling.
+"""Decides about the batches of a split and keeps its metrics, before and after temperature scaling.
 
 Shape letters: B readable clips of a batch, F unreadable ones, C classes.
 """
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vidreason.datamodules.types import VideoBatch
+from vidreason.datamodules.unreadable import warn_unreadable
+from vidreason.lightning_modules.decisions.deciders import Decider
 from vidreason.lightning_modules.decisions.metrics import UNDECIDED, ClassificationMetrics
-from vidreason.lightning_modules.decisions.predictions import BatchDecisions
+from vidreason.lightning_modules.decisions.predictions import BatchDecisions, Prediction, failed_prediction
+from vidreason.lightning_modules.vlms.base import VLM
 
 _SCALED = ("ece", "nll", "brier")
 """Metrics that temperature scaling changes; they are logged a second time as ``<name>_scaled``."""
@@ -70,3 +73,23 @@ class SplitMetrics(nn.Module):
             values |= {f"{name}_scaled": after[name] for name in _SCALED}
             self.scaled.reset()
         return {f"{split}/{name}": value for name, value in values.items()}
+
+
+def evaluate_batch(
+    decider: Decider, vlm: VLM, model: nn.Module, batch: VideoBatch, split: str, metrics: SplitMetrics
+) -> tuple[Prediction, ...]:
+    """Decides about a batch and updates the metrics of its split; clips that could not be read count as wrong.
+
+    Returns:
+        A prediction for every clip of the batch, unreadable ones first.
+    """
+    if len(batch) and not bool(batch.sample_mask.any()):
+        return ()  # A rank without a clip of its own runs one that does not count.
+    warn_unreadable(batch, f"counted wrong in {split}")
+    names = metrics.label_names
+    decisions = decider.decide(vlm, model, batch) if len(batch) else None
+    metrics.update(batch, decisions)
+    predictions = [failed_prediction(failed, split, names) for failed in batch.failed]
+    if decisions is not None:
+        predictions += [decisions.prediction(b, clip, split, names) for b, clip in enumerate(batch.clips)]
+    return tuple(predictions)

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.fabric.strategies.model_parallel import _load_raw_module_state
@@ -20,9 +20,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-if TYPE_CHECKING:
-    from vidreason.lightning_modules.fit.progress import FitProgress
 
 # ---------------------------------------------------------------------------------------------------- loop counters
 
@@ -42,8 +39,10 @@ def set_logged_steps(trainer: L.Trainer, steps: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = steps
 
 
-def write_loop_state(loops: dict[str, Any], progress: FitProgress) -> None:
-    """Rewrites the state of the fit loop in a loaded checkpoint, in place, so that it resumes at ``progress``.
+def write_loop_state(
+    loops: dict[str, Any], batches: int, per_epoch: int, validation_due: bool, logged_steps: int
+) -> None:
+    """Rewrites the state of the fit loop in a loaded checkpoint, in place, so that the fit goes on after ``batches``.
 
     Lightning saves its loops as they stand: in the middle of a batch, at an epoch's end, or in a validation. On restart
     it draws a different conclusion from each. The counters written here are those of one well-defined place, between
@@ -51,26 +50,28 @@ def write_loop_state(loops: dict[str, Any], progress: FitProgress) -> None:
 
     Args:
         loops: ``checkpoint["loops"]["fit_loop"]``.
-        progress: Where the fit goes on.
+        batches: Finished batches since the fit began.
+        per_epoch: Batches per epoch.
+        validation_due: Whether the validation after the last batch is still to be made.
+        logged_steps: Steps as loggers count them.
     """
-    done = progress.batches
-    epoch, batch = divmod(max(done - 1, 0), progress.per_epoch)
-    in_epoch = min(done, batch + 1)
-    begun = int(done > 0)
+    epoch, batch = divmod(max(batches - 1, 0), per_epoch)
+    in_epoch = min(batches, batch + 1)
+    begun = int(batches > 0)
     loops["epoch_progress"] = _total_and_current(_counters(epoch + begun, processed=epoch, completed=epoch))
     # At the end of a batch Lightning's own hooks run before the batch counts as completed.
-    open_batch = begun and not progress.validation_due
+    open_batch = begun and not validation_due
     loops["epoch_loop.batch_progress"] = {
-        "total": _counters(done, completed=done - open_batch),
+        "total": _counters(batches, completed=batches - open_batch),
         "current": _counters(in_epoch, completed=in_epoch - open_batch),
-        "is_last_batch": begun == 1 and in_epoch == progress.per_epoch,
+        "is_last_batch": begun == 1 and in_epoch == per_epoch,
     }
-    begun_validation = int(progress.validation_due)
+    begun_validation = int(validation_due)
     loops["epoch_loop.val_loop.batch_progress"] = {
         **_total_and_current(_counters(begun_validation, processed=0, completed=0)),
         "is_last_batch": False,
     }
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = progress.logged_steps - begun
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = logged_steps - begun
 
 
 def _counters(ready: int, processed: int | None = None, completed: int | None = None) -> dict[str, int]:
@@ -116,11 +117,11 @@ class CheckpointWriter(ModelCheckpoint):
         """Returns the metrics that a checkpoint written now would be judged by."""
         return self._monitor_candidates(trainer)
 
-    def save_best(self, trainer: L.Trainer, metrics: Mapping[str, Tensor]) -> None:
+    def write_best(self, trainer: L.Trainer, metrics: Mapping[str, Tensor]) -> None:
         """Writes a checkpoint if ``metrics`` are among the best so far."""
         self._save_topk_checkpoint(trainer, dict(metrics))
 
-    def save_last(self, trainer: L.Trainer) -> None:
+    def write_last(self, trainer: L.Trainer) -> None:
         """Writes ``last.ckpt``."""
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 

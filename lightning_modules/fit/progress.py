@@ -9,7 +9,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from vidreason.lightning_modules.fit.lightning_internals import batches_done, batches_per_epoch
+from vidreason.lightning_modules.fit.lightning_internals import (
+    batches_done,
+    batches_per_epoch,
+    write_loop_state,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class FitProgress:
     def at_epoch_end(self) -> bool:
         """Whether the next batch is the first of an epoch."""
         return self.batches % self.per_epoch == 0
+
+    def write_into(self, loops: dict[str, Any]) -> None:
+        """Makes Lightning's fit loop go on from here; ``loops`` is ``checkpoint["loops"]["fit_loop"]``."""
+        write_loop_state(loops, self.batches, self.per_epoch, self.validation_due, self.logged_steps)
 
     def state(self) -> dict[str, Any]:
         """Returns the fields as a checkpoint stores them."""

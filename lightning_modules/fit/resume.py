@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.types import Clip
-from vidreason.lightning_modules.fit.lightning_internals import batches_done, set_logged_steps, write_loop_state
+from vidreason.lightning_modules.fit.lightning_internals import batches_done, set_logged_steps
 from vidreason.lightning_modules.fit.progress import FitProgress
 from vidreason.lightning_modules.fit.ranks import gather_objects
 from vidreason.lightning_modules.fit.rng import random_state, seed_batch, set_random_state
@@ -99,7 +99,7 @@ class ResumeFit(L.Callback):
         check_same_fit(saved, trainer, pl_module)
         _check_learnt_clips(saved, trainer)
         self._resumed = FitProgress(**saved["progress"])
-        write_loop_state(checkpoint["loops"]["fit_loop"], self._resumed)
+        self._resumed.write_into(checkpoint["loops"]["fit_loop"])
         if len(saved["random"]) == trainer.world_size:
             self._random_state = saved["random"][trainer.global_rank]
 

@@ -152,8 +152,8 @@ class RunCheckpoint(CheckpointWriter):
         self._saved_at, metrics = batches_done(trainer), self._validated
         self._validated = {}
         if metrics:
-            self.save_best(trainer, metrics)
-        self.save_last(trainer)
+            self.write_best(trainer, metrics)
+        self.write_last(trainer)
 
     def after_save(self, trainer: L.Trainer, path: Path) -> None:
         """Writes the adapter beside the checkpoint."""

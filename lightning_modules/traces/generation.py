@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import lightning as L
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -237,3 +239,43 @@ class TraceFile:
                 collate_fn=loader.collate_fn,
                 worker_init_fn=loader.worker_init_fn,
             )
+
+
+def write_run_traces(
+    trainer: L.Trainer,
+    model: nn.Module,
+    generator: TraceGenerator,
+    data: VideoDataModule,
+    splits: Sequence[str],
+    known: Collection[str] = (),
+) -> TraceStore:
+    """Lets a stage's starting weights write the texts about ``splits`` that its run folder lacks.
+
+    Call it in ``configure_model``, before a checkpoint is restored, so that all texts of a resumed run were written by
+    the same weights.
+
+    Args:
+        trainer: The stage's; its ranks share the work.
+        model: The starting weights.
+        generator: Who writes.
+        data: Where the clips are.
+        splits: Names of the splits.
+        known: Ids of clips that are passed over because their texts are elsewhere.
+    """
+    strategy = trainer.strategy
+    device = strategy.root_device
+    if next(model.parameters()).device != device:
+        model.to(device)
+    shard = RankShard(trainer.global_rank, trainer.world_size, partial(strategy.barrier, "write_traces"))
+    file = TraceFile(Path(trainer.default_root_dir) / TRACES_FILE, generator, data, shard)
+    with torch.device("cpu"), trainer.precision_plugin.forward_context():  # A strategy may set another default device.
+        return file.complete(model, splits, device, known)
+
+
+def complete_clips(trainer: L.Trainer, data: VideoDataModule, splits: Sequence[str], samples: int) -> frozenset[str]:
+    """Returns the ids of the clips about which the run folder holds all ``samples`` texts."""
+    path = Path(trainer.default_root_dir) / TRACES_FILE
+    if not path.exists():
+        return frozenset()
+    ids = [clip.video_id for split in splits for clip in data.clips(split)]
+    return frozenset(ids) - frozenset(TraceStore.open(path).missing(ids, samples))
