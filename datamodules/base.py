@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -34,19 +34,11 @@ from vidreason.datamodules.splits import (
     write_splits,
 )
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import Clip, Encoded, Example
+from vidreason.datamodules.types import BatchEncoder, Clip
 
 _LOG = logging.getLogger(__name__)
 
 DEFAULT_FRAMES = FrameOptions()
-
-
-class BatchEncoder(Protocol):
-    """Turns examples into tensors; implemented by every model family. It is pickled into worker processes."""
-
-    def encode(self, examples: Sequence[Example]) -> Encoded:
-        """Encodes B clips with their prompts and the N texts behind them."""
-        ...
 
 
 def run_seed(seed: int | None) -> int:

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vidreason.datamodules.base import BatchEncoder, VideoDataModule
+from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.dataset import ClipDataset
 from vidreason.datamodules.clips.decoded import DecodedVideo
 from vidreason.datamodules.clips.decoding import FrameOptions, take_frames
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.sources.probing import content_sha
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import Clip
+from vidreason.datamodules.types import BatchEncoder, Clip
 
 ASKED = "asked"
 """The split of the clips that are asked about."""
