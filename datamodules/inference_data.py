@@ -13,8 +13,8 @@ from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.dataset import ClipDataset
 from vidreason.datamodules.clips.decoded import DecodedVideo
 from vidreason.datamodules.clips.decoding import FrameOptions, take_frames
+from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.prompts import ClipView
-from vidreason.datamodules.sources.probing import content_sha
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import BatchEncoder, Clip
 

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
 from vidreason.datamodules.clips.placeholder_video import blackened, stand_in
+from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.prompts import ClipView
-from vidreason.datamodules.sources.probing import content_sha
 from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
 
 

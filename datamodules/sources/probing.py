@@ -6,7 +6,6 @@ time limit, and a worker that exceeds it or dies is replaced.
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import re
@@ -20,9 +19,9 @@ from pebble import ProcessExpired, ProcessPool
 
 from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.file_hash import content_sha
 
 _LOOK = FrameOptions(num_frames=4)  # spread over the clip; four frames of a 4K video are 100 MB, and a copy of them
-_HASH_DIGITS = 16
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -52,12 +51,6 @@ class Unreadable:
     """Why a clip cannot be used."""
 
     reason: str
-
-
-def content_sha(path: Path) -> str:
-    """The first 16 hex digits of the SHA-256 of a file: the same clip under any name."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_HASH_DIGITS]
 
 
 def probe_clip(path: Path) -> ClipProbe:

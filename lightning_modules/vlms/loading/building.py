@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from vidreason.datamodules.file_hash import files_sha
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, attach_lora, load_adapter
 from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE, is_adapter_folder, read_info
 
@@ -163,14 +163,8 @@ def checkpoint_sha(path: str) -> str:
     with readable(path):
         config = cached_file(path, "config.json")
     assert config is not None
-    digest = hashlib.sha256()
-    for file in sorted(Path(config).parent.iterdir()):
-        if file.suffix in CHECKPOINT_FILES and file.name != INFO_FILE:
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()
+    files = sorted(Path(config).parent.iterdir())
+    return files_sha(file for file in files if file.suffix in CHECKPOINT_FILES and file.name != INFO_FILE)
 
 
 def _dtype(name: str) -> torch.dtype:
