@@ -208,8 +208,3 @@ def _same_trainable(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         _restore(flags)
-
-
-def trainable_names(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters that take gradients."""
-    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
