@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.loading.sharding import shard, whole
+from vidreason.lightning_modules.vlms.loading.sharding import shard, unsharded
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 
 
@@ -113,7 +113,7 @@ class ShardedModule(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Gathers sharded weights: ranks may have unequal numbers of batches."""
-        self._gathered.enter_context(whole(self.weights()[0]))
+        self._gathered.enter_context(unsharded(self.weights()[0]))
 
     def on_validation_end(self) -> None:
         """Shards them again."""

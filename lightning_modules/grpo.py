@@ -43,7 +43,7 @@ from vidreason.lightning_modules.interrupts import stop_together, unless_stopped
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.vlms.base import VLM, Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.loading.sharding import whole
+from vidreason.lightning_modules.vlms.loading.sharding import unsharded
 from vidreason.rewards.accuracy import AccuracyReward
 from vidreason.rewards.base import RewardFn
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
@@ -247,7 +247,7 @@ class GRPOModule(PolicyModule):
 
         with ExitStack() as gathered:
             with clock("gen"):
-                gathered.enter_context(whole(self.policy))
+                gathered.enter_context(unsharded(self.policy))
             rolled: list[Rolled] = unless_stopped(self.trainer.strategy, sampled, [])
         stop_together(self.trainer.strategy)
         return rolled

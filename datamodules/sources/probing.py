@@ -60,7 +60,7 @@ def probe_clip(path: Path) -> ClipProbe:
         DecodeError: where no frame can be read; the message does not repeat the path.
     """
     try:
-        _refuse_stand_ins(path)
+        _check_not_lfs_pointer(path)
         video = read_frames(path, _LOOK)
         sha = content_sha(path)
     except DecodeError as error:
@@ -71,7 +71,7 @@ def probe_clip(path: Path) -> ClipProbe:
     return ClipProbe(sha, video.frames_in_file, video.timing.fps, width, height, video.partial)
 
 
-def _refuse_stand_ins(path: Path) -> None:
+def _check_not_lfs_pointer(path: Path) -> None:
     """Names what decoders only call invalid."""
     if not path.is_file():
         raise DecodeError("no such file" if not path.exists() else "not an ordinary file")

@@ -98,17 +98,17 @@ def _sources(
                 f"adapter_path: {adapter_path} is neither an adapter folder (adapter_config.json) nor a folder of "
                 "full weights (config.json); give the adapter/ or weights/ folder of a finished stage"
             )
-        _refuse_another_base(path, adapter_path, base_sha)
+        _check_adapter_base(path, adapter_path, base_sha)
         return adapter_path, None
     if lora is None:
         raise ValueError(
             f"adapter_path: {adapter_path} is a LoRA adapter, but vlm.lora is null; set it as it was trained"
         )
-    _refuse_another_base(path, adapter_path, base_sha)
+    _check_adapter_base(path, adapter_path, base_sha)
     return path, adapter_path
 
 
-def _refuse_another_base(path: str, adapter_path: str, base_sha: Callable[[], str]) -> None:
+def _check_adapter_base(path: str, adapter_path: str, base_sha: Callable[[], str]) -> None:
     trained_on = read_info(adapter_path).get("base_sha")
     if trained_on is not None and trained_on != base_sha():
         raise ValueError(

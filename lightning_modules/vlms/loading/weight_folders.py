@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from vidreason.datamodules.atomic_files import flush_to_disk, naming, replace_folder
 from vidreason.datamodules.file_hash import files_sha
-from vidreason.lightning_modules.vlms.loading.sharding import whole_state
+from vidreason.lightning_modules.vlms.loading.sharding import unsharded_state_dict
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 
 INFO_FILE = "vidreason.json"
@@ -83,7 +83,7 @@ def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, 
         processor: Written beside it.
     """
     with published(Path(folder), info) as draft:
-        model.save_pretrained(draft, state_dict=whole_state(model) if is_sharded(model) else None)
+        model.save_pretrained(draft, state_dict=unsharded_state_dict(model) if is_sharded(model) else None)
         if processor is not None:
             processor.save_pretrained(draft)
 
