@@ -18,7 +18,7 @@ from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import BatchEncoder, Clip
 
-INFERENCE_SPLIT = "asked"
+INFERENCE_SPLIT = "inference"
 """The split of the clips that are asked about."""
 
 
