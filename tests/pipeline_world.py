@@ -11,7 +11,7 @@ import pytest
 from vidreason.cli import stage_inputs
 from vidreason.cli.configs import find_config
 from vidreason.cli.pipeline import run_pipeline
-from vidreason.cli.pipeline_commands import Commands, StageSize
+from vidreason.cli.pipeline_commands import Commands
 
 PIPELINE = """
 name: three
@@ -46,7 +46,7 @@ class FakeTrainer:
 
     @property
     def commands(self) -> Commands:
-        return Commands(self.run, self.check, lambda argv: StageSize(128))
+        return Commands(self.run, self.check, lambda argv: 128)
 
     @property
     def stages(self) -> list[str]:

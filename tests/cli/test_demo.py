@@ -13,7 +13,7 @@ from vidreason.cli import demo, demo_report, stage_inputs
 from vidreason.cli.demo import METHODS, QUICK, demo_settings, pipeline_options, run_demo
 from vidreason.cli.demo_report import choose_examples, draw_accuracy, render_comparison, render_example
 from vidreason.cli.pipeline import read_call
-from vidreason.cli.pipeline_commands import Commands, StageSize
+from vidreason.cli.pipeline_commands import Commands
 from vidreason.cli.summary import Prediction, SummaryRow, Trace, summarise_split
 from vidreason.datamodules.types import Clip
 
@@ -33,7 +33,7 @@ class FakeTrainer:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
         self.failing: tuple[str, str] | None = None
-        self.commands = Commands(self.run, lambda argv: None, lambda argv: StageSize(24))
+        self.commands = Commands(self.run, lambda argv: None, lambda argv: 24)
 
     def run(self, argv: list[str]) -> int:
         folder = Path(argv[argv.index("--run_dir") + 1])

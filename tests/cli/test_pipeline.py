@@ -267,3 +267,15 @@ def test_help_names_the_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         read_call(["--help"])
     assert "--STAGE.dotted.key" in capsys.readouterr().out
+
+
+def test_a_finished_pipeline_says_what_to_do_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = [0, 0, 1]
+    monkeypatch.setattr("vidreason.cli.pipeline.run_pipeline", lambda argv: calls.pop(0))
+    whole = ["--config", "configs/pipelines/zero_shot.yaml", "--run_dir", "runs/my run"]
+    said = "next: vidreason classify new_clip.mp4 --run 'runs/my run'"
+    for argv, expected in ((whole, True), ([*whole, "--until", "test"], False), (whole, False)):
+        main(argv)
+        assert (said in capsys.readouterr().out) is expected

@@ -3,8 +3,7 @@
 import pytest
 
 from vidreason.cli import lightning
-from vidreason.cli.pipeline_commands import StageSize, trainer_commands
-from vidreason.lightning_modules.work import Work
+from vidreason.cli.pipeline_commands import trainer_commands
 
 SMALL = ["--config", "configs/debug.yaml", "--trainer.accelerator", "cpu"]
 
@@ -14,14 +13,8 @@ def debug(tmp_path, *options):
             "--data.init_args.data_dir", str(tmp_path / "porch"), *options]  # fmt: skip
 
 
-def test_a_stage_is_sized_from_its_config_and_its_data(tmp_path, capfd):
-    size = trainer_commands().size(debug(tmp_path, "--model.init_args.batch_size", "4"))
-    said = capfd.readouterr()
-    assert size == StageSize(16, Work(clips_learnt=8, texts_learnt=8)), "two steps of four clips, no epoch ends"
-    assert "rendering" in said.err, "what takes long is seen"
-    more = ["--trainer.max_steps", "4", "--trainer.limit_val_batches", "1.0"]
-    size = trainer_commands().size(debug(tmp_path, "--model.init_args.batch_size", "4", *more))
-    assert size.work == Work(clips_read=8, clips_learnt=16, texts_scored=64, texts_learnt=16)  # eight classes
+def test_training_clips_are_counted_for_the_summary(tmp_path):
+    assert trainer_commands().train_clips(debug(tmp_path)) == 16
 
 
 def test_data_that_cannot_be_read_are_left_to_the_stage(tmp_path):
@@ -34,14 +27,14 @@ def test_data_that_cannot_be_read_are_left_to_the_stage(tmp_path):
         "configs/tasks/porch.yaml",
     ]
     assert trainer_commands().check(line) is None
-    assert trainer_commands().size(line) == StageSize()
+    assert trainer_commands().train_clips(line) is None
 
 
-def test_what_cannot_be_built_here_has_no_size(tmp_path):
+def test_clips_of_a_stage_that_cannot_be_built_here_are_not_counted(tmp_path):
     line = debug(tmp_path, "--trainer.devices", "64", "--trainer.accelerator", "gpu")  # finished elsewhere, say
     with pytest.raises(ValueError, match="accelerator is gpu|devices"):
         lightning.build(line[0], line[1:])
-    assert trainer_commands().size(line) == StageSize()
+    assert trainer_commands().train_clips(line) is None
 
 
 def test_a_command_is_built_once(tmp_path, monkeypatch):
@@ -56,6 +49,5 @@ def test_a_command_is_built_once(tmp_path, monkeypatch):
     commands = trainer_commands()
     line = debug(tmp_path)
     assert commands.check(line) is None
-    assert commands.size(line).train_clips == 16
-    assert commands.size([*line, "--trainer.max_steps", "1"]).work is not None
-    assert len(built) == 2
+    assert commands.train_clips(line) == 16
+    assert len(built) == 1

@@ -14,12 +14,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vidreason.callbacks.time_left import Behind
 from vidreason.cli.demo_report import write_report
 from vidreason.cli.options import CommandParser
 from vidreason.cli.pipeline import next_command, open_pipeline
 from vidreason.cli.pipeline_commands import INTERRUPTED_STATUS, USAGE_STATUS, Commands, trainer_commands
-from vidreason.cli.pipeline_run import PipelineRun
 from vidreason.cli.pipeline_spec import SECTIONS, read_pipeline
 
 METHODS = ("zero_shot", "label_sft", "rb_ft", "deepintuit")
@@ -84,7 +82,7 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
     again = shlex.join(["vidreason", "demo", *argv])
     settings = demo_settings(options.run_dir, options.seed, options.quick)
     lines = {name: pipeline_options(name, options.run_dir, options.seed, settings) for name in METHODS}
-    print(f"\npreparing the clips and checking {len(METHODS)} pipelines ...", flush=True)
+    print(f"\nchecking {len(METHODS)} pipelines ...", flush=True)
     try:
         runs = [open_pipeline(line, commands) for line in lines.values()]
         if not all(run.prepare() for run in runs):
@@ -98,7 +96,6 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
     for number, (method, run) in enumerate(zip(METHODS, runs, strict=True), 1):
         command = shlex.join(["vidreason", "pipeline", *lines[method]])
         print(f"\n=== {number}/{len(METHODS)} {method}\n$ {command}", flush=True)
-        run.later = other_methods(runs, number)
         status = run.run()
         if status != 0:
             print(f"the demo stopped in {method}; finished stages are kept, go on with\n  $ {again}", file=sys.stderr)
@@ -109,19 +106,6 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
     print(f"\nthis call took {minutes:.1f} minutes; remove everything with: {_removal(options.run_dir)}")
     print(f"next: {next_command(options.run_dir / METHODS[-1])}")
     return 0
-
-
-def other_methods(runs: Sequence[PipelineRun], started: int) -> Behind:
-    """What the methods take that are still to begin, and how fast those were that are done.
-
-    Args:
-        runs: All methods.
-        started: How many of them have begun.
-    """
-    total = Behind(timed=sum((run.times.behind([]).timed for run in runs[: started - 1]), ()))
-    for run in runs[started:]:
-        total += run.ahead()
-    return total
 
 
 def demo_settings(run_dir: Path, seed: int, quick: bool) -> dict[str, object]:

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from vidreason.cli.main import EXIT_COLD_POLICY, EXIT_INTERRUPTED, EXIT_USAGE
-from vidreason.lightning_modules.work import Work
 
 if TYPE_CHECKING:
     from vidreason.cli.lightning import VideoCLI
@@ -25,15 +24,6 @@ if TYPE_CHECKING:
 COLD_POLICY_STATUS = EXIT_COLD_POLICY
 USAGE_STATUS = EXIT_USAGE
 INTERRUPTED_STATUS = EXIT_INTERRUPTED
-
-
-class StageSize(NamedTuple):
-    """How much there is for a stage to do."""
-
-    train_clips: int | None = None
-    """None where the data module is not of ours and cannot say"""
-    work: Work | None = None
-    """None where the stage or the data module cannot say"""
 
 
 @dataclass(frozen=True)
@@ -44,8 +34,8 @@ class Commands:
     """Runs a command and returns its exit status"""
     check: Callable[[list[str]], str | None]
     """Parses and builds what a command would use, without weights; returns what is wrong with it, in one line"""
-    size: Callable[[list[str]], StageSize]
-    """Lets the data be prepared and counts what a command will do, as far as that can be told"""
+    train_clips: Callable[[list[str]], int | None]
+    """Counts the training clips that a command reads; None where the data module cannot tell"""
 
 
 class Builds:
@@ -68,7 +58,7 @@ class Builds:
 def trainer_commands() -> Commands:
     """The real ones."""
     built = Builds()
-    return Commands(partial(run_stage, built), partial(check_stage, built), partial(measure_stage, built))
+    return Commands(partial(run_stage, built), partial(check_stage, built), partial(count_train_clips, built))
 
 
 def run_stage(built: Builds, argv: list[str]) -> int:
@@ -167,36 +157,30 @@ def check_stage(built: Builds, argv: list[str]) -> str | None:
     return None
 
 
-def measure_stage(built: Builds, argv: list[str]) -> StageSize:
-    """Counts what a command will do; the data are prepared for it, in the open since that may take long.
+def count_train_clips(built: Builds, argv: list[str]) -> int | None:
+    """Counts the clips in split train of the data module that a command uses, for the summary.
 
     Args:
         built: Where commands are built.
         argv: As for :func:`run_stage`.
 
     Returns:
-        What can be told; nothing of what cannot be built or read here.
+        The number of clips; None where the data module is not one of this package or cannot be built or read here.
     """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
     from vidreason.datamodules.base import VideoDataModule
-    from vidreason.lightning_modules.base import VLMModule
-    from vidreason.lightning_modules.interrupts import signals_handled
 
     try:
-        cli = built(argv)
-        data, model = cli.datamodule, cli.model
+        data = built(argv).datamodule
         if not isinstance(data, VideoDataModule):
-            return StageSize()
-        with signals_handled():
-            data.prepare_data()
+            return None
+        data.prepare_data()
         with quietly(logging.WARNING):
-            clips = len(data.clips("train"))
-            work = model.work(argv[0], data, cli.trainer) if isinstance(model, VLMModule) else None
+            return len(data.clips("train"))
     except (argparse.ArgumentError, OmegaConfBaseException, MisconfigurationException, ValueError, OSError):
-        return StageSize()  # a stage that is to run says it itself; one that was finished elsewhere need not run here
-    return StageSize(clips, work)
+        return None  # e.g. a stage that was finished on another machine: its data set need not be here
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from vidreason.callbacks.time_left import Behind, announced, pipeline_left
 from vidreason.cli.fingerprints import fingerprint_artefact
 from vidreason.cli.pipeline_commands import COLD_POLICY_STATUS, INTERRUPTED_STATUS, USAGE_STATUS, Commands
 from vidreason.cli.pipeline_spec import PipelineSpec, StageSpec
@@ -24,7 +23,6 @@ from vidreason.cli.pipeline_state import (
 )
 from vidreason.cli.stage_inputs import StageInputs
 from vidreason.cli.summary import write_summary
-from vidreason.cli.timetable import Timetable, seconds_taken
 from vidreason.cli.usage import cpu_seconds, gpus_used, reset_gpu_peak
 from vidreason.datamodules.whole_files import write_text
 
@@ -61,9 +59,6 @@ class PipelineRun:
         self.inputs = StageInputs(spec, run_dir, self.state)
         names = [stage.name for stage in spec.stages]
         self.stages = spec.stages[: names.index(spec.stage(until).name) + 1] if until else spec.stages
-        self.times = Timetable(seconds_taken(self.state))
-        self.later = Behind()
-        """What follows this pipeline, where it is one of several"""
         if self.state.pipeline != spec.name:
             raise ValueError(
                 f"--run_dir {run_dir} holds a run of pipeline {self.state.pipeline!r}, not of {spec.name!r}; "
@@ -73,8 +68,6 @@ class PipelineRun:
     def prepare(self) -> bool:
         """Builds every stage that will run once, without weights: a typo shows now and not hours later.
 
-        Also lets the data be prepared and counts what the stages have to do, where no earlier run tells their times.
-
         Returns:
             False where something is wrong, which has been said.
         """
@@ -83,19 +76,11 @@ class PipelineRun:
             known = record is not None and record.done and self.inputs.as_before(stage, record.inputs)
             if known or stage.name in self.use:
                 continue
-            error = self.commands.check(self._planned(stage))
+            error = self.commands.check(self.inputs.command_line(stage, self.run_dir / self.spec.folder(stage.name)))
             if error is not None:
                 print(f"error: stage {stage.name}: {error}", file=sys.stderr)
                 return False
-        own = [stage for stage in self.stages if stage.name not in self.use]
-        if any(stage.name not in self.times.took for stage in own):
-            for stage in own:
-                self.times.works[stage.name] = self.commands.size(self._planned(stage)).work
         return True
-
-    def _planned(self, stage: StageSpec) -> list[str]:
-        """The command line of a stage that is still to run."""
-        return self.inputs.command_line(stage, self.run_dir / self.spec.folder(stage.name))
 
     def run(self) -> int:
         """Runs every stage that is not finished on its present inputs.
@@ -115,18 +100,12 @@ class PipelineRun:
             return INTERRUPTED_STATUS
         for number, stage in enumerate(self.stages, 1):
             title = f"[{number}/{len(self.spec.stages)}] {stage.name}"
-            self.behind = self.ahead(number, stage.name)
             status = self._take(stage, title) if stage.name in self.use else self._advance(stage, title)
             if status != 0:
                 return status
             if stage.command == "test":
                 write_summary(self.run_dir, self.spec, self.state)
         return 0
-
-    def ahead(self, done: int = 0, running: str | None = None) -> Behind:
-        """What follows the first ``done`` stages, and what follows the pipeline."""
-        names = [stage.name for stage in self.stages[done:] if stage.name not in self.use]
-        return self.times.behind(names, running) + self.later
 
     def _take(self, stage: StageSpec, title: str) -> int:
         """Takes a finished stage from another run, if it was made on the inputs that it would have here."""
@@ -173,7 +152,6 @@ class PipelineRun:
                 print(f"{title}: {record.note}")
                 return 0
             if path is not None:
-                self.times.finished(stage.name, record.wall_seconds)
                 edited = fingerprint_artefact(path) != record.artefact_sha
                 said = [record.note] * bool(record.note) + [f"{path} was edited since; kept"] * edited
                 print("; ".join([f"{title}: finished, inputs unchanged", *said]))
@@ -192,7 +170,7 @@ class PipelineRun:
         folder = self.run_dir / record.folder
         record.command = self.inputs.command_line(stage, folder)
         line = shlex.join(["vidreason", *record.command])
-        print(f"{title}{self._left(stage)}\n  $ {line}", flush=True)
+        print(f"{title}\n  $ {line}", flush=True)
         write_text(folder / "command.txt", line + "\n")
         record.status = "running"
         self.state.save(self.run_dir)
@@ -214,12 +192,6 @@ class PipelineRun:
         self.state.save(self.run_dir)
         return 0
 
-    def _left(self, stage: StageSpec) -> str:
-        """How long this stage and what follows will take, where an earlier run or the stages before tell."""
-        total = self.times.behind([stage.name]) + self.behind
-        known = total.seconds > 0 or (total.untimed and total.timed)
-        return f"  (time left for all: {pipeline_left(total)})" if known else ""
-
     def _finish(self, stage: StageSpec, record: StageRecord, folder: Path) -> None:
         path = artefact_path(folder, stage.artefact)
         if path is None:
@@ -227,13 +199,12 @@ class PipelineRun:
             self.state.save(self.run_dir)
             raise ValueError(f"stage {stage.name} ended without an error but wrote no {stage.artefact} into {folder}")
         record.status, record.artefact_sha = "finished", fingerprint_artefact(path)
-        self.times.finished(stage.name, record.wall_seconds)
         record.note = unread_note(folder)
         self._count_train_clips(stage, record)
 
     def _count_train_clips(self, stage: StageSpec, record: StageRecord) -> None:
         if stage.command == "fit":
-            self.state.train_clips = self.commands.size(record.command).train_clips
+            self.state.train_clips = self.commands.train_clips(record.command)
 
     def _say_how_to_go_on(self, title: str, what: str) -> None:
         print(f"{title}: {what}. What is finished is kept; go on with\n  $ {self.again}", file=sys.stderr, flush=True)
@@ -245,8 +216,7 @@ class PipelineRun:
         record.status = "failed"  # stands if the command leaves by an exception
         status = None
         try:
-            with announced(self.behind):
-                status = self.commands.run(record.command)
+            status = self.commands.run(record.command)
         except KeyboardInterrupt:
             status = INTERRUPTED_STATUS
         finally:
