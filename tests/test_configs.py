@@ -47,6 +47,13 @@ def test_stage_files_are_complete(name):
     assert any(isinstance(callback, RunProgress) for callback in cli.trainer.callbacks)
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_files_set_nothing_of_a_section_but_its_file(name):
+    """Whoever replaces the section replaces all of it."""
+    content = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+    assert all(isinstance(content[section], str) for section in ("data", "vlm"))
+
+
 @pytest.mark.parametrize("name", [name for name, (command, _) in STAGES.items() if command == "fit"])
 def test_what_fits_can_be_tested_with_the_same_file(name):
     assert build("test", ["--config", str(CONFIGS / name)]).model is not None

@@ -30,19 +30,97 @@ def test_model_and_data_share_one_vlm(project):
     assert cli.model.net is None
 
 
-def test_sections_are_files_and_flags_merge_into_them(project):
-    cli = built(
-        "--data", "configs/data/numbers.yaml", "--vlm", "configs/vlm/other.yaml", "--data.init_args.batch_size=5"
-    )
-    assert cli.datamodule.batch_size == 5
-    assert cli.datamodule.where == {"subset": "a"}
-    assert cli.model.vlm.path == "elsewhere"
+@pytest.fixture
+def sections(project, module):
+    """A section of the same class as the stage file's, one of its subclass, and an overlay."""
+    Path("mine.yaml").write_text(f"class_path: {module}.Numbers\ninit_args: {{task: mine}}\n")
+    Path("vlm.yaml").write_text(f"class_path: {module}.Recipe\ninit_args: {{path: mine}}\n")
+    Path("overlay.yaml").write_text("data: {init_args: {num_workers: 1}}\nvlm: {init_args: {freeze_vision: false}}\n")
 
 
-def test_another_data_class_keeps_what_it_knows(project):
-    cli = built("--data", "configs/data/other.yaml", "--data.init_args.batch_size", "4")
+def data_of(cli):
+    data = cli.datamodule
+    return data.task, data.batch_size, data.where, data.num_workers
+
+
+@pytest.mark.usefixtures("sections")
+def test_a_section_file_replaces_the_stage_file_s_section_of_the_same_class(project):
+    assert data_of(built()) == (None, 4, {"subset": "a"}, 0)
+    cli = built("--data", "mine.yaml", "--vlm", "vlm.yaml")
+    assert data_of(cli) == ("mine", 2, None, 0), "the class's own defaults where the file says nothing"
+    assert cli.model.vlm.path == "mine"
+
+
+def test_a_section_file_replaces_one_of_another_class(project):
+    cli = built("--data", "configs/data/other.yaml")
     assert type(cli.datamodule).__name__ == "OtherNumbers"
-    assert (cli.datamodule.extra, cli.datamodule.batch_size) == (7, 4)
+    assert (cli.datamodule.extra, cli.datamodule.batch_size) == (7, 3)
+
+
+STAGE, OVERLAY, FLAG = ["--config", "configs/stage.yaml"], ["-c", "overlay.yaml"], ["--data.init_args.task=flag"]
+ORDERS = [
+    [*STAGE, "--data", "mine.yaml", *OVERLAY, *FLAG],
+    [*FLAG, "--data=mine.yaml", "--config=configs/stage.yaml", *OVERLAY],
+    [*STAGE, *OVERLAY, *FLAG, "--data", "mine.yaml"],
+    ["--data", "configs/data/other.yaml", *STAGE, *FLAG, *OVERLAY, "--data", "mine.yaml"],
+]
+
+
+@pytest.mark.usefixtures("sections")
+@pytest.mark.parametrize("options", ORDERS)
+def test_stage_file_section_overlay_flag_count_in_this_order_wherever_they_stand(project, options):
+    sys.path.append(str(Path.cwd()))
+    cli = build("fit", options)
+    assert data_of(cli) == ("flag", 2, None, 1)
+    assert cli.run_dir == Path("runs/stage"), "named after the stage file"
+
+
+@pytest.mark.usefixtures("sections")
+def test_the_saved_config_says_what_a_replaced_section_came_to(project):
+    assert main([*FIT, "--data", "mine.yaml", "--config", "overlay.yaml", "--run_dir", "runs/r"]) == 0
+    saved = yaml.safe_load(Path("runs/r/config.yaml").read_text())["data"]["init_args"]
+    assert (saved["task"], saved["batch_size"], saved["where"], saved["num_workers"]) == ("mine", 2, None, 1)
+    again = ["fit", "--config", "runs/r/config.yaml", "--run_dir", "runs/again"]
+    assert main([*again, "--data", "configs/data/numbers.yaml"]) == 0
+    saved = yaml.safe_load(Path("runs/again/config.yaml").read_text())["data"]["init_args"]
+    assert (saved["task"], saved["batch_size"], saved["num_workers"]) == (None, 4, 0), "a saved config is a stage file"
+
+
+@pytest.mark.usefixtures("sections")
+def test_what_else_a_stage_file_says_stays_where_a_section_is_replaced(project):
+    text = Path("configs/stage.yaml").read_text()
+    assert "lr: 0.1" in text
+    Path("configs/stage.yaml").write_text(text.replace("lr: 0.1", "lr: 1e-1"))  # a number to the parser, text to PyYAML
+    Path("configs/data/numbers.yaml").unlink()
+    cli = built("--data", "mine.yaml")
+    assert cli.trainer.max_steps == 2, "from trainer/cpu.yaml beside it"
+    assert cli.config["fit"]["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.1
+
+
+@pytest.fixture
+def sized(module):
+    """A stage with a batch size of its own."""
+    with Path(f"{module}.py").open("a") as code:
+        code.write("\n\nclass Sized(Stage):\n    def __init__(self, vlm: VLM, batch_size: int | None = None):\n")
+        code.write("        super().__init__(vlm)\n        self.batch_size = batch_size\n")
+    return ["--model", f"{module}.Sized", "--model.init_args.batch_size", "16"]
+
+
+def test_a_batch_size_of_the_data_that_does_not_count_is_said(project, sized, capsys):
+    for given, named in ((["--data", "configs/data/numbers.yaml"], "configs/data/numbers.yaml"),
+                         (["--data.init_args.batch_size", "4"], "the command line")):  # fmt: skip
+        built(*sized, *given)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "batch" in line]
+        assert "model.init_args.batch_size: 16 counts, not data.init_args.batch_size: 4" in line
+        assert f"({named})" in line
+
+
+def test_a_batch_size_that_counts_or_that_nobody_gave_is_not_mentioned(project, sized, capsys):
+    built(*sized)
+    built(*sized, "--data", "configs/data/other.yaml")
+    built(*sized[:2], "--data", "configs/data/numbers.yaml")
+    built(*sized[:3], "4", "--data", "configs/data/numbers.yaml")
+    assert "batch" not in capsys.readouterr().err
 
 
 def test_an_overlay_merges_and_appends(project):

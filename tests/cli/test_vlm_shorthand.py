@@ -64,6 +64,17 @@ def test_fit_builds_it(model, tmp_path):
     assert tiny.lora is None
 
 
+def test_it_replaces_the_section_of_the_stage_file(model, tmp_path):
+    Path("mine.yaml").write_text(
+        "class_path: vidreason.lightning_modules.vlms.tiny.vlm.TinyVLM\ninit_args: {lora: {r: 3}}\n"
+    )
+    stage = yaml.safe_load((shipped_folder() / "test.yaml").read_text())
+    sections = {key: f"{shipped_folder()}/{stage[key]}" for key in ("data", "trainer")}
+    Path("stage.yaml").write_text(yaml.safe_dump({**stage, **sections, "vlm": "mine.yaml"}))
+    assert build("test", ["--config", "stage.yaml"]).model.vlm.lora is not None
+    assert build("test", ["--config", "stage.yaml", "--vlm", str(embedded_folder())]).model.vlm.lora is None
+
+
 def test_a_pipeline_hands_it_on_as_it_was_typed(model, tmp_path):
     spec = read_call([*PIPELINE, "--vlm", model]).spec
     inputs = StageInputs(spec, tmp_path / "run", RunState(spec.name))

@@ -101,7 +101,6 @@ def data_text(folder: Path, frames: FrameSuggestion, splits: Sequence[str]) -> s
         "  frames:",
         f"    num_frames: {frames.num_frames} # {frames.why_frames}",
         f"    max_pixels: {frames.max_pixels} # {frames.why_pixels}",
-        "  batch_size: 8",
         "  num_workers: 2 # processes that decode",
     ]
     if further:

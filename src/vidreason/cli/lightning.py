@@ -7,6 +7,7 @@ installed package, and errors of the user's in one line.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import warnings
@@ -25,7 +26,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vidreason.callbacks.run_checkpoint import EVERY_TEN, CheckpointOptions, RunCheckpoint
 from vidreason.callbacks.stopping import Stopping
-from vidreason.cli.command_files import config_files, point_at_shipped, with_shipped_files
+from vidreason.cli.command_files import (
+    config_files,
+    given_batch_size,
+    order_files,
+    point_at_shipped,
+    without_sections,
+)
 from vidreason.cli.config_errors import explain
 from vidreason.cli.devices import refuse_missing_gpus
 from vidreason.cli.main import EXIT_OK, EXIT_USAGE
@@ -41,10 +48,34 @@ _CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
 
 
 class StrictParser(LightningArgumentParser):
-    """A parser without abbreviations, also for the arguments of classes: the parsers of those are made by its type."""
+    """A parser without abbreviations, also for the arguments of classes: the parsers of those are made by its type.
+
+    Attributes:
+        stage_file: The file from which ``replaced`` is left out.
+        replaced: Sections that the command line gives as a whole. Without this, jsonargparse would merge them into
+            those of the stage file, and a setting that the user's file does not name would come from a file of ours.
+    """
+
+    stage_file: str | None = None
+    replaced: tuple[str, ...] = ()
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+        self._left_out: tuple[str, ...] = ()
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        """Parses a file."""
+        self._left_out = self.replaced if str(path) == self.stage_file else ()
+        try:
+            parsed: Namespace = super().parse_path(path, *args, **kwargs)
+            return parsed
+        finally:
+            self._left_out = ()
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Parses the content of a file."""
+        parsed: Namespace = super().parse_string(without_sections(content, self._left_out), *args, **kwargs)
+        return parsed
 
 
 class VideoCLI(LightningCLI):
@@ -64,7 +95,7 @@ class VideoCLI(LightningCLI):
     def __init__(self, command: str, argv: Sequence[str], execute: bool = True) -> None:
         self.command_line = shlex.join(["vidreason", command, *argv])
         self.execute = execute
-        arguments, self.first_config = with_shipped_files(argv)
+        self.argv, self.files = argv, order_files(argv)
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -80,10 +111,17 @@ class VideoCLI(LightningCLI):
             parser_class=StrictParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=[command, *arguments],
+            args=[command, *self.files.arguments],
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Tells the parser which sections of the stage file are replaced."""
+        parser = super().init_parser(**kwargs)
+        assert isinstance(parser, StrictParser)
+        parser.stage_file, parser.replaced = self.files.stage_file, self.files.replaced
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds ``--vlm``, shared by model and data, and ``--run_dir``."""
@@ -117,7 +155,7 @@ class VideoCLI(LightningCLI):
                 f"run_dir is {config.run_dir} but trainer.default_root_dir is {root}: they are the same folder, give "
                 "--run_dir alone",
             )
-        default = Path("runs", Path(self.first_config or self.config.subcommand).stem)
+        default = Path("runs", Path(self.files.stage_file or self.config.subcommand).stem)
         config.run_dir = str(config.run_dir or root or default)
         config.trainer.default_root_dir = None
         self.run_dir = Path(config.run_dir)
@@ -126,6 +164,18 @@ class VideoCLI(LightningCLI):
             raise argparse.ArgumentError(None, f"--ckpt_path {checkpoint}: no such file")
         for section in ("model", "data", "vlm"):
             point_at_shipped(config.get(section))
+        if self.config.subcommand == "fit":
+            self._say_which_batch_size_counts(config)
+
+    def _say_which_batch_size_counts(self, config: Namespace) -> None:
+        """Prints one line where the user sets the batch size of the data and the stage file sets another one."""
+        given = given_batch_size(self.argv)
+        ours, theirs = (config.get(f"{section}.init_args.batch_size") for section in ("model", "data"))
+        if given is not None and ours is not None and ours != theirs:
+            say(
+                f"batch size in training: model.init_args.batch_size: {ours} counts, not data.init_args.batch_size: "
+                f"{theirs} ({given}); set --model.init_args.batch_size to change it"
+            )
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; an error of theirs comes out as they raised it.

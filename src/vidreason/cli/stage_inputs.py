@@ -37,9 +37,6 @@ class StageInputs:
         """The stage as the arguments of an ordinary ``vidreason`` call."""
         argv: list[str] = [stage.command, "--config", stage.config]
         settings = {"run_dir": folder.as_posix(), **self._settings(stage)}
-        for section in ("data", "vlm"):
-            if section in settings and stage.strategy is not None:  # the overlay goes on top of them
-                argv += [f"--{section}", str(settings.pop(section))]
         argv += ["--config", stage.strategy] if stage.strategy is not None else []
         settings |= {key: self._resolve(refs)[1].as_posix() for key, refs in stage.inputs.items()}
         checkpoint = folder / "checkpoints" / "last.ckpt"
