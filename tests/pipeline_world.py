@@ -27,7 +27,7 @@ stages:
     command: fit
     config: train.yaml
     inputs: {model.init_args.adapter_path: "{cold.adapter}"}
-    on_cold_policy: skip
+    on_unparsed: skip
   - name: test
     command: test
     config: train.yaml

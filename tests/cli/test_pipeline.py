@@ -171,7 +171,7 @@ def test_a_cold_policy_ends_its_stage_only(project: Path, trainer: FakeTrainer) 
 
 
 def test_a_cold_policy_stops_where_the_pipeline_does_not_allow_it(project: Path, trainer: FakeTrainer) -> None:
-    (project / "p.yaml").write_text(PIPELINE.replace("on_cold_policy: skip", "").replace("grpo.adapter|", ""))
+    (project / "p.yaml").write_text(PIPELINE.replace("on_unparsed: skip", "").replace("grpo.adapter|", ""))
     trainer.before["grpo"] = lambda folder: COLD_POLICY_STATUS
     assert run(trainer) == COLD_POLICY_STATUS
     assert trainer.stages[-1] == "grpo"

@@ -25,7 +25,7 @@ project, trainer = pipeline_world.project, pipeline_world.trainer
         ("{grpo.adapter|cold.adapter}", "{grpo.adapter}", "may end without an artefact"),
         ("name: grpo", "name: cold", "there is a stage 'cold' already"),
         ("name: grpo", "name: data", "a stage's name"),
-        ("on_cold_policy: skip", "on_cold_policy: maybe", "key 'on_cold_policy' must be stop or skip"),
+        ("on_unparsed: skip", "on_unparsed: maybe", "key 'on_unparsed' must be stop or skip"),
         ("name: three", "name: [three", "not valid YAML"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ import lightning as L
 import yaml
 
 from vidreason.cli.configs import find_config
+from vidreason.cli.moved_keys import GROUPS, MODEL, explain_moved, moved_settings, new_place
 
 _TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "vlm", "run_dir", "ckpt_path", "config")
 _NOISE = (
@@ -31,12 +32,13 @@ _NOT_GIVEN = ("self", "args", "kwargs", "vlm", "encoder", "params")
 """Arguments of classes that no YAML gives"""
 
 
-def explain(message: str, files: Sequence[Path]) -> str:
+def explain(message: str, files: Sequence[Path], flags: Sequence[str] = ()) -> str:
     """Shortens an error of the parser.
 
     Args:
         message: Text of the parser's exception.
         files: YAML files of the command line, to say which of them is meant.
+        flags: The command line.
 
     Returns:
         One line.
@@ -49,6 +51,9 @@ def explain(message: str, files: Sequence[Path]) -> str:
     missing_file = re.search(r"Expected a path but (\S+) either not accessible|File does not exist: '(.+?)'", message)
     if missing_file:
         return _missing_file(missing_file[1] or missing_file[2], files)
+    moved = _moved_key(message, files, flags)
+    if moved is not None:
+        return moved
     required = re.search(r"the following arguments are required: (.+)", message)
     if required:
         sections = re.sub(r"\w+\.(?=\w)", "", required[1])
@@ -69,6 +74,33 @@ def explain(message: str, files: Sequence[Path]) -> str:
     if rejected:
         return _rejected_argument(rejected[1], message, () if "NestedArg(" in message else files)
     return _flat(message)
+
+
+def _moved_key(message: str, files: Sequence[Path], flags: Sequence[str]) -> str | None:
+    """Explains a setting that the message complains about and that stands at another place now."""
+    contents = [(path, yaml.safe_load(path.read_text(encoding="utf-8"))) for path in files]
+    found = [(*moved, "") for moved in _moved_flags(flags)]
+    for path, content in contents:
+        is_section = isinstance(content, dict) and "init_args" in content  # of --model FILE
+        found += [(*moved, str(path)) for moved in moved_settings({"model": content} if is_section else content)]
+    models = [content.get("model") for _, content in contents if isinstance(content, dict)]
+    classes = re.findall(r"class_path(?:=|'?:? )'([\w.]+)'", message)
+    classes += [str(model.get("class_path")) for model in models if isinstance(model, dict)]
+    taken = {name for class_path in classes for name in _parameters(class_path)}
+    for old, new, place in found:
+        old_name, new_name = (key.removeprefix(MODEL).partition(".")[0] for key in (old, new))
+        gone = old_name in GROUPS or old_name not in taken
+        if re.search(rf"\b{old_name}\b", message) and gone and (new_name in taken or new_name == "trainer"):
+            return explain_moved(old, new, place)
+    return None
+
+
+def _moved_flags(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for index, word in enumerate(flags):
+        key, equals, text = word.removeprefix("--").partition("=")
+        text = text if equals else "".join(flags[index + 1 : index + 2])
+        if word.startswith("--") and (new := new_place(key, yaml.safe_load(text) if text[:1] == "{" else text)):
+            yield key, new
 
 
 def _unset_variable(name: str, files: Sequence[Path]) -> str:

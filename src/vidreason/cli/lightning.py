@@ -272,7 +272,7 @@ def run(command: str, argv: Sequence[str]) -> int:
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
             VideoCLI(command, argv)
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
-        print(f"error: {explain(str(error), config_files(argv))}", file=sys.stderr)
+        print(f"error: {explain(str(error), config_files(argv), argv)}", file=sys.stderr)
         return EXIT_USAGE
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error

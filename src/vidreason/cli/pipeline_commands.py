@@ -151,7 +151,7 @@ def check_stage(built: Builds, argv: list[str]) -> str | None:
     try:
         built(argv)
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
-        return explain(str(error), config_files(argv))
+        return explain(str(error), config_files(argv), argv)
     except MisconfigurationException as error:
         return str(error)
     return None

@@ -176,7 +176,7 @@ class PipelineRun:
         self.state.save(self.run_dir)
         status = self._timed(record, title)
 
-        if status == COLD_POLICY_STATUS and stage.on_cold_policy == "skip":
+        if status == COLD_POLICY_STATUS and stage.on_unparsed == "skip":
             record.status = "skipped"
             record.note = (
                 "ended without an adapter: no completion could be parsed; the run goes on from the stage before"

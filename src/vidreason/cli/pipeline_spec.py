@@ -18,6 +18,7 @@ import yaml
 
 from vidreason.cli.configs import PREFIX, find_config, shipped_folder
 from vidreason.cli.fingerprints import read_yaml
+from vidreason.cli.moved_keys import PIPELINE_MOVED, explain_moved
 
 Command = Literal["fit", "predict", "test"]
 Artefact = Literal["adapter", "traces", "predictions"]
@@ -30,7 +31,7 @@ ARTEFACT_FILES: Mapping[str, tuple[str, ...]] = {
 }
 SECTIONS = ("data", "vlm", "model", "trainer", "checkpoint", "optimizer", "lr_scheduler", "seed_everything")
 
-_STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_cold_policy")
+_STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_unparsed")
 _PIPELINE_KEYS = ("name", "description", "needs", "data", "vlm", "strategy", "seed", "args", "stages")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _REFERENCE = re.compile(r"\{([^{}]+)\}")
@@ -58,7 +59,7 @@ class StageSpec:
     """Dotted settings on top of the config (``trainer.max_steps: 5``)"""
     inputs: Mapping[str, tuple[Reference, ...]]
     """Dotted setting to where its path comes from: the first of the alternatives that exists"""
-    on_cold_policy: Literal["stop", "skip"] = "stop"
+    on_unparsed: Literal["stop", "skip"] = "stop"
     """What to do where the stage gives up because no completion parses"""
     strategy: str | None = None
     """An overlay on the config, ``configs/strategy/NAME.yaml``"""
@@ -155,8 +156,8 @@ class PipelineSpec:
                 row["args"] = dict(stage.args)
             if stage.inputs:
                 row["inputs"] = {key: "{" + "|".join(map(str, refs)) + "}" for key, refs in stage.inputs.items()}
-            if stage.on_cold_policy != "stop":
-                row["on_cold_policy"] = stage.on_cold_policy
+            if stage.on_unparsed != "stop":
+                row["on_unparsed"] = stage.on_unparsed
             stages.append(row)
         top: dict[str, object] = {"name": self.name, "description": self.description, "seed": self.seed}
         top |= {key: value for key in ("needs", "data", "vlm", "args") if (value := getattr(self, key))}
@@ -232,9 +233,9 @@ def _read_stage(row: object, where: str, before: Sequence[StageSpec], strategy: 
         raise ValueError(f"{where}: key 'name': there is a stage {name!r} already")
     if command not in ARTEFACT_OF:
         raise ValueError(f"{where}: key 'command' must be one of {', '.join(ARTEFACT_OF)}, got {command!r}")
-    policy = stage.get("on_cold_policy", "stop")
+    policy = stage.get("on_unparsed", "stop")
     if policy not in ("stop", "skip"):
-        raise ValueError(f"{where}: key 'on_cold_policy' must be stop or skip, got {policy!r}")
+        raise ValueError(f"{where}: key 'on_unparsed' must be stop or skip, got {policy!r}")
     try:
         locate_config(config)
     except ValueError as error:
@@ -265,9 +266,9 @@ def _read_references(value: object, where: str, before: Sequence[StageSpec]) -> 
         if artefact != stages[name].artefact:
             raise ValueError(f"{where}: stage {name} ({stages[name].command}) writes {stages[name].artefact!r} only")
         references.append(Reference(name, stages[name].artefact))
-    if stages[references[-1].stage].on_cold_policy == "skip":
+    if stages[references[-1].stage].on_unparsed == "skip":
         raise ValueError(
-            f"{where}: stage {references[-1].stage} may end without an artefact (on_cold_policy: skip); name what to "
+            f"{where}: stage {references[-1].stage} may end without an artefact (on_unparsed: skip); name what to "
             f'take instead, "{{{references[-1]}|earlier_stage.{references[-1].artefact}}}"'
         )
     return tuple(references)
@@ -277,6 +278,8 @@ def _mapping(value: object, where: str, known: Sequence[str]) -> dict[str, objec
     if not isinstance(value, dict):
         raise ValueError(f"{where}: must be a mapping with the keys {', '.join(known)}")
     for key in value:
+        if key in PIPELINE_MOVED:
+            raise ValueError(explain_moved(key, PIPELINE_MOVED[key], where))
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}{_suggest(str(key), known)}; known: {', '.join(known)}")
     return {str(key): item for key, item in value.items()}
