@@ -41,13 +41,13 @@ def import_everything() -> None:
     import vidreason.callbacks.rollout_logger
     import vidreason.callbacks.throughput
     import vidreason.callbacks.trace_writer
-    import vidreason.cli.lightning
-    import vidreason.cli.pipeline
+    import vidreason.config.trainer_cli
     import vidreason.datamodules.porch
     import vidreason.lightning_modules.calibration
     import vidreason.lightning_modules.grpo
     import vidreason.lightning_modules.sft
     import vidreason.lightning_modules.vlms.tiny.vlm
+    import vidreason.pipelines.call
     import vidreason.lightning_modules.vlms.tiny.pretraining  # noqa: F401  isort: skip
 
     torch.set_num_threads(1)

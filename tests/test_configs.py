@@ -8,7 +8,7 @@ import stage_world as world
 import yaml
 
 from vidreason.callbacks.progress import RunProgress
-from vidreason.cli.lightning import build
+from vidreason.config.trainer_cli import build
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.grpo import GRPOModule
