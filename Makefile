@@ -23,7 +23,7 @@ format:  ## rewrite files in the house style
 	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
 
 typecheck: links  ## mypy --strict
-	$(PYTHON) -m mypy --strict -p vidreason
+	$(PYTHON) -m mypy --strict -p vidreason -p tools
 
 test:  ## the fast tier: no network, no GPU
 	$(QUIET_CPU) $(PYTHON) -m pytest

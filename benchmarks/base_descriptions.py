@@ -18,11 +18,11 @@ import torch
 from figures import write_json
 
 import vidreason
-from vidreason.datamodules.decoding import FrameOptions, read_frames
-from vidreason.datamodules.porch_render import render, to_mono, write_mp4
-from vidreason.datamodules.porch_scene import draw_scene
-from vidreason.datamodules.porch_texts import DESCRIBE_QUESTION, read_facts
-from vidreason.datamodules.porch_world import FACT_VALUES, draw_any_facts, stream
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.porch.render import render, to_mono, write_mp4
+from vidreason.datamodules.porch.scene import draw_scene
+from vidreason.datamodules.porch.texts import DESCRIBE_QUESTION, read_facts
+from vidreason.datamodules.porch.world import FACT_VALUES, draw_any_facts, stream
 from vidreason.datamodules.types import Clip, Example, Prompt, VideoSample
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM

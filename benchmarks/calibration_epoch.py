@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from arms import cross_entropy, naive, shared
 from harness import Make, Setting, report_ratios
 from reference_model import CALIBRATOR, make_texts
+from variants import cross_entropy, naive, shared
 
 from vidreason.datamodules.types import TextBatch
 

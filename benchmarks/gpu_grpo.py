@@ -21,18 +21,18 @@ from itertools import product
 from typing import Any
 
 import torch
-from arms import grpo, naive_logprobs, rows
 from figures import write_json
 from gpu_rows import Row, Side, print_rows
 from gpu_run import Clock, circumstances, matmul_rate, options_of
 from harness import flop_counter
 from reference_model import Grid, make_prompts, make_texts, make_vlm
 from torch import nn
+from variants import grpo, naive_logprobs, rows
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.functional.losses import grpo_loss
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 
 LORA = LoRAOptions(r=16, alpha=32)
 PACKAGES = ("torch", "transformers", "peft", "lightning")

@@ -25,20 +25,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from arms import cross_entropy, grpo
 from figures import write_json
 from gpu_run import Clock, circumstances, options_of
 from reference_model import END, Grid, make_prompts, make_texts, make_vlm
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from variants import cross_entropy, grpo
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable
 from vidreason.lightning_modules.vlms import generation
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.sharding import shard, whole
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.loading.sharding import shard, whole
 
 LORA = LoRAOptions(r=16, alpha=32)
 STRATEGIES = ("lora", "qlora", "fsdp", "fsdp_qlora")

@@ -15,15 +15,15 @@ import torch
 from grpo_step_work import FRAMES, LEARNING_RATE, Clock, hash_of, picture, prompt_length
 
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.clip_dataset import ClipDataset
-from vidreason.datamodules.decoded import DecodedVideo
+from vidreason.datamodules.clips.dataset import ClipDataset
+from vidreason.datamodules.clips.decoded import DecodedVideo
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Encoded, EncodedPrompts, Example, FrameTiming, Prompt
 from vidreason.lightning_modules.grpo import GRPOModule
 from vidreason.lightning_modules.grpo_parts import Part
-from vidreason.lightning_modules.vlms import chat
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.qwen import QwenVL
+from vidreason.lightning_modules.vlms.text import chat
 from vidreason.rewards.base import RewardFn, RewardInput
 
 

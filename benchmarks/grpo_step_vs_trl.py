@@ -33,7 +33,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import grpo_step_arms
+import grpo_step_variants
 import torch
 from figures import write_json
 
@@ -57,7 +57,7 @@ SIZES = {
 
 def write_model(folder: Path, size: str) -> None:
     """Writes the model that all arms load."""
-    spec = importlib.util.spec_from_file_location("vlm_builders", ROOT / "tests/vlm_builders.py")
+    spec = importlib.util.spec_from_file_location("vlm_builders", ROOT / "tests/support/vlm_builders.py")
     assert spec is not None
     assert spec.loader is not None
     builders: ModuleType = importlib.util.module_from_spec(spec)
@@ -69,7 +69,7 @@ def run_arm(arm: str, model: Path, options: argparse.Namespace, answer: Connecti
     """Runs one arm in this process, a fork of the parent, and sends what came out."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    answer.send(grpo_step_arms.run_arm(arm, str(model), options))
+    answer.send(grpo_step_variants.run_arm(arm, str(model), options))
 
 
 def run_all(order: Sequence[str], model: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -143,7 +143,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     load = os.getloadavg()[0]
     torch.set_num_threads(1)
-    grpo_step_arms.quiet()
+    grpo_step_variants.quiet()
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), options.size)
         order = [arm for i in range(options.repeats) for arm in (ARMS if i % 2 == 0 else ARMS[::-1])]

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from arms import fan, grpo, naive, shared
 from harness import Setting, arguments, circumstances, gradient_difference, in_a_fork, measure, report
+from variants import fan, grpo, naive, shared
 
-from vidreason.lightning_modules.vlms.shared_prefix import RouteOptions, choose_route
+from vidreason.lightning_modules.vlms.prefix.shared_prefix import RouteOptions, choose_route
 
 ARMS = {
     "naive": naive(grpo),

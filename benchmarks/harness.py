@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.layout import unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 
 PACKAGES = ("torch", "transformers", "peft", "lightning")
 ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")

@@ -31,7 +31,7 @@ from kill_compare import differences, lost
 from kill_stages import DATA, STAGES
 
 from vidreason.cli.main import EXIT_INTERRUPTED
-from vidreason.datamodules.whole_files import write_text
+from vidreason.datamodules.atomic_files import write_text
 
 GOES_ON = 0.75
 """Chance that a run that was killed is killed again"""

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-DATA = """class_path: vidreason.datamodules.porch.PorchDataModule
+DATA = """class_path: vidreason.datamodules.porch.data.PorchDataModule
 init_args:
   data_dir: porch
   train_clips: 12

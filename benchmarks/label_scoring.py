@@ -12,9 +12,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from arms import arm, fan, naive_logprobs, shared, shared_logprobs
 from harness import Setting, arguments, circumstances, in_a_fork, measure, report
 from reference_model import make_prompts
+from variants import arm, fan, naive_logprobs, shared, shared_logprobs
 
 ARMS = {"naive": arm(partial(naive_logprobs, at_once=1), None), "ours": shared(None)}
 

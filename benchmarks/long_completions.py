@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from arms import cross_entropy, fan, naive_logprobs, rows, shared
 from harness import Setting, Work, arguments, circumstances, gradient_difference, in_a_fork, measure, report
 from reference_model import make_prompts
+from variants import cross_entropy, fan, naive_logprobs, rows, shared
 
 
 def one_at_a_time(setting: Setting) -> Work:

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arms import cross_entropy, fan, naive, shared
 from figures import write_json
 from harness import Make, Setting, Work, circumstances, count, in_a_fork, run
 from reference_model import WORDS_BEFORE, WORDS_BEHIND, Grid, visual_tokens
+from variants import cross_entropy, fan, naive, shared
 
 DEFAULT = Setting("qwen", (8, 16, 16), 8, 64, 0, repeats=1)
 GROUPS = (1, 2, 4, 8, 16, 32)

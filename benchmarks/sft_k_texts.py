@@ -8,8 +8,8 @@ over those of the first epoch, where the vision cache is empty; ``ratio_with_cac
 
 from __future__ import annotations
 
-from arms import cross_entropy, naive, shared
 from harness import report_ratios
+from variants import cross_entropy, naive, shared
 
 ARMS = {
     "naive": naive(cross_entropy),

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vidreason.datamodules.decoded import DecodeError
-from vidreason.datamodules.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoded import DecodeError
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
 
 STRIP_FRAMES = 6
 STRIP_HEIGHT = 128

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from vidreason.datamodules.whole_files import naming, write_text
+from vidreason.datamodules.atomic_files import naming, write_text
 from vidreason.lightning_modules.predictions import Prediction
 
 PREDICTIONS_FILE = "predictions.jsonl"

@@ -25,7 +25,7 @@ from vidreason.lightning_modules.interrupts import StopNow, left_whole
 from vidreason.lightning_modules.resumable import KEY, by_model_names
 from vidreason.lightning_modules.trained_weights import WeightsModule
 from vidreason.lightning_modules.unread_clips import NothingReadError
-from vidreason.lightning_modules.vlms.weight_folders import read_info
+from vidreason.lightning_modules.vlms.loading.weight_folders import read_info
 
 
 @dataclass(frozen=True)

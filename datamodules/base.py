@@ -13,16 +13,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from vidreason.datamodules.clip_dataset import ClipDataset, LoadedClip, leave_signals_to_the_run
-from vidreason.datamodules.clip_order import BalancedSampler, EveryClipOnce, ResumableLoader, SeededSampler
-from vidreason.datamodules.collating import BatchCollator
-from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.clips.collating import BatchCollator
+from vidreason.datamodules.clips.dataset import ClipDataset, LoadedClip, leave_signals_to_the_run
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.samplers import BalancedSampler, EveryClipOnce, ResumableLoader, SeededSampler
 from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.split_names import STANDARD_SPLITS
@@ -34,19 +34,11 @@ from vidreason.datamodules.splits import (
     write_splits,
 )
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import Clip, Encoded, Example
+from vidreason.datamodules.types import BatchEncoder, Clip
 
 _LOG = logging.getLogger(__name__)
 
 DEFAULT_FRAMES = FrameOptions()
-
-
-class BatchEncoder(Protocol):
-    """Turns examples into tensors; implemented by every model family. It is pickled into worker processes."""
-
-    def encode(self, examples: Sequence[Example]) -> Encoded:
-        """Encodes B clips with their prompts and the N texts behind them."""
-        ...
 
 
 def run_seed(seed: int | None) -> int:
@@ -93,13 +85,12 @@ class VideoDataModule(L.LightningDataModule, ABC):
         self.predict_splits = tuple(predict_splits)
         self.test_splits = None if test_splits is None else tuple(test_splits)
         self.split_seed = split_seed
+        self.balance_classes = False
         self.view: ClipView | None = None
         self._eval_view: ClipView | None = None
         self._clips: dict[str, tuple[Clip, ...]] | None = None
         self._made: tuple[str, ...] = ()
 
-    balance_classes: bool = False
-    """Whether training clips are drawn so that all labels are equally frequent; a stage may set it."""
     brings_texts: ClassVar[bool] = False
     """True where batches come with prompts and target texts of their own, so that no view is asked (pretraining)."""
 
@@ -167,13 +158,26 @@ class VideoDataModule(L.LightningDataModule, ABC):
         assert self._clips is not None
         return tuple(name for name in self._clips if name not in ("train", "val", "cal"))
 
-    def set_view(self, view: ClipView) -> None:
-        """Sets what is shown in training, and elsewhere unless ``set_eval_view`` says otherwise."""
-        self.view = view
+    def connect(
+        self,
+        *,
+        batch_size: int | None = None,
+        train_view: ClipView | None = None,
+        eval_view: ClipView | None = None,
+        balance_classes: bool | None = None,
+    ) -> None:
+        """Takes a stage's settings, before loaders are made; None leaves a setting as it is.
 
-    def set_eval_view(self, view: ClipView) -> None:
-        """Sets what is shown in validation, test and prediction."""
-        self._eval_view = view
+        Args:
+            batch_size: Clips per training batch.
+            train_view: What is shown of a clip in training, and in evaluation as long as there is no ``eval_view``.
+            eval_view: What is shown of a clip in validation, test and prediction.
+            balance_classes: Whether training clips are drawn so that all labels are equally frequent.
+        """
+        self.batch_size = self.batch_size if batch_size is None else batch_size
+        self.view = train_view or self.view
+        self._eval_view = eval_view or self._eval_view
+        self.balance_classes = self.balance_classes if balance_classes is None else balance_classes
 
     def train_dataloader(self) -> DataLoader[LoadedClip]:
         """Training clips that have a target, shuffled anew in each epoch."""
@@ -249,7 +253,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
 
     def _shown(self, view: ClipView | None) -> ClipView:
         if view is None:
-            raise ValueError("nothing says what to show of a clip: call set_view before the loaders are made")
+            raise ValueError("nothing says what to show of a clip: call connect(train_view=...) before making loaders")
         return view
 
     def _loader(

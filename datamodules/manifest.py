@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, VideoDataModule
-from vidreason.datamodules.decoding import FrameOptions
-from vidreason.datamodules.rows import Row, Table, read_table
+from vidreason.datamodules.base import DEFAULT_FRAMES, VideoDataModule
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.sources.rows import Row, Table, read_table
 from vidreason.datamodules.split_names import ALMOST_SPLITS
 from vidreason.datamodules.splits import (
     DEFAULT_FRACTIONS,
@@ -20,7 +20,7 @@ from vidreason.datamodules.splits import (
     make_splits,
 )
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import Clip
+from vidreason.datamodules.types import BatchEncoder, Clip
 
 KNOWN_COLUMNS = ("path", "label", "split", "group", "video_id")
 """Columns with a meaning of their own; all others are metadata."""

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vidreason.datamodules.atomic_files import whole_file
 from vidreason.datamodules.split_names import STANDARD_SPLITS
 from vidreason.datamodules.types import Clip
-from vidreason.datamodules.whole_files import whole_file
 
 _LOG = logging.getLogger(__name__)
 

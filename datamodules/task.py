@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from vidreason.datamodules.prompts import DEFAULT_TEMPLATES
-from vidreason.datamodules.whole_files import write_text
+from vidreason.datamodules.atomic_files import write_text
+from vidreason.datamodules.templates import DEFAULT_TEMPLATES
 from vidreason.rewards.completion import find_markup
 
 _TASK_KEYS = ("name", "question", "classes", "ordinal", "metadata_fields", "prompts")

@@ -15,7 +15,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, Literal
 
-from vidreason.datamodules.whole_files import naming
+from vidreason.datamodules.atomic_files import naming
 
 _LOG = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ Shape letters: B clips (prompts) in a batch, N texts behind them, L tokens of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -174,42 +174,59 @@ class Encoded:
     prompts: EncodedPrompts
     texts: TextBatch
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Encoded:
+        """Returns a copy on ``device``."""
+        return Encoded(self.prompts.to(device, non_blocking), self.texts.to(device, non_blocking))
+
+
+class BatchEncoder(Protocol):
+    """Turns examples into tensors; every model family implements it. It is pickled into worker processes."""
+
+    def encode(self, examples: Sequence[Example]) -> Encoded:
+        """Encodes B clips with their prompts and the N texts behind them."""
+        ...
+
 
 @dataclass(frozen=True)
 class VideoBatch:
-    """A collated batch of B clips, and those that could not be read.
+    """A collated batch of B clips, and the clips that could not be read.
 
-    In training a clip that could not be read is among the B as well: a black video without weight.
+    In training a clip that could not be read is among the B as well: a placeholder video whose ``sample_mask`` is
+    False. In evaluation it is in ``failed`` only, so that B is 0 where no clip of the batch could be read.
     """
 
-    prompts: EncodedPrompts | None
-    """None only outside of training, where every clip of the batch failed"""
-    texts: TextBatch | None
+    encoded: Encoded | None
+    """None where B is 0"""
     labels: Tensor
     """[B] int64, index into the data module's ``label_names``; -1 where unlabelled"""
+    sample_mask: Tensor
+    """[B] bool, True where the clip counts. It does not count if it could not be read, or if it only gives a rank as
+    many clips as the other ranks have. All clips have to be run, so that all ranks do the same."""
     clips: tuple[Clip, ...]
     """[B]"""
     failed: tuple[FailedClip, ...] = ()
     decode_ms: float = 0.0
     """Mean milliseconds spent decoding one clip of this batch"""
-    fillers: tuple[int, ...] = ()
-    """Indices of clips without weight: they give a rank as many clips as the others have, or could not be read"""
 
     def __len__(self) -> int:
         return len(self.clips)
 
     @property
-    def counted(self) -> Tensor:
-        """[B] bool, clips that count in the loss."""
-        counted = torch.ones(len(self.clips), dtype=torch.bool, device=self.labels.device)
-        counted[list(self.fillers)] = False
-        return counted
+    def prompts(self) -> EncodedPrompts:
+        """The B prompts."""
+        assert self.encoded is not None, "a batch without a readable clip has no prompts: check len(batch) first"
+        return self.encoded.prompts
 
     @property
-    def weighed_texts(self) -> TextBatch:
-        """The texts, of which nothing counts behind fillers; what is run stays the same."""
-        assert self.texts is not None
-        rows = self.counted[self.texts.owner][:, None]
+    def texts(self) -> TextBatch:
+        """The N texts behind the prompts."""
+        assert self.encoded is not None, "a batch without a readable clip has no texts: check len(batch) first"
+        return self.encoded.texts
+
+    @property
+    def valid_texts(self) -> TextBatch:
+        """The texts with ``loss_mask`` and ``answer_mask`` False behind clips that do not count; the same rows."""
+        rows = self.sample_mask[self.texts.owner][:, None]
         return replace(self.texts, loss_mask=self.texts.loss_mask & rows, answer_mask=self.texts.answer_mask & rows)
 
     @property
@@ -219,12 +236,9 @@ class VideoBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> VideoBatch:
         """Returns a copy on ``device``; Lightning calls this to move a batch."""
-        return VideoBatch(
-            None if self.prompts is None else self.prompts.to(device, non_blocking),
-            None if self.texts is None else self.texts.to(device, non_blocking),
-            self.labels.to(device, non_blocking=non_blocking),
-            self.clips,
-            self.failed,
-            self.decode_ms,
-            self.fillers,
+        return replace(
+            self,
+            encoded=None if self.encoded is None else self.encoded.to(device, non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            sample_mask=self.sample_mask.to(device, non_blocking=non_blocking),
         )

@@ -94,15 +94,12 @@ class VLMModule(WritingModule):
 
     def setup(self, stage: str) -> None:
         """Gives the data module its views; the data are ready here, the weights are not."""
-        if self.batch_size is not None:
-            self.data.batch_size = self.batch_size
+        self.data.connect(batch_size=self.batch_size)
         if stage == "predict":
             self.trainer.predict_loop.return_predictions = False  # they go to the callbacks, not into memory
-            self.data.set_view(self.written_view())
-            self.data.set_eval_view(self.written_view())
+            self.data.connect(train_view=self.written_view(), eval_view=self.written_view())
             return
-        self.data.set_view(self.train_view())
-        self.data.set_eval_view(self.eval_view())
+        self.data.connect(train_view=self.train_view(), eval_view=self.eval_view())
         splits = self.data.test_split_names if stage == "test" else ("val",)
         self.metrics = nn.ModuleDict({metric_key(s): self.new_metrics() for s in splits})
 
@@ -118,8 +115,6 @@ class VLMModule(WritingModule):
 
     def class_logprobs(self, batch: VideoBatch) -> Tensor:
         """Log of the class probabilities of the B readable clips of a batch, [B, C]."""
-        assert batch.prompts is not None
-        assert batch.texts is not None
         scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
         return class_logprobs(scores.logprobs, batch.texts, len(self.data.label_names), len(batch))
 
@@ -136,7 +131,7 @@ class VLMModule(WritingModule):
         Returns:
             ``{"predictions": ...}``, one line for every clip of the batch, for callbacks.
         """
-        if batch.fillers:
+        if not batch.sample_mask.all():
             return {"predictions": ()}
         report_failed(batch, f"counted wrong in {split}")
         names = self.data.label_names

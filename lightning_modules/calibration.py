@@ -38,8 +38,8 @@ from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import count_or_one, label_log_probabilities
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.predictions import Decisions, TraceText
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.work import Work
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
@@ -120,8 +120,7 @@ class CalibrationModule(CalibratorModule):
         }[TrainerFn(self.trainer.state.fn)]
         if self.input != "video":
             self._traces = self.collect_traces(splits)
-        data.set_view(self.train_view())
-        data.set_eval_view(self.eval_view())
+        data.connect(train_view=self.train_view(), eval_view=self.eval_view())
 
     def collect_traces(self, splits: Sequence[str]) -> dict[str, tuple[TraceRecord, ...]]:
         """Returns the traces by video id; those that the trace file lacks are sampled now.
@@ -162,10 +161,8 @@ class CalibrationModule(CalibratorModule):
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
         """Cross-entropy of the label behind video and trace, a mean over the whole optimizer step."""
-        assert batch.prompts is not None
-        assert batch.texts is not None
         logprobs = self.vlm.score(self.policy, batch.prompts, batch.texts).logprobs
-        texts = batch.weighed_texts
+        texts = batch.valid_texts
         if self.loss_kind == "tokens":
             count = self.mean_over_ranks(texts.loss_mask.sum())
             no_answer = torch.zeros_like(texts.answer_mask)

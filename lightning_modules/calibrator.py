@@ -20,7 +20,7 @@ from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.rollout import Completion
 from vidreason.lightning_modules.temperature import TemperatureScaledModule
 from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER
-from vidreason.lightning_modules.vlms.adapters import (
+from vidreason.lightning_modules.vlms.loading.adapters import (
     LoRAOptions,
     attach_lora,
     copy_adapter,
@@ -28,7 +28,7 @@ from vidreason.lightning_modules.vlms.adapters import (
     save_adapter,
     use_adapter,
 )
-from vidreason.lightning_modules.vlms.building import POLICY
+from vidreason.lightning_modules.vlms.loading.building import POLICY
 
 CALIBRATOR = "calibrator"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from vidreason.datamodules.whole_files import flush_to_disk, whole_file
+from vidreason.datamodules.atomic_files import flush_to_disk, whole_file
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -22,14 +22,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.layout import is_sharded
-from vidreason.lightning_modules.vlms.sharding import shard, whole
+from vidreason.lightning_modules.vlms.loading.sharding import shard, whole
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 
 
 class FSDP2(ModelParallelStrategy):
     """Parameters, gradients and optimizer state sharded over all processes; checkpoints are one file.
 
-    It runs on CPUs as well (gloo). Which modules are sharded is in ``vlms/sharding.py``.
+    It runs on CPUs as well (gloo). Which modules are sharded is in ``vlms/loading/sharding.py``.
 
     Args:
         timeout_s: Seconds after which a rank that waits for another gives up.

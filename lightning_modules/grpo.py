@@ -43,7 +43,7 @@ from vidreason.lightning_modules.interrupts import stop_together, unless_stopped
 from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
 from vidreason.lightning_modules.vlms.base import VLM, Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.sharding import whole
+from vidreason.lightning_modules.vlms.loading.sharding import whole
 from vidreason.rewards.accuracy import AccuracyReward
 from vidreason.rewards.base import RewardFn
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
@@ -205,14 +205,15 @@ class GRPOModule(PolicyModule):
         """
         clock = Stopwatch()
         if (step := self.unfinished_step()) is None:
+            fillers = (~batch.sample_mask).nonzero().flatten().tolist()
             rolled = self.roll_out(batch, clock)
             with clock("reward"):
                 groups = tuple(group for part in rolled for group in part.groups)
-                table = RolloutTable.of(groups, self.data.label_names, batch.fillers).over_ranks(self.over_ranks)
-                shown = next((g for row, g in enumerate(groups) if row not in batch.fillers), groups[0])
+                table = RolloutTable.of(groups, self.data.label_names, fillers).over_ranks(self.over_ranks)
+                shown = next((g for row, g in enumerate(groups) if row not in fillers), groups[0])
                 self.refuse_cold_policy(table.counted(), shown.rollouts[0].completion.text)
                 advantages = self.advantages(table, len(groups))
-            parts = make_parts(rolled, advantages, self.mask_truncated, batch.counted)
+            parts = make_parts(rolled, advantages, self.mask_truncated, batch.sample_mask)
             parts = self.with_frozen_logprobs(parts, clock)
             step = RolloutStep(self.replayed(parts), parts, advantages, 0)
         with clock("update_actor"):
@@ -232,6 +233,7 @@ class GRPOModule(PolicyModule):
 
     def roll_out(self, batch: VideoBatch, clock: Stopwatch) -> list[Rolled]:
         """Samples and scores a batch; ranks may write unequal lengths, and sample unequal numbers of groups again."""
+        fillers = (~batch.sample_mask).nonzero().flatten().tolist()
 
         def sampled() -> list[Rolled]:
             with clock("gen"):
@@ -240,7 +242,7 @@ class GRPOModule(PolicyModule):
                 rolled = [self.rewarded(part) for part in sampled]
             for attempt in range(1, self.resample + 1):
                 with clock("gen"):
-                    rolled = self.resample_dead(rolled, attempt, batch.fillers)
+                    rolled = self.resample_dead(rolled, attempt, fillers)
             return rolled
 
         with ExitStack() as gathered:

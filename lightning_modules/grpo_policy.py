@@ -41,12 +41,12 @@ from vidreason.lightning_modules.rollout import (
     warn_of_failures,
 )
 from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER
-from vidreason.lightning_modules.vlms.adapters import copy_adapter, use_adapter
 from vidreason.lightning_modules.vlms.base import Scores
-from vidreason.lightning_modules.vlms.building import POLICY
-from vidreason.lightning_modules.vlms.context import prompt_tokens
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.layout import is_sharded
+from vidreason.lightning_modules.vlms.loading.adapters import copy_adapter, use_adapter
+from vidreason.lightning_modules.vlms.loading.building import POLICY
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
+from vidreason.lightning_modules.vlms.text.context import prompt_tokens
 from vidreason.lightning_modules.work import Work
 from vidreason.rewards.base import RewardFn
 
@@ -95,7 +95,7 @@ class PolicyModule(ResumablePolicy):
     def setup(self, stage: str) -> None:
         """As every stage; says so where the policy starts from the base."""
         super().setup(stage)
-        self.data.balance_classes = self.balance_classes
+        self.data.connect(balance_classes=self.balance_classes)
         if stage == "fit" and self.adapter_path is None:
             self.print("grpo: no adapter_path given, the policy starts from the base")
 
@@ -121,7 +121,6 @@ class PolicyModule(ResumablePolicy):
 
     def generate(self, batch: VideoBatch) -> list[CompletionBatch]:
         """Samples G completions for every prompt, as many prompts at once as go through the model at once."""
-        assert batch.prompts is not None
         size = max(1, len(batch) // self.minibatches)
         size = min(size, self.prompts_per_forward or size)
         parts = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vidreason.lightning_modules.vlms import weight_folders
-from vidreason.lightning_modules.vlms.weight_folders import INFO_FILE
+from vidreason.lightning_modules.vlms.loading import weight_folders
+from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE
 
 REVIEWED = "policy"
 """Key of ``vidreason.json`` that only calibrators have: whose traces they review"""

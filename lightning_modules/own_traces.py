@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.clip_dataset import LoadedClip
+from vidreason.datamodules.clips.dataset import LoadedClip
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.trace_parts import join_parts, own_part
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from vidreason.datamodules.types import Clip, EncodedPrompts, TextBatch
 from vidreason.lightning_modules.vlms.base import VLM, Generated
-from vidreason.lightning_modules.vlms.context import refuse_too_long
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.text.context import refuse_too_long
 from vidreason.rewards.base import RewardFn, RewardInput, RewardScore, score_group
 from vidreason.rewards.completion import THINK_FORM, CompletionForm, ParsedCompletion, parse_completion
 

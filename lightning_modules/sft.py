@@ -149,7 +149,8 @@ class RationaleSFTModule(VLMModule):
             reasons = Counter(r.reject_reason or "does not end in the label" for r in TraceStore.open(path).records())
             most = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3)) or "it holds no text"
             raise ValueError(f"{path}: no training clip has a text left to learn: {most}")
-        self.data.set_view(self.reason_view(texts) if self.target == "trace" else DescribeView(self.task, texts=texts))
+        view = self.reason_view(texts) if self.target == "trace" else DescribeView(self.task, texts=texts)
+        self.data.connect(train_view=view)
 
     def target_texts(self) -> Texts:
         """Returns the target texts of the training clips by video id."""
@@ -200,10 +201,8 @@ class RationaleSFTModule(VLMModule):
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
         """Mean negative log-likelihood of the target tokens of the whole optimizer step."""
-        assert batch.prompts is not None
-        assert batch.texts is not None
         scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
-        texts = batch.weighed_texts
+        texts = batch.valid_texts
         loss = self.text_loss(scores.logprobs, texts)
         self.log("train/loss", loss.loss.detach(), prog_bar=True, batch_size=len(batch))
         self.log("train/loss_reasoning", loss.reasoning, batch_size=len(batch))
@@ -243,7 +242,7 @@ class RationaleSFTModule(VLMModule):
         if self.target != "caption":
             return super().validation_step(batch, batch_idx)
         loss, right, tokens = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
-        if batch.prompts is not None and batch.texts is not None and len(batch.texts) and not batch.fillers:
+        if len(batch) and len(batch.texts) and batch.sample_mask.all():
             scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
             loss = self.text_loss(scores.logprobs, batch.texts, over_ranks=False).loss
             right, tokens = token_accuracy(scores, batch.texts), int(batch.texts.loss_mask.sum())

@@ -17,16 +17,21 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
 from vidreason.datamodules.base import VideoDataModule, run_seed
-from vidreason.datamodules.clip_order import batches_of_an_epoch
+from vidreason.datamodules.clips.samplers import batches_of_an_epoch
 from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.lineage import REVIEWED, Lineage
 from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable
 from vidreason.lightning_modules.unread_clips import UnreadClipsModule
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions, save_adapter
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.building import POLICY, checkpoint_sha
-from vidreason.lightning_modules.vlms.layout import is_sharded
-from vidreason.lightning_modules.vlms.weight_folders import adapter_sha, is_adapter_folder, read_info, save_weights
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, save_adapter
+from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
+from vidreason.lightning_modules.vlms.loading.weight_folders import (
+    adapter_sha,
+    is_adapter_folder,
+    read_info,
+    save_weights,
+)
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FOLDER = "weights"

@@ -1,6 +1,6 @@
 """Training clips that cannot be read: a fit goes on without them, says so, and ends where nothing can be read at all.
 
-In its batch such a clip is a black video without weight (``datamodules/collating.py``), so that every rank runs its
+In its batch such a clip is a black video without weight (``clips/collating.py``), so that every rank runs its
 part of the step. A disk that has gone away ends the fit: nobody wants a night of steps on nothing.
 """
 
@@ -16,10 +16,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.atomic_files import whole_file
+from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.splits import first_five
 from vidreason.datamodules.types import VideoBatch
-from vidreason.datamodules.whole_files import whole_file
 from vidreason.lightning_modules.own_traces import report_failed
 from vidreason.lightning_modules.resumable import ResumableModule
 
@@ -41,7 +41,7 @@ class UnreadClipsModule(ResumableModule):
     """A stage that is trained without the clips that cannot be read."""
 
     weighs_clips: ClassVar[bool] = False
-    """True where ``training_step`` learns nothing from ``batch.fillers``; otherwise the fit ends at such a clip"""
+    """True where ``training_step`` learns nothing from clips that ``sample_mask`` leaves out; else the fit ends"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class UnreadClipsModule(ResumableModule):
             return
         report_failed(batch, "no weight in this step")
         strategy = self.trainer.strategy
-        numbers = [len(batch) - len(batch.fillers), len(batch.failed)]
+        numbers = [int(batch.sample_mask.sum()), len(batch.failed)]
         weighed, lost = strategy.reduce(
             torch.tensor(numbers, dtype=torch.float32, device=strategy.root_device), reduce_op="sum"
         ).tolist()

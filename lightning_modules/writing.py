@@ -64,7 +64,6 @@ class WritingModule(WeightsModule):
 
     def sample_texts(self, batch: VideoBatch, options: TraceOptions) -> Sequence[Sequence[Completion]]:
         """Samples texts for every clip of a batch, [B][K]; the noise depends on the seed, the clip and the sample."""
-        assert batch.prompts is not None
         return generate_rollouts(
             self.vlm,
             self.policy,
@@ -113,7 +112,7 @@ class WritingModule(WeightsModule):
             ``{"traces": ...}``, the records, for ``callbacks/trace_writer.py``.
         """
         report_failed(batch, "no text written")
-        if batch.fillers or all(clip.video_id in self._written for clip in batch.clips):
+        if not batch.sample_mask.all() or all(clip.video_id in self._written for clip in batch.clips):
             return {"traces": ()}
         records = self.predict_writer().records(batch, self.data.label_names)
         return {"traces": tuple(r for r in records if r.video_id not in self._written)}

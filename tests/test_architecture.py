@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("rewards", "datamodules", "lightning_modules", "callbacks", "configs")
 SOURCES = sorted(
     path
-    for folder in (*FOLDERS, "src", "benchmarks")
+    for folder in (*FOLDERS, "src", "benchmarks", "tools")
     for path in (ROOT / folder).rglob("*.py")
     if "__pycache__" not in path.parts
 )
@@ -64,11 +64,11 @@ def test_decoders_stand_behind_one_file():
         relative(path) for path in SOURCES if tops(path) & DECODERS and not relative(path).startswith("benchmarks")
     }
     readers = {name for name in users if "render" not in name and "write" not in name}
-    assert readers == {"datamodules/pyav_reader.py"}
-    behind = {"vidreason.datamodules.pyav_reader", "vidreason.datamodules.frame_zip"}
-    assert {relative(path) for path in SOURCES if imported(path) & behind} == {"datamodules/decoding.py"}
+    assert readers == {"datamodules/clips/pyav_reader.py"}
+    behind = {"vidreason.datamodules.clips.pyav_reader", "vidreason.datamodules.clips.frame_zip"}
+    assert {relative(path) for path in SOURCES if imported(path) & behind} == {"datamodules/clips/decoding.py"}
     named = {relative(path) for path in SOURCES if '"decord"' in path.read_text(encoding="utf-8").replace("'", '"')}
-    assert {name for name in named if "import_module" in (ROOT / name).read_text()} == {"datamodules/decoding.py"}
+    assert {name for name in named if "import_module" in (ROOT / name).read_text()} == {"datamodules/clips/decoding.py"}
 
 
 def test_the_grammar_is_written_in_one_file():

@@ -8,8 +8,8 @@ import json
 
 import pytest
 
-from vidreason.datamodules.porch import PorchDataModule
-from vidreason.datamodules.porch_texts import RULES
+from vidreason.datamodules.porch.data import PorchDataModule
+from vidreason.datamodules.porch.texts import RULES
 from vidreason.datamodules.prompts import render_review
 from vidreason.datamodules.traces import TraceStore
 from vidreason.demo.run import METHODS

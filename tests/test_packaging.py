@@ -133,11 +133,15 @@ def class_paths(node: object) -> list[str]:
     return [path for value in node for path in class_paths(value)] if isinstance(node, list) else []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for name in ("configs", "tools") for path in (ROOT / name).rglob("*.yaml")),
+    ids=lambda path: path.stem,
+)
 def test_class_paths_in_configs_resolve(path):
     for class_path in class_paths(yaml.safe_load(path.read_text(encoding="utf-8"))):
         module, _, name = class_path.rpartition(".")
-        assert module.split(".")[0] in ("vidreason", "lightning", "torch"), f"{path}: {class_path}"
+        assert module.split(".")[0] in ("vidreason", "lightning", "torch", "tools"), f"{path}: {class_path}"
         assert hasattr(import_module(module), name), f"{path}: {class_path}"
 
 

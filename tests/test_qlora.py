@@ -7,8 +7,8 @@ import torch
 from vidreason.lightning_modules.grpo import GRPOModule
 from vidreason.lightning_modules.rollout import generate_rollouts
 from vidreason.lightning_modules.sft import RationaleSFTModule
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 from vidreason.rewards.base import RewardFn
 
@@ -74,6 +74,6 @@ def test_it_writes_and_scores_what_it_wrote(make_module, make_data, make_trainer
 
 
 def test_without_bitsandbytes_it_says_what_would_run(make_module, monkeypatch):
-    monkeypatch.setattr("vidreason.lightning_modules.vlms.building.find_spec", lambda name: None)
+    monkeypatch.setattr("vidreason.lightning_modules.vlms.loading.building.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"bitsandbytes is not installed.*strategy/lora\.yaml"):
         make_module("sft").vlm.build()

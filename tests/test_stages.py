@@ -81,7 +81,7 @@ def test_deepintuit_from_descriptions_to_calibrated_predictions(make_vlm, make_d
 
 
 def cold_sha(folder):
-    from vidreason.lightning_modules.vlms.weight_folders import adapter_sha
+    from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
 
     return adapter_sha(folder)
 

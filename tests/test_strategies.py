@@ -13,10 +13,10 @@ from vidreason.config.trainer_cli import build
 from vidreason.lightning_modules.fsdp import FSDP2
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.rationale_filter import RationaleFilter
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.layout import is_sharded
-from vidreason.lightning_modules.vlms.sharding import is_whole, shard, whole
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.loading.sharding import is_whole, shard, whole
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
 small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_folder, world.make_vlm, world.make_data

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.callbacks.stopping import Stopping
 from vidreason.callbacks.throughput import Throughput
-from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.interrupts import StopRequested
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.unread_clips import NothingReadError
-from vidreason.lightning_modules.vlms.vision_cache import VisionCacheOptions
+from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
 
 world, grpo = ranks.world, ranks.grpo
 small_base, clip_folder, make_vlm, make_trainer = (
@@ -272,7 +272,7 @@ def test_a_last_batch_of_one_damaged_clip_is_a_step_on_nothing(make_vlm, make_tr
 
     data = FiveLost(clip_folder, (), encoder=vlm, batch_size=4)
     data.setup("fit")
-    data.set_view(module_view(data))
+    data.connect(train_view=module_view(data))
     last = [clip for batch in data.train_dataloader() for clip in batch.video_ids][-1]
     data.lost = (last,)
     trainer = make_trainer(max_epochs=1, limit_val_batches=0)

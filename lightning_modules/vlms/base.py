@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
-from vidreason.lightning_modules.vlms import building, chat, generation
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms import generation
 from vidreason.lightning_modules.vlms.encoder import ClipEncoder
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.head import Scoring
-from vidreason.lightning_modules.vlms.sharding import whole
-from vidreason.lightning_modules.vlms.shared_prefix import Choice, RouteOptions, choose_route, score_texts
-from vidreason.lightning_modules.vlms.vision_cache import IN_MEMORY, VisionCache, VisionCacheOptions
+from vidreason.lightning_modules.vlms.loading import building
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.loading.sharding import whole
+from vidreason.lightning_modules.vlms.prefix.head import Scoring
+from vidreason.lightning_modules.vlms.prefix.shared_prefix import Choice, RouteOptions, choose_route, score_texts
+from vidreason.lightning_modules.vlms.text import chat
+from vidreason.lightning_modules.vlms.vision_cache.cache import IN_MEMORY, VisionCache, VisionCacheOptions
 
 __all__ = ["VLM", "Generated", "Sampling", "Scores"]
 

@@ -16,8 +16,9 @@ from transformers import AutoProcessor, GenerationConfig
 from transformers.utils.hub import cached_file
 
 from vidreason.datamodules.types import Encoded, EncodedPrompts, Example
-from vidreason.lightning_modules.vlms import building, chat
-from vidreason.lightning_modules.vlms.context import longest_texts, max_position_embeddings, refuse_too_long
+from vidreason.lightning_modules.vlms.loading import building
+from vidreason.lightning_modules.vlms.text import chat
+from vidreason.lightning_modules.vlms.text.context import longest_texts, max_position_embeddings, refuse_too_long
 
 VISUAL_TOKEN = re.compile(r"image|img|video|vision|audio|<row_\d+_col_\d+>", re.IGNORECASE)
 

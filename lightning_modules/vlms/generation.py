@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from vidreason.datamodules.types import EncodedPrompts
 from vidreason.lightning_modules.interrupts import check_stop
-from vidreason.lightning_modules.vlms.expand import extend, prefill
-from vidreason.lightning_modules.vlms.head import logits_at
-from vidreason.lightning_modules.vlms.layout import PromptLayout
+from vidreason.lightning_modules.vlms.prefix.expand import extend, prefill
+from vidreason.lightning_modules.vlms.prefix.head import logits_at
+from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout
 
 
 @dataclass(frozen=True)

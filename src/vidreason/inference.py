@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vidreason.config import trainer_cli
 from vidreason.config.finished_stage import FinishedStage, find_stage
-from vidreason.datamodules.asked import ASKED, AskedClips, KnownClips
 from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.inference_data import ASKED, AskedClips, KnownClips
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip, VideoBatch
 from vidreason.lightning_modules.base import VLMModule

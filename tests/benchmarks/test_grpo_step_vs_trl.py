@@ -10,7 +10,7 @@ pytest.importorskip("trl")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    arms, parent = import_module("grpo_step_arms"), import_module("grpo_step_vs_trl")
+    arms, parent = import_module("grpo_step_variants"), import_module("grpo_step_vs_trl")
     folder = tmp_path_factory.mktemp("model")
     parent.write_model(folder, "tiny")
     options = argparse.Namespace(steps=1, prompts=2, group_size=3, completion=5, side=56)

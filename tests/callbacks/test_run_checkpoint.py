@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from stage_world import adamw
 
 from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
-from vidreason.datamodules import whole_files
-from vidreason.datamodules.whole_files import replace_folder
+from vidreason.datamodules import atomic_files as whole_files
+from vidreason.datamodules.atomic_files import replace_folder
 from vidreason.lightning_modules.checkpoints import WholeCheckpointIO
 from vidreason.lightning_modules.grpo import GRPOModule
 from vidreason.lightning_modules.interrupts import StopNow, StopRequested

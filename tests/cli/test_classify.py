@@ -12,7 +12,7 @@ import stage_world as world
 from vidreason import VideoClassifier
 from vidreason.cli.main import main
 from vidreason.config.finished_stage import find_stage
-from vidreason.datamodules.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
 from vidreason.pipelines.state import RunState, StageRecord
 
 small_base = world.small_base

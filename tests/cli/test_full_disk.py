@@ -10,8 +10,8 @@ from errors_page import FIT, LORA, PAGE, WRITES, stage
 from safetensors import SafetensorError
 
 from vidreason.cli.main import main
-from vidreason.datamodules import porch_render
-from vidreason.lightning_modules.vlms import adapters
+from vidreason.datamodules.porch.data import render as porch_render
+from vidreason.lightning_modules.vlms.loading import adapters
 
 
 class Full:

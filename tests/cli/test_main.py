@@ -91,7 +91,7 @@ def test_worker_errors_are_unwrapped(tmp_path):
     text = (
         "Caught DecodeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         f'  File "{__import__("json").__file__}", line 1, in fetch\n  File "{own}", line 4, in read\n'
-        "vidreason.datamodules.decoding.DecodeError: clip.mp4: no video stream\n"
+        "vidreason.datamodules.clips.decoding.DecodeError: clip.mp4: no video stream\n"
     )
     assert message_of(ValueError(text)) == "clip.mp4: no video stream"
     assert raised_by_user_code(ValueError(text))

@@ -8,7 +8,7 @@ import torch
 import two_classes
 from two_classes import epoch, order
 
-from vidreason.datamodules.clip_dataset import ClipKey
+from vidreason.datamodules.clips.dataset import ClipKey
 from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReviewView
 from vidreason.datamodules.types import Clip
 
@@ -17,7 +17,7 @@ make = two_classes.make
 
 def test_batches_carry_labels_texts_and_clips(make):
     data = make()
-    data.set_view(LabelView(data.task))
+    data.connect(train_view=LabelView(data.task))
     batches = epoch(data.train_dataloader())
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert sorted(order(batches)) == sorted(clip.video_id for clip in data.samples("train"))
@@ -46,7 +46,7 @@ def test_without_a_seed_of_its_own_it_follows_the_run(make):
 
 def test_loading_leaves_the_global_generator_alone(make):
     data = make()
-    data.set_view(LabelView(data.task))
+    data.connect(train_view=LabelView(data.task))
     torch.manual_seed(0)
     state = torch.get_rng_state()
     epoch(data.train_dataloader())
@@ -65,8 +65,7 @@ def test_clips_without_a_target_are_left_out_of_training_only(make, caplog):
 
 def test_each_phase_has_its_view_and_splits(make):
     data = make(predict_splits=["val", "test"], eval_batch_size=2)
-    data.set_view(LabelView(data.task))
-    data.set_eval_view(LabelScoringView(data.task))
+    data.connect(train_view=LabelView(data.task), eval_view=LabelScoringView(data.task))
     assert next(iter(data.train_dataloader())).texts.ids.shape[0] == 4
     (val,) = data.val_dataloader()
     assert next(iter(val)).texts.ids.shape[0] == 2 * 2
@@ -99,7 +98,7 @@ def test_mistakes_are_named(make):
     assert data.val_dataloader() == []
     with pytest.raises(ValueError, match="no split 'night'; the data have train, test"):
         data.loader("night", LabelView(data.task))
-    with pytest.raises(ValueError, match="set_view"):
+    with pytest.raises(ValueError, match="connect"):
         data.train_dataloader()
     data.encoder = None
     with pytest.raises(ValueError, match="no encoder"):
@@ -118,15 +117,14 @@ def test_foreign_labels_are_refused(make):
 
 def test_nothing_counts_behind_a_clip_that_only_fills(make):
     data = make()
-    data.set_view(LabelView(data.task))
+    data.connect(train_view=LabelView(data.task))
     dataset, collate = data.train_dataloader().dataset, data.train_dataloader().collate_fn
-    batch = collate([dataset[ClipKey(0, 0)], dataset[ClipKey(1, 0, counts=False)]])
-    assert batch.fillers == (1,)
-    assert batch.counted.tolist() == [True, False]
-    counted = batch.weighed_texts.loss_mask.any(dim=1)
+    batch = collate([dataset[ClipKey(0, 0)], dataset[ClipKey(1, 0, valid=False)]])
+    assert batch.sample_mask.tolist() == [True, False]
+    counted = batch.valid_texts.loss_mask.any(dim=1)
     assert counted.tolist() == [owner == 0 for owner in batch.texts.owner.tolist()]
     assert bool(batch.texts.loss_mask.any(dim=1).all()), "what is run stays the same"
-    assert batch.to("cpu").fillers == (1,)
+    assert batch.to("cpu").sample_mask.tolist() == [True, False]
 
 
 class Watching(L.LightningModule):
@@ -161,7 +159,7 @@ def fit(data, folder, epochs):
 
 def test_lightning_counts_the_epochs_and_finds_the_splits(make, tmp_path):
     data = make({"train": 12, "test": 2})
-    data.set_view(LabelView(data.task))
+    data.connect(train_view=LabelView(data.task))
     run = tmp_path / "run"
     seen = fit(data, run, epochs=2)
     loader = data.train_dataloader()
@@ -175,6 +173,6 @@ def test_lightning_counts_the_epochs_and_finds_the_splits(make, tmp_path):
 
 def test_given_splits_are_not_written(make, tmp_path):
     data = make()
-    data.set_view(LabelView(data.task))
+    data.connect(train_view=LabelView(data.task))
     fit(data, tmp_path / "run", epochs=1)
     assert not (tmp_path / "run" / "splits.csv").exists()

@@ -8,7 +8,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.task import Task
 

@@ -15,9 +15,9 @@ from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.parameters import set_train_mode
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.layout import unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
-from vidreason.lightning_modules.vlms.vision_cache import VisionCacheOptions
+from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
 
 SHORT = Sampling(max_new_tokens=4)
 

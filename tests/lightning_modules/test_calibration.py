@@ -14,7 +14,7 @@ from vidreason.lightning_modules.calibrator import CALIBRATOR
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.weight_folders import adapter_sha
+from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
 
 OWN = TraceOptions(samples=2, sampling=Sampling(max_new_tokens=5))
 

@@ -58,14 +58,14 @@ def test_unreadable_and_unlabelled_clips(tmp_path):
     names = ("a", "b")
     clips = tuple(Clip(tmp_path, label, f"v{i}", "test") for i, label in enumerate(["a", None, "b"]))
     lost = FailedClip(Clip(tmp_path, "b", "v3", "test"), "gone")
-    batch = VideoBatch(None, None, torch.tensor([0, -1, 1]), clips, (lost,))
+    batch = VideoBatch(None, torch.tensor([0, -1, 1]), torch.ones(3, dtype=torch.bool), clips, (lost,))
     decisions = decide_by_probs(torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1]]), names)
     metrics = ClassificationMetrics(names)
     update_metrics(metrics, batch, decisions, names, torch.device("cpu"))
     values = metrics.compute()
     assert float(values["acc"]) == pytest.approx(1 / 3), "right, wrong, unreadable; the unlabelled one is not counted"
     assert float(values["unparsed_rate"]) == pytest.approx(1 / 3)
-    only_lost = VideoBatch(None, None, torch.tensor([], dtype=torch.long), (), (lost,))
+    only_lost = VideoBatch(None, torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.bool), (), (lost,))
     update_metrics(metrics, only_lost, None, names, torch.device("cpu"))
     assert float(metrics.compute()["acc"]) == pytest.approx(1 / 4)
 

@@ -16,7 +16,7 @@ from vidreason.lightning_modules.grpo_parts import Rolled, count_step, make_part
 from vidreason.lightning_modules.grpo_replay import ReplayBuffer
 from vidreason.lightning_modules.grpo_statistics import RolloutTable, prefix_statistics, rollout_statistics
 from vidreason.lightning_modules.rollout import score_rollouts
-from vidreason.lightning_modules.vlms.context import prompt_tokens
+from vidreason.lightning_modules.vlms.text.context import prompt_tokens
 from vidreason.rewards.base import RewardFn, RewardInput
 from vidreason.rewards.completion import CompletionForm
 

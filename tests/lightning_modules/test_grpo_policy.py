@@ -14,7 +14,7 @@ from vidreason.lightning_modules.grpo_parts import Part, Rolled, count_step, spl
 from vidreason.lightning_modules.grpo_resuming import REFERENCE
 from vidreason.lightning_modules.grpo_statistics import RolloutTable, rollout_statistics
 from vidreason.lightning_modules.rollout import reward_tensor, score_rollouts
-from vidreason.lightning_modules.vlms.adapters import use_adapter
+from vidreason.lightning_modules.vlms.loading.adapters import use_adapter
 from vidreason.rewards.base import RewardFn, RewardInput
 from vidreason.rewards.completion import parse_completion, render_completion
 

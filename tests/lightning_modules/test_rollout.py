@@ -27,7 +27,7 @@ SHORT = Sampling(max_new_tokens=5)
 def sampled(make_vlm, make_data):
     vlm = make_vlm()
     data = make_data(vlm)
-    data.set_view(ReasonView(data.task))
+    data.connect(train_view=ReasonView(data.task))
     batch = next(iter(data.loader("val", ReasonView(data.task), batch_size=3)))
     model = vlm.build()
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vidreason.datamodules.probing import ClipProbe
+from vidreason.datamodules.sources.probing import ClipProbe
 from vidreason.lightning_modules.vlms.tiny.configuration import TinyVLMConfig
 from vidreason.prepare import frames
 from vidreason.prepare.frames import suggest_frames

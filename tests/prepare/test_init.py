@@ -17,7 +17,7 @@ import yaml
 from vidreason.cli.main import main
 from vidreason.config.trainer_cli import build
 from vidreason.datamodules.manifest import ManifestDataModule
-from vidreason.datamodules.probing import ClipProbe, Unreadable
+from vidreason.datamodules.sources.probing import ClipProbe, Unreadable
 from vidreason.datamodules.task import Task
 
 TINY = (48, 32)
@@ -48,7 +48,7 @@ def fake_probe(monkeypatch):
             else:
                 yield ClipProbe(f"sha-{text}", 60, 10.0, 320, 240, partial=text.startswith("partial"))
 
-    monkeypatch.setattr("vidreason.datamodules.probing.probe_clips", probe)
+    monkeypatch.setattr("vidreason.datamodules.sources.probing.probe_clips", probe)
 
 
 def write(folder, names):

@@ -8,7 +8,7 @@ import errors_page
 import pytest
 
 from vidreason.cli.main import main
-from vidreason.datamodules.decoding import FrameOptions
+from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.manifest import ManifestDataModule
 
 

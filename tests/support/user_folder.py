@@ -14,7 +14,7 @@ import signal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from vidreason.datamodules.decoded import DecodeError
+from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.lightning_modules.vlms.base import VLM
 
 

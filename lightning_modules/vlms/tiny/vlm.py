@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration, scratch_config
-from vidreason.lightning_modules.vlms.vision_cache import IN_MEMORY, VisionCacheOptions
+from vidreason.lightning_modules.vlms.vision_cache.cache import IN_MEMORY, VisionCacheOptions
 
 
 def embedded_folder() -> Path:

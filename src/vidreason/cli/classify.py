@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from vidreason.cli.main import EXIT_ERROR, EXIT_OK
 from vidreason.config.options import CommandParser
-from vidreason.datamodules.folders import clips_below
+from vidreason.datamodules.sources.folders import clips_below
 from vidreason.pipelines.table import percent, render_table
 
 if TYPE_CHECKING:

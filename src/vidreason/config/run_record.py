@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vidreason.config.finished_stage import TASK_FILE
+from vidreason.datamodules.atomic_files import whole_file, write_text
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.whole_files import whole_file, write_text
 
 
 class RunRecord(SaveConfigCallback):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vidreason.datamodules.whole_files import write_text
+from vidreason.datamodules.atomic_files import write_text
 from vidreason.pipelines.spec import read_pipeline
 from vidreason.pipelines.state import RunState, artefact_path
 from vidreason.pipelines.summary import Prediction, SummaryRow, load_rows, read_predictions, save_rows

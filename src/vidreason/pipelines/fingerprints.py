@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from vidreason.cli.configs import find_config, shipped_folder
-from vidreason.datamodules.rows import read_table
+from vidreason.datamodules.sources.rows import read_table
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _FILE_SUFFIXES = (*_YAML_SUFFIXES, ".csv", ".jsonl", ".json")

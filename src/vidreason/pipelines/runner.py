@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vidreason.cli.usage import cpu_seconds, gpus_used, reset_gpu_peak
-from vidreason.datamodules.whole_files import write_text
+from vidreason.datamodules.atomic_files import write_text
 from vidreason.pipelines.commands import COLD_POLICY_STATUS, INTERRUPTED_STATUS, USAGE_STATUS, Commands
 from vidreason.pipelines.fingerprints import fingerprint_artefact
 from vidreason.pipelines.inputs import StageInputs

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from vidreason.datamodules.whole_files import write_text
+from vidreason.datamodules.atomic_files import write_text
 from vidreason.pipelines.spec import ARTEFACT_FILES, Artefact
 
 Status = Literal["running", "interrupted", "failed", "finished", "skipped"]

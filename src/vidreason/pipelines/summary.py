@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vidreason.datamodules.whole_files import write_text
+from vidreason.datamodules.atomic_files import write_text
 from vidreason.pipelines.spec import PipelineSpec
 from vidreason.pipelines.state import RunState, artefact_path
 from vidreason.pipelines.table import decimal, percent, render_table

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vidreason.datamodules.split_names import STANDARD_SPLITS
 
 if TYPE_CHECKING:  # all of them need torch
-    from vidreason.datamodules.probing import ClipProbe
+    from vidreason.datamodules.sources.probing import ClipProbe
     from vidreason.datamodules.types import Clip
     from vidreason.prepare.frames import FrameSuggestion
 

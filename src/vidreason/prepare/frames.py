@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-from vidreason.datamodules.decoding import FrameOptions
-from vidreason.datamodules.probing import ClipProbe
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.sources.probing import ClipProbe
 
 FRAMES_PER_SECOND = 2
 """Of the median clip; what video-language models are commonly shown"""

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from vidreason.datamodules.sources import Source
+from vidreason.datamodules.sources.source import Source
 from vidreason.pipelines.table import render_table
 from vidreason.prepare.files import UNREADABLE, LeftOut, printable
 
 if TYPE_CHECKING:  # all of them need torch
-    from vidreason.datamodules.new_splits import Assignment
-    from vidreason.datamodules.probing import ClipProbe
+    from vidreason.datamodules.sources.new_splits import Assignment
+    from vidreason.datamodules.sources.probing import ClipProbe
     from vidreason.datamodules.types import Clip
     from vidreason.prepare.frames import FrameSuggestion
 

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vidreason.config.options import CommandParser
-from vidreason.datamodules.columns import ColumnNames
-from vidreason.datamodules.sources import Source, SourceClip, SourceOptions, read_source
-from vidreason.datamodules.whole_files import write_text
+from vidreason.datamodules.atomic_files import write_text
+from vidreason.datamodules.sources.columns import ColumnNames
+from vidreason.datamodules.sources.source import Source, SourceClip, SourceOptions, read_source
 from vidreason.prepare import files, report
 from vidreason.prepare.files import LeftOut, printable
 
 if TYPE_CHECKING:
-    from vidreason.datamodules.new_splits import Assignment
-    from vidreason.datamodules.probing import ClipProbe
+    from vidreason.datamodules.sources.new_splits import Assignment
+    from vidreason.datamodules.sources.probing import ClipProbe
 
 _MOST_WORKERS = 8
 
@@ -138,7 +138,7 @@ def _probe(source: Source, workers: int, timeout: float) -> tuple[dict[str, Clip
     """
     from tqdm import tqdm
 
-    from vidreason.datamodules.probing import Unreadable, probe_clips
+    from vidreason.datamodules.sources.probing import Unreadable, probe_clips
 
     probes: dict[str, ClipProbe] = {}
     left_out: list[LeftOut] = []
@@ -173,7 +173,7 @@ def _refuse_unreadable_classes(
 
 
 def _assign(source: Source, probes: Mapping[str, ClipProbe], seed: int, anew: bool) -> Assignment:
-    from vidreason.datamodules.new_splits import assign_splits, group_by_content
+    from vidreason.datamodules.sources.new_splits import assign_splits, group_by_content
     from vidreason.datamodules.types import Clip
 
     clips = [

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from vidreason.datamodules.types import Encoded, Example, Text, TextBatch
 from vidreason.lightning_modules.vlms.base import VLM, Generated
-from vidreason.lightning_modules.vlms.context import longest_texts
+from vidreason.lightning_modules.vlms.text.context import longest_texts
 
 MakeVLM = Callable[..., VLM]
 TRACE = "<think>a person leaves</think><answer>cat</answer>"

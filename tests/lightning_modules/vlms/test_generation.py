@@ -10,10 +10,10 @@ import torch
 import vlm_builders as builders
 from vlm_builders import PROMPTS, make_prompts
 
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling, draw_noise, inverse_cdf, keep_likeliest
-from vidreason.lightning_modules.vlms.layout import unwrap
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 from vidreason.lightning_modules.vlms.qwen import QwenVL
 
 MakeVLM = Callable[..., VLM]

@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidreason.datamodules.types import EncodedPrompts
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.head import STATES_AT_ONCE
-from vidreason.lightning_modules.vlms.layout import unwrap
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.prefix.head import STATES_AT_ONCE
+from vidreason.lightning_modules.vlms.prefix.layout import unwrap
+from vidreason.lightning_modules.vlms.prefix.text_memory import text_bytes, texts_that_fit
+from vidreason.lightning_modules.vlms.prefix.text_plan import plan_texts
 from vidreason.lightning_modules.vlms.qwen import QwenVL
-from vidreason.lightning_modules.vlms.text_memory import text_bytes, texts_that_fit
-from vidreason.lightning_modules.vlms.text_plan import plan_texts
 
 LORA = LoRAOptions(r=4, alpha=8)
 

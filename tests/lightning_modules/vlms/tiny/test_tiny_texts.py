@@ -9,11 +9,11 @@ import vlm_builders as builders
 from comparing import relative_gap
 from vlm_builders import FAN, PROMPTS, TREE, gradients, make_prompts, make_texts
 
-from vidreason.datamodules.porch_texts import PHRASES
-from vidreason.datamodules.porch_world import LABELS
+from vidreason.datamodules.porch.texts import PHRASES
+from vidreason.datamodules.porch.world import LABELS
 from vidreason.datamodules.types import Text
-from vidreason.lightning_modules.vlms.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 from vidreason.rewards.completion import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 

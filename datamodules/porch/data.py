@@ -1,0 +1,244 @@
+"""PorchDataModule: the embedded open-instance world as a data set like any other.
+
+Clips are rendered to mp4 files with a manifest on first use and read back through the path that a user's own clips
+take. Train, val and cal are L0; ``test_L0`` to ``test_L4`` hold twin pairs (the same scene with one event edited so
+that the label flips), which share a group. What happened in each clip stands in ``facts.jsonl``, for scoring alone: it
+is no column of the manifest and cannot enter a prompt.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from vidreason.datamodules.atomic_files import naming
+from vidreason.datamodules.base import DEFAULT_FRAMES, run_seed
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.manifest import ManifestDataModule
+from vidreason.datamodules.porch.render import render, to_mono, write_mp4
+from vidreason.datamodules.porch.scene import SHORTCUT, draw_scene
+from vidreason.datamodules.porch.texts import rationale
+from vidreason.datamodules.porch.world import ABNORMAL, LABELS, Facts, draw_facts, draw_twins, label_of, stream
+from vidreason.datamodules.prompts import ReasonView
+from vidreason.datamodules.task import Task
+from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
+from vidreason.datamodules.types import BatchEncoder
+from vidreason.rewards.completion import render_completion
+
+_LOG = logging.getLogger(__name__)
+_VERSION = 4
+"""Raised when the pictures or draws change, so that clips of an older version are not taken for current ones."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    split: str
+    """as in the manifest (``test_L0``)"""
+    stream: str
+    level: int
+    index: int
+    facts: Facts
+    name: str
+    group: str
+
+
+class PorchDataModule(ManifestDataModule):
+    """Doorbell-camera clips in which a fixed label set meets ever more open instances.
+
+    Args:
+        data_dir: Where clips are rendered to, in a sub-folder named after what they depend on.
+        train_clips: Clips of split train (L0, with the shortcut).
+        val_clips: Clips of split val (L0).
+        cal_clips: Clips of split cal (L0).
+        test_clips: Clips per test level; an even number, since they come as twin pairs.
+        levels: Test levels, 0 to 4.
+        camera: ``mono`` shows the same world through a monochrome camera, which the embedded base has never seen.
+        policy: Two labels, normal and abnormal, in place of eight.
+        shortcut: How often, at L0, night goes with abnormal labels and the clothing with the label.
+        label_noise: Share of the training labels replaced by another one.
+        world_seed: Seed of the clips; null takes ``seed``.
+        teacher_traces: Where to write a teacher's traces about split train, for a cold start that is to learn from them
+            in place of the model's own; null writes none.
+        encoder: Turns examples into tensors; the command line hands in the ``vlm`` section.
+        frames: Which frames of a clip are taken, and how large.
+        batch_size: Clips per training batch.
+        eval_batch_size: Clips per batch elsewhere; None takes ``batch_size``.
+        num_workers: Processes that decode; 0 decodes in the main one.
+        seed: Of shuffling, and of the clips where ``world_seed`` is null; null takes ``seed_everything``'s.
+        predict_splits: What ``predict`` runs over.
+        test_splits: What ``test`` runs over; None takes every test level.
+    """
+
+    def __init__(
+        self,
+        data_dir: str = "runs/porch",
+        train_clips: int = 128,
+        val_clips: int = 64,
+        cal_clips: int = 64,
+        test_clips: int = 80,
+        levels: Sequence[int] = (0, 1, 2, 3, 4),
+        camera: Literal["colour", "mono"] = "colour",
+        policy: bool = False,
+        shortcut: float = SHORTCUT,
+        label_noise: float = 0.0,
+        world_seed: int | None = None,
+        teacher_traces: str | None = None,
+        encoder: BatchEncoder | None = None,
+        frames: FrameOptions = DEFAULT_FRAMES,
+        batch_size: int = 16,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int | None = None,
+        predict_splits: Sequence[str] = ("train",),
+        test_splits: Sequence[str] | None = None,
+    ) -> None:
+        if test_clips % 2 or not set(levels) <= set(range(5)):
+            raise ValueError(f"test_clips must be even and levels within 0..4, got {test_clips} and {list(levels)}")
+        if not 0 <= shortcut <= 1 or not 0 <= label_noise <= 1:
+            raise ValueError(f"shortcut and label_noise are shares, got {shortcut} and {label_noise}")
+        self.sizes = {"train": train_clips, "val": val_clips, "cal": cal_clips}
+        self.test_clips, self.levels = test_clips, tuple(levels)
+        self.camera, self.policy = camera, policy
+        self.shortcut, self.label_noise = shortcut, label_noise
+        self.world_seed = run_seed(seed) if world_seed is None else world_seed
+        self.teacher_traces = None if teacher_traces is None else Path(teacher_traces)
+        self._teacher_wrote = False
+        if not 0 <= self.world_seed < 2**32:
+            raise ValueError(f"the seed of the clips must be in 0 .. 2**32 - 1, got {self.world_seed}")
+        self.folder = Path(data_dir) / self._name()
+        super().__init__(
+            manifest=self.folder / "manifest.csv",
+            task="tasks/porch_policy.yaml" if policy else "tasks/porch.yaml",
+            encoder=encoder,
+            frames=frames,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            predict_splits=predict_splits,
+            test_splits=test_splits,
+        )
+
+    def _name(self) -> str:
+        settings = [_VERSION, self.world_seed, self.sizes, self.test_clips, self.levels, self.camera, self.policy,
+                    self.shortcut, self.label_noise]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+        return f"seed{self.world_seed}-{self.camera}-{digest}"
+
+    def prepare_data(self) -> None:
+        """Renders the clips if they are not there, and writes the teacher's traces where they are asked for."""
+        if not self.manifest.is_file():
+            self._render()
+        if self.teacher_traces is not None and not self._teacher_wrote:
+            self.write_teacher_traces(self.teacher_traces)
+            self._teacher_wrote = True
+
+    def write_teacher_traces(self, path: Path) -> None:
+        """Writes the rationales behind the clips of split train, rule and label included, as another model's traces.
+
+        Args:
+            path: The file; one that is there already is replaced.
+        """
+        task = Task.from_yaml("tasks/porch_policy.yaml" if self.policy else "tasks/porch.yaml")
+        draft = path.with_name(f"{path.name}.part{os.getpid()}")
+        header = TraceHeader(True, "", "", ReasonView(task).sha(), task.sha(), {"teacher": "porch rationales"})
+        draft.unlink(missing_ok=True)
+        records = []
+        for item in (item for item in self._items() if item.split == "train"):
+            reasoning, answer = rationale(item.facts, self._words(item)), self._label_shown(label_of(item.facts))
+            text = render_completion(reasoning, answer)
+            records.append(TraceRecord(item.name, 0, text, reasoning, answer, "stop", 0.0, 0))
+        TraceStore.create(draft, header).append(records)
+        draft.replace(path)
+
+    def _render(self) -> None:
+        """The manifest is written last, so half a folder is never used."""
+        items = self._items()
+        _LOG.info("rendering %d clips into %s", len(items), self.folder)
+        draft = self.folder.with_name(f"{self.folder.name}.part{os.getpid()}")
+        try:
+            for item in tqdm(items, desc="rendering", unit="clip", leave=False):
+                self._write_clip(draft / "clips" / f"{item.name}.mp4", item)
+            self._write_facts(draft / "facts.jsonl", items)
+            self._write_manifest(draft / "manifest.csv", items)
+            if not self.manifest.is_file():  # no other process was faster
+                draft.rename(self.folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # what was interrupted, or came second
+
+    def _read(self) -> None:
+        self.prepare_data()
+        super()._read()
+
+    def _items(self) -> list[_Item]:
+        items = []
+        for split, count in self.sizes.items():
+            for i in range(count):
+                facts = draw_facts(stream(self.world_seed, split, 0, i, "facts"), LABELS[i % len(LABELS)])
+                name = f"{split}/{i:05d}"
+                items.append(_Item(split, split, 0, i, facts, name, name))
+        for level in self.levels:
+            for pair in range(self.test_clips // 2):
+                twins = draw_twins(stream(self.world_seed, "test", level, pair, "facts"), pair)
+                for letter, facts in zip("ab", twins, strict=True):
+                    split, group = f"test_L{level}", f"test_L{level}/{pair:04d}"
+                    items.append(_Item(split, "test", level, pair, facts, f"{group}{letter}", group))
+        return items
+
+    def _write_clip(self, path: Path, item: _Item) -> None:
+        seed = self.world_seed
+        scene = draw_scene(seed, item.stream, item.level, item.index, item.facts, shortcut=self.shortcut)
+        frames = render(
+            scene,
+            stream(seed, item.stream, item.level, item.index, "grain"),
+            stream(seed, item.stream, item.level, item.index, "clutter"),
+        )
+        write_mp4(path, to_mono(frames) if self.camera == "mono" else frames)
+
+    def _label(self, item: _Item) -> str:
+        label = label_of(item.facts)
+        rng = stream(self.world_seed, item.stream, item.level, item.index, "labels")
+        if item.split == "train" and rng.random() < self.label_noise:
+            others = [name for name in LABELS if name != label]
+            label = others[int(rng.integers(len(others)))]
+        return self._label_shown(label)
+
+    def _label_shown(self, label: str) -> str:
+        if self.policy:
+            return "abnormal" if label in ABNORMAL else "normal"
+        return label
+
+    def _write_manifest(self, path: Path, items: Sequence[_Item]) -> None:
+        with naming(path), path.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["path", "label", "split", "group", "video_id"])
+            for item in items:
+                label = self._label(item)
+                rows.writerow([f"clips/{item.name}.mp4", label, item.split, item.group, item.name])
+
+    def _write_facts(self, path: Path, items: Sequence[_Item]) -> None:
+        with naming(path), path.open("w", encoding="utf-8") as file:
+            for item in items:
+                written = rationale(item.facts, self._words(item))
+                row = {"video_id": item.name, "facts": item.facts.as_dict(), "rationale": written}
+                file.write(json.dumps(row) + "\n")
+
+    def _words(self, item: _Item) -> np.random.Generator:
+        return stream(self.world_seed, item.stream, item.level, item.index, "texts")
+
+    def facts(self) -> dict[str, dict[str, str]]:
+        """What happened in each clip, by video id; for scoring descriptions, never for training."""
+        self.prepare_data()
+        lines = (self.folder / "facts.jsonl").read_text(encoding="utf-8").splitlines()
+        return {row["video_id"]: row["facts"] for row in map(json.loads, lines)}

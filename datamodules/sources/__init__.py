@@ -1,0 +1,1 @@
+"""Reading clips and labels from folders, tables and chat records that others have written."""

@@ -1,0 +1,151 @@
+"""Which column of somebody else's table is which."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES
+from vidreason.datamodules.sources.rows import Table
+from vidreason.datamodules.split_names import is_split_name
+
+_PATH_NAMES = (
+    *("path", "video", "video_path", "file", "filename", "file_name", "filepath", "file_path", "clip", "clip_path"),
+    *("clip_name", "video_name", "video_file", "videos", "uri", "relpath", "video_id", "youtube_id", "name", "id"),
+)
+_LABEL_NAMES = (
+    *("label", "class", "category", "action", "target", "class_name", "label_name", "labels", "answer", "activity"),
+    *("verb", "event", "ground_truth", "gt", "tag", "emotion", "y"),
+)
+_SPLIT_NAMES = ("split", "subset", "set", "partition", "phase", "usage")
+_SAMPLE = 500  # rows that a guess looks at
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """What the user says about columns; None leaves it to a guess."""
+
+    path: str | None = None
+    label: str | None = None
+    split: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one table."""
+
+    path: str
+    label: str
+    split: str | None
+    group: str | None
+    guessed: tuple[str, ...]
+    """Sentences about those that nobody named"""
+
+
+def find_columns(table: Table, asked: ColumnNames, name: str) -> Columns:
+    """Finds the columns, as the user says or else by name and content.
+
+    Args:
+        table: all rows.
+        asked: what the user says.
+        name: what the table is called in messages.
+
+    Raises:
+        ValueError: where a column that was asked for is not there, or the path or label cannot be told.
+    """
+    for option, wanted in (
+        ("path", asked.path),
+        ("label", asked.label),
+        ("split", asked.split),
+        ("group", asked.group),
+    ):
+        if wanted is not None and wanted not in table.columns:
+            raise ValueError(
+                f"{name}: --{option}-column {wanted}: no such column{_suggestion(wanted, table.columns)}; "
+                f"there are {', '.join(table.columns)}"
+            )
+    if any(PurePath(column).suffix.lower() in VIDEO_SUFFIXES for column in table.columns):
+        raise ValueError(f"{name}, row 1: a clip and not the names of columns; put a line such as path,label on top")
+    path = asked.path or _guess_path(table, name)
+    split = asked.split or _guess_split(table, taken=(path, asked.label))
+    group = asked.group or next((column for column in table.columns if _plain(column) == "group"), None)
+    label = asked.label or _guess_label(table, taken=(path, split, group), name=name)
+    chosen = {"path": path, "label": label, "split": split, "group": group}
+    named = {"path": asked.path, "label": asked.label, "split": asked.split, "group": asked.group}
+    guessed = tuple(
+        f"{what}: column {column!r}, guessed; --{what}-column names another"
+        for what, column in chosen.items()
+        if column is not None and named[what] is None and column != what
+    )
+    return Columns(path, label, split, group, guessed)
+
+
+def _guess_path(table: Table, name: str) -> str:
+    named = _by_name(table.columns, _PATH_NAMES)
+    like_clips = [column for column in table.columns if _share_of_clips(table, column) >= 0.5]
+    for column in (*(column for column in named if column in like_clips), *like_clips, *named):
+        return column
+    raise ValueError(
+        f"{name}: no column looks like the path of a clip; name it with --path-column "
+        f"(there are {', '.join(table.columns) or 'none'})"
+    )
+
+
+def _guess_split(table: Table, taken: Sequence[str | None]) -> str | None:
+    """A column named split, or one of the usual names that holds nothing but names of splits."""
+    for column in _by_name(table.columns, _SPLIT_NAMES):
+        values = {row.get(column) for row in table.rows} - {""}
+        if column not in taken and values and (_plain(column) == "split" or all(map(is_split_name, values))):
+            return column
+    return None
+
+
+def _guess_label(table: Table, taken: Sequence[str | None], name: str) -> str:
+    """By name, words before numbers; else the only column whose values repeat, or the only one left."""
+    free = [column for column in table.columns if column not in taken]
+    named = _by_name(free, _LABEL_NAMES)
+    for column in (*(column for column in named if not _is_numeric(table, column)), *named):
+        return column
+    repeating = [column for column in free if _repeats(table, column)]
+    for only in (repeating, free):
+        if len(only) == 1:
+            return only[0]
+    raise ValueError(
+        f"{name}: which column is the label? Name it with --label-column (there are {', '.join(free) or 'no others'})"
+    )
+
+
+def _by_name(columns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The columns with such a name, in the order of the names."""
+    return sorted((column for column in columns if _plain(column) in names), key=lambda c: names.index(_plain(c)))
+
+
+def _plain(column: str) -> str:
+    return column.strip().casefold().replace(" ", "_").replace("-", "_")
+
+
+def _values(table: Table, column: str) -> list[str]:
+    return [value for row in table.rows[:_SAMPLE] if (value := row.get(column))]
+
+
+def _share_of_clips(table: Table, column: str) -> float:
+    values = _values(table, column)
+    found = sum(PurePath(value.rstrip('"]')).suffix.lower() in VIDEO_SUFFIXES for value in values)
+    return found / len(values) if values else 0.0
+
+
+def _is_numeric(table: Table, column: str) -> bool:
+    return all(value.replace(".", "", 1).lstrip("-").isdecimal() for value in _values(table, column))
+
+
+def _repeats(table: Table, column: str) -> bool:
+    values = _values(table, column)
+    return not _is_numeric(table, column) and 2 <= len(set(values)) <= len(values) / 2
+
+
+def _suggestion(column: str, columns: Sequence[str]) -> str:
+    close = difflib.get_close_matches(column.casefold(), [name.casefold() for name in columns], n=1, cutoff=0.5)
+    return f" (did you mean {next(c for c in columns if c.casefold() == close[0])!r}?)" if close else ""

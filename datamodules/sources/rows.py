@@ -1,0 +1,171 @@
+"""The rows of a manifest, however it is written: CSV, JSON lines, or folders whose names are the labels."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vidreason.datamodules.sources.folders import read_layout
+
+REQUIRED_COLUMNS = ("path", "label")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a manifest, or one file of a folder."""
+
+    place: str
+    """``row 12`` (as an editor counts lines), or the file's path within the folder."""
+    values: Mapping[str, str]
+
+    def get(self, column: str) -> str:
+        """The value of a column without white space around it; empty where there is none."""
+        return self.values.get(column, "").strip()
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows, with the columns that any of them has."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def read_table(manifest: Path) -> Table:
+    """Reads a manifest.
+
+    Args:
+        manifest: a ``.csv`` or ``.jsonl`` file, or a folder ``<class>/<clip>``, ``<split>/<class>/<clip>`` or
+            ``<class>/<split>/<clip>``.
+
+    Raises:
+        ValueError: naming the file and row, where it is missing, of another kind, malformed, empty, or lacks a column.
+    """
+    if manifest.is_dir():
+        table = _read_folder(manifest)
+    elif not manifest.is_file():
+        raise ValueError(f"{manifest}: no such manifest (a .csv or .jsonl file, or a folder with one folder per class)")
+    else:
+        readers = {".csv": read_delimited, ".jsonl": _read_jsonl}
+        if manifest.suffix.lower() not in readers:
+            raise ValueError(f"{manifest}: a manifest ends in .csv or .jsonl, or is a folder")
+        try:
+            table = readers[manifest.suffix.lower()](manifest)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{manifest}: is not UTF-8: {error}") from error
+    missing = [column for column in REQUIRED_COLUMNS if column not in table.columns]
+    if missing:
+        raise ValueError(
+            f"{manifest}: no column {' and no column '.join(map(repr, missing))}; "
+            f"there are {', '.join(table.columns) or 'none'} (wanted: path, label; optional: split, group, video_id)"
+        )
+    if not table.rows:
+        raise ValueError(f"{manifest}: lists no clips")
+    return table
+
+
+@dataclass(frozen=True)
+class Record:
+    """One object of a JSON file."""
+
+    place: str
+    """``row 12``: the line of a JSONL file, or the number of the object in a list"""
+    content: Mapping[str, Any]
+
+
+def read_delimited(manifest: Path, delimiter: str = ",", encoding: str = "utf-8-sig") -> Table:
+    """Reads a table with a header, such as CSV; a byte order mark is no part of the first name.
+
+    Raises:
+        ValueError: naming the file and row, where it is malformed.
+        UnicodeDecodeError: where it has another encoding.
+    """
+    with manifest.open(newline="", encoding=encoding) as file:
+        lines = csv.reader(file, strict=True, delimiter=delimiter)
+        try:
+            header = [name.strip() for name in next(lines, [])]
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise ValueError(f"{manifest}, row 1: the column {twice[0]!r} occurs twice")
+            return Table(tuple(header), tuple(_csv_rows(manifest, lines, header)))
+        except csv.Error as error:
+            raise ValueError(f"{manifest}, row {lines.line_num}: {error}") from error
+
+
+def _csv_rows(manifest: Path, lines: Any, header: Sequence[str]) -> Iterator[Row]:
+    for values in lines:
+        if not values:
+            continue
+        if len(values) != len(header):
+            raise ValueError(
+                f"{manifest}, row {lines.line_num}: {len(values)} values for {len(header)} columns; "
+                "put quotes around a value that holds a comma"
+            )
+        yield Row(f"row {lines.line_num}", dict(zip(header, values, strict=True)))
+
+
+def read_records(manifest: Path) -> tuple[Record, ...]:
+    """Reads one JSON object a line, or from ``.json`` a list of objects.
+
+    Raises:
+        ValueError: naming the file and row, where it is malformed.
+        UnicodeDecodeError: where it is not UTF-8.
+    """
+    text = manifest.read_text(encoding="utf-8-sig")
+    if manifest.suffix.lower() == ".json":
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{manifest}: not JSON: {error}") from error
+        if not isinstance(content, list):
+            raise ValueError(f"{manifest}: not a list of objects with the keys path and label")
+        numbered: list[tuple[int, Any]] = list(enumerate(content, start=1))
+    else:
+        numbered = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                numbered.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{manifest}, row {number}: not JSON: {error}") from error
+    for number, item in numbered:
+        if not isinstance(item, dict):
+            raise ValueError(f"{manifest}, row {number}: not an object with the keys path and label")
+    return tuple(Record(f"row {number}", item) for number, item in numbered)
+
+
+def table_of(records: Sequence[Record]) -> Table:
+    """The objects as rows: the keys are the columns, values that are no text are written as JSON."""
+    columns: dict[str, None] = {}
+    for record in records:
+        columns.update(dict.fromkeys(record.content))
+    rows = (Row(record.place, {key: _as_text(value) for key, value in record.content.items()}) for record in records)
+    return Table(tuple(columns), tuple(rows))
+
+
+def _read_jsonl(manifest: Path) -> Table:
+    return table_of(read_records(manifest))
+
+
+def _as_text(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _read_folder(folder: Path) -> Table:
+    """One folder per class, with or without one per split above or below it."""
+    layout = read_layout(folder)
+    for home in layout.empty:
+        raise ValueError(f"{home}: a class folder without clips; begin its name with _ to have it passed over")
+    rows = []
+    for clip in layout.clips:
+        path = clip.path.relative_to(folder).as_posix()
+        rows.append(Row(path, {"path": path, "label": clip.label} | ({"split": clip.split} if clip.split else {})))
+    has_splits = any(clip.split for clip in layout.clips)
+    return Table(("path", "label", "split") if has_splits else REQUIRED_COLUMNS, tuple(rows))

@@ -1,0 +1,72 @@
+"""Paths as tables write them, and the files that they mean."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES
+
+_SAMPLE = 200  # rows that the guess of a root looks for
+
+
+def path_of(value: str) -> str:
+    """The path that a cell holds: itself, or the only one of a JSON list."""
+    if value.startswith("["):
+        try:
+            items = json.loads(value)
+        except json.JSONDecodeError:
+            return value
+        if isinstance(items, list) and len(items) == 1 and isinstance(items[0], str):
+            return items[0]
+    return value
+
+
+def locator(table: Path, values: Sequence[str], root: Path | None) -> tuple[Callable[[str], Path], list[str]]:
+    """How a table's paths become files: from which folder, and with which suffix where they have none.
+
+    Args:
+        table: The table's file.
+        values: The cells of its path column.
+        root: What they are relative to; None looks beside the table and in the current folder.
+
+    Returns:
+        The function from a path to its file, which may be missing; and what was guessed, one sentence each.
+
+    Raises:
+        ValueError: where not one of the files is there.
+    """
+    roots = [root] if root is not None else list(dict.fromkeys([absolute(table.parent), Path.cwd()]))
+    sample = [path_of(value) for value in values]
+    for some in (sample[:_SAMPLE], sample):
+        hits = [sum(_find(absolute(folder), value) is not None for value in some) for folder in roots]
+        if max(hits):
+            break
+    else:
+        places = " and ".join(str(absolute(folder) / sample[0]) for folder in roots)
+        raise ValueError(
+            f"{table}: path not found: {sample[0]!r} of the first row, looked for {places}; give --root DIR"
+        )
+    best = absolute(roots[hits.index(max(hits))])
+    notes = [f"paths are relative to {best}"] if len(roots) > 1 and best != absolute(table.parent) else []
+    return lambda value: _find(best, value) or absolute(best / value), notes
+
+
+def _find(root: Path, value: str) -> Path | None:
+    """The file that a path means, in whichever way its accents are composed, or with the suffix that it lacks."""
+    for text in dict.fromkeys((value, unicodedata.normalize("NFC", value), unicodedata.normalize("NFD", value))):
+        path = root / text
+        if path.is_file():
+            return absolute(path)
+        if not path.suffix:
+            for suffix in sorted(VIDEO_SUFFIXES):
+                if (found := path.with_name(path.name + suffix)).is_file():
+                    return absolute(found)
+    return None
+
+
+def absolute(path: Path) -> Path:
+    """Links are kept, unless ``..`` would lead back over one."""
+    return path.resolve() if ".." in path.parts else path.absolute()

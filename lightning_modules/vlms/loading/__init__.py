@@ -1,0 +1,1 @@
+"""Loading weights: base models, adapters, weight folders and FSDP2's sharding units."""

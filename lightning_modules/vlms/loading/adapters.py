@@ -1,0 +1,210 @@
+"""Named LoRA adapters on one base: attach, save, load, copy and switch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vidreason.lightning_modules.vlms.loading.sharding import whole_state
+from vidreason.lightning_modules.vlms.loading.weight_folders import CONFIG_FILE, is_adapter_folder, published
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """Size and place of a LoRA adapter.
+
+    Args:
+        r: Rank.
+        alpha: Scale; the update is multiplied by alpha / r.
+        dropout: On the adapter's input, in training.
+        target_modules: Ends of the names of the linear layers that get one.
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def attach_lora(
+    model: PreTrainedModel, options: LoRAOptions, name: str = "policy", frozen: tuple[str, ...] = ()
+) -> PeftModel:
+    """Freezes ``model`` and puts a fresh LoRA adapter on it.
+
+    Args:
+        model: The base.
+        options: Size and place.
+        name: Name of the adapter.
+        frozen: Dotted names of modules that get no adapter (a frozen vision tower).
+    """
+    exclude = "|".join(rf"{re.escape(module)}\..*" for module in frozen)
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it by r; a float is as good
+        lora_dropout=options.dropout,
+        target_modules=list(options.target_modules),
+        exclude_modules=exclude or None,
+    )
+    wrapped = get_peft_model(model, config, adapter_name=name)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def _peft(model: nn.Module, name: str) -> PeftModel:
+    if not isinstance(model, PeftModel) or name not in model.peft_config:
+        have = sorted(model.peft_config) if isinstance(model, PeftModel) else "none"
+        raise ValueError(f"the model has no adapter '{name}' (it has: {have}); set vlm.lora to train one")
+    return model
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str,
+    info: Mapping[str, object],
+    beside: Mapping[str, Path] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes adapter ``name`` as a PEFT folder with ``info`` in ``vidreason.json``, replacing what was there.
+
+    Args:
+        model: The model that has the adapter.
+        folder: Where to.
+        name: Name of the adapter.
+        info: Content of ``vidreason.json``.
+        beside: Adapter folders to copy into it, by the names they get; they may lie in what is replaced.
+        state: The model's weights by name, or those of the adapter, where they are not to be taken from the model.
+    """
+    peft_model, folder = _peft(model, name), Path(folder)
+    state = whole_state(peft_model) if state is None and is_sharded(peft_model) else state
+    weights: dict[str, Tensor] = get_peft_model_state_dict(peft_model, state, adapter_name=name)
+    config = deepcopy(peft_model.peft_config[name])
+    config.inference_mode = True
+    with published(folder, info) as draft:
+        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, draft / WEIGHTS_FILE)
+        config.save_pretrained(str(draft))
+        for inner, other in (beside or {}).items():
+            shutil.copytree(other, draft / inner, ignore=shutil.ignore_patterns(inner))
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, name: str, trainable: bool = True, options: LoRAOptions | None = None
+) -> PeftModel:
+    """Puts the adapter in ``folder`` on ``model`` under ``name``, or loads it into the adapter of that name.
+
+    Args:
+        model: A base, or a base that has adapters already.
+        folder: A PEFT folder.
+        name: Its name in memory.
+        trainable: Whether its weights take gradients.
+        options: What the run asks for; a folder of another size is refused, its dropout follows the run's.
+
+    Raises:
+        ValueError: The folder is not an adapter, is of another size, or does not fit this model.
+    """
+    folder = Path(folder)
+    if not is_adapter_folder(folder) or not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{folder} is not an adapter folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}")
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = not trainable
+    config.base_model_name_or_path = None  # a folder may have moved: PEFT would warn, and lineage compares hashes
+    if options is not None:
+        _check_options(folder, config, options)
+        config.lora_dropout = options.dropout
+    if isinstance(model, PeftModel):
+        if name not in model.peft_config:
+            with _same_trainable(model):
+                model.add_adapter(name, config)
+        peft_model = model
+    else:
+        wrapped = get_peft_model(model, config, adapter_name=name)
+        assert isinstance(wrapped, PeftModel)
+        peft_model = wrapped
+    result: Any = set_peft_model_state_dict(peft_model, load_file(folder / WEIGHTS_FILE), adapter_name=name)
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if result.unexpected_keys or missing:
+        odd = [*result.unexpected_keys, *missing][0]
+        raise ValueError(
+            f"the adapter in {folder} does not fit this base model (for example at {odd}): use its own base"
+        )
+    _set_trainable(peft_model, name, trainable)
+    return peft_model
+
+
+def _check_options(folder: Path, config: LoraConfig, options: LoRAOptions) -> None:
+    asked = (options.r, float(options.alpha), sorted(options.target_modules))
+    found = (config.r, float(config.lora_alpha), sorted(config.target_modules or ()))
+    if asked != found:
+        raise ValueError(
+            f"the adapter in {folder} has r, alpha, target_modules = {found}, but vlm.lora asks for {asked}: "
+            "set vlm.lora as the adapter has it"
+        )
+
+
+def copy_adapter(model: nn.Module, src: str, dst: str, trainable: bool = False) -> None:
+    """Adds adapter ``dst`` with the weights of ``src`` (overwriting it where it exists); ``src`` stays as it is."""
+    peft_model = _peft(model, src)
+    if dst not in peft_model.peft_config:
+        with _same_trainable(peft_model):
+            peft_model.add_adapter(dst, deepcopy(peft_model.peft_config[src]))
+    weights = get_peft_model_state_dict(peft_model, adapter_name=src)
+    set_peft_model_state_dict(peft_model, {k: v.detach().clone() for k, v in weights.items()}, adapter_name=dst)
+    _set_trainable(peft_model, dst, trainable)
+
+
+@contextmanager
+def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside, forwards use adapter ``name`` (None: the bare base); which weights are trainable does not change."""
+    if name is None and not isinstance(model, PeftModel):
+        yield
+        return
+    peft_model = model if name is None and isinstance(model, PeftModel) else _peft(model, name or "")
+    before, flags = peft_model.active_adapter, _flags(peft_model)
+    with ExitStack() as stack:
+        stack.callback(_restore, flags)  # last of all: PEFT's switches flip requires_grad, there and back
+        if name is None:
+            stack.enter_context(peft_model.disable_adapter())
+        else:
+            stack.callback(peft_model.set_adapter, before)
+            peft_model.set_adapter(name)
+        _restore(flags)
+        yield
+
+
+def _set_trainable(model: PeftModel, name: str, trainable: bool) -> None:
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key:
+            parameter.requires_grad_(trainable)
+
+
+def _flags(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    return [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+
+def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _same_trainable(model: nn.Module) -> Iterator[None]:
+    """Undoes what PEFT does to ``requires_grad`` of parameters that were there before."""
+    flags = _flags(model)
+    try:
+        yield
+    finally:
+        _restore(flags)

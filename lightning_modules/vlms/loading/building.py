@@ -1,0 +1,173 @@
+"""From a folder or hub id to a model ready to train: loading, 4-bit weights, freezing and adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from vidreason.datamodules.file_hash import files_sha
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, attach_lora, load_adapter
+from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE, is_adapter_folder, read_info
+
+POLICY = "policy"
+"""Name of the adapter that a stage trains."""
+CHECKPOINT_FILES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model"})
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Turns the hub's many ways of failing into one line that says what to do."""
+    local = path.startswith((".", "/", "~")) or Path(path).exists()
+    if local and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"vlm.path: {path} is not a model folder (no config.json in it); check the path")
+    try:
+        yield
+    except OSError as error:
+        remedy = (
+            "its files are incomplete; copy or download it again"
+            if local
+            else "it is not on this machine and the hub did not give it; check the name and the network, or run "
+            f"`hf download {path}` elsewhere and set vlm.path to that folder"
+        )
+        raise ValueError(f"vlm.path: cannot load {path}: {remedy} ({str(error).splitlines()[0]})") from error
+
+
+def build(
+    path: str,
+    adapter_path: str | None,
+    *,
+    lora: LoRAOptions | None,
+    nf4: bool,
+    frozen: tuple[str, ...],
+    unquantised: tuple[str, ...],
+    dtype: str,
+    attn_implementation: str,
+    gradient_checkpointing: bool,
+    base_sha: Callable[[], str],
+) -> nn.Module:
+    """Builds a model in train mode, its frozen modules in eval mode; see ``VLM.build``."""
+    path, adapter = _sources(path, adapter_path, lora, base_sha)
+    base = load_base(path, nf4=nf4, unquantised=unquantised, dtype=dtype, attn_implementation=attn_implementation)
+    return equip(base, adapter, lora=lora, frozen=frozen, gradient_checkpointing=gradient_checkpointing)
+
+
+def equip(
+    base: PreTrainedModel,
+    adapter: str | None,
+    *,
+    lora: LoRAOptions | None,
+    frozen: tuple[str, ...],
+    gradient_checkpointing: bool,
+) -> nn.Module:
+    """Makes a loaded base ready to train: frozen modules in eval mode, the ``policy`` adapter, train mode elsewhere."""
+    if gradient_checkpointing:
+        # its name in older versions
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    towers = [base.get_submodule(name) for name in frozen]
+    for tower in towers:
+        tower.requires_grad_(False)
+    model: nn.Module = base
+    if adapter is not None:
+        model = load_adapter(base, adapter, POLICY, options=lora)
+    elif lora is not None:
+        model = attach_lora(base, lora, POLICY, frozen)
+    model.train()
+    for tower in towers:
+        tower.eval()
+    return model
+
+
+def _sources(
+    path: str, adapter_path: str | None, lora: LoRAOptions | None, base_sha: Callable[[], str]
+) -> tuple[str, str | None]:
+    """Which weights to load and which adapter to put on them."""
+    if adapter_path is None:
+        return path, None
+    if not is_adapter_folder(adapter_path):
+        if not (Path(adapter_path) / "config.json").is_file():
+            raise ValueError(
+                f"adapter_path: {adapter_path} is neither an adapter folder (adapter_config.json) nor a folder of "
+                "full weights (config.json); give the adapter/ or weights/ folder of a finished stage"
+            )
+        _refuse_another_base(path, adapter_path, base_sha)
+        return adapter_path, None
+    if lora is None:
+        raise ValueError(
+            f"adapter_path: {adapter_path} is a LoRA adapter, but vlm.lora is null; set it as it was trained"
+        )
+    _refuse_another_base(path, adapter_path, base_sha)
+    return path, adapter_path
+
+
+def _refuse_another_base(path: str, adapter_path: str, base_sha: Callable[[], str]) -> None:
+    trained_on = read_info(adapter_path).get("base_sha")
+    if trained_on is not None and trained_on != base_sha():
+        raise ValueError(
+            f"adapter_path: {adapter_path} was trained on another base than {path}; set vlm.path to its base"
+        )
+
+
+def load_base(
+    path: str, *, nf4: bool, unquantised: tuple[str, ...], dtype: str, attn_implementation: str
+) -> PreTrainedModel:
+    """Loads the checkpoint at ``path`` in the asked precision."""
+    precision = _dtype(dtype)
+    quantization = None
+    if nf4:
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "vlm.quantize is nf4, but bitsandbytes is not installed: `pip install bitsandbytes`, or hold the base "
+                "in its precision: configs/strategy/lora.yaml, with configs/strategy/fsdp.yaml where it must be sharded"
+            )
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=precision,
+            bnb_4bit_quant_storage=precision if precision == torch.bfloat16 else torch.uint8,
+            llm_int8_skip_modules=list(unquantised),
+        )
+    with readable(path):
+        model = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=precision,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization,
+            device_map={"": torch.cuda.current_device()} if nf4 and torch.cuda.is_available() else None,
+        )
+    assert isinstance(model, PreTrainedModel)
+    if nf4:
+        _keep_trainable_on_cpu(model)
+    return model
+
+
+def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
+    """Forbids the packing that bitsandbytes does in the first eval forward on AVX-512 CPUs: it kills the gradient."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def checkpoint_sha(path: str) -> str:
+    """SHA-256 of a checkpoint's files: weights, configuration, tokenizer, chat template."""
+    with readable(path):
+        config = cached_file(path, "config.json")
+    assert config is not None
+    files = sorted(Path(config).parent.iterdir())
+    return files_sha(file for file in files if file.suffix in CHECKPOINT_FILES and file.name != INFO_FILE)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -1,0 +1,101 @@
+"""Folders of trained weights: an adapter, or a whole model after full fine-tuning.
+
+An adapter folder is a PEFT folder plus ``vidreason.json`` (stage and lineage), whatever the adapter's name in memory; a
+folder of full weights is a model folder plus the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from vidreason.datamodules.atomic_files import flush_to_disk, naming, replace_folder
+from vidreason.datamodules.file_hash import files_sha
+from vidreason.lightning_modules.vlms.loading.sharding import whole_state
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
+
+INFO_FILE = "vidreason.json"
+CONFIG_FILE = "adapter_config.json"
+
+
+def is_adapter_folder(folder: str | Path) -> bool:
+    """Whether ``folder`` holds a PEFT adapter (and not full weights)."""
+    return (Path(folder) / CONFIG_FILE).is_file()
+
+
+def read_info(folder: str | Path) -> dict[str, object]:
+    """What ``vidreason.json`` in an adapter or weights folder says; empty where there is none."""
+    file = Path(folder) / INFO_FILE
+    if not file.is_file():
+        return {}
+    info: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    return info
+
+
+@contextmanager
+def published(folder: Path, info: Mapping[str, object]) -> Iterator[Path]:
+    """Yields a draft; adds the info file and moves it to its place, so that no failure leaves half a folder.
+
+    Raises:
+        OSError: Naming ``folder``, where it cannot be written.
+    """
+    draft = folder.with_name(folder.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        with naming(folder), _full_disk_said():
+            draft.mkdir(parents=True)
+            yield draft
+            (draft / INFO_FILE).write_text(json.dumps(dict(info), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            flush_to_disk(draft)
+            replace_folder(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def _full_disk_said() -> Iterator[None]:
+    """Safetensors has an error of its own for what the system refuses; it is the system's again here."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, object], processor: Any = None) -> None:
+    """Writes a fully fine-tuned model as a model folder with ``info`` in ``vidreason.json``.
+
+    Args:
+        model: The model.
+        folder: Where to.
+        info: Content of ``vidreason.json``.
+        processor: Written beside it.
+    """
+    with published(Path(folder), info) as draft:
+        model.save_pretrained(draft, state_dict=whole_state(model) if is_sharded(model) else None)
+        if processor is not None:
+            processor.save_pretrained(draft)
+
+
+def adapter_sha(folder: str | Path) -> str:
+    """SHA-256 of what an adapter (or a folder of full weights) computes: its weights and its LoRA settings."""
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no weights (*.safetensors)")
+    settings = ""
+    if is_adapter_folder(folder):
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = f"{config['r']} {config['lora_alpha']}"
+    return files_sha(files, settings)

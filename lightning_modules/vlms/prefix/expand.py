@@ -1,0 +1,134 @@
+"""Route *expand*: the prompts run once, and every text gets its prompt's keys and values.
+
+A text that others continue runs once too, level by level through ``TextBatch.parent``. The cache is differentiable, so
+gradients reach the prompt and the vision tower. Sampling goes the same way.
+
+Letters: B prompts, n rows of one forward, S tokens already in the cache, W columns, K scored tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidreason.datamodules.types import EncodedPrompts, TextBatch
+from vidreason.lightning_modules.vlms.prefix.head import Answer, Scored, Scoring, forward, scores_of
+from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout, next_positions, unwrap
+from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, plan_texts, targets
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What is behind n rows: their keys and values, which of them are real, and the position that comes next."""
+
+    cache: Any
+    """A transformers ``Cache`` of n rows and S tokens; extending a prefix extends it in place"""
+    mask: Tensor
+    """[n, S] int64, 1 on real tokens"""
+    start: Tensor
+    """[n] int64, position of the next token"""
+
+    def select(self, rows: Tensor) -> Prefix:
+        """Gathers rows (repeating or dropping them); the old prefix must not be used afterwards."""
+        self.cache.batch_select_indices(rows)
+        return Prefix(self.cache, self.mask[rows], self.start[rows])
+
+    def fork(self) -> Prefix:
+        """A prefix with the same keys and values that may be extended while this one stays as it is."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return Prefix(cache, self.mask, self.start)
+
+
+def prefill(layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, answer: Answer) -> tuple[Tensor, Prefix]:
+    """Runs every prompt once.
+
+    Args:
+        layout: The family.
+        model: The model, with or without PEFT around it.
+        prompts: B prompts, left-padded.
+        answer: What to ask the head for.
+
+    Returns:
+        The answer, and the prefix of B rows.
+    """
+    inputs = prompts.inputs
+    positions = layout.position_ids(unwrap(model), inputs)
+    out = forward(model, answer, **inputs, position_ids=positions, use_cache=True)
+    return out.logits, Prefix(out.past_key_values, inputs["attention_mask"].long(), next_positions(positions))
+
+
+def extend(
+    layout: PromptLayout, model: nn.Module, prefix: Prefix, ids: Tensor, mask: Tensor, answer: Answer
+) -> tuple[Tensor, Prefix]:
+    """Runs right-padded tokens behind a prefix.
+
+    Args:
+        layout: The family.
+        model: The model, with or without PEFT around it.
+        prefix: The prefix of n rows; its cache grows in place.
+        ids: [n, W] int64.
+        mask: [n, W] bool, real tokens.
+        answer: What to ask the head for.
+
+    Returns:
+        The answer, and the longer prefix.
+    """
+    steps = torch.arange(ids.shape[1], device=ids.device)
+    full = torch.cat([prefix.mask, mask.long()], dim=1)
+    out = forward(
+        model,
+        answer,
+        input_ids=ids,
+        attention_mask=full,
+        position_ids=layout.text_position_ids(prefix.start[:, None] + steps),
+        past_key_values=prefix.cache,
+        use_cache=True,
+    )
+    return out.logits, Prefix(prefix.cache, full, prefix.start + mask.sum(dim=1))
+
+
+def expand_prompts(
+    layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, plan: TextPlan, scoring: Scoring
+) -> tuple[list[Scored], Prefix]:
+    """Runs the prompts; scores the first token of every text directly behind one."""
+    last = prompts.inputs["input_ids"].shape[1] - 1
+    asked = targets([(plan.owner[row], last, row, 0) for row in plan.first_targets(0)], texts.ids.device)
+    ids = texts.ids[asked.text_rows, asked.text_cols]
+    scores, prefix = prefill(layout, model, prompts, scores_of(asked, ids, scoring))
+    return [Scored(asked.text_rows, asked.text_cols, scores)], prefix
+
+
+def expand_texts(
+    layout: PromptLayout, model: nn.Module, prefix: Prefix, texts: TextBatch, scoring: Scoring
+) -> list[Scored]:
+    """Runs the texts behind the prefix of their prompts, which is used up.
+
+    Returns:
+        The scores of all tokens that count but those that a prompt predicts.
+    """
+    plan, device = plan_texts(texts), texts.ids.device
+    found = []
+    place = {-1 - b: b for b in range(len(prefix.start))}  # prompts stand as -1 - owner
+    for depth in range(max(plan.depth, default=-1) + 1):
+        rows = [row for row in range(len(plan)) if plan.depth[row] == depth and plan.widths[row]]
+        if not rows:
+            break
+        behind = torch.tensor([place[plan.above(row)] for row in rows], device=device)
+        place = {row: i for i, row in enumerate(rows)}
+        inner = [(place[row], col - 1, row, col) for row in rows for col in plan.inner_targets(row)]
+        first = [
+            (place[plan.parent[row]], plan.lengths[plan.parent[row]] - 1, row, 0)
+            for row in plan.first_targets(depth + 1)
+        ]
+        asked = targets([*inner, *first], device)
+        run, width = torch.tensor(rows, device=device), max(plan.widths[row] for row in rows)
+        answer = scores_of(asked, texts.ids[asked.text_rows, asked.text_cols], scoring)
+        ids, mask = texts.ids[run, :width], texts.mask[run, :width]
+        scores, prefix = extend(layout, model, prefix.select(behind), ids, mask, answer)
+        found.append(Scored(asked.text_rows, asked.text_cols, scores))
+    return found

@@ -1,0 +1,204 @@
+"""Route *packed*: prompts and texts in one row without padding, one forward for all of them.
+
+It works with gradient checkpointing and with sharded layers, where a cache is dropped or every forward gathers the
+weights. ``packing.py`` has the attention.
+
+Letters: B prompts, P tokens of all prompts together, R tokens of all texts that are run, A rotary axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidreason.datamodules.types import EncodedPrompts, TextBatch
+from vidreason.lightning_modules.vlms.prefix.head import Answer, Scored, Scoring, forward, scores_of
+from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN, PromptLayout, next_positions, text_config, unwrap
+from vidreason.lightning_modules.vlms.prefix.packing import Group, KeysValues, Packing, Span, install
+from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, plan_texts, targets
+
+
+@dataclass(frozen=True)
+class PackedPrompts:
+    """Prompts as the beginning of a packed row."""
+
+    inputs: Mapping[str, Tensor]
+    """What the model takes: per-token inputs [1, P], pixels as they came; neither mask nor positions"""
+    positions: Tensor
+    """[1, P], or [A, 1, P]"""
+    spans: tuple[Span, ...]
+    """[B] where each prompt stands"""
+    start: Tensor
+    """[B] int64, position of the first token behind each prompt"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is left of prompts that have been run: the keys and values of each layer, and where each prompt stands."""
+
+    layers: Sequence[KeysValues]
+    prompts: PackedPrompts
+
+
+def pack_prompts(layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts) -> PackedPrompts:
+    """Takes the padding out of B prompts and puts them behind each other."""
+    real = prompts.inputs["attention_mask"].bool()
+    positions = layout.position_ids(unwrap(model), prompts.inputs)
+    inputs = dict(prompts.inputs)
+    del inputs["attention_mask"]
+    for name in ("input_ids", *PER_TOKEN):
+        if name in inputs:
+            inputs[name] = inputs[name][real][None]
+    ends = real.sum(1).cumsum(0).tolist()
+    spans = tuple(zip([0, *ends[:-1]], ends, strict=True))
+    return PackedPrompts(inputs, positions[..., real].unsqueeze(-2), spans, next_positions(positions))
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """Texts as the end of a packed row."""
+
+    ids: Tensor
+    """[1, R] int64"""
+    positions: Tensor
+    """[1, R], as if there were one rotary axis"""
+    groups: list[Group]
+    begin: dict[int, int]
+    """Where each text that is run begins, counted with what stands before all of them"""
+
+
+def pack_texts(texts: TextBatch, plan: TextPlan, prompts: PackedPrompts, before: int, memory: int) -> PackedTexts:
+    """Puts the texts behind each other.
+
+    Args:
+        texts: N texts.
+        plan: Of these texts.
+        prompts: The prompts they stand behind.
+        before: Tokens of the packed row that stand before the texts.
+        memory: Tokens that stand before the row itself.
+    """
+    tokens: list[tuple[int, int, int, int]] = []  # row, column, prompt, tokens between the prompt and this one
+    groups: list[Group] = []
+    begin: dict[int, int] = {}
+    end = before + memory
+    for above, children in plan.families():
+        path = plan.path(above) if above >= 0 else []
+        context = (prompts.spans[plan.owner[children[0]]], *((begin[r], begin[r] + plan.lengths[r]) for r in path))
+        passed = sum(plan.lengths[row] for row in path)
+        spans = []
+        for row in children:
+            begin[row] = end
+            end += plan.widths[row]
+            spans.append((begin[row] - memory, end - memory))
+            tokens += [(row, column, plan.owner[row], passed + column) for column in range(plan.widths[row])]
+        groups.append(Group(context, tuple(spans)))
+    row_of, column_of, owner, offset = torch.tensor(tokens, dtype=torch.long).reshape(-1, 4).to(texts.ids.device).T
+    return PackedTexts(texts.ids[row_of, column_of][None], (prompts.start[owner] + offset)[None], groups, begin)
+
+
+def run_packed(model: nn.Module, answer: Answer, packing: Packing, **inputs: Any) -> Tensor:
+    """One forward over a packed row; returns the answer.
+
+    Raises:
+        ValueError: Some layer of the decoder did not attend as the packing says.
+    """
+    install(model)
+    device = inputs["input_ids"].device
+    out = forward(
+        model,
+        answer,
+        **inputs,
+        attention_mask=torch.ones(1, 1, 0, 0, dtype=torch.bool, device=device),  # any other attention fails on it
+        use_cache=False,
+        packing=packing,
+    )
+    layers = int(text_config(model).num_hidden_layers)
+    if packing.layers != set(range(layers)):
+        raise ValueError(
+            f"only layers {sorted(packing.layers)} of {layers} attend over the packed row: use vlm.route: expand"
+        )
+    logits: Tensor = out.logits
+    return logits
+
+
+def packed_scores(
+    layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, plan: TextPlan, scoring: Scoring
+) -> list[Scored]:
+    """Scores of every token that counts, in one forward."""
+    head = pack_prompts(layout, model, prompts)
+    length = head.spans[-1][1]
+    tail = pack_texts(texts, plan, head, before=length, memory=0)
+    packing = Packing([*_alone(head), *tail.groups], texts.ids.device)
+    inputs = dict(head.inputs)
+    inputs["input_ids"] = torch.cat([head.inputs["input_ids"], tail.ids], dim=1)
+    for name in PER_TOKEN:
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(tail.ids, dtype=inputs[name].dtype)], dim=1)
+    positions = torch.cat([head.positions, layout.text_position_ids(tail.positions)], dim=-1)
+    found = [*_first_targets(plan, head), *_inner_targets(plan, tail, 0)]
+    return [_score(model, found, texts, scoring, packing, **inputs, position_ids=positions)]
+
+
+def packed_prompts(
+    layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, plan: TextPlan, scoring: Scoring
+) -> tuple[list[Scored], Memory]:
+    """Runs the prompts; scores the first token of every text directly behind one."""
+    head = pack_prompts(layout, model, prompts)
+    packing = Packing(_alone(head), texts.ids.device, keep=True)
+    found = _first_targets(plan, head)
+    scored = _score(model, found, texts, scoring, packing, **head.inputs, position_ids=head.positions)
+    return [scored], Memory(packing.take_kept(), head)
+
+
+def packed_texts(
+    layout: PromptLayout, model: nn.Module, memory: Memory, texts: TextBatch, scoring: Scoring
+) -> list[Scored]:
+    """Runs texts behind the memory of their prompts.
+
+    Returns:
+        The scores of all tokens that count but those that a prompt predicts.
+    """
+    plan, length = plan_texts(texts), memory.prompts.spans[-1][1]
+    if not any(plan.widths):
+        return []
+    tail = pack_texts(texts, plan, memory.prompts, before=0, memory=length)
+    packing = Packing(tail.groups, texts.ids.device, memory=memory.layers)
+    positions = layout.text_position_ids(tail.positions)
+    found = _inner_targets(plan, tail, length)
+    return [_score(model, found, texts, scoring, packing, input_ids=tail.ids, position_ids=positions)]
+
+
+def _alone(prompts: PackedPrompts) -> list[Group]:
+    return [Group((), (span,)) for span in prompts.spans]
+
+
+def _first_targets(plan: TextPlan, prompts: PackedPrompts) -> list[tuple[int, int, int, int]]:
+    """First tokens of texts that stand directly behind a prompt, predicted by its last token."""
+    return [(0, prompts.spans[plan.owner[row]][1] - 1, row, 0) for row in plan.first_targets(0)]
+
+
+def _inner_targets(plan: TextPlan, texts: PackedTexts, memory: int) -> list[tuple[int, int, int, int]]:
+    """Tokens predicted by a token of their own row or of the row that it continues."""
+    found = []
+    for row, parent in enumerate(plan.parent):
+        if parent >= 0 and bool(plan.loss[row, 0]):
+            found.append((0, texts.begin[parent] + plan.lengths[parent] - 1 - memory, row, 0))
+        found += [(0, texts.begin[row] + col - 1 - memory, row, col) for col in plan.inner_targets(row)]
+    return found
+
+
+def _score(
+    model: nn.Module,
+    found: list[tuple[int, int, int, int]],
+    texts: TextBatch,
+    scoring: Scoring,
+    packing: Packing,
+    **inputs: Tensor,
+) -> Scored:
+    asked = targets(found, texts.ids.device)
+    answer = scores_of(asked, texts.ids[asked.text_rows, asked.text_cols], scoring)
+    return Scored(asked.text_rows, asked.text_cols, run_packed(model, answer, packing, **inputs))

@@ -1,0 +1,1 @@
+"""A cache of the embeddings that a frozen vision path computes."""

@@ -1,0 +1,109 @@
+"""What stands between pixels and the decoder's input embeddings: what it computes with, and whether that is fixed.
+
+It is every part of a model but the decoder and the head: tower, merger or projector, connector, ``image_newline``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from vidreason.lightning_modules.vlms.prefix.layout import unwrap
+
+VOLATILE = ("text_config", "_name_or_path", "transformers_version", "quantization_config", "dtype")
+"""Of a configuration: what no embedding depends on, or what is in the key by itself"""
+
+
+class Part(NamedTuple):
+    """A module of the path, by its dotted name."""
+
+    name: str
+    module: nn.Module
+
+
+def path_parts(model: nn.Module) -> list[Part]:
+    """The modules between pixels and input embeddings, each without its children."""
+    base = unwrap(model)
+    apart = [base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()]
+    outside = {id(inner) for module in apart if module is not None for inner in module.modules()}
+    return [Part(name, module) for name, module in base.named_modules() if id(module) not in outside]
+
+
+def path_tensors(parts: list[Part]) -> Iterator[tuple[str, Tensor]]:
+    """Names, parameters and buffers of the path."""
+    for name, module in parts:
+        for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            yield f"{name}.{own}".lstrip("."), tensor
+
+
+def why_not_fixed(parts: list[Part]) -> str | None:
+    """Why embeddings cannot be kept, or None where the same pixels give the same embeddings again."""
+    for name, module in parts:
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            return f"{name} carries an adapter"
+        if name and isinstance(module, FSDPModule):  # the root runs on every rank in any case
+            return f"{name} is sharded, and ranks that skip its forward would keep the others waiting"
+        if module.training and isinstance(module, _BatchNorm):
+            return f"{name} normalises over the batch while it is in train mode"
+        if module.training and _drops(module):
+            return f"{name} drops activations at random while it is in train mode"
+    tensors = list(path_tensors(parts))
+    for name, tensor in tensors:
+        if tensor.requires_grad:
+            return f"{name} is trained"
+        if isinstance(tensor, DTensor):
+            return f"{name} is sharded"
+    return None if tensors else "the model does not tell its decoder from what comes before it"
+
+
+def _drops(module: nn.Module) -> bool:
+    rates = [getattr(module, name, 0.0) for name in ("attention_dropout", "dropout")]
+    own = [module.p] if isinstance(module, _DropoutNd) else []
+    return any(isinstance(rate, float) and rate > 0 for rate in (*own, *rates))
+
+
+def marks(parts: list[Part]) -> tuple[tuple[int, int], ...]:
+    """Changes with every write into the path's tensors, at the cost of no arithmetic."""
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in path_tensors(parts))
+
+
+def path_sha(model: nn.Module, parts: list[Part]) -> str:
+    """SHA-256 of all that the path computes with: parameters, buffers, what 4-bit weights unpack with, configuration.
+
+    Args:
+        model: The model.
+        parts: Its ``path_parts``.
+    """
+    base = unwrap(model)
+    config: dict[str, Any] = base.config.to_dict()
+    fixed = {key: value for key, value in config.items() if key not in VOLATILE}
+    digest = hashlib.sha256(json.dumps([type(base).__name__, fixed], sort_keys=True, default=str).encode())
+    tensors = dict(path_tensors(parts))
+    for name, module in parts:
+        packed: Any = getattr(module, "weight", None)
+        if hasattr(packed, "quant_state"):  # what belongs to 4-bit weights is in no parameter and no buffer
+            # not module.state_dict(), which would shard again what has been gathered
+            state: dict[str, Any] = packed.quant_state.as_dict(packed=True)
+            tensors |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A copy of the values of a tensor of any type as bytes; storage that NumPy has seen can no longer be resized."""
+    flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers

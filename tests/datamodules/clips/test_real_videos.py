@@ -1,0 +1,72 @@
+"""Real clips and deliberately odd files, where the environment names their folder."""
+
+import csv
+
+import pytest
+import torch
+
+from vidreason.datamodules.clips.decoded import DecodeError
+from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.manifest import ManifestDataModule
+
+
+def odd_files(folder):
+    with (folder / "odd_videos" / "manifest.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("reader", ["auto", "pyav"])
+def test_odd_files_decode_or_say_why(test_data, reader):
+    wrong = []
+    for row in odd_files(test_data):
+        path = test_data / "odd_videos" / row["path"]
+        try:
+            video = read_frames(path, FrameOptions(num_frames=8, max_pixels=20_000, reader=reader))
+        except DecodeError as error:
+            if row["expect"] in ("ok", "partial") or row["path"].rpartition("/")[2] not in str(error):
+                wrong.append(f"{row['path']} ({row['expect']}): {error}")
+            continue
+        if row["expect"] in ("reject", "no_video") or len(video.frames) != 8:
+            wrong.append(f"{row['path']} ({row['expect']}): {tuple(video.frames.shape)} by {video.reader}")
+    assert not wrong
+
+
+def test_tolerant_reading_finds_the_frames_that_are_there(test_data):
+    counts = {}
+    for row in odd_files(test_data):
+        if row["expect"] in ("ok", "partial") and not row["path"].endswith((".zip", "nasa_13013.mp4")):
+            path = test_data / "odd_videos" / row["path"]
+            video = read_frames(path, FrameOptions(num_frames=1, max_pixels=1000, reader="pyav"))
+            counts[row["path"]] = (video.frames_in_file, int(row["frames_tolerant"]))
+    assert {path: pair for path, pair in counts.items() if pair[0] != pair[1]} == {}
+    assert len(counts) > 40
+
+
+def test_rotation_is_applied_by_every_reader(test_data):
+    pytest.importorskip("decord", reason="decord has no wheel for this platform")
+    for name in ("made/rotate90_tag.mp4", "public/decord__video_90.mov", "public/decord__video_180.mov"):
+        both = [
+            read_frames(test_data / "odd_videos" / name, FrameOptions(num_frames=3, reader=reader)).frames
+            for reader in ("decord", "pyav")
+        ]
+        assert torch.equal(*both)
+
+
+@pytest.mark.parametrize(
+    ("name", "subset", "sizes"),
+    [
+        ("weizmann", "weizmann_silhouettes", {"train": 40, "val": 13, "cal": 10, "test": 30, "robustness": 20}),
+        ("surveillance_fight", "surveillance_fight", {"val": 44, "test": 74}),
+        ("utd_mhad_depth", "utd_mhad_depth", {"val": 108, "test": 215}),
+    ],
+)
+def test_real_manifests_are_read(test_data, name, subset, sizes):
+    data = ManifestDataModule(
+        test_data / "real_clips" / "manifest.csv", task=f"tasks/{name}.yaml", where={"subset": subset}
+    )
+    data.setup("fit")
+    assert {split: len(data.clips(split)) for split in sizes} == sizes
+    assert {clip.label for clip in data.clips("train")} == set(data.label_names)
+    assert {clip.label for clip in data.clips("cal")} == set(data.label_names)
+    groups = [{clip.group for clip in data.clips(split)} for split in data.splits()]
+    assert sum(map(len, groups)) == len(set.union(*groups))

@@ -1,0 +1,41 @@
+"""What has to be run of a tree of texts."""
+
+import torch
+
+from vidreason.datamodules.types import TextBatch
+from vidreason.lightning_modules.vlms.prefix.text_plan import join_only_children, plan_texts
+
+
+def tree(parent: list[int], lengths: list[int]) -> TextBatch:
+    """Row i holds tokens 10 i, 10 i + 1, ...; the last of each counts."""
+    steps = torch.arange(max(lengths))
+    mask = steps < torch.tensor(lengths)[:, None]
+    loss = steps == torch.tensor(lengths)[:, None] - 1
+    ids = 10 * torch.arange(len(lengths))[:, None] + steps
+    return TextBatch(
+        ids, mask, loss, torch.zeros_like(mask), torch.zeros(len(parent), dtype=torch.long), torch.tensor(parent)
+    )
+
+
+def test_only_children_are_joined() -> None:
+    """0 has one child, 3, which has one, 4; 1 has two, 2 and 5."""
+    texts = tree([-1, -1, 1, 0, 3, 1], [2, 1, 1, 3, 1, 2])
+    joined = join_only_children(texts, plan_texts(texts))
+    assert joined.rows is not None
+    assert joined.cols is not None
+    rows = [row[real].tolist() for row, real in zip(joined.texts.ids, joined.texts.mask, strict=True)]
+    assert rows == [[0, 1, 30, 31, 32, 40], [10], [20], [50, 51]]
+    assert joined.texts.parent.tolist() == [-1, -1, 1, 1]
+    counted = joined.texts.loss_mask
+    assert counted[0].tolist() == [False, True, False, False, True, True]
+    assert torch.equal(texts.ids[joined.rows, joined.cols][counted], joined.texts.ids[counted])
+    assert sorted(zip(joined.rows[counted].tolist(), joined.cols[counted].tolist(), strict=True)) == sorted(
+        (row, column) for row, column in texts.loss_mask.nonzero().tolist()
+    )
+
+
+def test_a_fan_stays_as_it_is() -> None:
+    texts = tree([-1, -1, 0, 0], [2, 1, 1, 1])
+    joined = join_only_children(texts, plan_texts(texts))
+    assert joined.texts is texts
+    assert joined.rows is None

@@ -1,0 +1,1 @@
+"""Pretraining of the embedded base: run from the checkout, not installed."""

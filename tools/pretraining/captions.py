@@ -1,0 +1,130 @@
+"""Porch, the pretraining stream as questions and answers: what the embedded base learns to say about what it sees.
+
+Every clip is asked to be described (now and then in the compact form) and, behind the same video, either to be gone
+through frame by frame, a dense target that teaches the decoder to look, or to repeat random letters and tags, so that
+no token stays unused. Nothing is asked about labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tools.pretraining.stream import StreamSampler, pretraining_frames, pretraining_scene
+from tools.pretraining.texts import ECHO_QUESTION, FRAMES_QUESTION, SLOTS_QUESTION, echo, frame_by_frame, slots
+from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.clips.collating import BatchCollator
+from vidreason.datamodules.clips.dataset import LoadedClip, leave_signals_to_the_run
+from vidreason.datamodules.clips.samplers import ResumableLoader
+from vidreason.datamodules.porch.scene import FRAMES
+from vidreason.datamodules.porch.texts import DESCRIBE_QUESTION, describe
+from vidreason.datamodules.porch.world import LABELS, stream
+from vidreason.datamodules.types import BatchEncoder, Clip, Example, FrameTiming, Prompt, Text, VideoSample
+
+FPS = 4.0
+VALIDATION_SEED = 1_000_003
+"""Added to the seed for the clips on which the loss is validated."""
+
+
+def question_and_answer_example(seed: int, index: int, slot_share: float, echo_share: float) -> Example:
+    """Clip number ``index`` of the stream with its questions, one behind the other's video, and their answers."""
+    scene = pretraining_scene(seed, index)
+    frames = torch.from_numpy(pretraining_frames(seed, index, scene)).permute(0, 3, 1, 2)
+    words = stream(seed, "pretrain", 0, index, "texts")
+    compact = words.random() < slot_share
+    asked = SLOTS_QUESTION if compact else DESCRIBE_QUESTION
+    said = slots(scene.facts) if compact else describe(scene.facts, words)
+    random_text = echo(words) if words.random() < echo_share else None
+    name = f"pretrain/{seed}/{index}"
+    clip = Clip(Path(name), None, name, "train")
+    sample = VideoSample(name, frames, None, FrameTiming(FPS, FRAMES, tuple(range(FRAMES))), clip)
+    texts = (
+        Text(asked, role="context"),
+        Text(FRAMES_QUESTION if random_text is None else ECHO_QUESTION + random_text, role="context"),
+        Text(said, parent=0),
+        Text(random_text or frame_by_frame(scene), parent=1),
+    )
+    return Example(sample, Prompt("", open=True), texts)
+
+
+class _CaptionDataset(Dataset[LoadedClip]):
+    def __init__(self, seed: int, clips: int, slot_share: float, echo_share: float) -> None:
+        self.seed, self.clips, self.slot_share, self.echo_share = seed, clips, slot_share, echo_share
+
+    def __len__(self) -> int:
+        return self.clips
+
+    def __getitem__(self, index: int) -> LoadedClip:
+        return LoadedClip(question_and_answer_example(self.seed, index, self.slot_share, self.echo_share), 0.0)
+
+
+class PorchCaptionDataModule(VideoDataModule):
+    """The pretraining stream of porch with questions and answers, for the decoder; new clips in every epoch.
+
+    Args:
+        encoder: Turns examples into tensors; the command line hands in the ``vlm`` section.
+        clips_per_epoch: New clips in every epoch.
+        slot_share: How often the compact form takes the description's place.
+        echo_share: How often random text takes the place of the frames.
+        batch_size: Clips per batch; each has two answers.
+        num_workers: Processes that render.
+        seed: Seed of the stream.
+    """
+
+    brings_texts = True
+
+    def __init__(
+        self,
+        encoder: BatchEncoder | None = None,
+        clips_per_epoch: int = 2048,
+        slot_share: float = 0.1,
+        echo_share: float = 0.35,
+        batch_size: int = 16,
+        num_workers: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(encoder, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        self.clips_per_epoch, self.slot_share, self.echo_share = clips_per_epoch, slot_share, echo_share
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Porch's labels, of which the stream knows nothing."""
+        return LABELS
+
+    def samples(self, split: str) -> Sequence[Clip]:
+        """None: the stream has no files."""
+        return ()
+
+    def setup(self, stage: str) -> None:
+        """Nothing to read."""
+        self._clips = {}
+
+    def train_dataloader(self) -> DataLoader[LoadedClip]:
+        """New clips in every epoch."""
+        dataset = _CaptionDataset(self.seed, self.clips_per_epoch, self.slot_share, self.echo_share)
+        given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        ranks = given or {"num_replicas": 1, "rank": 0}
+        return self._stream_loader(dataset, StreamSampler(dataset, ranks["num_replicas"], ranks["rank"]))
+
+    def val_dataloader(self) -> list[DataLoader[LoadedClip]]:
+        """The same 256 clips of another seed every time."""
+        unseen = _CaptionDataset(self.seed + VALIDATION_SEED, 256, self.slot_share, self.echo_share)
+        return [self._stream_loader(unseen, None)]
+
+    def _stream_loader(self, dataset: _CaptionDataset, sampler: StreamSampler | None) -> DataLoader[LoadedClip]:
+        assert self.encoder is not None
+        loader: DataLoader[LoadedClip] = (DataLoader if sampler is None else ResumableLoader)(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_run,
+            collate_fn=BatchCollator(self.encoder, self.label_names),
+        )
+        if isinstance(loader, ResumableLoader):
+            loader.trainer = self.trainer
+        return loader

@@ -1,0 +1,28 @@
+"""Makes the folder that the package ships out of a pretraining run, in bfloat16.
+
+``python -m tools.pretraining.shipping runs/pretrain_describe/weights FOLDER``
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration
+from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
+
+
+def ship(trained: Path, folder: Path) -> None:
+    """Writes model and processor of ``trained`` to ``folder``, the weights in bfloat16."""
+    recipe = TinyVLM(str(trained))
+    model = recipe.build()
+    assert isinstance(model, TinyVLMForConditionalGeneration)
+    model.bfloat16()
+    model.save_pretrained(folder)
+    recipe.processor.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
+if __name__ == "__main__":
+    ship(Path(sys.argv[1]), Path(sys.argv[2]))

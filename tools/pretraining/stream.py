@@ -1,0 +1,158 @@
+"""Porch, the endless stream that the embedded base is pretrained on.
+
+Facts are drawn independently, looks widely (``draw_scene(wide=True)``); no label, no script and nothing of what is
+reserved (stripe walls, patterned clothing, speed above 1.3, monochrome, all of L4) occurs in it. Clips are rendered
+in memory, with the halved colour resolution that a video file would give them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tools.pretraining.texts import COLUMNS, person_columns
+from vidreason.datamodules.clips.dataset import leave_signals_to_the_run
+from vidreason.datamodules.clips.samplers import ResumableLoader, ResumableSampler
+from vidreason.datamodules.porch.render import Frames, render
+from vidreason.datamodules.porch.scene import FRAMES, WIDTH, Scene, draw_scene
+from vidreason.datamodules.porch.world import draw_any_facts, stream
+
+
+def pretraining_scene(seed: int, index: int) -> Scene:
+    """Scene number ``index`` of the stream."""
+    facts = draw_any_facts(stream(seed, "pretrain", 0, index, "facts"))
+    return draw_scene(seed, "pretrain", 0, index, facts, wide=True)
+
+
+def pretraining_frames(seed: int, index: int, scene: Scene) -> Frames:
+    """Frames of that scene, [FRAMES, H, W, 3] uint8."""
+    frames = render(scene, stream(seed, "pretrain", 0, index, "grain"), stream(seed, "pretrain", 0, index, "clutter"))
+    return frames if index % 4 == 0 else halve_chroma(frames)
+
+
+def halve_chroma(frames: Frames) -> Frames:
+    """Averages colour, not brightness, over 2 × 2 pixels, as 4:2:0 video does."""
+    pixels = frames.astype(np.float32)
+    luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+    colour = pixels - luma[..., None]
+    t, h, w, _ = colour.shape
+    blocks = colour.reshape(t, h // 2, 2, w // 2, 2, 3).mean(axis=(2, 4))
+    smooth = blocks.repeat(2, axis=1).repeat(2, axis=2)
+    halved: Frames = (smooth + luma[..., None]).clip(0, 255).astype(np.uint8)
+    return halved
+
+
+FRAME_TARGETS = {"person": COLUMNS + 1, "at_door": 2, "carried": 2, "lying": 2, "lamp": 2, "door": COLUMNS}
+"""What is asked of a single frame, and the number of possible answers."""
+
+
+class FrameBatch(NamedTuple):
+    """Frames with what is to be seen in each."""
+
+    frames: Tensor
+    """[B, T, 3, H, W] uint8"""
+    targets: dict[str, Tensor]
+    """[B, T] int64 per name of FRAME_TARGETS"""
+
+
+def frame_targets(scene: Scene) -> dict[str, list[int]]:
+    """[FRAMES] answers per name of FRAME_TARGETS."""
+    columns = person_columns(scene)
+    seen = [column < COLUMNS for column in columns]
+    return {
+        "person": columns,
+        "at_door": [int(v) for v in scene.parcel_at_door],
+        "carried": [int(c and s) for c, s in zip(scene.carrying, seen, strict=True)],
+        "lying": [int(v) for v in scene.lying],
+        "lamp": [int(v) for v in scene.lamp_on],
+        "door": [int(scene.looks.door_x * COLUMNS / WIDTH)] * FRAMES,
+    }
+
+
+class StreamSampler(ResumableSampler):
+    """Numbers the clips on from epoch to epoch, so that no clip comes twice."""
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        start = self.epoch * len(self.dataset)  # type: ignore[arg-type]
+        first = self.rank + self.seen * self.num_replicas
+        return (start + i for i in range(first, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+class _FrameDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    def __init__(self, seed: int, clips: int, frames_per_clip: int) -> None:
+        self.seed, self.clips, self.frames_per_clip = seed, clips, frames_per_clip
+
+    def __len__(self) -> int:
+        return self.clips
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        scene = pretraining_scene(self.seed, index)
+        frames = pretraining_frames(self.seed, index, scene)
+        chosen = np.sort(
+            stream(self.seed, "pretrain", 0, index, "texts").random(FRAMES).argsort()[: self.frames_per_clip]
+        )
+        targets = {name: torch.tensor(values)[chosen] for name, values in frame_targets(scene).items()}
+        return torch.from_numpy(frames[chosen]).permute(0, 3, 1, 2), targets
+
+
+class PorchFrameDataModule(L.LightningDataModule):
+    """Single frames of the pretraining stream with what is to be seen in them, for the tower.
+
+    Args:
+        encoder: Not used; every data module of the command line has one.
+        clips_per_epoch: New clips in every epoch.
+        frames_per_clip: Frames drawn from each clip.
+        batch_size: Clips per batch.
+        num_workers: Processes that render.
+        seed: Seed of the stream.
+    """
+
+    def __init__(
+        self,
+        encoder: object | None = None,
+        clips_per_epoch: int = 2048,
+        frames_per_clip: int = 4,
+        batch_size: int = 16,
+        num_workers: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.clips_per_epoch, self.frames_per_clip = clips_per_epoch, frames_per_clip
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+
+    def _loader(self, seed: int, clips: int, endless: bool) -> DataLoader[FrameBatch]:
+        dataset = _FrameDataset(seed, clips, self.frames_per_clip)
+        given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        ranks = given or {"num_replicas": 1, "rank": 0}
+        loader: DataLoader[FrameBatch] = (ResumableLoader if endless else DataLoader)(
+            dataset,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            sampler=StreamSampler(dataset, ranks["num_replicas"], ranks["rank"]) if endless else None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_run,
+            collate_fn=_collate,
+        )
+        if isinstance(loader, ResumableLoader):
+            loader.trainer = self.trainer
+        return loader
+
+    def train_dataloader(self) -> DataLoader[FrameBatch]:
+        """New clips in every epoch."""
+        return self._loader(self.seed, self.clips_per_epoch, endless=True)
+
+    def val_dataloader(self) -> DataLoader[FrameBatch]:
+        """The same 512 clips of another seed every time."""
+        return self._loader(self.seed + 1_000_003, 512, endless=False)
+
+
+def _collate(items: list[tuple[Tensor, dict[str, Tensor]]]) -> FrameBatch:
+    return FrameBatch(
+        torch.stack([frames for frames, _ in items]),
+        {name: torch.stack([targets[name] for _, targets in items]) for name in FRAME_TARGETS},
+    )
