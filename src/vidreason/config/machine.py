@@ -11,10 +11,10 @@ import sys
 import lightning as L
 from lightning.pytorch.strategies import ParallelStrategy
 
-from vidreason.lightning_modules.trained_weights import WeightsModule
+from vidreason.lightning_modules.base import VLMModule
 
 
-def describe(trainer: L.Trainer, module: WeightsModule, trains: bool = True) -> str:
+def describe(trainer: L.Trainer, module: VLMModule, trains: bool = True) -> str:
     """One line: strategy, processes and precision, and what of the model is trained or run.
 
     Args:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import gc
-import io
 import logging
 import signal
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from vidreason.cli.main import EXIT_COLD_POLICY, EXIT_INTERRUPTED, EXIT_USAGE
+from vidreason.config.quiet import quietly
 
 if TYPE_CHECKING:
     from vidreason.config.trainer_cli import VideoCLI
@@ -75,7 +74,7 @@ def run_stage(built: Builds, argv: list[str]) -> int:
         ValueError: A mistake in the user's data or config, as the stage raised it.
     """
     from vidreason.config import trainer_cli
-    from vidreason.lightning_modules.rollout import ColdPolicyError
+    from vidreason.lightning_modules.rl.rollouts import NoParsedCompletionsError
 
     nodes, devices = _processes(built, argv)
     if nodes > 1:
@@ -87,7 +86,7 @@ def run_stage(built: Builds, argv: list[str]) -> int:
         return run_apart(argv)
     try:
         return trainer_cli.run(argv[0], argv[1:])
-    except ColdPolicyError as error:
+    except NoParsedCompletionsError as error:
         print(error, file=sys.stderr)
         return COLD_POLICY_STATUS
     except SystemExit as stop:
@@ -181,15 +180,3 @@ def count_train_clips(built: Builds, argv: list[str]) -> int | None:
             return len(data.clips("train"))
     except (argparse.ArgumentError, OmegaConfBaseException, MisconfigurationException, ValueError, OSError):
         return None  # e.g. a stage that was finished on another machine: its data set need not be here
-
-
-@contextmanager
-def quietly(level: int = logging.INFO) -> Iterator[None]:
-    """Hides what building says about seeds, devices and files, up to ``level``; the run itself will say it."""
-    before = logging.root.manager.disable
-    logging.disable(level)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            yield
-    finally:
-        logging.disable(before)
