@@ -36,7 +36,7 @@ class Task:
     """What is asked of every clip; one file drives all stages.
 
     Raises:
-        ValueError: for fewer than two classes, empty or repeated names, or a prompt of unknown kind or placeholder.
+        ValueError: For fewer than two classes, empty or repeated names, or a prompt of unknown kind or placeholder.
     """
 
     name: str
@@ -70,10 +70,10 @@ class Task:
         """Reads a task file.
 
         Args:
-            path: the file, as ``find_task_file`` resolves it.
+            path: The file, as ``find_task_file`` resolves it.
 
         Raises:
-            ValueError: naming the file and the key that is wrong, missing or unknown.
+            ValueError: Naming the file and the key that is wrong, missing or unknown.
         """
         file = find_task_file(path)
         try:
@@ -121,11 +121,11 @@ class Task:
         """Fills the template of a kind; a placeholder with nothing to say takes its line with it.
 
         Args:
-            kind: describe, reason, answer, answer_first, label or calibrate.
-            fields: the clip's metadata; columns that the task does not list are ignored.
+            kind: Describe, reason, answer, answer_first, label or calibrate.
+            fields: The clip's metadata; columns that the task does not list are ignored.
 
         Raises:
-            ValueError: for an unknown kind.
+            ValueError: For an unknown kind.
         """
         if kind not in DEFAULT_TEMPLATES:
             raise ValueError(f"unknown prompt kind {kind!r}: one of {', '.join(DEFAULT_TEMPLATES)}")
@@ -147,10 +147,10 @@ def find_task_file(path: str | Path) -> Path:
     """Finds a task file: as given (from the current folder), else among the configs of the installed package.
 
     Args:
-        path: for example ``tasks/weizmann.yaml`` or ``my_task.yaml``.
+        path: For example ``tasks/weizmann.yaml`` or ``my_task.yaml``.
 
     Raises:
-        ValueError: naming the places that were looked at.
+        ValueError: Naming the places that were looked at.
     """
     given = Path(path)
     if given.is_file():

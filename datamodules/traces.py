@@ -57,8 +57,8 @@ class TraceStore:
     """A file of traces: made with ``create``, read with ``open``.
 
     Args:
-        path: the file.
-        header: its first line.
+        path: The file.
+        header: Its first line.
     """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
@@ -70,7 +70,7 @@ class TraceStore:
         """Starts a file, or goes on with one that the same weights, prompt, task and sampling began.
 
         Raises:
-            ValueError: if the file was begun by something else.
+            ValueError: If the file was begun by something else.
         """
         path = Path(path)
         header = _header_from(_header_line(header), path)
@@ -92,7 +92,7 @@ class TraceStore:
         """Opens a file for reading.
 
         Raises:
-            ValueError: if there is no such file, or its first line is no header.
+            ValueError: If there is no such file, or its first line is no header.
         """
         path = Path(path)
         if not path.is_file():
@@ -110,7 +110,7 @@ class TraceStore:
         """All completions in file order; of two with the same clip and sample the later one counts.
 
         Raises:
-            ValueError: naming file and line, if one is malformed.
+            ValueError: Naming file and line, if one is malformed.
         """
         found: dict[tuple[str, int], TraceRecord] = {}
         for number, line in enumerate(_complete_lines(self.path, repair=False), start=1):
@@ -136,11 +136,11 @@ class TraceStore:
         """Refuses traces that these weights, this prompt or this task did not write.
 
         Args:
-            expected: what the stage would write itself.
-            allow_external: takes a teacher's traces, whose weights are not compared; task and prompt still are.
+            expected: What the stage would write itself.
+            allow_external: Takes a teacher's traces, whose weights are not compared; task and prompt still are.
 
         Raises:
-            ValueError: naming what differs and what to do.
+            ValueError: Naming what differs and what to do.
         """
         if self.header.external and not allow_external:
             raise ValueError(
@@ -173,7 +173,7 @@ class TraceStore:
         A header that says nothing of sampling is taken as it is.
 
         Raises:
-            ValueError: naming what differs and what to do.
+            ValueError: Naming what differs and what to do.
         """
         found, wanted = _without_count(self.header.sampling), _without_count(expected.sampling)
         if found and found != wanted:
