@@ -90,7 +90,7 @@ def check_disjoint(splits: Mapping[str, Sequence[Clip]]) -> None:
     """Checks that no video id occurs twice and no group is in two splits.
 
     Raises:
-        ValueError: Naming the rows.
+        ValueError: If one does; the message names the rows.
     """
     rows: dict[str, Clip] = {}
     homes: dict[str, Clip] = {}

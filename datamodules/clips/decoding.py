@@ -47,7 +47,7 @@ class FrameOptions:
         reader: auto takes decord where it is installed and PyAV where decord fails.
 
     Raises:
-        ValueError: For numbers that are not positive, or fps sampling without a rate.
+        ValueError: If a number is not positive, or fps sampling has no rate.
     """
 
     num_frames: int = 12

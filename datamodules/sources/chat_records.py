@@ -41,7 +41,7 @@ def table_of_chats(records: Sequence[Record], name: str) -> Chats:
         name: What the file is called in messages.
 
     Raises:
-        ValueError: Naming the row that has no or several videos or no answer, or where answers are free text.
+        ValueError: If a record does not have one video and an answer, or if answers are free text.
     """
     rows, questions = [], set()
     columns = {"path": None, "label": None}

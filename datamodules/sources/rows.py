@@ -43,7 +43,7 @@ def read_table(manifest: Path) -> Table:
             ``<class>/<split>/<clip>``.
 
     Raises:
-        ValueError: Naming the file and row, where it is missing, of another kind, malformed, empty, or lacks a column.
+        ValueError: If the manifest is missing, of another kind, malformed or empty, or lacks a column.
     """
     if manifest.is_dir():
         table = _read_folder(manifest)
@@ -81,7 +81,7 @@ def read_delimited(manifest: Path, delimiter: str = ",", encoding: str = "utf-8-
     """Reads a table with a header, such as CSV; a byte order mark is skipped.
 
     Raises:
-        ValueError: Naming the file and row, where it is malformed.
+        ValueError: If the file is malformed; the message names file and row.
         UnicodeDecodeError: If it has another encoding.
     """
     with manifest.open(newline="", encoding=encoding) as file:
@@ -112,7 +112,7 @@ def read_records(manifest: Path) -> tuple[Record, ...]:
     """Reads one JSON object a line, or from ``.json`` a list of objects.
 
     Raises:
-        ValueError: Naming the file and row, where it is malformed.
+        ValueError: If the file is malformed; the message names file and row.
         UnicodeDecodeError: If it is not UTF-8.
     """
     text = manifest.read_text(encoding="utf-8-sig")

@@ -71,7 +71,7 @@ def read_source(path: Path, options: SourceOptions | None = None) -> Source:
     """Reads a folder, a table (``.csv .tsv .txt .json .jsonl``) or chat records (``.json .jsonl``).
 
     Raises:
-        ValueError: Naming file and row, where something is missing, malformed or contradicts itself.
+        ValueError: If something is missing, malformed or contradictory; the message names file and row.
     """
     options = options or SourceOptions()
     if path.is_dir():
