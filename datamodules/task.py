@@ -36,7 +36,7 @@ class Task:
     """The task that a model solves for every clip; all stages read it from one file.
 
     Raises:
-        ValueError: If there are fewer than two classes, empty or repeated names, or unknown prompt kinds or placeholders.
+        ValueError: If there are fewer than two classes, empty or repeated names, or unknown prompt kinds or fields.
     """
 
     name: str
