@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.interrupts import StopNow, left_whole
-from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER, WEIGHTS_FOLDER
 from vidreason.lightning_modules.vlms.loading.sharding import whole
+from vidreason.run_folder import ADAPTER_FOLDER, WEIGHTS_FOLDER
 
 EXPORTED = (ADAPTER_FOLDER, WEIGHTS_FOLDER)
 

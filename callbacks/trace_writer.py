@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from vidreason.datamodules.trace_parts import join_parts, own_part
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.own_traces import TRACES_FILE
+from vidreason.run_folder import TRACES_FILE
 
 
 class TraceWriter(L.Callback):

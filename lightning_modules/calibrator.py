@@ -19,7 +19,6 @@ from vidreason.lightning_modules.lineage import Lineage
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.rollout import Completion
 from vidreason.lightning_modules.temperature import TemperatureScaledModule
-from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER
 from vidreason.lightning_modules.vlms.loading.adapters import (
     LoRAOptions,
     attach_lora,
@@ -29,6 +28,7 @@ from vidreason.lightning_modules.vlms.loading.adapters import (
     use_adapter,
 )
 from vidreason.lightning_modules.vlms.loading.building import POLICY
+from vidreason.run_folder import ADAPTER_FOLDER
 
 CALIBRATOR = "calibrator"
 

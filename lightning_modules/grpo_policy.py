@@ -40,7 +40,6 @@ from vidreason.lightning_modules.rollout import (
     take_prompts,
     warn_of_failures,
 )
-from vidreason.lightning_modules.trained_weights import ADAPTER_FOLDER
 from vidreason.lightning_modules.vlms.base import Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import copy_adapter, use_adapter
@@ -49,6 +48,7 @@ from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 from vidreason.lightning_modules.vlms.text.context import prompt_tokens
 from vidreason.lightning_modules.work import Work
 from vidreason.rewards.base import RewardFn
+from vidreason.run_folder import ADAPTER_FOLDER
 
 _ANOTHER_SEED = 1_000_003
 """Apart from the seeds that users choose, so that a group sampled again differs from the same group of another run."""

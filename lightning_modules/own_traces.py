@@ -26,8 +26,6 @@ from vidreason.lightning_modules.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.rollout import Completion
 from vidreason.lightning_modules.vlms.generation import Sampling
 
-TRACES_FILE = "traces.jsonl"
-
 
 @dataclass(frozen=True)
 class TraceOptions:

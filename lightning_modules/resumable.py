@@ -31,8 +31,8 @@ from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.fit_progress import FitProgress, batches_done, set_logged_steps
 from vidreason.lightning_modules.fsdp import ShardedModule
-from vidreason.lightning_modules.own_traces import TRACES_FILE
 from vidreason.lightning_modules.random_states import random_state, seed_batch, set_random_state
+from vidreason.run_folder import TRACES_FILE
 
 T = TypeVar("T")
 

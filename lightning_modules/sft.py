@@ -29,12 +29,13 @@ from vidreason.datamodules.types import TextBatch, VideoBatch
 from vidreason.lightning_modules.base import GREEDY, Decide, VLMModule
 from vidreason.lightning_modules.functional.losses import TextLoss, weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import TokenCounts, count_tokens
-from vidreason.lightning_modules.own_traces import OWN_TRACES, TRACES_FILE, TraceOptions, Writer
+from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions, Writer
 from vidreason.lightning_modules.sft_targets import Texts, caption_targets, rationale_targets, trace_targets
 from vidreason.lightning_modules.vlms.base import VLM, Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.work import Work, epochs_to_take
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
+from vidreason.run_folder import TRACES_FILE
 
 
 class RationaleSFTModule(VLMModule):

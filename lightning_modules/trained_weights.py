@@ -32,9 +32,7 @@ from vidreason.lightning_modules.vlms.loading.weight_folders import (
     save_weights,
 )
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
-
-ADAPTER_FOLDER = "adapter"
-WEIGHTS_FOLDER = "weights"
+from vidreason.run_folder import ADAPTER_FOLDER, WEIGHTS_FOLDER
 
 
 class _Start(NamedTuple):

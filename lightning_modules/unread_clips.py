@@ -22,6 +22,7 @@ from vidreason.datamodules.splits import first_five
 from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.own_traces import report_failed
 from vidreason.lightning_modules.resumable import ResumableModule
+from vidreason.run_folder import UNREADABLE_FILE
 
 _NAMED = 3
 """Reasons that are given where nothing can be read"""
@@ -29,7 +30,6 @@ _BY_CHANCE = 16
 """Clips in a row that may be damaged by chance; where batches are larger, those of one"""
 _GONE = "mend them, or the disk they lie on, and resume; or let vidreason init set them aside, and start again"
 _UNWEIGHED = "mend or remove them, or let the stage weigh clips (weighs_clips in docs/extending.md)"
-UNREAD_FILE = "unread_clips.csv"
 """In the run folder: the training clips that the fit went without, and how often"""
 
 
@@ -122,11 +122,11 @@ class UnreadClipsModule(ResumableModule):
         """Says, and writes into the run folder, once for all ranks, which clips the fit went without."""
         unread: Counter[str] = sum(map(Counter, self.all_ranks(dict(self._unread))), Counter())
         if self.global_rank == 0:
-            _write(self.run_dir / UNREAD_FILE, unread)
+            _write(self.run_dir / UNREADABLE_FILE, unread)
         if unread:
             rank_zero_warn(
                 f"{self.stage_name}: {len(unread)} training clip{'s'[: len(unread) > 1]} could not be read and had no "
-                f"weight (failed reads: {unread.total()}; {UNREAD_FILE}): {first_five(sorted(unread))}"
+                f"weight (failed reads: {unread.total()}; {UNREADABLE_FILE}): {first_five(sorted(unread))}"
             )
         self._unread.clear()
 

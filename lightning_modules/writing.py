@@ -14,18 +14,12 @@ import torch
 from vidreason.datamodules.prompts import ClipView, DescribeView, ReasonView
 from vidreason.datamodules.traces import TraceStore
 from vidreason.datamodules.types import VideoBatch
-from vidreason.lightning_modules.own_traces import (
-    TRACES_FILE,
-    Share,
-    TraceOptions,
-    Writer,
-    report_failed,
-    write_missing,
-)
+from vidreason.lightning_modules.own_traces import Share, TraceOptions, Writer, report_failed, write_missing
 from vidreason.lightning_modules.rollout import Completion, generate_rollouts
 from vidreason.lightning_modules.trained_weights import WeightsModule
 from vidreason.lightning_modules.work import Work
 from vidreason.rewards.completion import CompletionForm
+from vidreason.run_folder import TRACES_FILE
 
 
 class WritingModule(WeightsModule):

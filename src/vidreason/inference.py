@@ -22,14 +22,14 @@ from torch import Tensor
 
 from vidreason.config import trainer_cli
 from vidreason.config.finished_stage import FinishedStage, find_stage
+from vidreason.config.quietly import quietly
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.inference_data import ASKED, AskedClips, KnownClips
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip, VideoBatch
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.own_traces import TRACES_FILE
 from vidreason.lightning_modules.predictions import Decisions
-from vidreason.pipelines.commands import quietly
+from vidreason.run_folder import TRACES_FILE
 
 Video = str | os.PathLike[str] | np.ndarray | Tensor
 

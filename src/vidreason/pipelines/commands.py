@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import argparse
 import gc
-import io
 import logging
 import signal
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from vidreason.cli.main import EXIT_COLD_POLICY, EXIT_INTERRUPTED, EXIT_USAGE
+from vidreason import exit_codes
+from vidreason.config.quietly import quietly
 
 if TYPE_CHECKING:
     from vidreason.config.trainer_cli import VideoCLI
-
-COLD_POLICY_STATUS = EXIT_COLD_POLICY
-USAGE_STATUS = EXIT_USAGE
-INTERRUPTED_STATUS = EXIT_INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ def run_stage(built: Builds, argv: list[str]) -> int:
         argv: ``fit --config ...`` as the shell would give it.
 
     Returns:
-        Exit status; ``COLD_POLICY_STATUS`` where the stage gave up because no completion parses.
+        Exit status; ``exit_codes.UNPARSED`` where the stage gave up because no completion parses.
 
     Raises:
         ValueError: A mistake in the user's data or config, as the stage raised it.
@@ -89,7 +84,7 @@ def run_stage(built: Builds, argv: list[str]) -> int:
         return trainer_cli.run(argv[0], argv[1:])
     except ColdPolicyError as error:
         print(error, file=sys.stderr)
-        return COLD_POLICY_STATUS
+        return exit_codes.UNPARSED
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
@@ -181,15 +176,3 @@ def count_train_clips(built: Builds, argv: list[str]) -> int | None:
             return len(data.clips("train"))
     except (argparse.ArgumentError, OmegaConfBaseException, MisconfigurationException, ValueError, OSError):
         return None  # e.g. a stage that was finished on another machine: its data set need not be here
-
-
-@contextmanager
-def quietly(level: int = logging.INFO) -> Iterator[None]:
-    """Hides what building says about seeds, devices and files, up to ``level``; the run itself will say it."""
-    before = logging.root.manager.disable
-    logging.disable(level)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            yield
-    finally:
-        logging.disable(before)
