@@ -134,10 +134,10 @@ def test_every_clip_is_named_and_counted(make_vlm, make_trainer, clip_folder):
     assert all("no weight in this step, the clip cannot be read (train_" in one for one in each)
     assert str(clip_folder / "1.mp4") in each[0]
     assert end == (
-        "sft_label: 2 training clips could not be read and had no weight (failed reads: 4; unread_clips.csv): train_1; "
+        "sft_label: 2 training clips could not be read and had no weight (failed reads: 4; unreadable.csv): train_1; "
         "train_4"
     )
-    written = (Path(trainer.default_root_dir) / "unread_clips.csv").read_text().split()
+    written = (Path(trainer.default_root_dir) / "unreadable.csv").read_text().split()
     assert written == ["video_id,times", "train_1,2", "train_4,2"]
     assert float(trainer.callback_metrics["data/decode_failures"]) == 2  # of the last epoch
 
