@@ -139,6 +139,10 @@ def typo_in_an_argument():
     return [*FIT, "--model.init_args.targts", "{kind: label}"]
 
 
+def typo_in_a_group():
+    return [*FIT, "--model.init_args.targts.kind", "label"]
+
+
 def typo_in_an_argument_of_an_argument():
     return [*FIT, "--data.init_args.frames.num_frame", "1"]  # once taken for an abbreviation
 
@@ -220,6 +224,7 @@ MISTAKES = {
     typo_in_a_section: "unknown key",
     typo_in_a_trainer_key: "unknown key",
     typo_in_an_argument: "… takes no argument …: did",
+    typo_in_a_group: "… takes no argument …: did",
     typo_in_an_argument_of_an_argument: "… takes no argument …: did",
     typo_in_the_optimizer: "… takes no argument …: did",
     argument_like_no_other: "… takes no argument …; there are",
@@ -267,6 +272,7 @@ def test_mistakes_are_one_line_with_status_2(capfd, mistake):
         (typo_in_a_section, "trainer"),
         (typo_in_a_trainer_key, "max_steps"),
         (typo_in_an_argument, "targets"),
+        (typo_in_a_group, "targets"),
         (typo_in_an_argument_of_an_argument, "num_frames"),
         (typo_in_the_optimizer, "lr"),
         (typo_in_yaml, "batch_size"),
