@@ -46,7 +46,11 @@ EXIT_COLD_POLICY = 5
 """A stage gave up because no completion parses"""
 EXIT_INTERRUPTED = 130
 
-_FAILURES = {"DecodeError": EXIT_ERROR, "NothingReadError": EXIT_ERROR, "ColdPolicyError": EXIT_COLD_POLICY}
+_FAILURES = {
+    "DecodeError": EXIT_ERROR,
+    "TooManyUnreadableError": EXIT_ERROR,
+    "NoParsedCompletionsError": EXIT_COLD_POLICY,
+}
 """Errors that are nobody's mistake on a command line, in a YAML or in a table, and their exit status"""
 _KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
 _WORKER_ERROR = re.compile(r"\ACaught (\w+) in DataLoader worker process")
