@@ -6,9 +6,9 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from vidreason.datamodules.base import DEFAULT_FRAMES, VideoDataModule
-from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.sources.rows import Row, Table, read_table
 from vidreason.datamodules.split_names import ALMOST_SPLITS
 from vidreason.datamodules.splits import (
@@ -20,7 +20,7 @@ from vidreason.datamodules.splits import (
     make_splits,
 )
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import BatchEncoder, Clip
+from vidreason.datamodules.types import Clip
 
 KNOWN_COLUMNS = ("path", "label", "split", "group", "video_id")
 """Columns with a fixed meaning; all others are metadata."""
@@ -42,15 +42,6 @@ class ManifestDataModule(VideoDataModule):
         limit: The most clips of a split, balanced over classes, such as ``{train: 64}``.
         split_fractions: Shares of the splits that have to be made; by default val 0.15, cal 0.15, test 0.2. A split
             that is taken from train gets this share of train.
-        encoder: Turns examples into tensors; the command line hands in the ``vlm`` section.
-        frames: Which frames of a clip are taken, and how large.
-        batch_size: Clips per training batch.
-        eval_batch_size: Clips per batch elsewhere; None takes ``batch_size``.
-        num_workers: Processes that decode; 0 decodes in the main one.
-        seed: Of shuffling and of the jitter of segment sampling.
-        predict_splits: What ``predict`` runs over.
-        test_splits: What ``test`` runs over; None takes every split whose name begins with "test".
-        split_seed: Of the splits that have to be made and of ``limit``.
     """
 
     def __init__(
@@ -61,19 +52,9 @@ class ManifestDataModule(VideoDataModule):
         where: dict[str, str] | None = None,
         limit: dict[str, int] | None = None,
         split_fractions: dict[str, float] | None = None,
-        encoder: BatchEncoder | None = None,
-        frames: FrameOptions = DEFAULT_FRAMES,
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
-        predict_splits: Sequence[str] = ("train",),
-        test_splits: Sequence[str] | None = None,
-        split_seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            encoder, frames, batch_size, eval_batch_size, num_workers, seed, predict_splits, test_splits, split_seed
-        )
+        super().__init__(**kwargs)
         self.manifest = Path(manifest)
         self.task_file = None if task is None else Path(task)
         self.root = None if root is None else Path(root)
