@@ -45,8 +45,9 @@ from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceO
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
+from vidreason.lightning_modules.vlms.loading.weight_folders import read_info
 from vidreason.lightning_modules.weights.export import StartingWeights, export_weights, trained_state
-from vidreason.lightning_modules.weights.lineage import REVIEWED, Lineage, read_info
+from vidreason.lightning_modules.weights.lineage import REVIEWED, Lineage
 from vidreason.lightning_modules.weights.parameters import set_train_mode, trainable
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
