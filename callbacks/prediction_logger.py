@@ -11,7 +11,7 @@ from torch import Tensor
 from vidreason.callbacks.film_strip import captioned_strips, film_strip
 from vidreason.callbacks.tensorboard_text import log_image, log_text, markdown_table
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.predictions import Prediction
+from vidreason.lightning_modules.decisions.predictions import Prediction
 
 
 class PredictionLogger(L.Callback):
@@ -65,11 +65,12 @@ class PredictionLogger(L.Callback):
             predictions = [p for p in shown if p.split == split]
             if trainer.world_size == 1 and not any(p.label is not None for p in predictions):
                 continue
-            counted = bool(pl_module.metrics_of(split).confusion().sum())  # of all ranks, which all ask
+            metrics = pl_module.metrics_of(split)
+            counted = metrics.clips() > 0  # The count is gathered, so every rank asks.
             if trainer.is_global_zero and counted:
                 log_text(trainer, f"{split}/decisions", prediction_table(predictions))
                 if self.confusion:
-                    log_image(trainer, f"{split}/confusion", pl_module.metrics_of(split).draw_confusion(split))
+                    log_image(trainer, f"{split}/confusion", metrics.plain.draw_confusion(split))
                 if sheet := self._sheet(pl_module, split, predictions[: self.strips]):
                     log_image(trainer, f"{split}/clips", captioned_strips(sheet))
 

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from vidreason.datamodules.atomic_files import naming, write_text
-from vidreason.lightning_modules.predictions import Prediction
+from vidreason.lightning_modules.decisions.predictions import Prediction
 from vidreason.run_folder import PREDICTIONS_FILE
 
 

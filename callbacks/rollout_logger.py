@@ -11,7 +11,8 @@ from torch import Tensor
 from vidreason.callbacks.film_strip import captioned_strips, film_strip
 from vidreason.callbacks.tensorboard_text import log_image, log_text, markdown_table
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.rollout import RolloutGroup
+from vidreason.lightning_modules.grpo import RolloutOutput
+from vidreason.lightning_modules.rl.rollouts import RolloutGroup
 
 
 class RolloutLogger(L.Callback):
@@ -34,12 +35,13 @@ class RolloutLogger(L.Callback):
         """Writes a table of the step's first groups."""
         if not trainer.is_global_zero or trainer.fit_loop.total_batch_idx % self.every_n_steps:
             return
-        if isinstance(outputs, Mapping) and "groups" in outputs:
-            rows = [row for row in range(len(outputs["groups"])) if row not in outputs["fillers"]][: self.prompts]
-            groups = tuple(outputs["groups"][row] for row in rows)
+        if isinstance(outputs, Mapping) and "rollouts" in outputs:
+            found: RolloutOutput = outputs["rollouts"]
+            rows = found.sample_mask.nonzero().flatten().tolist()[: self.prompts]
+            groups = tuple(found.groups[row] for row in rows)
             if not groups:
                 return
-            log_text(trainer, "train/rollouts", rollout_table(groups, outputs["advantages"][rows]))
+            log_text(trainer, "train/rollouts", rollout_table(groups, found.advantages[rows]))
             assert isinstance(pl_module, VLMModule)
             view = pl_module.data.view
             assert view is not None

@@ -1,4 +1,4 @@
-"""Logs where the time of a training step goes, and how many clips could not be read."""
+"""Logs where the time of a training step goes, how many clips could not be read, and hits of the vision cache."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import lightning as L
 
 from vidreason.datamodules.types import VideoBatch
+from vidreason.lightning_modules.base import VLMModule
 
 
 class Throughput(L.Callback):
     """Logs ``train/step_time``, ``data/wait_s``, ``data/decode_ms`` and ``train/clips_per_s`` for every batch.
 
     ``data/decode_failures`` counts, over all ranks, the clips that could not be read in an epoch of training or in a
-    test; ``val/decode_failures`` those of a validation.
+    test; ``val/decode_failures`` those of a validation. ``vision_cache/hit_rate`` is the share of videos whose
+    embeddings were found since it was last logged, ``vision_cache/gb`` what is kept of them.
     """
 
     def __init__(self) -> None:
@@ -51,10 +53,12 @@ class Throughput(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the count, apart from that of training."""
         pl_module.log("val/decode_failures", float(self._failures), reduce_fx="sum", sync_dist=True)
+        log_vision_cache(pl_module)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the count."""
         pl_module.log("data/decode_failures", float(self._failures), reduce_fx="sum", sync_dist=True)
+        log_vision_cache(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Does not count validation as waiting for data."""
@@ -83,4 +87,14 @@ class Throughput(L.Callback):
             values["data/decode_ms"] = batch.decode_ms
             values["train/clips_per_s"] = clips / max(now - (self._ended or self._started), 1e-9)
         pl_module.log_dict(values, batch_size=max(1, clips))
+        log_vision_cache(pl_module)
         self._ended = now
+
+
+def log_vision_cache(module: L.LightningModule) -> None:
+    """Logs, if videos were looked up since the last time, how many were found and how much is kept."""
+    cache = module.vlm.vision_cache if isinstance(module, VLMModule) else None
+    taken = None if cache is None else cache.take_statistics()
+    if taken is not None and taken.lookups:
+        rates = {"vision_cache/hit_rate": taken.hits / taken.lookups, "vision_cache/gb": taken.gb}
+        module.log_dict(rates, batch_size=taken.lookups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -28,7 +29,8 @@ class TraceWriter(L.Callback):
             ValueError: The file in the run folder was begun by other weights, prompt, task or sampling.
         """
         assert isinstance(pl_module, VLMModule)
-        path, header = pl_module.run_dir / TRACES_FILE, pl_module.predict_writer().header
+        path = Path(trainer.default_root_dir) / TRACES_FILE
+        header = pl_module.trace_generator(pl_module.data.task).header
         if trainer.is_global_zero:
             TraceStore.create(path, header)
             join_parts(path)

@@ -1,4 +1,4 @@
-"""The records that travel from files to batches.
+"""Records from clips to batches.
 
 Shape letters: B clips (prompts) in a batch, N texts behind them, L tokens of the longest text, T frames, C channels
 (always 3), H and W pixels.
@@ -27,7 +27,7 @@ class Clip:
     fields: Mapping[str, str] = field(default_factory=dict)
     """Metadata columns by name; only those that the task lists may enter a prompt."""
     where: str = ""
-    """Where the row stands (``manifest.csv, row 12``), for error messages."""
+    """Location of the row (``manifest.csv, row 12``), for error messages."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class VideoSample:
     timing: FrameTiming
     clip: Clip
     identity: str = ""
-    """Equal for equal frames: a hash of the file's content and of which frames were taken how; empty where they are
-    drawn anew each time, or nobody says"""
+    """Equal for equal frames: a hash of the file's content and of the frames taken; empty if frames are drawn at random
+    or the source is unknown"""
 
     def __post_init__(self) -> None:
         if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[1] != 3:
@@ -73,7 +73,7 @@ class VideoSample:
 
 @dataclass(frozen=True)
 class FailedClip:
-    """A clip that could not be read: reported, never replaced by another; counted wrong, in training without weight."""
+    """A clip that could not be read: reported, never replaced by another, counted as wrong in evaluation."""
 
     clip: Clip
     error: str
@@ -94,15 +94,15 @@ class Text:
 
     text: str
     role: Literal["assistant", "context"] = "assistant"
-    """``assistant``: the model's own words up to and with the end of its turn; they count in the loss.
-    ``context``: goes on with the user's open turn; nothing of it counts."""
+    """``assistant``: the model's words, including the end of its turn; they count in the loss.
+    ``context``: continues the user's open turn; it does not count."""
     parent: int = -1
     """Index of the text it continues within the same prompt's texts; -1 is the prompt itself."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One clip with what is asked and what is said about it."""
+    """One clip with its prompt and the texts behind it."""
 
     sample: VideoSample
     prompt: Prompt
@@ -140,6 +140,21 @@ class TextBatch:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
+    def behind(self, start: int, stop: int) -> TextBatch:
+        """Returns the texts behind the prompts ``start`` to ``stop`` - 1, as rows of a batch of these prompts alone."""
+        rows = (self.owner >= start) & (self.owner < stop)
+        place = rows.cumsum(0) - 1  # New row of each row that stays.
+        length = int(self.mask[rows].sum(dim=1).max()) if bool(rows.any()) else 0
+        parent = self.parent[rows]
+        return TextBatch(
+            ids=self.ids[rows, :length],
+            mask=self.mask[rows, :length],
+            loss_mask=self.loss_mask[rows, :length],
+            answer_mask=self.answer_mask[rows, :length],
+            owner=self.owner[rows] - start,
+            parent=torch.where(parent < 0, parent, place[parent.clamp(min=0)]),
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TextBatch:
         """Returns a copy on ``device``."""
         return TextBatch(
@@ -159,7 +174,7 @@ class EncodedPrompts:
     turn_end: Tensor
     """[K] int64, tokens that close an open user turn and open the assistant's (empty where prompts are closed)"""
     videos: tuple[str, ...] = ()
-    """[B] ``VideoSample.identity`` of each prompt's video; empty where nobody says"""
+    """[B] ``VideoSample.identity`` of each prompt's video; empty if unknown"""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> EncodedPrompts:
         """Returns a copy on ``device``."""

@@ -1,253 +1,320 @@
-"""What all stages share beside their weights: deciding about clips, and (``writing.py``) writing about them.
+"""The base of every stage: a vision-language model under a trainer, which decides about clips and writes about them.
 
-``VLMModule`` is complete by itself: ``vidreason test`` runs it as zero-shot classifier (or, with ``adapter_path``, as
-the model of any stage but calibration), ``vidreason predict`` lets it write rationales or traces. A training stage
-subclasses it and adds ``training_step``.
+``VLMModule`` keeps what Lightning asks of a module. Everything else is an object that it has (a decider, a trace
+generator) or a callback that it attaches (resuming, unreadable clips). It is complete by itself: ``vidreason test``
+runs it as zero-shot classifier (or, with ``adapter_path``, as the model of any stage but calibration), and ``vidreason
+predict`` lets it write descriptions or traces. A training stage subclasses it and adds ``training_step``.
 
-Shape letters: B clips, C classes, N texts, L tokens, K samples per clip.
+Shape letters: B clips, C classes, K samples per clip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import lightning as L
-import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
-from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.prompts import ClipView, LabelScoringView
+from vidreason.datamodules.base import VideoDataModule, run_seed
+from vidreason.datamodules.prompts import ClipView, DescribeView, ReasonView
+from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import VideoBatch
-from vidreason.lightning_modules.deciding import class_logprobs, decide_by_answers, decide_by_probs, update_metrics
-from vidreason.lightning_modules.interrupts import unless_stopped
-from vidreason.lightning_modules.metrics import ClassificationMetrics
-from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions, report_failed
-from vidreason.lightning_modules.predictions import Decisions, Prediction, decided, undecided
+from vidreason.datamodules.unreadable import warn_unreadable
+from vidreason.lightning_modules.decisions.deciders import AnswerDecider, DecideOptions, Decider, LikelihoodDecider
+from vidreason.lightning_modules.decisions.evaluation import SplitMetrics, evaluate_batch
+from vidreason.lightning_modules.decisions.predictions import Prediction
+from vidreason.lightning_modules.fit.fsdp import shard_weights
+from vidreason.lightning_modules.fit.optimizer_step import (
+    OptimizerStep,
+    StepResult,
+    UpdateOptions,
+    check_trainer_options,
+)
+from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, check_checkpoint_file
+from vidreason.lightning_modules.fit.schedule import OptimOptions, count_steps
+from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable
+from vidreason.lightning_modules.fit.stopping import run_unless_stopped
+from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, complete_clips
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.work import Work, clips_taken, length_of_fit
-from vidreason.lightning_modules.writing import WritingModule
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, save_adapter
+from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
+from vidreason.lightning_modules.weights.export import StartingWeights, export_weights, trained_state
+from vidreason.lightning_modules.weights.lineage import REVIEWED, Lineage, read_info
+from vidreason.lightning_modules.weights.parameters import set_train_mode, trainable
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
-Decide = Literal["likelihood", "answer"]
-GREEDY = Sampling(temperature=0.0)
+T = TypeVar("T")
 
 
-class VLMModule(WritingModule):
-    """A vision-language model that decides about clips and writes about them; the base of every stage.
+class VLMModule(L.LightningModule):
+    """A vision-language model that decides about clips and writes about them.
 
     Args:
         vlm: The model family and checkpoint (the top-level ``vlm`` section).
         adapter_path: ``adapter/`` or ``weights/`` of an earlier stage; null starts from the base.
-        optimizer: The optimizer, without its parameters.
-        schedule: Learning rate over the optimizer steps.
-        warmup: Warm-up, as a share of all optimizer steps (below 1) or as a number of them (1 and above).
-        decide: ``likelihood``: sequence log-likelihood of every class name behind one prefill; ``answer``: generate
-            ``samples`` completions and let their answers vote (unparseable ones count as wrong).
-        samples: Completions per clip for ``answer``.
-        sampling: How completions for ``answer`` are sampled; temperature 0 is greedy.
-        predict: What ``vidreason predict`` writes: descriptions or traces that end in an answer.
-        traces_sampled: How ``predict``, and a stage whose ``traces`` are null, sample their texts.
-        batch_size: Clips per training batch; null takes the data section's. It belongs to the method, so that any data
-            section will do.
+        optim: The optimizer and its learning rate.
+        updates: How an optimizer step is made.
+        decide: How clips are decided.
+        traces: Which texts ``vidreason predict``, or a stage that has no ``traces_file``, writes.
+        batch_size: Clips per optimizer step and rank; null takes the data section's.
         seed: Seed of all sampling; null takes ``seed_everything``'s.
         completion: Which blocks a completion has: ``mode`` think, no_think or answer_first; ``confidence`` at the end.
     """
+
+    stage: ClassVar[str]
+    """Name of the stage; a subclass that sets none is called by its class's name."""
+    supports_masked_samples: ClassVar[bool] = False
+    """Whether ``training_step`` leaves out what ``VideoBatch.sample_mask`` excludes, so that unreadable clips may be
+    skipped; otherwise the fit ends at such a clip."""
+    trained_adapter: ClassVar[str] = POLICY
+    """Name in memory of the adapter that is trained."""
+    also_saved_adapter: ClassVar[str | None] = None
+    """Name of an adapter that checkpoints hold although it is not trained."""
+    scales_probabilities: ClassVar[bool] = False
+    """Whether decisions carry probabilities from before and after temperature scaling."""
 
     def __init__(
         self,
         vlm: VLM,
         adapter_path: str | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Literal["constant", "linear", "cosine"] = "constant",
-        warmup: float = 0.0,
-        decide: Decide = "likelihood",
-        samples: int = 1,
-        sampling: Sampling = GREEDY,
-        predict: Literal["describe", "reason"] = "describe",
-        traces_sampled: TraceOptions = OWN_TRACES,
+        optim: OptimOptions = OptimOptions(),
+        updates: UpdateOptions = UpdateOptions(),
+        decide: DecideOptions = DecideOptions(),
+        traces: TraceOptions = TraceOptions(),
         batch_size: int | None = None,
         seed: int | None = None,
         completion: CompletionForm = THINK_FORM,
     ) -> None:
-        super().__init__(vlm, adapter_path, optimizer, schedule, warmup, seed)
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
-        self.decide: Decide = decide
-        self.samples = samples
-        self.sampling = sampling
-        self.predict = predict
-        self.trace_options = traces_sampled
-        self.completion = completion
+        super().__init__()
+        self.strict_loading = False  # Checkpoints hold trained parameters only.
+        self.vlm = vlm
+        self.adapter_path = adapter_path
+        self.optim = optim
+        self.updates = updates
+        self.decide = decide
+        self.traces = traces
         self.batch_size = batch_size
+        self.seed = run_seed(seed)
+        self.completion = completion
+        self.model: nn.Module | None = None
+        self.adapter_options: LoRAOptions | None = vlm.lora
+        """The LoRA adapter that is trained or run; None for the weights themselves."""
         self.metrics = nn.ModuleDict()
+        self.checkpoint_to_resume: Path | None = None
+        """Checked before a stage writes texts that it lacks; Lightning names its checkpoint only after that."""
+        self._start: StartingWeights | None = None
+        self._written: frozenset[str] = frozenset()  # Clips whose texts an earlier ``predict`` has written.
+        self._fit_callbacks: list[Callback] = [ResumeFit(), SkipUnreadable()]
+
+    # ------------------------------------------------------------------ where it runs
 
     @property
     def stage_name(self) -> str:
-        """As for every stage; this class by itself is no training stage."""
-        return "zero_shot" if type(self) is VLMModule else super().stage_name
+        """Name of the stage, for lineage and to keep checkpoints of different stages apart."""
+        return "zero_shot" if type(self) is VLMModule else str(getattr(type(self), "stage", type(self).__name__))
 
-    # ------------------------------------------------------------------ what it sees
+    @property
+    def policy(self) -> nn.Module:
+        """The weights, which ``configure_model`` builds."""
+        assert self.model is not None, "configure_model has not run yet"
+        return self.model
+
+    @property
+    def data(self) -> VideoDataModule:
+        """The data module that the trainer runs on."""
+        data: object = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, VideoDataModule):
+            raise ValueError(f"the stages read clips from a VideoDataModule, got {type(data).__name__}")
+        return data
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Returns the callbacks that every fit needs, unless the YAML names one of the same class.
+
+        Lightning calls this first of all hooks, for every fit, validate, test and predict. The same objects are
+        returned each time, as new ones would have lost their state.
+        """
+        if not self.automatic_optimization:
+            check_trainer_options(self.trainer, self.stage_name)
+        present: Sequence[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [own for own in self._fit_callbacks if not any(isinstance(other, type(own)) for other in present)]
+
+    # ------------------------------------------------------------------ what a clip shows
 
     def setup(self, stage: str) -> None:
-        """Gives the data module its views; the data are ready here, the weights are not."""
-        self.data.connect(batch_size=self.batch_size)
+        """Connects the data module; the data are ready here, the weights are not."""
+        check_attached(self.trainer, self._fit_callbacks, type(self).__name__)
+        data, task = self.data, self.data.task
+        self.read_artefacts(task)
         if stage == "predict":
-            self.trainer.predict_loop.return_predictions = False  # they go to the callbacks, not into memory
-            self.data.connect(train_view=self.written_view(), eval_view=self.written_view())
+            self.trainer.predict_loop.return_predictions = False  # Callbacks write them; they need not stay in memory.
+            view = self.trace_generator(task).view
+            data.connect(batch_size=self.batch_size, train_view=view, eval_view=view)
+            self._written = complete_clips(self.trainer, data, data.predict_splits, self.traces.samples)
             return
-        self.data.connect(train_view=self.train_view(), eval_view=self.eval_view())
-        splits = self.data.test_split_names if stage == "test" else ("val",)
-        self.metrics = nn.ModuleDict({metric_key(s): self.new_metrics() for s in splits})
+        data.connect(batch_size=self.batch_size, train_view=self.train_view(task), eval_view=self.decider(task).view)
+        splits, scaled = data.test_split_names if stage == "test" else ("val",), self.scales_probabilities
+        self.metrics = nn.ModuleDict({_metric_key(s): SplitMetrics(data.label_names, scaled) for s in splits})
 
-    def train_view(self) -> ClipView:
-        """What a clip shows in training."""
-        return self.eval_view()
+    def read_artefacts(self, task: Task) -> None:
+        """Reads what folders of earlier stages say, before weights are built; does nothing by default."""
 
-    def eval_view(self) -> ClipView:
-        """What a clip shows when it is decided."""
-        return LabelScoringView(self.task) if self.decide == "likelihood" else self.reason_view()
+    def train_view(self, task: Task) -> ClipView:
+        """Returns what a clip shows in training."""
+        return self.decider(task).view
+
+    def decider(self, task: Task) -> Decider:
+        """Returns the object that decides about clips, with the classes and prompts of ``task``."""
+        if self.decide.by == "likelihood":
+            return LikelihoodDecider(task)
+        return AnswerDecider(task, self.decide.samples, self.decide.sampling, self.seed, self.completion)
+
+    def trace_generator(self, task: Task, kind: str | None = None) -> TraceGenerator:
+        """Returns the object that lets the starting weights write texts of a kind; None is ``traces.kind``."""
+        describe = (kind or self.traces.kind) == "describe"
+        hint, form = self.traces.label_hint, self.completion
+        view = DescribeView(task, label_hint=hint) if describe else ReasonView(task, form=form)
+        return TraceGenerator(self.vlm, view, self.traces, form, self.seed, self.start.sha, task.sha())
+
+    # ------------------------------------------------------------------ weights
+
+    @property
+    def start(self) -> StartingWeights:
+        """The weights that the stage starts from, read once: the folder may hold its own weights later."""
+        if self._start is None or self._start.path != self.adapter_path:
+            self._start = StartingWeights.read(self.adapter_path)
+        return self._start
+
+    def configure_model(self) -> None:
+        """Builds the weights once, and lets the stage complete its views with texts that only weights can write."""
+        if self.model is None:
+            self.model = self.build_model()
+            set_train_mode(self.model)  # Frozen parts (a tower's BatchNorm) stay in eval mode.
+        if self.checkpoint_to_resume is not None:
+            check_checkpoint_file(self.checkpoint_to_resume, self, self.trainer)
+        if self.trainer.state.fn != TrainerFn.PREDICTING:
+            self.prepare_views()
+        frozen = self.vlm.vision_modules if self.vlm.freeze_vision else ()
+        shard_weights(self.trainer.strategy, self.models(), frozen)
+
+    def build_model(self) -> nn.Module:
+        """Returns the weights that the stage starts from.
+
+        Raises:
+            ValueError: ``adapter_path`` is of another base or size, or reviews another model's traces.
+        """
+        if self.adapter_path is not None and REVIEWED in (info := read_info(self.adapter_path)):
+            raise ValueError(
+                f"adapter_path: {self.adapter_path} was written by stage {info.get('stage')!r} and reviews another "
+                "model's traces; give the adapter/ or weights/ of the stage before it"
+            )
+        return self.vlm.build(self.adapter_path)
+
+    def models(self) -> Sequence[nn.Module]:
+        """Returns the models that a sharding strategy shards, the trained one first."""
+        return [self.policy]
+
+    def prepare_views(self) -> None:
+        """Completes the views with texts that the weights have to write; called before the loaders are made."""
+
+    # ------------------------------------------------------------------ optimisation
+
+    def configure_optimizers(self) -> Any:
+        """Returns the optimizer of all trainable parameters, and its schedule."""
+        batches = len(self.data.train_dataloader())
+        return self.optim.build(self, count_steps(self.trainer, batches, self.updates.per_batch))
+
+    def optimizer_step_on(
+        self, micro_batches: Sequence[T], loss: Callable[[T], Tensor], has_samples: bool = True
+    ) -> StepResult:
+        """Makes one optimizer step (manual optimisation); see :class:`OptimizerStep`."""
+        parameters, norm = trainable(self), self.updates.max_grad_norm
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        step = OptimizerStep(self.trainer.strategy, optimizer, schedule, parameters, norm)
+        return step(micro_batches, loss, has_samples)
 
     # ------------------------------------------------------------------ deciding
 
-    def class_logprobs(self, batch: VideoBatch) -> Tensor:
-        """Log of the class probabilities of the B readable clips of a batch, [B, C]."""
-        scores = self.vlm.score(self.policy, batch.prompts, batch.texts)
-        return class_logprobs(scores.logprobs, batch.texts, len(self.data.label_names), len(batch))
-
-    def decide_batch(self, batch: VideoBatch) -> Decisions:
-        """Decides about the B readable clips of a batch."""
-        if self.decide == "answer":
-            options = TraceOptions(samples=self.samples, sampling=self.sampling)
-            return decide_by_answers(self.sample_texts(batch, options), self.data.label_names)
-        return decide_by_probs(self.class_logprobs(batch).exp(), self.data.label_names)
-
-    def evaluate_batch(self, batch: VideoBatch, split: str) -> dict[str, tuple[Prediction, ...]]:
-        """Decides about a batch and updates the split's metrics; clips that could not be read count as wrong.
-
-        Returns:
-            ``{"predictions": ...}``, one line for every clip of the batch, for callbacks.
-        """
-        if not batch.sample_mask.all():
-            return {"predictions": ()}
-        report_failed(batch, f"counted wrong in {split}")
-        names = self.data.label_names
-        predictions = [undecided(failed, split, names) for failed in batch.failed]
-        decisions = self.decide_batch(batch) if len(batch) else None
-        if decisions is not None:
-            predictions += [decided(clip, split, b, decisions, names) for b, clip in enumerate(batch.clips)]
-        self.count(batch, decisions, split)
-        return {"predictions": tuple(predictions)}
-
-    def count(self, batch: VideoBatch, decisions: Decisions | None, split: str) -> None:
-        """Adds the labelled clips of a batch, readable or not, to the split's metrics."""
-        update_metrics(self.metrics_of(split), batch, decisions, self.data.label_names, self.device)
-
-    def new_metrics(self) -> ClassificationMetrics:
-        """Returns the metrics of one split."""
-        return ClassificationMetrics(self.data.label_names)
-
-    def metrics_of(self, split: str) -> ClassificationMetrics:
+    def metrics_of(self, split: str) -> SplitMetrics:
         """Returns the metrics of a split."""
-        metrics = self.metrics[metric_key(split)]
-        assert isinstance(metrics, ClassificationMetrics)
+        metrics = self.metrics[_metric_key(split)]
+        assert isinstance(metrics, SplitMetrics)
         return metrics
 
-    def log_metrics(self, split: str) -> None:
-        """Logs the metrics of a split as ``<split>/<name>`` and resets them."""
-        metrics = self.metrics_of(split)
-        if not int(metrics.confusion().sum()):
-            return
-        self.log_dict({f"{split}/{name}": value for name, value in metrics.compute().items()})
-        metrics.reset()
+    def evaluate(self, batch: VideoBatch, split: str) -> dict[str, tuple[Prediction, ...]]:
+        """Decides about a batch; the predictions go to callbacks."""
+        decider, metrics = self.decider(self.data.task), self.metrics_of(split)
+        return {"predictions": evaluate_batch(decider, self.vlm, self.policy, batch, split, metrics)}
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> Any:
-        """Decides about a batch of ``val``; once a signal has come to one of several ranks, it passes over the rest."""
+        """Decides about a batch of ``val``; after a signal to one of several ranks it passes over the rest."""
         nothing: dict[str, tuple[Prediction, ...]] = {"predictions": ()}
-        return unless_stopped(self.trainer.strategy, partial(self.evaluate_batch, batch, "val"), nothing)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs ``vision_cache/*``."""
-        self.log_vision_cache()
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs ``val/*``."""
-        self.log_metrics("val")
-        self.log_vision_cache()
+        return run_unless_stopped(self.trainer.strategy, partial(self.evaluate, batch, "val"), nothing)
 
     def test_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Decides about a batch of a test split."""
-        return self.evaluate_batch(batch, self.data.test_split_names[dataloader_idx])
+        return self.evaluate(batch, self.data.test_split_names[dataloader_idx])
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val/*``."""
+        self.log_dict(self.metrics_of("val").compute("val"))
 
     def on_test_epoch_end(self) -> None:
         """Logs ``<split>/*`` of every test split."""
         for split in self.data.test_split_names:
-            self.log_metrics(split)
-        self.log_vision_cache()
+            self.log_dict(self.metrics_of(split).compute(split))
 
-    def log_vision_cache(self) -> None:
-        """Logs, where videos were looked up since the last time, how many were found and how much is kept."""
-        cache = self.vlm.vision_cache
-        taken = None if cache is None else cache.take_statistics()
-        if taken is not None and taken.lookups:
-            rates = {"vision_cache/hit_rate": taken.hits / taken.lookups, "vision_cache/gb": taken.gb}
-            self.log_dict(rates, batch_size=taken.lookups)
+    def predict_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Writes texts about a batch; the records go to ``callbacks/trace_writer.py``."""
+        warn_unreadable(batch, "no text written")
+        if not bool(batch.sample_mask.any()) or self._written.issuperset(batch.video_ids):
+            return {"traces": ()}
+        records = self.trace_generator(self.data.task).records(self.policy, batch, self.data.label_names)
+        return {"traces": tuple(record for record in records if record.video_id not in self._written)}
 
-    # ------------------------------------------------------------------ how much there is to do
+    # ------------------------------------------------------------------ checkpoints and artefacts
 
-    min_steps: int = 0
-    """Optimizer steps that a fit takes at least"""
+    def stateful(self) -> Mapping[str, Stateful]:
+        """Returns the objects whose state belongs into checkpoints, by name; they are the same on every rank."""
+        return {}
 
-    def work(self, command: str, data: VideoDataModule, trainer: L.Trainer) -> Work | None:
-        """Counts what a command will do, before anything runs.
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the trained weights only: the base is identified by its hash."""
+        checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"], self.also_saved_adapter)
 
-        Args:
-            command: ``fit``, ``validate``, ``test`` or ``predict``.
-            data: Where the clips are; it is prepared.
-            trainer: As configured.
+    def lineage(self, folder: Path) -> Lineage:
+        """Returns where the weights come from that are written into ``folder``."""
+        on_weights = isinstance(self.policy, PeftModel) and self.start.full
+        return Lineage(
+            stage=self.stage_name,
+            base_sha=checkpoint_sha(str(self.adapter_path)) if on_weights else self.vlm.base_sha(),
+            parent_sha=self.start.sha,
+            task_sha=self.data.task.sha(),
+            label_names=tuple(self.data.label_names),
+            seed=self.seed,
+            global_step=self.trainer.global_step,
+        )
+
+    def export(self, run_dir: Path) -> Path:
+        """Writes the trained weights for the next stage.
 
         Returns:
-            What one rank does; None where a fit does what only a subclass knows, or has no end.
+            ``run_dir/adapter``, or after full fine-tuning ``run_dir/weights``, a model folder.
         """
-        ranks = trainer.world_size
+        return export_weights(self.policy, run_dir, self.lineage(run_dir).info(), self.vlm.processor)
 
-        def share(splits: Sequence[str], limit: float | None) -> float:
-            clips = sum(len(data.clips(split)) for split in splits)
-            return clips_taken(clips, data.eval_batch_size * ranks, limit) / ranks
-
-        if command == "predict":
-            return self.writing_work(share(data.predict_splits, trainer.limit_predict_batches))
-        classes = len(data.label_names)
-        if command == "test":
-            return self.deciding_work(share(data.test_split_names, trainer.limit_test_batches), classes)
-        validated = share(("val",), trainer.limit_val_batches)
-        if command == "validate":
-            return self.deciding_work(validated, classes)
-        size, clips = self.batch_size or data.batch_size, len(data.clips("train"))
-        taken = clips_taken(clips, size * ranks, trainer.limit_train_batches)
-        fit = length_of_fit(trainer, taken, size * ranks, self.min_steps, self.updates_per_batch)
-        if fit is None or (learning := self.learning_work(fit.batches * min(size, clips), classes)) is None:
-            return None
-        return learning + self.watching_work(validated, data) * fit.validations
-
-    def deciding_work(self, clips: float, classes: int) -> Work:
-        """What it takes to decide about ``clips``."""
-        if self.decide == "answer":
-            return Work(clips_read=clips, texts_written=clips * self.samples)
-        return Work(clips_read=clips, texts_scored=clips * classes)
-
-    def watching_work(self, clips: float, data: VideoDataModule) -> Work:
-        """What a validation on ``clips`` takes within a fit."""
-        return self.deciding_work(clips, len(data.label_names))
-
-    def learning_work(self, clips: float, classes: int) -> Work | None:
-        """What it takes to learn from ``clips``, counted as often as they come; None where a subclass has not said."""
-        return None
+    def export_adapter(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the trained adapter, with the weights ``state`` if given, as a folder that ``adapter_path`` takes."""
+        save_adapter(self.policy, folder, self.trained_adapter, self.lineage(folder).info(), state=state)
 
 
-def metric_key(split: str) -> str:
-    """Returns a name under which a split's metrics can be a submodule."""
+def _metric_key(split: str) -> str:
+    """Returns the name under which the metrics of a split are a submodule, which may not hold a dot."""
     return split.replace(".", "_")

@@ -9,118 +9,156 @@ Deviations from the paper:
        fine-tuning: a fresh adapter on the policy's weights).
     2. K traces at test as in training, at the same temperature, and a temperature fitted on ``cal``.
 
-Its weights are in ``calibrator.py``, the temperature in ``temperature.py``, what it hands on in ``calibrator_info.py``.
-
-Shape letters: B clips, K traces per clip, C classes, R = traces in a batch, N texts, L tokens.
+Shape letters: B clips, K traces per clip, C classes, N texts, L tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import lightning as L
 import torch
-from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
-from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.prompts import ClipView, ReviewView
+from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.datamodules.types import VideoBatch
-from vidreason.lightning_modules.calibrator import CalibratorModule
-from vidreason.lightning_modules.calibrator_info import CalibratorInput
-from vidreason.lightning_modules.deciding import closed_set, decide_by_probs
-from vidreason.lightning_modules.functional.calibration import apply_temperature
+from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.decisions.closed_set import closed_set
+from vidreason.lightning_modules.decisions.deciders import DecideOptions, ReviewDecider
+from vidreason.lightning_modules.decisions.temperature import TemperatureScaling
+from vidreason.lightning_modules.fit.optimizer_step import split_clips
+from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import count_or_one, label_log_probabilities
-from vidreason.lightning_modules.own_traces import OWN_TRACES, TraceOptions
-from vidreason.lightning_modules.predictions import Decisions, TraceText
+from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, write_run_traces
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
-from vidreason.lightning_modules.work import Work
-from vidreason.rewards.completion import THINK_FORM, CompletionForm
+from vidreason.lightning_modules.weights.lineage import Lineage
+from vidreason.lightning_modules.weights.reviewer import (
+    CALIBRATOR,
+    ReviewerPair,
+    export_reviewer,
+    policy_reference,
+)
+from vidreason.lightning_modules.weights.reviewer_info import CalibratorInfo, CalibratorInput, calibrator_entries
 
-CALIBRATOR_LORA = LoRAOptions()
 
-
-class CalibrationModule(CalibratorModule):
+class CalibrationModule(VLMModule):
     """Trains and runs the calibrator.
 
     Args:
-        vlm: See ``VLMModule``.
-        adapter_path: The policy, as a rule GRPO's ``adapter/`` or ``weights/``.
-        calibrator_path: A calibrator's ``adapter/``, to test it or to train it on; it knows its policy, so that
+        vlm: The model family and checkpoint (the top-level ``vlm`` section).
+        calibrator_path: A calibrator's ``adapter/``, to test it or to train it on. It names its policy, so that
             ``adapter_path`` may then be null.
-        traces: Trace file of the policy; clips it lacks, and all where it is null, are sampled into the run folder.
+        traces_file: Trace file of the policy; the traces that it lacks, and all if it is null, are sampled into the run
+            folder.
         input: What the calibrator is shown; ``trace`` and ``video`` are ablations.
-        loss: ``tokens``: cross-entropy on the tokens of the true label; ``classes``: on the softmax over all labels.
+        objective: ``tokens``: cross-entropy on the tokens of the true label; ``classes``: on the softmax over the
+            sequence likelihoods of all labels.
         lora: Size of the calibrator's adapter where the policy has none (full fine-tuning).
-        optimizer: See ``VLMModule``; so are all arguments below.
-        schedule: Learning-rate schedule.
-        warmup: Share or number of warm-up steps.
-        predict: What ``predict`` lets the policy write.
-        traces_sampled: How the policy's traces are sampled, in training and at test alike.
-        batch_size: Clips per training batch.
-        seed: Seed of all sampling.
-        completion: Which blocks the policy's completions have.
+        traces: How the policy's traces are sampled, in training and at test alike.
     """
 
     stage: ClassVar[str] = "calibration"
-    weighs_clips: ClassVar[bool] = True
+    supports_masked_samples: ClassVar[bool] = True
+    trained_adapter: ClassVar[str] = CALIBRATOR
+    scales_probabilities: ClassVar[bool] = True
 
     def __init__(
         self,
         vlm: VLM,
-        adapter_path: str | None = None,
         calibrator_path: str | None = None,
-        traces: str | None = None,
+        traces_file: str | None = None,
         input: CalibratorInput = "video+trace",
-        loss: Literal["tokens", "classes"] = "tokens",
-        lora: LoRAOptions = CALIBRATOR_LORA,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Literal["constant", "linear", "cosine"] = "constant",
-        warmup: float = 0.0,
-        predict: Literal["describe", "reason"] = "reason",
-        traces_sampled: TraceOptions = OWN_TRACES,
-        batch_size: int | None = None,
-        seed: int | None = None,
-        completion: CompletionForm = THINK_FORM,
+        objective: Literal["tokens", "classes"] = "tokens",
+        lora: LoRAOptions = LoRAOptions(),
+        traces: TraceOptions = TraceOptions(kind="reason"),
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            vlm,
-            adapter_path,
-            optimizer,
-            schedule,
-            warmup,
-            predict=predict,
-            traces_sampled=traces_sampled,
-            batch_size=batch_size,
-            seed=seed,
-            completion=completion,
-        )
+        super().__init__(vlm, traces=traces, decide=DecideOptions(), **kwargs)
+        self.automatic_optimization = False
         self.calibrator_path = calibrator_path
-        self.traces = traces
+        self.traces_file = traces_file
         self.input = input
-        self.loss_kind = loss
-        self.lora = lora
-        self._traces: dict[str, tuple[TraceRecord, ...]] = {}
+        self.objective = objective
+        self.reviewer = ReviewerPair(vlm, lora)
+        self.adapter_options = self.reviewer.adapter_options
+        self.scaling = TemperatureScaling()
+        self._policy_traces: dict[str, tuple[TraceRecord, ...]] = {}
+
+    # ------------------------------------------------------------------ policy and calibrator
+
+    def setup(self, stage: str) -> None:
+        """Connects the data module.
+
+        Raises:
+            ValueError: There is no calibrator to test.
+        """
+        if self.calibrator_path is None and stage in ("test", "validate"):
+            raise ValueError(
+                "calibration: give --model.init_args.calibrator_path, the adapter/ that a calibration stage wrote"
+            )
+        super().setup(stage)
+
+    def read_artefacts(self, task: Task) -> None:
+        """Takes policy and temperature from the calibrator's folder.
+
+        Raises:
+            ValueError: It is no calibrator, or is of another policy, input or class list.
+        """
+        if self.calibrator_path is None:
+            return
+        folder = Path(self.calibrator_path)
+        found = CalibratorInfo.read(folder, self.stage_name)
+        found.check(folder, self.input, task.label_names, task.sha())
+        if self.adapter_path is None and found.policy is not None:
+            self.adapter_path = os.path.normpath(folder.resolve() / found.policy)
+        if self.start.sha != found.parent_sha:
+            raise ValueError(
+                f"calibrator_path: {folder} reviews the traces of another policy than {self.adapter_path}; "
+                "leave adapter_path null to take its own"
+            )
+        if found.sampling != asdict(self.traces.sampling):
+            rank_zero_warn(f"traces are sampled otherwise than those that {folder} was trained on: {found.sampling}")
+        self.scaling.temperature = found.temperature
+
+    def build_model(self) -> nn.Module:
+        """Builds the policy, and beside it the calibrator, which is active except where the policy samples."""
+        return self.reviewer.attach(super().build_model(), self.calibrator_path)
+
+    def trace_generator(self, task: Task, kind: str | None = None) -> TraceGenerator:
+        """Returns the object that lets the policy, not the calibrator, write."""
+        return replace(super().trace_generator(task, kind), writer_active=self.reviewer.policy_active)
 
     # ------------------------------------------------------------------ traces and views
 
+    def decider(self, task: Task) -> ReviewDecider:
+        """Returns the reviewer of the policy's traces."""
+        return ReviewDecider(task, self.input, self.scaling.temperature, self._policy_traces)
+
+    def train_view(self, task: Task) -> ClipView:
+        """Returns traces with the true label behind each, or with all labels."""
+        return self.decider(task).review("target" if self.objective == "tokens" else "all")
+
     def prepare_views(self) -> None:
         """Collects the policy's traces of every split that this run looks at."""
-        data = self.data
+        data, task = self.data, self.data.task
         splits = {
             TrainerFn.FITTING: [split for split in ("train", "val", "cal") if data.clips(split)],
             TrainerFn.VALIDATING: ["val"],
             TrainerFn.TESTING: list(data.test_split_names),
         }[TrainerFn(self.trainer.state.fn)]
         if self.input != "video":
-            self._traces = self.collect_traces(splits)
-        data.connect(train_view=self.train_view(), eval_view=self.eval_view())
+            self._policy_traces = self.collect_traces(splits)
+        data.connect(train_view=self.train_view(task), eval_view=self.decider(task).view)
 
     def collect_traces(self, splits: Sequence[str]) -> dict[str, tuple[TraceRecord, ...]]:
         """Returns the traces by video id; those that the trace file lacks are sampled now.
@@ -128,86 +166,102 @@ class CalibrationModule(CalibratorModule):
         Raises:
             ValueError: The file is of another policy, task, prompt or sampling.
         """
-        writer = self.writer(self.reason_view(), self.trace_options)
-        found: dict[str, tuple[TraceRecord, ...]] = {}
-        if self.traces is not None:
-            store = TraceStore.open(Path(self.traces))
-            store.check(writer.header, allow_external=False)
-            store.check_sampling(writer.header)
-            samples = self.trace_options.samples
-            found = {name: group[:samples] for name, group in store.by_video(kept_only=False).items()}
-            found = {name: group for name, group in found.items() if len(group) == samples}
+        generator = self.trace_generator(self.data.task, "reason")
+        samples, found = self.traces.samples, dict[str, tuple[TraceRecord, ...]]()
+        if self.traces_file is not None:
+            store = TraceStore.open(Path(self.traces_file))
+            store.check(generator.header, allow_external=False)
+            store.check_sampling(generator.header)
+            stored = {name: group[:samples] for name, group in store.by_video(kept_only=False).items()}
+            found = {name: group for name, group in stored.items() if len(group) == samples}
         lacking = [s for s in splits if any(clip.video_id not in found for clip in self.data.clips(s))]
         if not lacking:
             return found
-        who = self.adapter_path or "the base"
-        self.print(f"calibration: {who} writes {self.trace_options.samples} traces per clip of {', '.join(lacking)}")
-        return {**self.write_traces(writer, lacking, found).by_video(kept_only=False), **found}
-
-    def review(self, labels: Literal["all", "target"]) -> ReviewView:
-        """Returns what the calibrator is shown."""
-        texts = {video_id: tuple(r.text for r in group) for video_id, group in self._traces.items()}
-        return ReviewView(self.task, texts, labels, self.input)
-
-    def train_view(self) -> ClipView:
-        """Traces with the true label behind each, or with all labels."""
-        return self.review("target" if self.loss_kind == "tokens" else "all")
-
-    def eval_view(self) -> ClipView:
-        """Traces with all labels behind each."""
-        return self.review("all")
+        writer = self.adapter_path or "the base"
+        self.print(f"calibration: {writer} writes {samples} traces per clip of {', '.join(lacking)}")
+        store = write_run_traces(self.trainer, self.policy, generator, self.data, lacking, found)
+        return {**store.by_video(kept_only=False), **found}
 
     # ------------------------------------------------------------------ training
 
-    def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
-        """Cross-entropy of the label behind video and trace, a mean over the whole optimizer step."""
-        logprobs = self.vlm.score(self.policy, batch.prompts, batch.texts).logprobs
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> None:
+        """Makes one optimizer step on the cross-entropy of the label behind video and trace."""
+        texts, names = batch.valid_texts, len(self.data.label_names)
+        # Per token of the true labels, or per closed-set question.
+        own = texts.loss_mask.sum() if self.objective == "tokens" else texts.loss_mask.any(dim=1).sum() // names
+        count = mean_over_ranks(self.trainer, own)
+        losses: list[Tensor] = []
+
+        def loss(part: VideoBatch) -> Tensor:
+            logprobs = self.vlm.score(self.policy, part.prompts, part.texts).logprobs
+            losses.append(self.review_loss(logprobs, part, count))
+            return losses[-1]
+
+        micro_batches = split_clips(self.vlm, batch, self.updates.clips_per_forward)
+        has_samples = bool(count)
+        step = self.optimizer_step_on(micro_batches, loss, has_samples)
+        if has_samples:
+            self.log("train/loss", torch.stack(losses).sum().detach(), prog_bar=True, batch_size=len(batch))
+            self.log_dict({"train/grad_norm": step.grad_norm, "train/learning_rate": step.learning_rate})
+
+    def review_loss(self, logprobs: Tensor, batch: VideoBatch, count: Tensor) -> Tensor:
+        """Returns the cross-entropy of some clips, divided by the count of the whole optimizer step."""
         texts = batch.valid_texts
-        if self.loss_kind == "tokens":
-            count = self.mean_over_ranks(texts.loss_mask.sum())
-            no_answer = torch.zeros_like(texts.answer_mask)
-            loss = weighted_text_loss(
-                logprobs, texts.loss_mask, no_answer, answer_weight=None, reasoning_count=count, answer_count=0
+        if self.objective == "tokens":
+            return weighted_text_loss(
+                logprobs,
+                texts.loss_mask,
+                torch.zeros_like(texts.answer_mask),
+                answer_weight=None,
+                reasoning_count=count,
+                answer_count=0,
             ).loss
-        else:
-            asked = closed_set(logprobs, texts, len(self.data.label_names))
-            truth = batch.labels[asked.owner]
-            count = self.mean_over_ranks(torch.tensor(len(truth), device=truth.device))
-            loss = -label_log_probabilities(asked.scores).gather(1, truth[:, None]).sum() / count_or_one(count)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
-        return loss
+        asked = closed_set(logprobs, texts, len(self.data.label_names))
+        truth = batch.labels[asked.owner]
+        return -label_log_probabilities(asked.scores).gather(1, truth[:, None]).sum() / count_or_one(count)
 
-    # ------------------------------------------------------------------ deciding
+    # ------------------------------------------------------------------ temperature
 
-    def decide_batch(self, batch: VideoBatch) -> Decisions:
-        """Decides by the averaged, temperature-scaled probabilities."""
-        logprobs = self.class_logprobs(batch)
-        probs = apply_temperature(logprobs, self.temperature)
-        traces = [
-            tuple(TraceText(record.text, record.answer) for record in self._traces.get(clip.video_id, ()))
-            for clip in batch.clips
-        ]
-        return decide_by_probs(probs, self.data.label_names, traces, unscaled=logprobs.exp())
+    def on_validation_epoch_start(self) -> None:
+        """Fits the temperature of the weights as they are, before they are validated."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.fit_temperature()
 
-    # ------------------------------------------------------------------ how much there is to do
+    def fit_temperature(self) -> None:
+        """Fits the temperature on ``cal``, which serves nothing else."""
+        data = self.data
+        if not data.clips("cal"):
+            rank_zero_warn("calibration: there is no split cal, so the temperature stays 1")
+            return
+        batches = data.loader("cal", self.decider(data.task).view)
+        with self.trainer.precision_plugin.forward_context():
+            self.scaling.fit(self.vlm, self.policy, batches, data.label_names, self.trainer.global_step)
 
-    def work(self, command: str, data: VideoDataModule, trainer: L.Trainer) -> Work | None:
-        """As for every stage, with the traces that the policy has to write."""
-        work = super().work(command, data, trainer)
-        if work is None or command == "predict":
-            return work
-        clips = {split: len(data.clips(split)) / trainer.world_size for split in ("train", "val", "cal")}
-        if self.input == "video" or self.traces is not None:
-            return work
-        if command == "test":
-            return work + self.writing_work(work.clips_read)
-        return work + self.writing_work(clips["val"] if command == "validate" else sum(clips.values()))
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val/*`` and the temperature."""
+        super().on_validation_epoch_end()
+        self.log("val/temperature", self.scaling.temperature)
 
-    def deciding_work(self, clips: float, classes: int) -> Work:
-        """All labels behind every trace."""
-        return Work(clips_read=clips, texts_scored=clips * self.trace_options.samples * (1 + classes))
+    def on_test_epoch_end(self) -> None:
+        """Logs ``<split>/*`` and the temperature of every test split."""
+        super().on_test_epoch_end()
+        self.log_dict({f"{split}/temperature": self.scaling.temperature for split in self.data.test_split_names})
 
-    def learning_work(self, clips: float, classes: int) -> Work:
-        """Every trace, and behind it its label or all of them."""
-        labels = 1 if self.loss_kind == "tokens" else classes
-        return Work(clips_learnt=clips, texts_learnt=clips * self.trace_options.samples * (1 + labels))
+    def stateful(self) -> Mapping[str, Stateful]:
+        """Returns the temperature."""
+        return {"temperature": self.scaling}
+
+    # ------------------------------------------------------------------ what it hands on
+
+    def lineage(self, folder: Path) -> Lineage:
+        """Returns where the calibrator comes from, with what is needed to run it."""
+        policy = policy_reference(self.start, folder, Path(self.trainer.default_root_dir))
+        extra = calibrator_entries(self.scaling.temperature, self.input, self.objective, policy, self.traces)
+        return replace(super().lineage(folder), extra=extra)
+
+    def export(self, run_dir: Path) -> Path:
+        """Writes the calibrator to ``run_dir/adapter``, and its policy inside."""
+        stale = self.scaling.fitted_at != self.trainer.global_step
+        if stale and self.trainer.state.status != TrainerStatus.INTERRUPTED:  # An interrupted fit has to end soon.
+            self.fit_temperature()
+        return export_reviewer(self.policy, self.start, run_dir, self.lineage(run_dir / "adapter").info())

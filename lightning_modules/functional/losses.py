@@ -40,7 +40,7 @@ from vidreason.lightning_modules.functional.policy_terms import (
 from vidreason.lightning_modules.functional.reductions import count_or_one, masked_sum
 
 
-class GRPOLoss(NamedTuple):
+class PolicyLossOutput(NamedTuple):
     """Loss and statistics of one micro-batch.
 
     Every field is a sum divided by a count of the optimizer step: added up over its micro-batches, ``loss`` and
@@ -102,7 +102,7 @@ def grpo_loss(
     kl_bias_correction: bool = False,
     entropy_coef: float = 0.0,
     log_ratio_clamp: float = 20.0,
-) -> GRPOLoss:
+) -> PolicyLossOutput:
     """The policy objective, its KL term and its entropy term.
 
     With r = policy / old, the policy term is ``-min(r A, clip(r, 1 - low, 1 + high) A)``, for A < 0 at most
@@ -187,7 +187,7 @@ def grpo_loss(
     if entropy is not None:
         entropy_mean = mean(entropy)
     clipped = ClipMasks(*(mean(beyond.to(ratio.dtype)) for beyond in clip_masks(ratio.detach(), advantage, bounds)))
-    return GRPOLoss(
+    return PolicyLossOutput(
         loss=policy_term + kl_coef * kl_term - entropy_coef * entropy_mean,
         policy=policy_term.detach(),
         kl=kl_mean,

@@ -6,16 +6,19 @@ afterwards, do. Shape letters: B clips, T frames, H and W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from tools.pretraining.stream import FRAME_TARGETS, FrameBatch
+from vidreason.lightning_modules.fit.resume import ResumeFit
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration
 
 if TYPE_CHECKING:
@@ -37,9 +40,15 @@ class FramePretrainingModule(L.LightningModule):
         self.learning_rate, self.hidden = learning_rate, hidden
         self.model: TinyVLMForConditionalGeneration | None = None
         self.heads: nn.ModuleDict
+        self._resume = ResumeFit()
         self.accuracy = nn.ModuleDict(
             {name: MulticlassAccuracy(values, average="macro") for name, values in FRAME_TARGETS.items()}
         )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Lets a fit resume from its checkpoints."""
+        present: Sequence[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if self._resume in present else [self._resume]
 
     def configure_model(self) -> None:
         """Builds the model and the heads."""

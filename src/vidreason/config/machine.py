@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import lightning as L
 
-    from vidreason.lightning_modules.trained_weights import WeightsModule
+    from vidreason.lightning_modules.base import VLMModule
 
 _CPU = "--trainer.accelerator cpu --trainer.devices 1"
 
@@ -58,7 +58,7 @@ def _wanted(devices: str | int | list[int]) -> int:
     return max(devices, 0)
 
 
-def describe(trainer: L.Trainer, module: WeightsModule, trains: bool = True) -> str:
+def describe(trainer: L.Trainer, module: VLMModule, trains: bool = True) -> str:
     """One line: strategy, processes and precision, and what of the model is trained or run.
 
     Args:

@@ -13,10 +13,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -25,8 +25,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from vidreason import exit_codes
-from vidreason.callbacks.run_checkpoint import EVERY_TEN, CheckpointOptions, RunCheckpoint
-from vidreason.callbacks.stopping import Stopping
 from vidreason.config.command_files import (
     config_files,
     given_batch_size,
@@ -37,12 +35,20 @@ from vidreason.config.command_files import (
 from vidreason.config.errors import explain
 from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.run_record import RunRecord, from_the_start
-from vidreason.lightning_modules.checkpoints import WholeCheckpointIO
-from vidreason.lightning_modules.interrupts import StopRequested, check_stop, signals_handled, take_signals
-from vidreason.lightning_modules.trained_weights import WeightsModule
-from vidreason.lightning_modules.unread_clips import NothingReadError
+from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.fit.checkpoint_io import WholeCheckpointIO
+from vidreason.lightning_modules.fit.lightning_internals import forward_sigterm
+from vidreason.lightning_modules.fit.resume import check_checkpoint_file
+from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
+from vidreason.lightning_modules.fit.skip_unreadable import TooManyUnreadableError
+from vidreason.lightning_modules.fit.stopping import StopOnSignal
+from vidreason.lightning_modules.rl.objective import PolicyLoss
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.run_folder import CHECKPOINTS_FOLDER, LAST_CHECKPOINT, TENSORBOARD_FOLDER
+from vidreason.signals import StopRequested, check_stop, handle_signals
+
+# A user's loss is a subclass named by class_path; jsonargparse takes dataclasses without subclasses unless told.
+set_parsing_settings(subclasses_enabled=[PolicyLoss])
 
 _CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
 
@@ -85,6 +91,7 @@ class VideoCLI(LightningCLI):
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         argv: The options behind it.
         execute: False builds data, model and trainer and stops there; no weights are loaded.
+        with_trainer: False builds no trainer either.
 
     Attributes:
         run_dir: The run folder, also ``trainer.default_root_dir``.
@@ -92,9 +99,10 @@ class VideoCLI(LightningCLI):
 
     run_dir: Path
 
-    def __init__(self, command: str, argv: Sequence[str], execute: bool = True) -> None:
+    def __init__(self, command: str, argv: Sequence[str], execute: bool = True, with_trainer: bool = True) -> None:
         self.command_line = shlex.join(["vidreason", command, *argv])
         self.execute = execute
+        self.with_trainer = with_trainer
         self.argv, self.files = argv, order_files(argv)
         super().__init__(
             L.LightningModule,
@@ -133,7 +141,7 @@ class VideoCLI(LightningCLI):
         parser.add_argument(
             "--checkpoint",
             type=CheckpointOptions,
-            default=EVERY_TEN,
+            default=CheckpointOptions(),
             help="Which checkpoints a fit leaves in RUN/checkpoints.",
         )
         parser.add_argument(
@@ -188,8 +196,10 @@ class VideoCLI(LightningCLI):
         except ValueError as error:
             raise _cause_of(error) from None
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer | None:  # type: ignore[override]
         """Builds the Trainer with its logs and checkpoints in the run folder, unless the YAML puts them elsewhere."""
+        if not self.with_trainer:
+            return None
         config: Namespace = self.config_init[self.subcommand].trainer
         check_devices(config.accelerator, config.devices)
         kwargs["default_root_dir"] = str(self.run_dir)
@@ -202,9 +212,9 @@ class VideoCLI(LightningCLI):
             listed += checkpoints
         for checkpoint in checkpoints:
             checkpoint.dirpath = checkpoint.dirpath or str((self.run_dir / CHECKPOINTS_FOLDER).absolute())
-        listed = [Stopping(), *listed] if self.subcommand == "fit" else listed
+        listed = [StopOnSignal(), *listed] if self.subcommand == "fit" else listed
         trainer: L.Trainer = super().instantiate_trainer(callbacks=listed, **kwargs)
-        take_signals(trainer)
+        forward_sigterm(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
@@ -212,18 +222,19 @@ class VideoCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuses the checkpoint of another stage before anything is written."""
         checkpoint = self.config[self.subcommand].ckpt_path
-        if checkpoint and checkpoint not in _CKPT_KEYWORDS and isinstance(self.model, WeightsModule):
-            self.model.refuse_foreign_checkpoint(checkpoint)
+        if checkpoint and checkpoint not in _CKPT_KEYWORDS and isinstance(self.model, VLMModule):
+            check_checkpoint_file(checkpoint, self.model)
+            self.model.checkpoint_to_resume = Path(checkpoint)
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.execute:
             return
         check_machines(self.trainer)
         say(f"run folder: {self.run_dir}")
-        if isinstance(self.model, WeightsModule):
+        if isinstance(self.model, VLMModule):
             say(f"strategy: {describe(self.trainer, self.model, trains=subcommand == 'fit')}")
         try:
-            with signals_handled():
+            with handle_signals():
                 super()._run_subcommand(subcommand)
                 check_stop()  # the fit was at its end; what comes behind it (a pipeline's next stage) need not begin
         except SystemExit as stop:
@@ -232,7 +243,7 @@ class VideoCLI(LightningCLI):
                 say(self._how_to_resume())
                 raise KeyboardInterrupt from None
             raise
-        except (StopRequested, NothingReadError):
+        except (StopRequested, TooManyUnreadableError):
             say(self._how_to_resume())
             raise
 
@@ -282,6 +293,22 @@ def run(command: str, argv: Sequence[str]) -> int:
 def build(command: str, argv: Sequence[str]) -> VideoCLI:
     """Parses and instantiates everything a command would use, without running it or loading weights."""
     return VideoCLI(command, argv, execute=False)
+
+
+class BuiltStage(NamedTuple):
+    """A stage and its data without a Trainer, and where the YAML lets them run."""
+
+    model: L.LightningModule
+    data: L.LightningDataModule
+    accelerator: str
+    precision: Any
+
+
+def build_stage(command: str, argv: Sequence[str]) -> BuiltStage:
+    """Builds the stage and the data that a command would use, without a Trainer and without weights."""
+    cli = VideoCLI(command, argv, execute=False, with_trainer=False)
+    trainer: Namespace = cli.config[command].trainer
+    return BuiltStage(cli.model, cli.datamodule, trainer.accelerator, trainer.precision or "32-true")
 
 
 def _cause_of(error: ValueError) -> ValueError:

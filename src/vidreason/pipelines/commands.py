@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vidreason import exit_codes
-from vidreason.config.quietly import quietly
+from vidreason.config.quiet import quietly
 
 if TYPE_CHECKING:
     from vidreason.config.trainer_cli import VideoCLI
@@ -70,7 +70,7 @@ def run_stage(built: Builds, argv: list[str]) -> int:
         ValueError: A mistake in the user's data or config, as the stage raised it.
     """
     from vidreason.config import trainer_cli
-    from vidreason.lightning_modules.rollout import ColdPolicyError
+    from vidreason.lightning_modules.rl.rollouts import NoParsedCompletionsError
 
     nodes, devices = _processes(built, argv)
     if nodes > 1:
@@ -82,7 +82,7 @@ def run_stage(built: Builds, argv: list[str]) -> int:
         return run_apart(argv)
     try:
         return trainer_cli.run(argv[0], argv[1:])
-    except ColdPolicyError as error:
+    except NoParsedCompletionsError as error:
         print(error, file=sys.stderr)
         return exit_codes.UNPARSED
     except SystemExit as stop:

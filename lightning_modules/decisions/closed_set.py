@@ -1,0 +1,63 @@
+"""Reads the probabilities of a closed set of class names out of the scores of texts.
+
+Shape letters: B clips, C classes, R closed-set questions, N texts, L tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vidreason.datamodules.types import TextBatch
+from vidreason.lightning_modules.functional.reductions import (
+    average_over_traces,
+    label_log_probabilities,
+    sequence_logprobs,
+)
+
+
+class ClosedSet(NamedTuple):
+    """Scores of all classes, one row per question."""
+
+    scores: Tensor
+    """[R, C] log-likelihood of each class name, including the end of turn."""
+    owner: Tensor
+    """[R] int64, index of the clip."""
+
+
+def closed_set(logprobs: Tensor, texts: TextBatch, n_classes: int) -> ClosedSet:
+    """Reads the sequence log-likelihood of every class name out of the scores of a batch.
+
+    The rows of ``texts`` with a True in ``loss_mask`` are the class names: C of them behind each question, in the order
+    of ``label_names``.
+
+    Args:
+        logprobs: [N, L].
+        texts: N texts.
+        n_classes: C.
+
+    Raises:
+        ValueError: The rows that count are no multiple of C, or C rows in a row belong to different clips.
+    """
+    rows = texts.loss_mask.any(dim=1)
+    scores = sequence_logprobs(logprobs, texts.loss_mask)[rows]
+    if scores.numel() % n_classes:
+        raise ValueError(f"{scores.numel()} scored texts cannot be read as questions of {n_classes} classes each")
+    owner = texts.owner[rows].view(-1, n_classes)
+    if bool((owner != owner[:, :1]).any()):
+        raise ValueError("the class names behind one question belong to different clips")
+    return ClosedSet(scores.view(-1, n_classes), owner[:, 0])
+
+
+def class_logprobs(logprobs: Tensor, texts: TextBatch, n_classes: int, n_clips: int) -> Tensor:
+    """Returns the log of the class probabilities [B, C] of every clip, averaged over its closed-set questions.
+
+    Args:
+        logprobs: [N, L].
+        texts: N texts, as ``closed_set`` takes them.
+        n_classes: C.
+        n_clips: B.
+    """
+    asked = closed_set(logprobs, texts, n_classes)
+    return average_over_traces(label_log_probabilities(asked.scores), asked.owner, n_clips)

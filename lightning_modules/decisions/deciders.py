@@ -1,0 +1,211 @@
+"""How a decision about a clip is made: by class likelihoods, by generated answers, or by a reviewer of traces.
+
+A decider says what a clip shows (``view``) and decides about the readable clips of a batch. It holds no weights and no
+trainer, so that evaluation under a trainer and ``VideoClassifier`` run the same code.
+
+Shape letters: B clips, C classes, K samples per clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vidreason.datamodules.prompts import ClipView, LabelScoringView, ReasonView, ReviewView
+from vidreason.datamodules.task import Task
+from vidreason.datamodules.traces import TraceRecord
+from vidreason.datamodules.types import VideoBatch
+from vidreason.lightning_modules.decisions.closed_set import class_logprobs
+from vidreason.lightning_modules.decisions.predictions import BatchDecisions, Trace
+from vidreason.lightning_modules.functional.calibration import apply_temperature
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.completions import Completion, generate_completions
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.completion import CompletionForm, match_label
+
+VOTE_SMOOTHING = 0.01
+"""Pseudo-count of every class in the probabilities of generated answers; keeps their NLL finite."""
+
+
+@dataclass(frozen=True)
+class DecideOptions:
+    """How a stage decides about clips.
+
+    Args:
+        by: ``likelihood``: sequence log-likelihood of every class name behind one prefill; ``answer``: generate
+            ``samples`` completions and let their answers vote (unparseable ones count as wrong).
+        samples: Completions per clip for ``answer``.
+        sampling: How completions for ``answer`` are sampled; temperature 0 is greedy.
+    """
+
+    by: Literal["likelihood", "answer"] = "likelihood"
+    samples: int = 1
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0))
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"decide.samples must be at least 1, got {self.samples}")
+
+
+class Decider(Protocol):
+    """Decides about clips."""
+
+    @property
+    def view(self) -> ClipView:
+        """What a clip shows when it is decided."""
+        ...
+
+    def decide(self, vlm: VLM, model: nn.Module, batch: VideoBatch) -> BatchDecisions:
+        """Decides about the B readable clips of a batch, which were encoded with ``view``."""
+        ...
+
+
+@dataclass(frozen=True)
+class LikelihoodDecider:
+    """Chooses the class whose name is the likeliest answer."""
+
+    task: Task
+
+    @property
+    def view(self) -> ClipView:
+        """The label prompt with every class name behind it."""
+        return LabelScoringView(self.task)
+
+    def decide(self, vlm: VLM, model: nn.Module, batch: VideoBatch) -> BatchDecisions:
+        """Decides by the softmax over the sequence log-likelihoods of the class names."""
+        return decide_by_probs(score_classes(vlm, model, batch, self.task.label_names).exp(), self.task.label_names)
+
+
+@dataclass(frozen=True)
+class AnswerDecider:
+    """Lets the answers of K generated completions vote."""
+
+    task: Task
+    samples: int
+    sampling: Sampling
+    seed: int
+    form: CompletionForm
+
+    @property
+    def view(self) -> ClipView:
+        """The reasoning prompt."""
+        return ReasonView(self.task, form=self.form)
+
+    def decide(self, vlm: VLM, model: nn.Module, batch: VideoBatch) -> BatchDecisions:
+        """Samples the completions and counts their answers."""
+        sampled = generate_completions(
+            vlm, model, batch.prompts, batch.clips, self.samples, self.sampling, self.seed, form=self.form
+        )
+        return decide_by_answers(sampled.completions, self.task.label_names)
+
+
+@dataclass(frozen=True)
+class ReviewDecider:
+    """Reviews K traces of each clip, averages the class probabilities and scales them by a temperature."""
+
+    task: Task
+    input: Literal["video+trace", "trace", "video"]
+    temperature: float
+    traces: Mapping[str, Sequence[TraceRecord]] = field(default_factory=dict)
+    """The policy's traces by video id."""
+
+    @property
+    def view(self) -> ClipView:
+        """The reviewer's prompt: every trace, and behind each every class name."""
+        return self.review("all")
+
+    def review(self, labels: Literal["all", "target"]) -> ReviewView:
+        """Returns the reviewer's prompt with every class name behind each trace, or with the clip's own label."""
+        texts = {video_id: tuple(r.text for r in group) for video_id, group in self.traces.items()}
+        return ReviewView(self.task, texts, labels, self.input)
+
+    def decide(self, vlm: VLM, model: nn.Module, batch: VideoBatch) -> BatchDecisions:
+        """Decides by the averaged, temperature-scaled probabilities."""
+        logprobs = score_classes(vlm, model, batch, self.task.label_names)
+        traces = [
+            tuple(Trace(record.text, record.answer) for record in self.traces.get(clip.video_id, ()))
+            for clip in batch.clips
+        ]
+        probs = apply_temperature(logprobs, self.temperature)
+        return decide_by_probs(probs, self.task.label_names, traces, unscaled=logprobs.exp())
+
+
+def score_classes(vlm: VLM, model: nn.Module, batch: VideoBatch, label_names: Sequence[str]) -> Tensor:
+    """Returns the log of the class probabilities [B, C] of the readable clips of a batch."""
+    scores = vlm.score(model, batch.prompts, batch.texts)
+    return class_logprobs(scores.logprobs, batch.texts, len(label_names), len(batch))
+
+
+def decide_by_probs(
+    probs: Tensor,
+    label_names: Sequence[str],
+    traces: Sequence[tuple[Trace, ...]] = (),
+    unscaled: Tensor | None = None,
+) -> BatchDecisions:
+    """Chooses the likeliest class of every clip.
+
+    Args:
+        probs: [B, C].
+        label_names: C classes.
+        traces: [B][K] what the probabilities rest on, or nothing.
+        unscaled: [B, C] before temperature scaling, or None.
+    """
+    chosen = probs.argmax(dim=1)
+    return BatchDecisions(
+        probs=probs.float().cpu(),
+        pred=chosen.cpu(),
+        answers=tuple(label_names[i] for i in chosen.tolist()),
+        traces=tuple(traces) or ((),) * len(probs),
+        unscaled=None if unscaled is None else unscaled.float().cpu(),
+    )
+
+
+def decide_by_answers(groups: Sequence[Sequence[Completion]], label_names: Sequence[str]) -> BatchDecisions:
+    """Lets the K sampled answers of every clip vote.
+
+    Args:
+        groups: [B][K] completions.
+        label_names: C classes.
+    """
+    votes = [vote([match_label(c.parsed.answer, label_names) for c in group], label_names) for group in groups]
+    return BatchDecisions(
+        probs=torch.stack([v.probs for v in votes]),
+        pred=torch.tensor([v.chosen for v in votes]),
+        answers=tuple(group[0].parsed.answer for group in groups),
+        traces=tuple(tuple(Trace(c.text, c.parsed.answer) for c in group) for group in groups),
+    )
+
+
+class Vote(NamedTuple):
+    """Outcome of one clip's samples."""
+
+    probs: Tensor
+    """[C] fp32"""
+    chosen: int
+    """-1 where no sample named a class"""
+
+
+def vote(answers: Sequence[str | None], label_names: Sequence[str]) -> Vote:
+    """Turns the answers of one clip's samples into class probabilities and a choice.
+
+    An answer that names no class spreads its vote evenly; a tie goes to the class that was named first.
+
+    Args:
+        answers: The class named by each of K >= 1 samples, None where none was.
+        label_names: C classes.
+
+    Example:
+        >>> vote(["b", None, "b"], ["a", "b"]).chosen
+        1
+        >>> vote([None], ["a", "b"]).probs.tolist()
+        [0.5, 0.5]
+    """
+    classes = len(label_names)
+    named = [label_names.index(answer) for answer in answers if answer is not None]
+    counts = torch.full((classes,), (len(answers) - len(named)) / classes + VOTE_SMOOTHING)
+    counts += torch.bincount(torch.tensor(named, dtype=torch.int64), minlength=classes)
+    return Vote(counts / counts.sum(), max(named, key=named.count) if named else -1)

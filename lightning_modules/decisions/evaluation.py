@@ -1,0 +1,95 @@
+"""Decides about the batches of a split and keeps its metrics, before and after temperature scaling.
+
+Shape letters: B readable clips of a batch, F unreadable ones, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vidreason.datamodules.types import VideoBatch
+from vidreason.datamodules.unreadable import warn_unreadable
+from vidreason.lightning_modules.decisions.deciders import Decider
+from vidreason.lightning_modules.decisions.metrics import UNDECIDED, ClassificationMetrics
+from vidreason.lightning_modules.decisions.predictions import BatchDecisions, Prediction, failed_prediction
+from vidreason.lightning_modules.vlms.base import VLM
+
+_SCALED = ("ece", "nll", "brier")
+"""Metrics that temperature scaling changes; they are logged a second time as ``<name>_scaled``."""
+
+
+class SplitMetrics(nn.Module):
+    """Metrics of one split: of the probabilities as they are, and of the scaled ones where a stage scales them.
+
+    Args:
+        label_names: The C class names.
+        scaled: Whether decisions carry probabilities from before and after temperature scaling.
+    """
+
+    def __init__(self, label_names: Sequence[str], scaled: bool = False) -> None:
+        super().__init__()
+        self.label_names = tuple(label_names)
+        self.plain = ClassificationMetrics(label_names)
+        self.scaled = ClassificationMetrics(label_names) if scaled else None
+
+    def update(self, batch: VideoBatch, decisions: BatchDecisions | None) -> None:
+        """Adds the labelled clips of a batch; an unreadable one is undecided, so it counts as wrong.
+
+        Args:
+            batch: B readable clips and F that are not.
+            decisions: About the readable ones; None where there are none.
+        """
+        lost = [self.label_names.index(f.clip.label) for f in batch.failed if f.clip.label is not None]
+        labels = torch.tensor(lost, dtype=torch.int64)
+        pred = torch.full((len(lost),), UNDECIDED)
+        probs = scaled = torch.full((len(lost), len(self.label_names)), 1 / len(self.label_names))
+        if decisions is not None:
+            labelled = batch.labels.cpu() >= 0
+            labels = torch.cat([batch.labels.cpu()[labelled], labels])
+            pred = torch.cat([decisions.pred[labelled], pred])
+            unscaled = decisions.probs if decisions.unscaled is None else decisions.unscaled
+            probs = torch.cat([unscaled[labelled], probs])
+            scaled = torch.cat([decisions.probs[labelled], scaled])
+        device = batch.labels.device
+        self.plain.update(probs.to(device), labels.to(device), pred.to(device))
+        if self.scaled is not None:
+            self.scaled.update(scaled.to(device), labels.to(device), pred.to(device))
+
+    def clips(self) -> int:
+        """Returns how many clips were added on all ranks, which all have to call it."""
+        return int(self.plain.confusion().sum())
+
+    def compute(self, split: str) -> dict[str, Tensor]:
+        """Returns the metrics of all ranks as ``<split>/<name>``, and forgets the clips; {} where none was added."""
+        if not self.clips():
+            return {}
+        values = self.plain.compute()
+        self.plain.reset()
+        if self.scaled is not None:
+            after = self.scaled.compute()
+            values |= {f"{name}_scaled": after[name] for name in _SCALED}
+            self.scaled.reset()
+        return {f"{split}/{name}": value for name, value in values.items()}
+
+
+def evaluate_batch(
+    decider: Decider, vlm: VLM, model: nn.Module, batch: VideoBatch, split: str, metrics: SplitMetrics
+) -> tuple[Prediction, ...]:
+    """Decides about a batch and updates the metrics of its split; clips that could not be read count as wrong.
+
+    Returns:
+        A prediction for every clip of the batch, unreadable ones first.
+    """
+    if len(batch) and not bool(batch.sample_mask.any()):
+        return ()  # A rank without a clip of its own runs one that does not count.
+    warn_unreadable(batch, f"counted wrong in {split}")
+    names = metrics.label_names
+    decisions = decider.decide(vlm, model, batch) if len(batch) else None
+    metrics.update(batch, decisions)
+    predictions = [failed_prediction(failed, split, names) for failed in batch.failed]
+    if decisions is not None:
+        predictions += [decisions.prediction(b, clip, split, names) for b, clip in enumerate(batch.clips)]
+    return tuple(predictions)

@@ -1,0 +1,175 @@
+"""The metrics of a split: torchmetrics objects in one module.
+
+Shape letters: B clips, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import (
+    BinaryCalibrationError,
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+)
+
+from vidreason.lightning_modules.functional.calibration import brier, nll
+
+UNDECIDED = -1
+"""Prediction of a clip without a decision, as ``update`` takes it."""
+
+
+class ClassificationMetrics(nn.Module):
+    """Accuracy and calibration of decisions over one split; make one object per split.
+
+    A clip that could not be read, or whose answer could not be parsed, is predicted ``UNDECIDED``: it counts as wrong
+    everywhere and stays in every denominator. Inside it is a class behind the last one, which no label ever has.
+
+    Args:
+        label_names: The C class names.
+        calibration_bins: Bins of the expected calibration error.
+
+    Raises:
+        ValueError: There are fewer than two classes.
+    """
+
+    def __init__(self, label_names: Sequence[str], calibration_bins: int = 15) -> None:
+        super().__init__()
+        if len(label_names) < 2:
+            raise ValueError(f"metrics need at least two classes, got {list(label_names)}")
+        self.label_names = tuple(label_names)
+        columns = len(self.label_names) + 1
+        self.accuracy = MulticlassAccuracy(columns, average="micro")
+        self.recall = MulticlassAccuracy(columns, average=None)
+        self.f1 = MulticlassF1Score(columns, average=None)
+        self.matrix = MulticlassConfusionMatrix(columns)
+        # Binary, over (confidence in the decision, decision is right): the multi-class one would judge the class with
+        # the highest probability even where there was no decision.
+        self.calibration = BinaryCalibrationError(n_bins=calibration_bins, norm="l1")
+        self.nll = MeanMetric()
+        self.brier = MeanMetric()
+
+    def update(self, probs: Tensor, labels: Tensor, pred: Tensor) -> None:
+        """Adds clips.
+
+        Args:
+            probs: [B, C] probabilities; uniform where there are none (an unreadable clip).
+            labels: [B] int64, 0 … C-1.
+            pred: [B] int64, the decision, or ``UNDECIDED``.
+
+        Raises:
+            ValueError: Shapes do not fit, a clip has no label, or rows of ``probs`` are no probabilities.
+        """
+        classes = len(self.label_names)
+        if probs.shape != (len(labels), classes) or pred.shape != labels.shape or labels.ndim != 1:
+            raise ValueError(
+                f"expected probs [B, {classes}], labels [B] and pred [B], "
+                f"got {tuple(probs.shape)}, {tuple(labels.shape)} and {tuple(pred.shape)}"
+            )
+        if not len(labels):
+            return
+        if int(labels.min()) < 0 or int(labels.max()) >= classes:
+            raise ValueError(
+                f"labels must be 0 … {classes - 1}, got {labels.tolist()}: clips without label have no metrics"
+            )
+        if int(pred.min()) < UNDECIDED or int(pred.max()) >= classes:
+            raise ValueError(f"pred must be {UNDECIDED} … {classes - 1}, got {pred.tolist()}")
+        probs = probs.detach().float()
+        # Written so that NaN is refused too.
+        if not bool(((probs.sum(-1) - 1).abs() < 1e-3).all() and (probs >= 0).all()):
+            raise ValueError("each row of probs must be non-negative and add up to 1; give a failed clip uniform ones")
+        decision = torch.where(pred == UNDECIDED, classes, pred)
+        for metric in (self.accuracy, self.recall, self.f1, self.matrix):
+            metric.update(decision, labels)
+        chosen = probs.gather(-1, pred.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        confidence = torch.where(pred == UNDECIDED, probs.amax(-1), chosen)
+        # Rounding can give 1.0000001, at which torchmetrics takes the whole batch for logits and applies a sigmoid.
+        self.calibration.update(confidence.clamp(0.0, 1.0), (pred == labels).long())
+        self.nll.update(nll(probs, labels))
+        self.brier.update(brier(probs, labels))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Metrics over all clips added, on all ranks.
+
+        Returns:
+            ``acc``, ``balanced_acc`` (mean recall of the classes that have clips), ``macro_f1`` (mean over the classes
+            that have clips or predictions), ``f1/{class}`` (0 for a class with neither), ``unparsed_rate`` (share of
+            clips without a decision, unreadable ones included), ``nll``, ``brier``, ``ece``; all [].
+
+        Raises:
+            ValueError: No clip was added.
+        """
+        counts = self.confusion()
+        if not int(counts.sum()):
+            raise ValueError("no clips were counted: metrics need at least one labelled clip")
+        if (
+            not self.calibration.update_called
+        ):  # torchmetrics would gather an empty list in another dtype than full ones
+            self.calibration.update(counts.new_zeros(0, dtype=torch.float32), counts.new_zeros(0, dtype=torch.int64))
+        classes = len(self.label_names)
+        support, predicted = counts.sum(1), counts[:, :classes].sum(0)
+        recall, f1 = self.recall.compute()[:classes], self.f1.compute()[:classes]
+        # Averaged here: torchmetrics' macro average would count "undecided" as a class, with a score of 0.
+        metrics = {
+            "acc": self.accuracy.compute(),
+            "balanced_acc": recall[support > 0].mean(),
+            "macro_f1": f1[(support > 0) | (predicted > 0)].mean(),
+            "unparsed_rate": counts[:, classes].sum() / counts.sum(),
+            "nll": self.nll.compute(),
+            "brier": self.brier.compute(),
+            "ece": self.calibration.compute(),
+        }
+        return metrics | {f"f1/{name}": value for name, value in zip(self.label_names, f1.unbind(), strict=True)}
+
+    def confusion(self) -> Tensor:
+        """Counts by true class (row) and decision (column); the last column is "undecided".
+
+        Returns:
+            [C, C + 1] int64.
+        """
+        matrix: Tensor = self.matrix.compute()
+        return matrix[: len(self.label_names)]
+
+    def draw_confusion(self, title: str = "") -> Tensor:
+        """Draws the confusion matrix, coloured by row shares and labelled with counts.
+
+        On several ranks call ``compute`` on all of them first; then one rank may draw.
+
+        Args:
+            title: Written above it.
+
+        Returns:
+            [3, H, W] uint8, as ``SummaryWriter.add_image`` takes it.
+        """
+        # Imported here: drawing is rare, the import is slow. No pyplot, which would keep global state.
+        import numpy as np
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        counts = self.confusion().cpu()
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        size = 2.5 + 0.6 * len(self.label_names)
+        figure = Figure(figsize=(size + 0.6, size), dpi=100, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        axes.imshow(shares.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
+        axes.set_xticks(range(len(self.label_names) + 1), [*self.label_names, "undecided"], rotation=45, ha="right")
+        axes.set_yticks(range(len(self.label_names)), self.label_names)
+        axes.set_xlabel("decision")
+        axes.set_ylabel("label")
+        axes.set_title(title)
+        for row, column in counts.nonzero().tolist():
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour)
+        canvas.draw()  # type: ignore[no-untyped-call]
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def reset(self) -> None:
+        """Forgets all clips."""
+        for metric in (self.accuracy, self.recall, self.f1, self.matrix, self.calibration, self.nll, self.brier):
+            metric.reset()

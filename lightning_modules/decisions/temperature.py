@@ -1,0 +1,69 @@
+"""Temperature scaling of class probabilities (Guo et al., arXiv 1706.04599), fitted on split ``cal`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from vidreason.datamodules.types import VideoBatch
+from vidreason.lightning_modules.decisions.deciders import score_classes
+from vidreason.lightning_modules.functional.calibration import fit_temperature
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.generation import evaluating
+
+
+@dataclass
+class TemperatureScaling:
+    """A temperature, and the optimizer step of the weights that it was fitted to; checkpoints store both."""
+
+    temperature: float = 1.0
+    fitted_at: int = -1
+    """-1: not fitted in this run."""
+
+    @torch.no_grad()
+    def fit(
+        self, vlm: VLM, model: nn.Module, batches: Iterable[VideoBatch], label_names: tuple[str, ...], step: int
+    ) -> None:
+        """Fits the temperature to the weights as they are.
+
+        Args:
+            vlm: The model family.
+            model: The weights; put into eval mode meanwhile.
+            batches: Clips of split ``cal``, encoded for closed-set scoring.
+            label_names: The classes.
+            step: Optimizer step of the weights.
+
+        Raises:
+            ValueError: No clip can be read and has a label.
+        """
+        logprobs, labels = [], []
+        device = next(model.parameters()).device
+        with evaluating(model):
+            for batch in batches:
+                labelled = batch.labels >= 0
+                if bool(labelled.any()):
+                    scores = score_classes(vlm, model, batch.to(device), label_names)
+                    logprobs.append(scores.float().cpu()[labelled])
+                    labels.append(batch.labels[labelled])
+        if not labels:
+            raise ValueError("calibration: no clip of split cal can be read and has a label, so no temperature fits")
+        found = fit_temperature(torch.cat(logprobs), torch.cat(labels))
+        if found.at_bound:
+            rank_zero_warn(
+                f"calibration: the temperature fitted on {len(torch.cat(labels))} clips of cal is at its bound, "
+                f"{found.temperature:.2f}: too few clips, or probabilities that carry no information"
+            )
+        self.temperature, self.fitted_at = found.temperature, step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the temperature, and the step that it was fitted at."""
+        return {"temperature": self.temperature, "fitted_at": self.fitted_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the temperature of a checkpoint."""
+        self.temperature, self.fitted_at = state_dict["temperature"], state_dict["fitted_at"]

@@ -1,0 +1,83 @@
+"""How many optimizer steps a fit takes, and the learning rate over them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+from transformers import get_scheduler
+
+from vidreason.datamodules.clips.samplers import batches_of_an_epoch
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
+from vidreason.lightning_modules.weights.parameters import trainable
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """The optimizer and its learning rate.
+
+    Args:
+        optimizer: The optimizer, without its parameters.
+        schedule: Learning rate over the optimizer steps, after the warm-up.
+        warmup: Warm-up, as a share of all optimizer steps (below 1) or as a number of them (1 and above).
+    """
+
+    optimizer: OptimizerCallable = torch.optim.AdamW
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise ValueError(f"optim.warmup must be a share of the steps or a number of them, got {self.warmup}")
+
+    def build(self, module: nn.Module, total_steps: int) -> Any:
+        """Returns the optimizer of all trainable parameters and a schedule that is stepped after every step.
+
+        Args:
+            module: The stage.
+            total_steps: Optimizer steps of the fit.
+
+        Raises:
+            ValueError: Nothing is trainable, or the optimizer cannot step sharded weights.
+        """
+        parameters = trainable(module)
+        if not parameters:
+            raise ValueError("nothing to train: give the vlm section lora options or leave its weights unfrozen")
+        optimizer = self.optimizer(parameters)
+        if is_sharded(module) and type(optimizer).__module__.startswith("bitsandbytes"):
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot step sharded weights: set model.init_args.optim.optimizer to "
+                "torch.optim.AdamW, or choose a strategy that does not shard (configs/strategy/qlora.yaml)"
+            )
+        warmup = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def count_steps(trainer: L.Trainer, batches: int, updates_per_batch: int = 1) -> int:
+    """Returns the optimizer steps of a fit.
+
+    ``Trainer.estimated_stepping_batches`` is not used: it starts the loaders before a checkpoint is restored, and their
+    workers would fetch the clips of the first epoch.
+
+    Args:
+        trainer: As configured.
+        batches: Batches of the training loader.
+        updates_per_batch: Optimizer steps on each batch.
+
+    Raises:
+        ValueError: The trainer runs without end, and a schedule needs one.
+    """
+    limits = [] if trainer.max_steps == -1 else [trainer.max_steps]
+    if trainer.max_epochs is not None and trainer.max_epochs != -1:
+        steps = math.ceil(batches_of_an_epoch(trainer, batches) / trainer.accumulate_grad_batches)
+        limits.append(steps * updates_per_batch * trainer.max_epochs)
+    if not limits:
+        raise ValueError("set trainer.max_epochs or trainer.max_steps: the schedule needs to know where it ends")
+    return max(1, min(limits))

@@ -1,0 +1,1 @@
+"""Texts that a model writes about clips: rationales, descriptions and reasoning traces."""

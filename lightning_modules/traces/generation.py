@@ -1,0 +1,280 @@
+"""Lets a model write texts about clips: descriptions, or reasoning traces that end in an answer.
+
+``vidreason predict`` and a stage whose ``traces_file`` is null write the same records with the same lineage.
+
+Shape letters: B clips, K samples per clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.clips.dataset import LoadedClip
+from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.trace_parts import join_parts, own_part
+from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
+from vidreason.datamodules.types import Clip, VideoBatch
+from vidreason.datamodules.unreadable import warn_unreadable
+from vidreason.lightning_modules.traces.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.completions import Completion, generate_completions
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.completion import THINK_FORM, CompletionForm
+from vidreason.run_folder import TRACES_FILE
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """Which texts a model writes about clips, and how they are sampled.
+
+    Args:
+        kind: What ``vidreason predict`` writes: ``describe`` for descriptions, ``reason`` for traces that end in an
+            answer.
+        samples: Texts per clip (K).
+        sampling: How each is sampled; temperature 1 gives traces of training and test the same distribution.
+        label_hint: Show the true label to the writer of a description (RB-FT's released code does; off by default).
+        filter: Which descriptions are rejected. Traces that end in an answer are all kept, right or wrong.
+    """
+
+    kind: Literal["describe", "reason"] = "describe"
+    samples: int = 4
+    sampling: Sampling = field(default_factory=Sampling)
+    label_hint: bool = False
+    filter: RationaleFilter = field(default_factory=RationaleFilter)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"traces.samples must be at least 1, got {self.samples}")
+
+
+def _whole_model(model: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class TraceGenerator:
+    """Writes texts about clips, with the identity of the weights that wrote them."""
+
+    vlm: VLM
+    view: ClipView
+    """What the model is shown of a clip."""
+    options: TraceOptions
+    form: CompletionForm
+    """Which blocks a trace has."""
+    seed: int
+    adapter_sha: str
+    """Hash of the weights on top of the base; empty for the base."""
+    task_sha: str
+    writer_active: Callable[[nn.Module], AbstractContextManager[None]] = _whole_model
+    """Activates the weights that write, where the model holds several adapters."""
+
+    @property
+    def header(self) -> TraceHeader:
+        """Identity of the texts that this generator writes."""
+        counts = {"samples": self.options.samples, "seed": self.seed}
+        sampling: dict[str, object] = {**asdict(self.options.sampling), **counts}
+        return TraceHeader(False, self.vlm.base_sha(), self.adapter_sha, self.view.sha(), self.task_sha, sampling)
+
+    def records(self, model: nn.Module, batch: VideoBatch, label_names: Sequence[str]) -> list[TraceRecord]:
+        """Writes K texts about every readable clip of a batch."""
+        if not len(batch):
+            return []
+        options = self.options
+        with self.writer_active(model):
+            groups = sample_texts(self.vlm, model, batch, options.samples, options.sampling, self.seed, self.form)
+        return [
+            self._record(clip, k, completion, tuple(label_names))
+            for clip, group in zip(batch.clips, groups, strict=True)
+            for k, completion in enumerate(group)
+        ]
+
+    def _record(self, clip: Clip, k: int, completion: Completion, label_names: tuple[str, ...]) -> TraceRecord:
+        parsed = completion.parsed
+        reasoning, reason = parsed.reasoning, None
+        if self.view.kind == "describe":
+            reasoning = completion.text.strip() if parsed.reasoning is None else parsed.reasoning
+            options = self.options
+            cut = completion.finish_reason == "length"
+            reason = options.filter.reject_reason(completion.text, clip.label, label_names, options.label_hint, cut)
+        return TraceRecord(
+            video_id=clip.video_id,
+            sample=k,
+            text=completion.text,
+            reasoning=reasoning,
+            answer=parsed.answer,
+            finish_reason=completion.finish_reason,
+            logprob_sum=float(completion.logprobs.sum()),
+            n_tokens=completion.n_tokens,
+            kept=reason is None,
+            reject_reason=reason,
+        )
+
+
+def sample_texts(
+    vlm: VLM,
+    model: nn.Module,
+    batch: VideoBatch,
+    samples: int,
+    sampling: Sampling,
+    seed: int,
+    form: CompletionForm = THINK_FORM,
+) -> tuple[tuple[Completion, ...], ...]:
+    """Samples texts about every clip of a batch, [B][K]; the noise depends on the seed, the clip and the sample."""
+    return generate_completions(vlm, model, batch.prompts, batch.clips, samples, sampling, seed, form=form).completions
+
+
+class RankShard(NamedTuple):
+    """The part of the writing that one of several ranks does."""
+
+    rank: int = 0
+    ranks: int = 1
+    barrier: Callable[[], object] = lambda: None
+    """Returns when all ranks have called it."""
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """A trace file that a generator completes for the clips of a data module.
+
+    Args:
+        path: The file; created if it does not exist, and continued if it does.
+        generator: Who writes.
+        data: Where the clips are.
+        shard: What this rank writes; all ranks have to complete the file together.
+    """
+
+    path: Path
+    generator: TraceGenerator
+    data: VideoDataModule
+    shard: RankShard = RankShard()
+
+    def complete(
+        self, model: nn.Module, splits: Sequence[str], device: torch.device, known: Collection[str] = ()
+    ) -> TraceStore:
+        """Writes the texts that the file lacks about the clips of ``splits``.
+
+        Ranks write batches in turns, so that none waits long for another. A batch holds the same clips for any number
+        of ranks, and so do its texts.
+
+        Args:
+            model: The model that writes.
+            splits: Names of the splits.
+            device: Where the model is.
+            known: Ids of clips that are passed over because their texts are elsewhere.
+
+        Returns:
+            The store, complete but for clips that could not be read (reported).
+
+        Raises:
+            ValueError: The file was written by other weights or with another prompt.
+        """
+        shard, header = self.shard, self.generator.header
+        with self._joined():
+            store = TraceStore.open(self.path)
+            have = {(r.video_id, r.sample) for r in store.records()}
+            batches = [(split, batch) for split in splits for batch in self._missing_batches(store, split, known)]
+            shard.barrier()  # All ranks have seen what is missing before the first one writes.
+            own_store = own_part(self.path, header, shard.rank)
+            todo = batches[shard.rank :: shard.ranks]
+            clips = sum(len(batch) for _, batch in todo)
+            hidden = not todo or shard.rank > 0
+            with tqdm(total=clips, desc=f"writing {self.path.name}", unit="clip", disable=hidden) as bar:
+                for batch in self._batches(splits, todo):
+                    warn_unreadable(batch, "no text written")
+                    with torch.no_grad():
+                        records = self.generator.records(model, batch.to(device), self.data.label_names)
+                    own_store.append([r for r in records if (r.video_id, r.sample) not in have])
+                    bar.update(len(batch) + len(batch.failed))
+        return store
+
+    @contextmanager
+    def _joined(self) -> Iterator[None]:
+        """Joins the parts that ranks have written, before and after; all ranks enter and leave it together."""
+        if self.shard.rank == 0:
+            TraceStore.create(self.path, self.generator.header)
+            join_parts(self.path)
+        self.shard.barrier()
+        yield
+        self.shard.barrier()
+        if self.shard.rank == 0:
+            join_parts(self.path)
+        self.shard.barrier()
+
+    def _missing_batches(self, store: TraceStore, split: str, known: Collection[str]) -> list[list[int]]:
+        """Returns, as positions in ``data.clips(split)``, the batches that hold a clip with too few texts.
+
+        A batch that was interrupted is written as a whole again: beside other clips the numbers of a text would differ
+        in their last digits.
+        """
+        clips, size = self.data.clips(split), self.data.eval_batch_size
+        asked = [i for i, clip in enumerate(clips) if clip.video_id not in known]
+        missing = store.missing([clips[i].video_id for i in asked], self.generator.options.samples)
+        batches = [asked[start : start + size] for start in range(0, len(asked), size)]
+        return [batch for batch in batches if any(clips[i].video_id in missing for i in batch)]
+
+    def _batches(self, splits: Sequence[str], todo: Sequence[tuple[str, list[int]]]) -> Iterator[VideoBatch]:
+        """Loads batches of clips, split by split."""
+        for split in splits:
+            own = [batch for name, batch in todo if name == split]
+            if not own:
+                continue
+            loader: DataLoader[LoadedClip] = self.data.loader(split, self.generator.view)
+            yield from DataLoader(
+                loader.dataset,
+                batch_sampler=own,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                worker_init_fn=loader.worker_init_fn,
+            )
+
+
+def write_run_traces(
+    trainer: L.Trainer,
+    model: nn.Module,
+    generator: TraceGenerator,
+    data: VideoDataModule,
+    splits: Sequence[str],
+    known: Collection[str] = (),
+) -> TraceStore:
+    """Lets a stage's starting weights write the texts about ``splits`` that its run folder lacks.
+
+    Call it in ``configure_model``, before a checkpoint is restored, so that all texts of a resumed run were written by
+    the same weights.
+
+    Args:
+        trainer: The stage's; its ranks share the work.
+        model: The starting weights.
+        generator: Who writes.
+        data: Where the clips are.
+        splits: Names of the splits.
+        known: Ids of clips that are passed over because their texts are elsewhere.
+    """
+    strategy = trainer.strategy
+    device = strategy.root_device
+    if next(model.parameters()).device != device:
+        model.to(device)
+    shard = RankShard(trainer.global_rank, trainer.world_size, partial(strategy.barrier, "write_traces"))
+    file = TraceFile(Path(trainer.default_root_dir) / TRACES_FILE, generator, data, shard)
+    with torch.device("cpu"), trainer.precision_plugin.forward_context():  # A strategy may set another default device.
+        return file.complete(model, splits, device, known)
+
+
+def complete_clips(trainer: L.Trainer, data: VideoDataModule, splits: Sequence[str], samples: int) -> frozenset[str]:
+    """Returns the ids of the clips about which the run folder holds all ``samples`` texts."""
+    path = Path(trainer.default_root_dir) / TRACES_FILE
+    if not path.exists():
+        return frozenset()
+    ids = [clip.video_id for split in splits for clip in data.clips(split)]
+    return frozenset(ids) - frozenset(TraceStore.open(path).missing(ids, samples))

@@ -1,0 +1,82 @@
+"""The folder that a calibration stage hands on, which ``calibrator_path`` reads.
+
+::
+
+    adapter/                 the calibrator, a PEFT folder
+      vidreason.json         lineage, and: temperature, input, objective, policy, samples, sampling
+      policy/                copy of the policy's adapter, where it has one
+
+``policy`` is the path of the policy relative to ``adapter/``: ``policy`` for the copy, the path of a ``weights/``
+folder after full fine-tuning (so that a run folder can be moved as a whole), or null for the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from vidreason.lightning_modules.traces.generation import TraceOptions
+from vidreason.lightning_modules.weights.lineage import REVIEWED, read_info
+
+CalibratorInput = Literal["video+trace", "trace", "video"]
+"""What the calibrator is shown."""
+
+
+def calibrator_entries(
+    temperature: float, input: CalibratorInput, objective: str, policy: str | None, traces: TraceOptions
+) -> dict[str, object]:
+    """Returns the entries of ``vidreason.json`` that only a calibrator has."""
+    return {
+        "temperature": temperature,
+        "input": input,
+        "objective": objective,
+        REVIEWED: policy,
+        "samples": traces.samples,
+        "sampling": asdict(traces.sampling),
+    }
+
+
+@dataclass(frozen=True)
+class CalibratorInfo:
+    """The entries of ``vidreason.json`` in a calibrator's folder."""
+
+    temperature: float
+    input: str
+    policy: str | None
+    sampling: Mapping[str, object] | None
+    label_names: Sequence[str]
+    task_sha: str
+    parent_sha: str | None
+
+    @classmethod
+    def read(cls, folder: Path, stage: str) -> CalibratorInfo:
+        """Reads an ``adapter/``.
+
+        Raises:
+            ValueError: Another stage wrote it.
+        """
+        info = read_info(folder)
+        if info.get("stage") != stage:
+            raise ValueError(f"calibrator_path: {folder} was written by stage {info.get('stage')!r}, not by {stage}")
+        values: dict[str, Any] = {field.name: info.get(field.name) for field in fields(cls)}
+        return cls(**values)
+
+    def check(self, folder: Path, input: CalibratorInput, label_names: Sequence[str], task_sha: str) -> None:
+        """Compares with what a run asks for.
+
+        Raises:
+            ValueError: It was trained with another input, class list or task.
+        """
+        if self.input != input:
+            raise ValueError(
+                f"calibrator_path: {folder} was trained with input {self.input!r}, but model.init_args.input is "
+                f"{input!r}"
+            )
+        if list(self.label_names) != list(label_names):
+            raise ValueError(f"calibrator_path: {folder} was trained on the classes {self.label_names}")
+        if self.task_sha != task_sha:
+            raise ValueError(
+                f"calibrator_path: {folder} was trained on another task file (its question, definitions or prompts)"
+            )

@@ -1,0 +1,105 @@
+"""Ctrl-C and SIGTERM as one exception, raised at once or at the next safe point of a fit.
+
+A signal handler may run in the middle of an optimizer step. While a fit defers signals, the handler only records them,
+and the places where the state is consistent ask for them: between batches, and between the tokens of a rollout.
+``lightning_modules/fit/stopping.py`` has the part that concerns several ranks. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SAME_REQUEST_S = 1.0
+"""Signals within this time count as one request: a terminal and a launcher may both send it."""
+
+
+class StopRequested(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the run at a point where its state is consistent.
+
+    Args:
+        why: Name of the signal.
+        on_all_ranks: Whether every rank raises it at the same place, so that all of them can save together.
+    """
+
+    def __init__(self, why: str = "", on_all_ranks: bool = False) -> None:
+        super().__init__(why)
+        self.on_all_ranks = on_all_ranks
+
+
+class StopNow(KeyboardInterrupt):
+    """A second Ctrl-C: the run ends without writing anything."""
+
+
+class _SignalHandler:
+    """Records the signals that this process receives."""
+
+    deferring = False
+    received_at: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handles one signal.
+
+        Raises:
+            StopRequested: Signals are not deferred.
+            StopNow: Ctrl-C came a second time.
+        """
+        if not self.deferring:
+            raise StopRequested(signal.Signals(number).name)
+        if self.received_at is None:
+            self.received_at = time.monotonic()
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print("stopping; a checkpoint is written (Ctrl-C again: without one)", file=sys.stderr, flush=True)
+        elif number == signal.SIGINT and time.monotonic() - self.received_at > _SAME_REQUEST_S:
+            raise StopNow
+
+
+_handler = _SignalHandler()
+
+
+@contextmanager
+def handle_signals() -> Iterator[None]:
+    """Turns SIGTERM and Ctrl-C into :class:`StopRequested` within the block, then restores the earlier handlers.
+
+    Only a main thread can handle signals. A process that ignores Ctrl-C (one in the background of a script) keeps
+    ignoring it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _handler)
+    try:
+        yield
+    finally:
+        _handler.deferring, _handler.received_at = False, None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def defer_signals(deferring: bool) -> None:
+    """Sets whether signals wait until :func:`check_stop` or one of its relatives asks for them."""
+    _handler.deferring = deferring
+
+
+def stop_received() -> bool:
+    """Returns whether this process has received a signal while signals were deferred."""
+    return _handler.received_at is not None
+
+
+def check_stop() -> None:
+    """Raises the stop that a deferred signal asked for; call it where no other rank waits for this one.
+
+    Raises:
+        StopRequested: A signal was received.
+    """
+    if stop_received():
+        raise StopRequested
