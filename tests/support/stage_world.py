@@ -203,6 +203,7 @@ def ready(make_data: Callable[..., GreyClips], make_trainer: Callable[..., L.Tra
         trainer.strategy.connect(module)
         trainer.datamodule = data
         module.trainer = data.trainer = trainer
+        trainer.callbacks += module.configure_callbacks()
         trainer.state.fn = {"fit": "fit", "test": "test", "predict": "predict"}[stage]
         data.setup(stage)
         module.setup(stage)
