@@ -38,7 +38,7 @@ from vidreason.lightning_modules.vlms import generation
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
-from vidreason.lightning_modules.vlms.loading.sharding import shard, whole
+from vidreason.lightning_modules.vlms.loading.sharding import shard, unsharded
 
 LORA = LoRAOptions(r=16, alpha=32)
 STRATEGIES = ("lora", "qlora", "fsdp", "fsdp_qlora")
@@ -126,7 +126,7 @@ class Arm:
         group = self.scale.group_size
         noise = generation.draw_noise(list(range(VIDEOS * group)), self.scale.tokens)
         sampling = Sampling(max_new_tokens=self.scale.tokens)
-        with self.vlm._vision_fed(self.model, self.prompts, "expand"), whole(self.model):
+        with self.vlm._vision_fed(self.model, self.prompts, "expand"), unsharded(self.model):
             made = generation.sample(
                 self.vlm, self.model, self.prompts, group, sampling, noise, [END], sorted(self.vlm.suppressed_ids), 0
             )

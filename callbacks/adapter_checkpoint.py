@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.fit.stopping import stopped_consistently
-from vidreason.lightning_modules.vlms.loading.sharding import whole
+from vidreason.lightning_modules.vlms.loading.sharding import unsharded
 from vidreason.lightning_modules.weights.export import ADAPTER_FOLDER, WEIGHTS_FOLDER
 from vidreason.signals import StopNow
 
@@ -74,7 +74,7 @@ class AdapterCheckpoint(L.Callback):
 
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, why: str) -> None:
         assert isinstance(pl_module, VLMModule)
-        with whole(pl_module.policy):
+        with unsharded(pl_module.policy):
             if trainer.is_global_zero:
                 folder = pl_module.export(Path(trainer.default_root_dir))
                 rank_zero_info(f"{folder} written ({why}, step {trainer.global_step})")

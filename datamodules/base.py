@@ -13,16 +13,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from vidreason.datamodules.clips.collating import BatchCollator
-from vidreason.datamodules.clips.dataset import ClipDataset, LoadedClip, leave_signals_to_the_run
+from vidreason.datamodules.clips.dataset import ClipDataset, LoadedClip, ignore_signals_in_worker
 from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.clips.samplers import BalancedSampler, EveryClipOnce, ResumableLoader, SeededSampler
+from vidreason.datamodules.clips.samplers import (
+    BalancedSampler,
+    NonRepeatingDistributedSampler,
+    ResumableLoader,
+    SeededDistributedSampler,
+)
 from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.split_names import STANDARD_SPLITS
@@ -34,19 +39,11 @@ from vidreason.datamodules.splits import (
     write_splits,
 )
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import Clip, Encoded, Example
+from vidreason.datamodules.types import BatchEncoder, Clip
 
 _LOG = logging.getLogger(__name__)
 
 DEFAULT_FRAMES = FrameOptions()
-
-
-class BatchEncoder(Protocol):
-    """Turns examples into tensors; implemented by every model family. It is pickled into worker processes."""
-
-    def encode(self, examples: Sequence[Example]) -> Encoded:
-        """Encodes B clips with their prompts and the N texts behind them."""
-        ...
 
 
 def run_seed(seed: int | None) -> int:
@@ -274,7 +271,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         if train:
             sampler = self._sampler(dataset)
         elif shared_out and self._ranks()["num_replicas"] > 1:
-            sampler = EveryClipOnce(dataset, **self._ranks())
+            sampler = NonRepeatingDistributedSampler(dataset, **self._ranks())
         loader = (ResumableLoader if train else DataLoader)(
             dataset,
             batch_size=batch_size or (self.batch_size if train else self.eval_batch_size),
@@ -282,7 +279,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
             num_workers=self.num_workers,
             collate_fn=BatchCollator(self.encoder, self.label_names),
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=leave_signals_to_the_run,
+            worker_init_fn=ignore_signals_in_worker,
             generator=torch.Generator().manual_seed(self.seed),
         )
         if isinstance(loader, ResumableLoader):
@@ -293,8 +290,8 @@ class VideoDataModule(L.LightningDataModule, ABC):
         given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return given or {"num_replicas": 1, "rank": 0}
 
-    def _sampler(self, dataset: ClipDataset) -> SeededSampler:
+    def _sampler(self, dataset: ClipDataset) -> SeededDistributedSampler:
         """One sampler for any number of processes; Lightning leaves a distributed sampler as it is."""
         ranks = self._ranks()
-        kind = BalancedSampler if self.balance_classes else SeededSampler
+        kind = BalancedSampler if self.balance_classes else SeededDistributedSampler
         return kind(dataset, ranks["num_replicas"], ranks["rank"], shuffle=True, seed=self.seed)

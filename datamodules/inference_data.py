@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vidreason.datamodules.base import BatchEncoder, VideoDataModule
+from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.dataset import ClipDataset
 from vidreason.datamodules.clips.decoded import DecodedVideo
 from vidreason.datamodules.clips.decoding import FrameOptions, take_frames
+from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.prompts import ClipView
-from vidreason.datamodules.sources.probing import content_sha
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import Clip
+from vidreason.datamodules.types import BatchEncoder, Clip
 
-ASKED = "asked"
+INFERENCE_SPLIT = "inference"
 """The split of the clips that are asked about."""
 
 
-class AskedClips(VideoDataModule):
+class InferenceDataModule(VideoDataModule):
     """A data module with one test split, whose clips are set call by call.
 
     Args:
@@ -34,9 +34,9 @@ class AskedClips(VideoDataModule):
     """
 
     def __init__(self, task: Task, encoder: BatchEncoder, frames: FrameOptions, seed: int, batch_size: int) -> None:
-        super().__init__(encoder, frames, batch_size, seed=seed, test_splits=(ASKED,))
+        super().__init__(encoder, frames, batch_size, seed=seed, test_splits=(INFERENCE_SPLIT,))
         self._task = task
-        self._asked: tuple[Clip, ...] = ()
+        self._given: tuple[Clip, ...] = ()
         self._in_memory: dict[str, tuple[Tensor, float]] = {}
 
     @property
@@ -51,33 +51,33 @@ class AskedClips(VideoDataModule):
 
     def splits(self) -> tuple[str, ...]:
         """The one split."""
-        return (ASKED,)
+        return (INFERENCE_SPLIT,)
 
     def samples(self, split: str) -> Sequence[Clip]:
         """The clips asked about."""
-        return self._asked if split == ASKED else ()
+        return self._given if split == INFERENCE_SPLIT else ()
 
     def setup(self, stage: str) -> None:
         """Takes the clips as they are: none is set apart for training."""
-        self._clips = {ASKED: self._asked}
+        self._clips = {INFERENCE_SPLIT: self._given}
 
-    def ask(self, clips: Sequence[Clip], in_memory: Mapping[str, tuple[Tensor, float]]) -> None:
+    def set_clips(self, clips: Sequence[Clip], in_memory: Mapping[str, tuple[Tensor, float]]) -> None:
         """Replaces the clips.
 
         Args:
             clips: The next clips.
             in_memory: Frames [T, 3, H, W] uint8 and frames per second, by video id, of the clips that are no files.
         """
-        self._asked = tuple(clips)
+        self._given = tuple(clips)
         self._in_memory = dict(in_memory)
         self.setup("test")
 
     def dataset(self, clips: Sequence[Clip], view: ClipView, train: bool) -> ClipDataset:
         """Reads files, and takes from memory what is there."""
-        return _AskedDataset(clips, view, self.frames, self.seed, self._in_memory)
+        return _InferenceDataset(clips, view, self.frames, self.seed, self._in_memory)
 
 
-class _AskedDataset(ClipDataset):
+class _InferenceDataset(ClipDataset):
     def __init__(
         self,
         clips: Sequence[Clip],

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, VideoDataModule
+from vidreason.datamodules.base import DEFAULT_FRAMES, VideoDataModule
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.sources.rows import Row, Table, read_table
 from vidreason.datamodules.split_names import ALMOST_SPLITS
@@ -20,7 +20,7 @@ from vidreason.datamodules.splits import (
     make_splits,
 )
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import Clip
+from vidreason.datamodules.types import BatchEncoder, Clip
 
 KNOWN_COLUMNS = ("path", "label", "split", "group", "video_id")
 """Columns with a meaning of their own; all others are metadata."""
@@ -124,8 +124,8 @@ class ManifestDataModule(VideoDataModule):
             return
         table = read_table(self.manifest)
         rows = self._select(table)
-        self._refuse("no path", [row.place for row in rows if not row.get("path")])
-        self._refuse("no label", [row.place for row in rows if not row.get("label")])
+        self._check_none("no path", [row.place for row in rows if not row.get("path")])
+        self._check_none("no label", [row.place for row in rows if not row.get("label")])
         task = self._load_task(rows)
         self._check_against(task, rows, table.columns)
         clips = [self._clip(row) for row in rows]
@@ -163,7 +163,7 @@ class ManifestDataModule(VideoDataModule):
         """Refuses labels that the task lacks, and metadata that the manifest lacks."""
         names = task.label_names
         unknown = [row for row in rows if row.get("label") not in names]
-        self._refuse(
+        self._check_none(
             f"unknown label, the classes of {self.task_file} are {_list(names)}",
             [f"{row.place}: {row.get('label')!r}{_suggestion(row.get('label'), names)}" for row in unknown],
         )
@@ -190,20 +190,20 @@ class ManifestDataModule(VideoDataModule):
         """Refuses ids that occur twice, files that are not there, and split names that are nearly standard ones."""
         counts = Counter(clip.video_id for clip in clips)
         twice = [clip for clip in clips if counts[clip.video_id] > 1]
-        self._refuse("duplicate video_id", [f"{self._place(clip)}: {clip.video_id!r}" for clip in twice])
+        self._check_none("duplicate video_id", [f"{self._place(clip)}: {clip.video_id!r}" for clip in twice])
         homes: dict[Path, Clip] = {}
         again = [(clip, home) for clip in clips if (home := homes.setdefault(clip.path, clip)) is not clip]
-        self._refuse(
+        self._check_none(
             "the same file under two ids, so that test clips might be known from training",
             [f"{self._place(clip)}: {clip.path}, as in {self._place(home)}" for clip, home in again],
         )
         missing = [clip for clip in clips if not clip.path.is_file()]
-        self._refuse(
+        self._check_none(
             f"missing file, looked for from {self.root or self.manifest.parent}",
             [f"{self._place(clip)}: {clip.path}" for clip in missing],
         )
         odd = [clip for clip in clips if clip.split.lower() in ALMOST_SPLITS]
-        self._refuse(
+        self._check_none(
             "misnamed split",
             [f"{self._place(clip)}: call {clip.split!r} {ALMOST_SPLITS[clip.split.lower()]!r}" for clip in odd],
         )
@@ -216,7 +216,7 @@ class ManifestDataModule(VideoDataModule):
                 splits, _ = complete_splits(dealt, self.split_fractions, self.split_seed)
                 return splits, tuple(splits)
             blank = [clip for clip in clips if not clip.split]
-            self._refuse("no split, though other rows have one", [self._place(clip) for clip in blank])
+            self._check_none("no split, though other rows have one", [self._place(clip) for clip in blank])
             given: dict[str, list[Clip]] = {}
             for clip in clips:
                 given.setdefault(clip.split, []).append(clip)
@@ -240,7 +240,7 @@ class ManifestDataModule(VideoDataModule):
     def _place(self, clip: Clip) -> str:
         return clip.where.removeprefix(f"{self.manifest.name}, ")
 
-    def _refuse(self, what: str, rows: Sequence[str]) -> None:
+    def _check_none(self, what: str, rows: Sequence[str]) -> None:
         if rows:
             raise ValueError(f"{self.manifest}: {what}: {first_five(rows)}")
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vidreason.datamodules.atomic_files import whole_file
+from vidreason.datamodules.atomic_files import atomic_file
 from vidreason.datamodules.split_names import STANDARD_SPLITS
 from vidreason.datamodules.types import Clip
 
@@ -127,7 +127,7 @@ def limit_clips(clips: Sequence[Clip], limit: int, seed: int) -> tuple[Clip, ...
 
 def write_splits(path: Path, splits: Mapping[str, Sequence[Clip]]) -> None:
     """Writes which clip lies in which split as CSV: video_id, split, group, label."""
-    with whole_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("video_id", "split", "group", "label"))
         for split, clips in splits.items():

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from vidreason.datamodules.atomic_files import write_text
-from vidreason.datamodules.prompts import DEFAULT_TEMPLATES
+from vidreason.datamodules.templates import DEFAULT_TEMPLATES
 from vidreason.rewards.completion import find_markup
 
 _TASK_KEYS = ("name", "question", "classes", "ordinal", "metadata_fields", "prompts")
@@ -166,7 +166,7 @@ def _task_from(content: Any) -> Task:
     """Builds a task from parsed YAML, of which nothing is known yet."""
     if not isinstance(content, dict):
         raise ValueError(f"a task file is a mapping with the keys {', '.join(_TASK_KEYS)}")
-    _refuse_unknown(content, _TASK_KEYS, "")
+    _check_known_keys(content, _TASK_KEYS, "")
     for key in ("name", "question", "classes"):
         if key not in content:
             raise ValueError(f"the key '{key}' is missing")
@@ -190,7 +190,7 @@ def _class_from(item: Any, index: int) -> ClassSpec:
     where = f"classes[{index}]"
     if not isinstance(item, dict):
         return ClassSpec(_text(item, where))
-    _refuse_unknown(item, _CLASS_KEYS, f" in {where}")
+    _check_known_keys(item, _CLASS_KEYS, f" in {where}")
     if "name" not in item:
         raise ValueError(f"{where} has no 'name'")
     definition = item.get("definition")
@@ -206,7 +206,7 @@ def _prompts_from(item: Any) -> dict[str, str]:
     return {str(kind): _text(text, f"prompts.{kind}") for kind, text in item.items()}
 
 
-def _refuse_unknown(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
+def _check_known_keys(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
     unknown = [str(key) for key in content if key not in known]
     if unknown:
         # in {name: x, definition: a, b} YAML takes `b` for a key of its own, without a value

@@ -6,10 +6,10 @@ Shape letters: B clips (prompts) in a batch, N texts behind them, L tokens of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -192,6 +192,14 @@ class Encoded:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Encoded:
         """Returns a copy on ``device``."""
         return Encoded(self.prompts.to(device, non_blocking), self.texts.to(device, non_blocking))
+
+
+class BatchEncoder(Protocol):
+    """Turns examples into tensors; every model family implements it. It is pickled into worker processes."""
+
+    def encode(self, examples: Sequence[Example]) -> Encoded:
+        """Encodes B clips with their prompts and the N texts behind them."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ from vidreason.lightning_modules.rl.rollouts import RolloutGroup
 from vidreason.lightning_modules.rl.sampler import RolloutOptions, RolloutSampler
 from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.loading.sharding import whole
+from vidreason.lightning_modules.vlms.loading.sharding import unsharded
 from vidreason.lightning_modules.vlms.text.context import prompt_tokens
 from vidreason.rewards.accuracy import AccuracyReward
 from vidreason.rewards.base import RewardFn
@@ -213,7 +213,7 @@ class GRPOModule(VLMModule):
         assert self._sampler is not None
         size = self.policy_updates.prompts_per_forward(len(batch))
         work = partial(self._sampler.sample, self.policy, batch, size, self.global_step, clock)
-        with whole(self.policy):
+        with unsharded(self.policy):
             rollouts: list[ScoredRollouts] = run_unless_stopped(self.trainer.strategy, work, [])
         raise_if_any_rank_stopped(self.trainer.strategy)
         return rollouts

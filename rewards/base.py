@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vidreason.rewards.completion import ParsedCompletion, parse_completion
+from vidreason.rewards.completion import ParsedCompletion
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,6 @@ class RewardInput:
     """``length``: the completion was cut at its maximal length."""
     n_tokens: int | None = None
     """Sampled tokens, end of turn included; None where only the text is known."""
-
-    @classmethod
-    def from_text(
-        cls, completion: str, label: str, label_names: Sequence[str], finish_reason: Literal["stop", "length"] = "stop"
-    ) -> RewardInput:
-        """Parses a completion and puts it beside its label."""
-        return cls(completion, parse_completion(completion), label, tuple(label_names), finish_reason)
 
 
 class RewardFn(ABC):

@@ -15,7 +15,7 @@ from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
-from vidreason.lightning_modules.vlms.loading.sharding import is_whole, shard, whole
+from vidreason.lightning_modules.vlms.loading.sharding import is_unsharded, shard, unsharded
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
@@ -122,17 +122,17 @@ def test_paged_8_bit_adamw_is_refused_where_weights_are_sharded(small):
         cli.trainer.fit(module, data)
 
 
-def test_whole_gathers_once_and_shards_again(small):
+def test_unsharded_gathers_once_and_shards_again(small):
     cli = made("sft_label.yaml", *overlay("fsdp"), "--trainer.max_steps", "1", "--trainer.limit_val_batches=0")
     module, data = small(cli)
     cli.trainer.fit(module, data)
-    assert not is_whole(module.policy)
-    with whole(module.policy):
-        assert is_whole(module.policy)
-        with whole(module.policy):
-            assert is_whole(module.policy)
-        assert is_whole(module.policy), "the inner one leaves it as it was"
-    assert not is_whole(module.policy)
+    assert not is_unsharded(module.policy)
+    with unsharded(module.policy):
+        assert is_unsharded(module.policy)
+        with unsharded(module.policy):
+            assert is_unsharded(module.policy)
+        assert is_unsharded(module.policy), "the inner one leaves it as it was"
+    assert not is_unsharded(module.policy)
 
 
 def test_fsdp_names_the_parameters_of_another_dtype(small_base):

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from vidreason.datamodules.clips.dataset import LoadedClip
 from vidreason.datamodules.clips.placeholder_video import blackened
-from vidreason.datamodules.types import Example, VideoBatch
-
-if TYPE_CHECKING:  # base.py collates
-    from vidreason.datamodules.base import BatchEncoder
+from vidreason.datamodules.types import BatchEncoder, Example, VideoBatch
 
 
 class BatchCollator:

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 
 from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
-from vidreason.datamodules.clips.placeholder_video import blackened, stand_in
+from vidreason.datamodules.clips.placeholder_video import blackened, placeholder_video
+from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.prompts import ClipView
-from vidreason.datamodules.sources.probing import content_sha
 from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
 
 
@@ -44,7 +44,7 @@ class LoadedClip:
     """Why the clip could not be read"""
 
 
-def leave_signals_to_the_run(worker: int) -> None:
+def ignore_signals_in_worker(worker: int) -> None:
     """Lets a loader's worker outlive Ctrl-C and SIGTERM that go to all processes of a run; only the run itself ends it.
 
     Args:
@@ -53,10 +53,10 @@ def leave_signals_to_the_run(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # it says who sends a signal; not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_run, daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
 
 
-def _end_with_the_run() -> None:
+def _exit_on_sigterm_of_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -94,7 +94,7 @@ class ClipDataset(Dataset[LoadedClip]):
         try:
             sample = self._sample(clip, self._jitter(clip, epoch) if self.train else None)
         except (DecodeError, OSError) as error:
-            sample, failed = stand_in(clip, self.frames), FailedClip(clip, str(error))
+            sample, failed = placeholder_video(clip, self.frames), FailedClip(clip, str(error))
         decode_ms = 1000 * (time.perf_counter() - start)
         if failed is not None and not self.train:
             return LoadedClip(None, decode_ms, valid, failed)

@@ -29,7 +29,7 @@ def blackened(sample: VideoSample, like: VideoSample | None = None) -> VideoSamp
     return replace(sample, frames=torch.zeros_like(like.frames), timing=like.timing, identity=f"blank {shape}")
 
 
-def stand_in(clip: Clip, options: FrameOptions) -> VideoSample:
+def placeholder_video(clip: Clip, options: FrameOptions) -> VideoSample:
     """Returns a black video of as many frames as are asked for, for a clip that cannot be read."""
     height, width = fit_size(_SIDE, _SIDE, options.max_pixels)
     frames = torch.zeros(options.num_frames, 3, height, width, dtype=torch.uint8)

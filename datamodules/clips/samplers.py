@@ -62,7 +62,7 @@ class ResumableLoader(DataLoader[Any]):
         return self.sampler
 
 
-class SeededSampler(ResumableSampler):
+class SeededDistributedSampler(ResumableSampler):
     """Shuffles by seed and epoch alone, on one process or many; Lightning calls its ``set_epoch``.
 
     The epoch travels with each index, since workers that live on would not see it change on the dataset. Where clips
@@ -81,7 +81,7 @@ class SeededSampler(ResumableSampler):
         return super().__iter__()
 
 
-class EveryClipOnce(DistributedSampler[Any]):
+class NonRepeatingDistributedSampler(DistributedSampler[Any]):
     """Clips in their order, shared out over processes, none of them twice: for everything that is counted.
 
     With fewer clips than processes, those that would have none get one that counts nothing: a process without a batch
@@ -99,7 +99,7 @@ class EveryClipOnce(DistributedSampler[Any]):
         return iter(own or [ClipKey(0, 0, valid=False)])
 
 
-class BalancedSampler(SeededSampler):
+class BalancedSampler(SeededDistributedSampler):
     """Draws as many clips as there are, all labels equally often: each C draws, from the first on, are C labels.
 
     Clips of a rare label come several times in an epoch, those of a frequent one not in every epoch; the clips of a

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vidreason.datamodules.atomic_files import naming
-from vidreason.datamodules.base import DEFAULT_FRAMES, BatchEncoder, run_seed
+from vidreason.datamodules.base import DEFAULT_FRAMES, run_seed
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.porch.render import render, to_mono, write_mp4
@@ -33,6 +33,7 @@ from vidreason.datamodules.porch.world import ABNORMAL, LABELS, Facts, draw_fact
 from vidreason.datamodules.prompts import ReasonView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
+from vidreason.datamodules.types import BatchEncoder
 from vidreason.rewards.completion import render_completion
 
 _LOG = logging.getLogger(__name__)

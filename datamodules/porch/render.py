@@ -12,7 +12,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from vidreason.datamodules.atomic_files import whole_file
+from vidreason.datamodules.atomic_files import atomic_file
 from vidreason.datamodules.porch.scene import FRAMES, HEIGHT, WIDTH, Looks, Scene
 
 Image = NDArray[np.float32]
@@ -45,7 +45,7 @@ def to_mono(frames: Frames) -> Frames:
 
 def write_mp4(path: Path, frames: Frames, fps: int = 4) -> None:
     """Writes frames [T, H, W, 3] uint8 as an H.264 file; the same frames give the same bytes."""
-    with whole_file(path) as draft, av.open(str(draft), "w") as container:
+    with atomic_file(path) as draft, av.open(str(draft), "w") as container:
         video = container.add_stream("libx264", rate=fps, options=_ENCODER)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"

@@ -67,7 +67,7 @@ def assign_splits(clips: Sequence[Clip], shas: Sequence[str], seed: int) -> Assi
         assignment = Assignment(make_splits(clips, DEFAULT_FRACTIONS, seed), ("train", *DEFAULT_FRACTIONS))
         check_disjoint(assignment.splits)
         return assignment
-    _refuse_copies(clips, shas)
+    _check_no_copies(clips, shas)
     names = dict.fromkeys(clip.split for clip in clips)
     given = {name: tuple(clip for clip in clips if clip.split == name) for name in names}
     check_disjoint(given)
@@ -80,7 +80,7 @@ def assign_splits(clips: Sequence[Clip], shas: Sequence[str], seed: int) -> Assi
     return Assignment(complete_splits(splits, DEFAULT_FRACTIONS, seed)[0], tuple(missing))
 
 
-def _refuse_copies(clips: Sequence[Clip], shas: Sequence[str]) -> None:
+def _check_no_copies(clips: Sequence[Clip], shas: Sequence[str]) -> None:
     first: dict[str, Clip] = {}
     torn = []
     for clip, sha in zip(clips, shas, strict=True):

@@ -6,7 +6,6 @@ time limit, and a worker that exceeds it or dies is replaced.
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import re
@@ -20,9 +19,9 @@ from pebble import ProcessExpired, ProcessPool
 
 from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.file_hash import content_sha
 
 _LOOK = FrameOptions(num_frames=4)  # spread over the clip; four frames of a 4K video are 100 MB, and a copy of them
-_HASH_DIGITS = 16
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -54,12 +53,6 @@ class Unreadable:
     reason: str
 
 
-def content_sha(path: Path) -> str:
-    """The first 16 hex digits of the SHA-256 of a file: the same clip under any name."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_HASH_DIGITS]
-
-
 def probe_clip(path: Path) -> ClipProbe:
     """Reads a few frames of a clip as training would, and its content hash.
 
@@ -67,7 +60,7 @@ def probe_clip(path: Path) -> ClipProbe:
         DecodeError: where no frame can be read; the message does not repeat the path.
     """
     try:
-        _refuse_stand_ins(path)
+        _check_not_lfs_pointer(path)
         video = read_frames(path, _LOOK)
         sha = content_sha(path)
     except DecodeError as error:
@@ -78,7 +71,7 @@ def probe_clip(path: Path) -> ClipProbe:
     return ClipProbe(sha, video.frames_in_file, video.timing.fps, width, height, video.partial)
 
 
-def _refuse_stand_ins(path: Path) -> None:
+def _check_not_lfs_pointer(path: Path) -> None:
     """Names what decoders only call invalid."""
     if not path.is_file():
         raise DecodeError("no such file" if not path.exists() else "not an ordinary file")

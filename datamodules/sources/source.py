@@ -150,11 +150,11 @@ def _from_file(path: Path, options: SourceOptions) -> Source:
     notes += columns.guessed
     rows = _select(table, options.where, path)
     for what, column in (("path", columns.path), ("label", columns.label)):
-        _refuse(path, f"no {what} (column {column!r})", [row.place for row in rows if not row.get(column)])
+        _check_none(path, f"no {what} (column {column!r})", [row.place for row in rows if not row.get(column)])
     if columns.split is not None:
         blank = [row.place for row in rows if not row.get(columns.split)]
         if len(blank) < len(rows):
-            _refuse(path, f"no split (column {columns.split!r}), though other rows have one", blank)
+            _check_none(path, f"no split (column {columns.split!r}), though other rows have one", blank)
     locate, where_from = locator(path, [row.get(columns.path) for row in rows], options.root)
     notes += where_from
     return Source(path, kind, tuple(_clip(row, columns, locate) for row in rows), tuple(notes), question)
@@ -253,6 +253,6 @@ def _first(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _refuse(path: Path, what: str, places: Sequence[str]) -> None:
+def _check_none(path: Path, what: str, places: Sequence[str]) -> None:
     if places:
         raise ValueError(f"{path}: {what}: {_first(places, 5)}; fill it in or remove these rows")

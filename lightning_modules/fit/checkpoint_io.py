@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from vidreason.datamodules.atomic_files import flush_to_disk, whole_file
+from vidreason.datamodules.atomic_files import atomic_file, flush_to_disk
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -31,6 +31,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, content)
         for left in path.parent.glob(f".*.{path.name}"):  # by a process that was killed while it wrote
             left.unlink(missing_ok=True)
-        with whole_file(path) as draft:
+        with atomic_file(path) as draft:
             draft.write_bytes(content.getbuffer())
             flush_to_disk(draft)

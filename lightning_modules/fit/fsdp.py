@@ -23,7 +23,7 @@ from vidreason.lightning_modules.fit.lightning_internals import (
     shard_over_all_processes,
     torch_optimizer,
 )
-from vidreason.lightning_modules.vlms.loading.sharding import shard, whole
+from vidreason.lightning_modules.vlms.loading.sharding import shard, unsharded
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 
 
@@ -56,7 +56,7 @@ class FSDP2(ModelParallelStrategy):
     def on_validation_start(self) -> None:
         """Gathers the sharded weights; hooks of callbacks and of the module run before this one."""
         module: Any = self.lightning_module
-        self._gathered.enter_context(whole(getattr(module, "policy", module)))
+        self._gathered.enter_context(unsharded(getattr(module, "policy", module)))
 
     def on_validation_end(self) -> None:
         """Shards the weights again."""

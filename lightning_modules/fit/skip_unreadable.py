@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from vidreason.datamodules.atomic_files import whole_file
+from vidreason.datamodules.atomic_files import atomic_file
 from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.splits import first_five
 from vidreason.datamodules.types import FailedClip, VideoBatch
@@ -130,5 +130,5 @@ def _write(path: Path, reads: Mapping[str, int]) -> None:
     if not reads:
         path.unlink(missing_ok=True)
         return
-    with whole_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("video_id", "failed_reads"), *sorted(reads.items())])

@@ -46,23 +46,6 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0, suppre
     return chosen - scaled.logsumexp(-1)
 
 
-def token_entropy(logits: Tensor, temperature: float = 1.0, suppressed: Tensor | None = None) -> Tensor:
-    """Entropy, in nats, of each next-token distribution.
-
-    Args:
-        logits: [..., V]; any float type.
-        temperature: Logits are divided by it, as in sampling.
-        suppressed: [S] int64, tokens that cannot be sampled.
-
-    Returns:
-        [...] float32 (float64 for float64 logits).
-
-    Raises:
-        ValueError: The temperature is not positive.
-    """
-    return _entropy(_scale(logits, temperature, suppressed).log_softmax(-1))
-
-
 def chunked_token_logprobs(
     hidden: Tensor,
     ids: Tensor,

@@ -6,7 +6,6 @@ hold anything, NaN included.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -42,20 +41,6 @@ def count_tokens(loss_mask: Tensor, answer_mask: Tensor) -> TokenCounts:
     return TokenCounts(loss_mask.sum() - answer, answer)
 
 
-def sum_counts(counts: Iterable[TokenCounts]) -> TokenCounts:
-    """Adds the counts of several micro-batches.
-
-    Raises:
-        ValueError: There are none.
-    """
-    total: TokenCounts | None = None
-    for count in counts:
-        total = count if total is None else total + count
-    if total is None:
-        raise ValueError("no counts to add: an optimizer step needs at least one micro-batch")
-    return total
-
-
 def count_or_one(count: Tensor) -> Tensor:
     """Returns the count, or 1 where it is 0: nothing was summed there, so the mean is 0 and not NaN.
 
@@ -75,18 +60,6 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
         [] sum; 0 where nothing counts.
     """
     return torch.where(mask, values, 0.0).sum()
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values that count; 0 where nothing counts.
-
-    For logs. A loss divides ``masked_sum`` by a count over the whole optimizer step instead.
-
-    Args:
-        values: [...].
-        mask: [...] bool.
-    """
-    return masked_sum(values, mask) / mask.sum().clamp(min=1)
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -113,11 +86,6 @@ def label_log_probabilities(scores: Tensor) -> Tensor:
         [..., C] at least float32; exponentials add up to 1.
     """
     return scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
-
-
-def label_probabilities(scores: Tensor) -> Tensor:
-    """Closed-set probabilities [..., C] from the log-likelihood [..., C] of each label's string."""
-    return label_log_probabilities(scores).exp()
 
 
 def average_over_traces(log_probabilities: Tensor, owner: Tensor, batch_size: int) -> Tensor:

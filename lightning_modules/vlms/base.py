@@ -23,7 +23,7 @@ from vidreason.lightning_modules.vlms.encoder import ClipEncoder
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading import building
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
-from vidreason.lightning_modules.vlms.loading.sharding import whole
+from vidreason.lightning_modules.vlms.loading.sharding import unsharded
 from vidreason.lightning_modules.vlms.prefix.head import Scoring
 from vidreason.lightning_modules.vlms.prefix.shared_prefix import Choice, RouteOptions, choose_route, score_texts
 from vidreason.lightning_modules.vlms.text import chat
@@ -245,7 +245,7 @@ class VLM(ClipEncoder, ABC):
             if [len(row) for row in seeds] != [group_size] * prompts.batch_size:
                 raise ValueError(f"seeds must be [{prompts.batch_size}][{group_size}], got {[len(r) for r in seeds]}")
             noise = generation.draw_noise([seed for row in seeds for seed in row], sampling.max_new_tokens)
-        with self._vision_fed(model, prompts, "expand"), whole(model):
+        with self._vision_fed(model, prompts, "expand"), unsharded(model):
             made = generation.sample(
                 self,
                 model,

@@ -17,7 +17,7 @@ from torch.nn import functional
 from vidreason.datamodules.types import Clip, EncodedPrompts, TextBatch
 from vidreason.lightning_modules.vlms.base import VLM, Generated
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.text.context import refuse_too_long
+from vidreason.lightning_modules.vlms.text.context import check_context_length
 from vidreason.rewards.completion import THINK_FORM, CompletionForm, ParsedCompletion, parse_completion
 
 
@@ -154,7 +154,7 @@ def generate_completions(
         ValueError: A clip's prompt leaves no room in the model's context for ``sampling.max_new_tokens``.
     """
     names, room = [clip.video_id for clip in clips], [sampling.max_new_tokens] * len(clips)
-    refuse_too_long(names, prompts, room, vlm.context_length, "max_new_tokens asks for")
+    check_context_length(names, prompts, room, vlm.context_length, "max_new_tokens asks for")
     seeds = [[completion_seed(seed, step, clip.video_id, g) for g in range(group_size)] for clip in clips]
     generated = vlm.generate(model, prompts, group_size, sampling, seeds)
     rows = completions_of(generated, form)

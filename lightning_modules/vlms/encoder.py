@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 from vidreason.datamodules.types import Encoded, EncodedPrompts, Example
 from vidreason.lightning_modules.vlms.loading import building
 from vidreason.lightning_modules.vlms.text import chat
-from vidreason.lightning_modules.vlms.text.context import longest_texts, max_position_embeddings, refuse_too_long
+from vidreason.lightning_modules.vlms.text.context import check_context_length, longest_texts, max_position_embeddings
 
 VISUAL_TOKEN = re.compile(r"image|img|video|vision|audio|<row_\d+_col_\d+>", re.IGNORECASE)
 
@@ -111,5 +111,5 @@ class ClipEncoder:
         prompts = EncodedPrompts(inputs, len(examples), torch.tensor(turn_end, dtype=torch.long), videos)
         texts = chat.encode_texts(self.processor, frame, examples, self.suppressed_ids)
         names, behind = [example.sample.video_id for example in examples], longest_texts(texts, len(examples))
-        refuse_too_long(names, prompts, behind, self.context_length, "the longest text behind it")
+        check_context_length(names, prompts, behind, self.context_length, "the longest text behind it")
         return Encoded(prompts, texts)

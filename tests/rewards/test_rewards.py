@@ -54,7 +54,7 @@ def test_accuracy_and_format_are_independent(completion: str, accuracy: int, for
 
 def test_a_cut_completion_is_scored_by_its_text() -> None:
     whole = "<think>a</think><answer>calm</answer>"
-    cut = RewardInput.from_text(whole, "calm", NAMES, "length")
+    cut = RewardInput(whole, parse_completion(whole), "calm", NAMES, "length")
     assert (AccuracyReward()(cut), FormatReward()(cut), cut.label_names) == (1.0, 1.0, NAMES)
 
 

@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from tools.pretraining.stream import StreamSampler, pretraining_frames, pretraining_scene
 from tools.pretraining.texts import ECHO_QUESTION, FRAMES_QUESTION, SLOTS_QUESTION, echo, frame_by_frame, slots
-from vidreason.datamodules.base import BatchEncoder, VideoDataModule
+from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.collating import BatchCollator
-from vidreason.datamodules.clips.dataset import LoadedClip, leave_signals_to_the_run
+from vidreason.datamodules.clips.dataset import LoadedClip, ignore_signals_in_worker
 from vidreason.datamodules.clips.samplers import ResumableLoader
 from vidreason.datamodules.porch.scene import FRAMES
 from vidreason.datamodules.porch.texts import DESCRIBE_QUESTION, describe
 from vidreason.datamodules.porch.world import LABELS, stream
-from vidreason.datamodules.types import Clip, Example, FrameTiming, Prompt, Text, VideoSample
+from vidreason.datamodules.types import BatchEncoder, Clip, Example, FrameTiming, Prompt, Text, VideoSample
 
 FPS = 4.0
 VALIDATION_SEED = 1_000_003
@@ -122,7 +122,7 @@ class PorchCaptionDataModule(VideoDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=leave_signals_to_the_run,
+            worker_init_fn=ignore_signals_in_worker,
             collate_fn=BatchCollator(self.encoder, self.label_names),
         )
         if isinstance(loader, ResumableLoader):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tools.pretraining.texts import COLUMNS, person_columns
-from vidreason.datamodules.clips.dataset import leave_signals_to_the_run
+from vidreason.datamodules.clips.dataset import ignore_signals_in_worker
 from vidreason.datamodules.clips.samplers import ResumableLoader, ResumableSampler
 from vidreason.datamodules.porch.render import Frames, render
 from vidreason.datamodules.porch.scene import FRAMES, WIDTH, Scene, draw_scene
@@ -135,7 +135,7 @@ class PorchFrameDataModule(L.LightningDataModule):
             sampler=StreamSampler(dataset, ranks["num_replicas"], ranks["rank"]) if endless else None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=leave_signals_to_the_run,
+            worker_init_fn=ignore_signals_in_worker,
             collate_fn=_collate,
         )
         if isinstance(loader, ResumableLoader):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vidreason.lightning_modules.vlms.loading.sharding import whole_state
+from vidreason.lightning_modules.vlms.loading.sharding import unsharded_state_dict
 from vidreason.lightning_modules.vlms.loading.weight_folders import CONFIG_FILE, is_adapter_folder, published
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 
@@ -90,7 +90,7 @@ def save_adapter(
         state: The model's weights by name, or those of the adapter, where they are not to be taken from the model.
     """
     peft_model, folder = _peft(model, name), Path(folder)
-    state = whole_state(peft_model) if state is None and is_sharded(peft_model) else state
+    state = unsharded_state_dict(peft_model) if state is None and is_sharded(peft_model) else state
     weights: dict[str, Tensor] = get_peft_model_state_dict(peft_model, state, adapter_name=name)
     config = deepcopy(peft_model.peft_config[name])
     config.inference_mode = True
@@ -208,8 +208,3 @@ def _same_trainable(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         _restore(flags)
-
-
-def trainable_names(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters that take gradients."""
-    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from vidreason.datamodules.file_hash import files_sha
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, attach_lora, load_adapter
 from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE, is_adapter_folder, read_info
 
@@ -98,17 +98,17 @@ def _sources(
                 f"adapter_path: {adapter_path} is neither an adapter folder (adapter_config.json) nor a folder of "
                 "full weights (config.json); give the adapter/ or weights/ folder of a finished stage"
             )
-        _refuse_another_base(path, adapter_path, base_sha)
+        _check_adapter_base(path, adapter_path, base_sha)
         return adapter_path, None
     if lora is None:
         raise ValueError(
             f"adapter_path: {adapter_path} is a LoRA adapter, but vlm.lora is null; set it as it was trained"
         )
-    _refuse_another_base(path, adapter_path, base_sha)
+    _check_adapter_base(path, adapter_path, base_sha)
     return path, adapter_path
 
 
-def _refuse_another_base(path: str, adapter_path: str, base_sha: Callable[[], str]) -> None:
+def _check_adapter_base(path: str, adapter_path: str, base_sha: Callable[[], str]) -> None:
     trained_on = read_info(adapter_path).get("base_sha")
     if trained_on is not None and trained_on != base_sha():
         raise ValueError(
@@ -163,14 +163,8 @@ def checkpoint_sha(path: str) -> str:
     with readable(path):
         config = cached_file(path, "config.json")
     assert config is not None
-    digest = hashlib.sha256()
-    for file in sorted(Path(config).parent.iterdir()):
-        if file.suffix in CHECKPOINT_FILES and file.name != INFO_FILE:
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()
+    files = sorted(Path(config).parent.iterdir())
+    return files_sha(file for file in files if file.suffix in CHECKPOINT_FILES and file.name != INFO_FILE)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -31,13 +31,13 @@ def shard(model: nn.Module, mesh: DeviceMesh, frozen: Sequence[str] = ()) -> Non
     """
     base = unwrap(model)
     kept = {p for name in frozen for p in base.get_submodule(name).parameters()}
-    _refuse_mixed_dtypes(model)
+    _check_one_dtype(model)
     for layer in base.get_decoder().layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=kept)
 
 
-def _refuse_mixed_dtypes(model: nn.Module) -> None:
+def _check_one_dtype(model: nn.Module) -> None:
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     counted = Counter(trained.values()).most_common()
     if len(counted) > 1:
@@ -48,18 +48,18 @@ def _refuse_mixed_dtypes(model: nn.Module) -> None:
         )
 
 
-def is_whole(model: nn.Module) -> bool:
+def is_unsharded(model: nn.Module) -> bool:
     """Whether this rank holds every parameter as a plain tensor."""
     return not any(isinstance(p, DTensor) for p in model.parameters())
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Inside, every rank holds all weights, so that ranks need not run the same forwards.
 
     Nothing happens where nothing is sharded. All ranks have to enter and leave it together, and train nothing inside.
     """
-    if is_whole(model):
+    if is_unsharded(model):
         yield
         return
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -74,11 +74,11 @@ def whole(model: nn.Module) -> Iterator[None]:
             module.set_reshard_after_forward(module is not sharded[0], recurse=False)
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, as they stand in ``whole``.
+def unsharded_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, as they stand in ``unsharded``.
 
     ``state_dict`` would shard them first.
     """
-    assert is_whole(model), "gather the weights first: with whole(model)"
+    assert is_unsharded(model), "gather the weights first: with unsharded(model)"
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tensor.detach() for name, tensor in named}

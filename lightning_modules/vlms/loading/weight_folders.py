@@ -6,7 +6,6 @@ folder of full weights is a model folder plus the same file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from vidreason.datamodules.atomic_files import flush_to_disk, naming, replace_folder
-from vidreason.lightning_modules.vlms.loading.sharding import whole_state
+from vidreason.datamodules.file_hash import files_sha
+from vidreason.lightning_modules.vlms.loading.sharding import unsharded_state_dict
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 
 INFO_FILE = "vidreason.json"
@@ -83,7 +83,7 @@ def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, 
         processor: Written beside it.
     """
     with published(Path(folder), info) as draft:
-        model.save_pretrained(draft, state_dict=whole_state(model) if is_sharded(model) else None)
+        model.save_pretrained(draft, state_dict=unsharded_state_dict(model) if is_sharded(model) else None)
         if processor is not None:
             processor.save_pretrained(draft)
 
@@ -91,16 +91,11 @@ def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, 
 def adapter_sha(folder: str | Path) -> str:
     """SHA-256 of what an adapter (or a folder of full weights) computes: its weights and its LoRA settings."""
     folder = Path(folder)
-    digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no weights (*.safetensors)")
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+    settings = ""
     if is_adapter_folder(folder):
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        digest.update(f"{config['r']} {config['lora_alpha']}".encode())
-    return digest.hexdigest()
+        settings = f"{config['r']} {config['lora_alpha']}"
+    return files_sha(files, settings)

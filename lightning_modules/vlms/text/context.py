@@ -41,7 +41,7 @@ def longest_texts(texts: TextBatch, prompts: int) -> list[int]:
     return longest
 
 
-def refuse_too_long(
+def check_context_length(
     names: Sequence[str], prompts: EncodedPrompts, behind: Sequence[int], limit: int | None, what: str
 ) -> None:
     """Refuses a clip whose prompt, with what stands behind it, is longer than the model's context.

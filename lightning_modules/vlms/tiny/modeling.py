@@ -256,8 +256,3 @@ def scratch_config(vocab_size: int, video_token_id: int, pad: int, end: int) -> 
     return TinyVLMConfig(
         text_config=text, video_token_id=video_token_id, tie_word_embeddings=True, pad_token_id=pad, eos_token_id=end
     )
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Number of distinct parameters."""
-    return sum(p.numel() for p in model.parameters())

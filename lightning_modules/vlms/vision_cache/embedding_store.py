@@ -55,7 +55,7 @@ class EmbeddingStore:
         self.folder = folder
         self.max_bytes = int(max_gb * GB)
         self._bytes: int | None = None
-        self._refused = False
+        self._writing_stopped = False
         self._announced = False
 
     @property
@@ -91,12 +91,12 @@ class EmbeddingStore:
     def write(self, key: str, entry: Entry) -> None:
         """Writes an entry within the bound; where the disk does not let it, says so once and goes on without."""
         size = entry_bytes(entry)
-        if self._refused:
+        if self._writing_stopped:
             return
         if not self._announced:
             self._announce(size)
         if size > self.max_bytes:
-            self._refuse(f"one clip takes {size / GB:.3g} GB and vlm.vision_cache.max_gb is less")
+            self._stop_writing(f"one clip takes {size / GB:.3g} GB and vlm.vision_cache.max_gb is less")
             return
         draft = self.folder / f".{key}.{uuid4().hex}.part"
         try:
@@ -108,7 +108,7 @@ class EmbeddingStore:
         except (OSError, SafetensorError) as error:  # safetensors wraps a full disk
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
-            self._refuse(str(error).splitlines()[0])
+            self._stop_writing(str(error).splitlines()[0])
             return
         self._bytes = self.bytes + size
 
@@ -149,8 +149,8 @@ class EmbeddingStore:
                     Path(file.path).unlink(missing_ok=True)
         return found
 
-    def _refuse(self, reason: str) -> None:
-        self._refused = True
+    def _stop_writing(self, reason: str) -> None:
+        self._writing_stopped = True
         warnings.warn(
             f"vision embeddings are not written to {self.folder}: {reason}; they stay in memory only", stacklevel=3
         )

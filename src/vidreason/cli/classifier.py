@@ -24,7 +24,7 @@ from vidreason.cli import lightning
 from vidreason.cli.finished_run import FinishedStage, find_stage
 from vidreason.cli.pipeline_commands import quietly
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.inference_data import ASKED, AskedClips, KnownClips
+from vidreason.datamodules.inference_data import INFERENCE_SPLIT, InferenceDataModule, KnownClips
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip, VideoBatch
 from vidreason.lightning_modules.base import VLMModule
@@ -73,7 +73,9 @@ class VideoClassifier:
             raise ValueError(f"{stage.folder}: {type(cli.model).__name__} is no stage that decides about clips")
         self._module, self._trainer = cli.model, cli.trainer
         self._task, self._known = _task_and_clips(cli.datamodule, stage.task_file)
-        self._data = AskedClips(self._task, self._module.vlm, cli.datamodule.frames, cli.datamodule.seed, batch_size)
+        self._data = InferenceDataModule(
+            self._task, self._module.vlm, cli.datamodule.frames, cli.datamodule.seed, batch_size
+        )
         self._defaults = (self._module.samples, self._module.trace_options)
         self._start()
 
@@ -156,7 +158,7 @@ class VideoClassifier:
                 clips.append(
                     Clip(Path(video), None, names[-1])
                     if known is None
-                    else replace(known, path=Path(video), label=None, split=ASKED)
+                    else replace(known, path=Path(video), label=None, split=INFERENCE_SPLIT)
                 )
             else:
                 names.append(f"frames {number}")
@@ -164,7 +166,7 @@ class VideoClassifier:
                 clips.append(Clip(Path(names[-1]), None, names[-1]))
         found: dict[str, tuple[Decisions, int] | str] = {}
         unique = list({clip.video_id: clip for clip in clips}.values())
-        self._data.ask(unique, in_memory)
+        self._data.set_clips(unique, in_memory)
         (self._module.run_dir / TRACES_FILE).unlink(missing_ok=True)
         with torch.inference_mode(), self._module.forward_context(), quietly():
             self._module.prepare_views()

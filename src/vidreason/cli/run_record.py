@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vidreason.cli.finished_run import TASK_FILE
-from vidreason.datamodules.atomic_files import whole_file, write_text
+from vidreason.datamodules.atomic_files import atomic_file, write_text
 from vidreason.datamodules.base import VideoDataModule
 
 
@@ -56,7 +56,7 @@ class RunRecord(SaveConfigCallback):
         name = self.command_line.split()[1]
         suffix = f"_{name}" if trained_here and name != "fit" else ""
         write_text(folder / f"command{suffix}.txt", from_the_start(self.command_line) + "\n")
-        with whole_file(folder / f"config{suffix}.yaml") as draft:
+        with atomic_file(folder / f"config{suffix}.yaml") as draft:
             self.parser.save(self.config, draft, skip_unset=False, overwrite=True, multifile=False)
         self._log_text(trainer, (folder / f"config{suffix}.yaml").read_text(encoding="utf-8"))
         data: object = trainer.datamodule  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import torch
 import two_classes
 from two_classes import FakeEncoder, epoch, order
 
-from vidreason.datamodules.clips.dataset import ClipKey, leave_signals_to_the_run
+from vidreason.datamodules.clips.dataset import ClipKey, ignore_signals_in_worker
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.prompts import DescribeView, LabelView, ReviewView
 
@@ -164,7 +164,7 @@ def test_a_blind_view_has_an_identity_of_its_own(make):
 
 
 def asleep(folder):
-    leave_signals_to_the_run(0)
+    ignore_signals_in_worker(0)
     (folder / "ready").touch()
     time.sleep(60)
 

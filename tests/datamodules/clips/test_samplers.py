@@ -5,7 +5,11 @@ import torch
 import two_classes
 from two_classes import epoch, order
 
-from vidreason.datamodules.clips.samplers import BalancedSampler, EveryClipOnce, SeededSampler
+from vidreason.datamodules.clips.samplers import (
+    BalancedSampler,
+    NonRepeatingDistributedSampler,
+    SeededDistributedSampler,
+)
 from vidreason.datamodules.prompts import LabelView
 
 make = two_classes.make
@@ -26,7 +30,7 @@ def test_order_depends_on_seed_and_epoch_alone(make):
 
 
 def test_ranks_share_an_epoch_between_them():
-    parts = [list(SeededSampler(range(10), 2, rank, shuffle=True, seed=3)) for rank in range(2)]
+    parts = [list(SeededDistributedSampler(range(10), 2, rank, shuffle=True, seed=3)) for rank in range(2)]
     assert sorted(key.position for part in parts for key in part) == list(range(10))
     assert all(key.epoch == 0 for part in parts for key in part)
     assert all(key.valid for part in parts for key in part)
@@ -35,14 +39,14 @@ def test_ranks_share_an_epoch_between_them():
 @pytest.mark.parametrize("clips", [5, 2, 1])
 def test_clips_that_only_fill_a_rank_do_not_count(clips):
     ranks = 3
-    parts = [list(SeededSampler(range(clips), ranks, rank, shuffle=True, seed=3)) for rank in range(ranks)]
+    parts = [list(SeededDistributedSampler(range(clips), ranks, rank, shuffle=True, seed=3)) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1
     assert sorted(key.position for part in parts for key in part if key.valid) == list(range(clips))
-    assert [key.valid for key in SeededSampler(range(clips), 1, 0, shuffle=True, seed=3)] == [True] * clips
+    assert [key.valid for key in SeededDistributedSampler(range(clips), 1, 0, shuffle=True, seed=3)] == [True] * clips
 
 
 def test_a_rank_without_a_clip_to_judge_gets_one_that_does_not_count():
-    parts = [list(EveryClipOnce(range(2), 3, rank)) for rank in range(3)]
+    parts = [list(NonRepeatingDistributedSampler(range(2), 3, rank)) for rank in range(3)]
     assert [(key.position, key.valid) for part in parts for key in part] == [(0, True), (1, True), (0, False)]
 
 

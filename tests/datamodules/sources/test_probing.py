@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from vidreason.datamodules.clips.decoded import DecodeError
-from vidreason.datamodules.sources.probing import ClipProbe, Unreadable, content_sha, probe_clip, probe_clips
+from vidreason.datamodules.file_hash import content_sha
+from vidreason.datamodules.sources.probing import ClipProbe, Unreadable, probe_clip, probe_clips
 
 BAD = """
 import os, signal, time
+from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.sources.probing import probe_clip
 
 

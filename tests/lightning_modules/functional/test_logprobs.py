@@ -6,13 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidreason.lightning_modules.functional.logprobs import chunked_token_logprobs, token_entropy, token_logprobs
+from vidreason.lightning_modules.functional.logprobs import chunked_token_logprobs, token_logprobs
 
 
 def slow(row: list[float], token: int, temperature: float, suppressed: set[int]) -> tuple[float, float]:
     weights = {v: math.exp(x / temperature) for v, x in enumerate(row) if v not in suppressed}
     total = sum(weights.values())
     return math.log(weights[token] / total), -sum(w / total * math.log(w / total) for w in weights.values())
+
+
+def entropy_of(logits: Tensor, ids: Tensor, temperature: float = 1.0, suppressed: Tensor | None = None) -> Tensor:
+    scores = chunked_token_logprobs(
+        logits, ids, lambda x: x, chunk_size=1000, temperature=temperature, suppressed=suppressed, with_entropy=True
+    )
+    assert scores.entropy is not None
+    return scores.entropy
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
@@ -23,7 +31,7 @@ def test_against_a_slow_loop(temperature: float, suppressed: tuple[int, ...]) ->
     ids = torch.tensor([[1, 2, 4], [5, 6, 1]])
     drop = torch.tensor(suppressed, dtype=torch.int64) if suppressed else None
     logprobs = token_logprobs(logits, ids, temperature, drop)
-    entropy = token_entropy(logits, temperature, drop)
+    entropy = entropy_of(logits, ids, temperature, drop)
     for b in range(2):
         for t in range(3):
             expected = slow(logits[b, t].tolist(), int(ids[b, t]), temperature, set(suppressed))
@@ -34,7 +42,7 @@ def test_known_numbers_and_types() -> None:
     logits = torch.tensor([[math.log(1.0), math.log(3.0)]])
     assert token_logprobs(logits, torch.tensor([1])).item() == pytest.approx(math.log(0.75))
     assert token_logprobs(logits, torch.tensor([1]), 0.5).item() == pytest.approx(math.log(0.9))
-    assert token_entropy(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
+    assert entropy_of(torch.zeros(1, 8), torch.tensor([0])).item() == pytest.approx(math.log(8))
     assert token_logprobs(logits.bfloat16(), torch.tensor([1])).dtype == torch.float32
     assert token_logprobs(logits.double(), torch.tensor([1])).dtype == torch.float64
     assert token_logprobs(logits, torch.tensor([1]), suppressed=torch.tensor([1])).item() == -math.inf
@@ -44,7 +52,7 @@ def test_suppressed_tokens_leave_gradients_finite() -> None:
     logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
     drop = torch.tensor([2, 5])
     ids = torch.tensor([0, 1, 3, 4])
-    (token_entropy(logits, suppressed=drop).sum() + token_logprobs(logits, ids, suppressed=drop).sum()).backward()
+    (entropy_of(logits, ids, suppressed=drop).sum() + token_logprobs(logits, ids, suppressed=drop).sum()).backward()
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
     assert (logits.grad[:, drop] == 0).all()
@@ -75,7 +83,7 @@ def test_chunks_equal_the_whole_in_value_and_gradient(chunk_size: int, suppresse
             logprobs, entropy = scores.logprobs, scores.entropy
         else:
             logits = head(h.reshape(10, 4)).reshape(2, 5, 9)
-            logprobs, entropy = token_logprobs(logits, ids, 0.8, suppressed), token_entropy(logits, 0.8, suppressed)
+            logprobs, entropy = token_logprobs(logits, ids, 0.8, suppressed), entropy_of(logits, ids, 0.8, suppressed)
         (logprobs.sin().sum() + entropy.square().sum()).backward()
         assert h.grad is not None
         assert w.grad is not None

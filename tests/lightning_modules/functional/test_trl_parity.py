@@ -15,6 +15,7 @@ from torch import Tensor
 from vidreason.lightning_modules.functional.aggregation import StepCounts, loss_normalizer
 from vidreason.lightning_modules.functional.losses import GRPOLoss, grpo_loss
 from vidreason.rewards.base import RewardInput
+from vidreason.rewards.completion import parse_completion
 from vidreason.rewards.overlong import OverlongReward
 
 trl = pytest.importorskip("trl")
@@ -229,5 +230,5 @@ def test_the_soft_length_penalty_is_that_of_trl() -> None:
     )
     ours = OverlongReward(max_tokens=30, buffer=12)
     for n, expected in zip(lengths, theirs, strict=True):
-        item = RewardInput.from_text("", "a", ("a", "b"))
+        item = RewardInput("", parse_completion(""), "a", ("a", "b"))
         assert ours(RewardInput(**(vars(item) | {"n_tokens": n}))) == pytest.approx(expected)

@@ -17,7 +17,6 @@ from vidreason.lightning_modules.vlms.loading.adapters import (
     copy_adapter,
     load_adapter,
     save_adapter,
-    trainable_names,
     use_adapter,
 )
 from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha, read_info, save_weights
@@ -25,6 +24,10 @@ from vidreason.lightning_modules.vlms.qwen import QwenVL
 
 MakeVLM = Callable[..., VLM]
 LORA = LoRAOptions(r=4, alpha=8)
+
+
+def trainable_names(model: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def encode(vlm: VLM) -> Encoded:
