@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vidreason.cli.summary import Prediction, read_predictions, wilson_interval
+from vidreason.pipelines.summary import Prediction, read_predictions, wilson_interval
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from figures import write_json
 
 from vidreason.cli.main import main as vidreason
-from vidreason.cli.summary import wilson_interval
+from vidreason.pipelines.summary import wilson_interval
 
 
 def main() -> None:

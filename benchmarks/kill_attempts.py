@@ -32,23 +32,6 @@ def import_everything() -> None:
     import torch
     import transformers  # noqa: F401
 
-    import vidreason.callbacks.adapter_checkpoint
-    import vidreason.callbacks.prediction_logger
-    import vidreason.callbacks.prediction_writer
-    import vidreason.callbacks.progress
-    import vidreason.callbacks.quiet
-    import vidreason.callbacks.result_table
-    import vidreason.callbacks.rollout_logger
-    import vidreason.callbacks.throughput
-    import vidreason.callbacks.trace_writer
-    import vidreason.cli.lightning
-    import vidreason.cli.pipeline
-    import vidreason.datamodules.porch.data
-    import vidreason.lightning_modules.calibration
-    import vidreason.lightning_modules.grpo
-    import vidreason.lightning_modules.sft
-    import vidreason.lightning_modules.vlms.tiny.vlm  # noqa: F401
-
     torch.set_num_threads(1)
 
 

@@ -1,16 +1,13 @@
-"""One progress bar for a whole run, with the time left until its end."""
+"""One progress bar for a whole fit, test or prediction, with the time left until its end."""
 
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
-
-from vidreason.callbacks.time_left import Behind, pipeline_left, what_is_behind
 
 _METRICS_SHOWN = 4
 
@@ -26,7 +23,6 @@ class RunProgress(ProgressBar):
         super().__init__()
         self.refresh_s = refresh_s
         self._bars: list[tqdm[Any]] = []
-        self._behind: Behind | None = None
         self._enabled = True
 
     @property
@@ -58,7 +54,7 @@ class RunProgress(ProgressBar):
         bar = self._bars[-1]
         bar.update(fit_position(trainer) - bar.n)
         shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
-        bar.set_postfix(dict(list(shown.items())[:_METRICS_SHOWN]) | self._pipeline(bar), refresh=False)
+        bar.set_postfix(dict(list(shown.items())[:_METRICS_SHOWN]), refresh=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bar of the fit."""
@@ -71,7 +67,7 @@ class RunProgress(ProgressBar):
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Moves the bar."""
-        self._bars[-1].update()  # that of the fit says how long the pipeline takes
+        self._bars[-1].update()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bar."""
@@ -83,7 +79,7 @@ class RunProgress(ProgressBar):
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Moves the bar."""
-        self._advance(1)
+        self._bars[-1].update()
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bar."""
@@ -95,7 +91,7 @@ class RunProgress(ProgressBar):
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Moves the bar."""
-        self._advance(1)
+        self._bars[-1].update()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bar."""
@@ -106,28 +102,10 @@ class RunProgress(ProgressBar):
         while self._bars:
             self._close()
 
-    def _advance(self, count: int) -> None:
-        bar = self._bars[-1]
-        bar.update(count)
-        if left := self._pipeline(bar):
-            bar.set_postfix(left, refresh=False)
-
-    def _pipeline(self, bar: tqdm[Any]) -> dict[str, str]:
-        """What is left of the pipeline that this stage is part of; {} outside of one, and where no end is known."""
-        behind = self._behind
-        if behind is None or bar.disable or bar.total is None:  # a bar that is not shown knows nothing of its length
-            return {}
-        done = bar.n - bar.initial
-        if done < 1:
-            return {}
-        left = (bar.total - bar.n) * float(bar.format_dict["elapsed"]) / done
-        return {"pipeline": f"{pipeline_left(behind, left, time.time() - behind.began + left)} left"}
-
     def _open(
         self, module: L.LightningModule, what: str, total: int | None, done: int, unit: str, leave: bool = True
     ) -> None:
         name = getattr(module, "stage_name", type(module).__name__)
-        self._behind = what_is_behind()
         self._bars.append(
             tqdm(
                 total=total,

@@ -8,7 +8,7 @@ import stage_world as world
 import yaml
 
 from vidreason.callbacks.progress import RunProgress
-from vidreason.cli.lightning import build
+from vidreason.config.trainer_cli import build
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.grpo import GRPOModule
@@ -45,6 +45,13 @@ def test_stage_files_are_complete(name):
     assert cli.model.vlm is cli.datamodule.encoder
     assert cli.model.model is None, "weights are born in configure_model"
     assert any(isinstance(callback, RunProgress) for callback in cli.trainer.callbacks)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_files_set_nothing_of_a_section_but_its_file(name):
+    """Whoever replaces the section replaces all of it."""
+    content = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+    assert all(isinstance(content[section], str) for section in ("data", "vlm"))
 
 
 @pytest.mark.parametrize("name", [name for name, (command, _) in STAGES.items() if command == "fit"])

@@ -8,14 +8,14 @@ import json
 
 import pytest
 
-from vidreason.cli.demo import METHODS
-from vidreason.cli.pipeline import run_pipeline
-from vidreason.cli.pipeline_spec import read_pipeline
 from vidreason.datamodules.porch.data import PorchDataModule
 from vidreason.datamodules.porch.texts import RULES
 from vidreason.datamodules.prompts import render_review
 from vidreason.datamodules.traces import TraceStore
+from vidreason.demo.run import METHODS
 from vidreason.lightning_modules.base import VLMModule
+from vidreason.pipelines.call import run_pipeline
+from vidreason.pipelines.spec import read_pipeline
 from vidreason.rewards.completion import render_completion
 
 SMALL = {"train_clips": 8, "val_clips": 2, "cal_clips": 2, "test_clips": 2, "levels": [0]}

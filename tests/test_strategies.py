@@ -9,7 +9,7 @@ import stage_world as world
 import torch
 import yaml
 
-from vidreason.cli.lightning import build
+from vidreason.config.trainer_cli import build
 from vidreason.lightning_modules.fsdp import FSDP2
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.rationale_filter import RationaleFilter

@@ -17,7 +17,7 @@ _HOMES = {
     "Task": "vidreason.datamodules.task",
     "VLM": "vidreason.lightning_modules.vlms.base",
     "VLMModule": "vidreason.lightning_modules.base",
-    "VideoClassifier": "vidreason.cli.classifier",
+    "VideoClassifier": "vidreason.inference",
     "VideoDataModule": "vidreason.datamodules.base",
 }
 __all__ = list(_HOMES)

@@ -6,10 +6,10 @@ import pytest
 from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.callbacks.result_table import ResultTable, result_table
 from vidreason.callbacks.trace_writer import TraceWriter
-from vidreason.cli.summary import read_predictions
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.own_traces import TraceOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.pipelines.summary import read_predictions
 
 SHORT = Sampling(max_new_tokens=4)
 KEYS = ["video_id", "split", "group", "label", "pred", "probs", "answer", "unparsed", "failed", "traces"]

@@ -10,10 +10,10 @@ import pytest
 import stage_world as world
 
 from vidreason import VideoClassifier
-from vidreason.cli.finished_run import find_stage
 from vidreason.cli.main import main
-from vidreason.cli.pipeline_state import RunState, StageRecord
+from vidreason.config.finished_stage import find_stage
 from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.pipelines.state import RunState, StageRecord
 
 small_base = world.small_base
 

@@ -219,6 +219,7 @@ MISTAKES = {
 NOTHING_READ = "… in a row: training clips"
 NOT_WEIGHED = "training clips cannot be read"
 LEFT_OUT = "…: … could not be read"
+MOVED = "… has moved to … (in …)"
 
 
 @pytest.fixture
@@ -298,7 +299,7 @@ def test_a_stage_of_your_own_that_does_not_weigh_clips_fails(capfd, monkeypatch)
 
 def test_every_documented_message_is_produced_above():
     everything = [*documented("Commands and runs"), *documented("Failures")]
-    elsewhere = {TOO_MANY_GPUS, FULL_DISK}  # test_devices.py and test_full_disk.py
+    elsewhere = {TOO_MANY_GPUS, FULL_DISK, MOVED}  # test_devices.py, test_full_disk.py, test_moved_keys.py
     starts = {*MISTAKES.values(), *elsewhere, NOTHING_READ, NOT_WEIGHED, LEFT_OUT}
     assert len(everything) == len(starts)
     assert all(sum(row.startswith(start) for start in starts) == 1 for row in everything)

@@ -17,8 +17,8 @@ import rank_processes as processes
 import yaml
 from safetensors.torch import load_file
 
-from vidreason.cli.lightning import build
 from vidreason.cli.main import main
+from vidreason.config.trainer_cli import build
 
 without_ranks = processes.without_ranks
 pytestmark = pytest.mark.usefixtures("without_ranks")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +17,17 @@ from typing import Any
 
 import lightning as L
 import rank_processes as processes
+import small_grpo
 import stage_world as world
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from vidreason.lightning_modules.fit.optimizer_step import StepResult
 from vidreason.lightning_modules.grpo import GRPOModule
-from vidreason.lightning_modules.grpo_parts import Rolled
-from vidreason.lightning_modules.rollout import CompletionBatch, RolloutGroup
+from vidreason.lightning_modules.rl.microbatch import ScoredRollouts
+from vidreason.lightning_modules.rl.rollouts import RolloutGroup
+from vidreason.lightning_modules.rl.sampler import RolloutSampler
+from vidreason.lightning_modules.vlms.completions import CompletionBatch
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
@@ -61,30 +66,62 @@ class EvenLetters(RewardFn):
         return float(len(item.completion) % 2 == 0) + 0.01 * (item.n_tokens or 0)
 
 
+class WatchedSampler(RolloutSampler):
+    """Writes down what it sampled; the groups of some clips are dead."""
+
+    module: Watched
+
+    def _score(self, batch: CompletionBatch) -> ScoredRollouts:
+        scored = super()._score(batch)
+        self.module.sampled(scored)
+        return ScoredRollouts(batch, tuple(self._killed(group) for group in scored.groups))
+
+    def _killed(self, group: RolloutGroup) -> RolloutGroup:
+        if not self.module.kills(group):
+            return group
+        score = RewardScore(0.7, dict.fromkeys(group.rollouts[0].score.parts, 0.7))
+        return RolloutGroup(group.clip, tuple(type(r)(r.completion, score) for r in group.rollouts))
+
+
 class Watched(GRPOModule):
     """Writes down what it sampled and learnt from; the groups of some clips, or of a whole rank, are dead."""
 
     dead_rank: int | None = None
     dead_clips: tuple[str, ...] = ()
 
-    def rewarded(self, batch: CompletionBatch) -> Rolled:
-        rolled = super().rewarded(batch)
-        self.seen: dict[str, list[str]] = getattr(self, "seen", {})
-        for group in rolled.groups:
+    def __init__(self, vlm: TinyVLM, **kwargs: Any) -> None:
+        super().__init__(vlm, **kwargs)
+        self.seen: dict[str, list[str]] = {}
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.norms: list[float] = []
+
+    def setup(self, stage: str) -> None:
+        """Puts the watched sampler in the place of its own."""
+        super().setup(stage)
+        own = self._sampler
+        assert own is not None
+        self._sampler = WatchedSampler(**{field.name: getattr(own, field.name) for field in fields(own)})
+        self._sampler.module = self
+
+    def sampled(self, scored: ScoredRollouts) -> None:
+        """Called with all that is sampled."""
+        for group in scored.groups:
             self.seen[group.clip.video_id] = [r.completion.text for r in group.rollouts]
-        return Rolled(batch, tuple(self._killed(group) for group in rolled.groups))
 
-    def _killed(self, group: RolloutGroup) -> RolloutGroup:
-        if self.global_rank != self.dead_rank and group.clip.video_id not in self.dead_clips:
-            return group
-        score = RewardScore(0.7, dict.fromkeys(group.rollouts[0].score.parts, 0.7))
-        return RolloutGroup(group.clip, tuple(type(r)(r.completion, score) for r in group.rollouts))
+    def kills(self, group: RolloutGroup) -> bool:
+        """Whether all completions of a group get the same reward."""
+        return self.global_rank == self.dead_rank or group.clip.video_id in self.dead_clips
 
-    def clip_gradients_(self, max_norm: float) -> torch.Tensor:
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Gathers the gradients; a step on nothing has none."""
         found = {n: p.grad for n, p in self.named_parameters() if p.requires_grad and p.grad is not None}
-        gradients = {n: processes.gathered(g).clone() for n, g in found.items()}
-        self.gradients: list[dict[str, torch.Tensor]] = [*getattr(self, "gradients", []), gradients]
-        return super().clip_gradients_(max_norm)
+        self.gradients.append({n: processes.gathered(g).clone() for n, g in found.items()})
+
+    def optimizer_step_on(self, *args: Any, **kwargs: Any) -> StepResult:
+        """Notes the norm of the gradient, also of one that is dropped."""
+        made = super().optimizer_step_on(*args, **kwargs)
+        self.norms.append(float(made.grad_norm))
+        return made
 
 
 def run(
@@ -116,17 +153,17 @@ def run(
     options = dict(CASES[name])
     lora = LoRAOptions(r=4, alpha=8, target_modules=("q_proj", "v_proj", "down_proj"))
     vlm = family(path=str(base), lora=lora if options.pop("lora", True) else None, **vlm_options)
-    module = Watched(
+    module = small_grpo.make(
         vlm,
+        Watched,
         rewards=[EvenLetters()],
         group_size=3,
         train_sampling=Sampling(max_new_tokens=8),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
-        warmup=0,
-        cold_steps=10**6,
         max_grad_norm=0.0,
         **options,
     )
+    assert isinstance(module, Watched)
     if name.startswith("dead"):
         module.dead_rank, module.dead_clips = (1 if ranks == 2 else None), dead_clips
     logged: list[dict[str, float]] = []
@@ -150,6 +187,7 @@ def run(
         "logged": logged,
         "seen": module.seen,
         "gradients": module.gradients,
+        "norms": module.norms,
         "weights": {n: processes.gathered(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad},
         "steps": trainer.global_step,
     }

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vidreason.cli import stage_inputs
 from vidreason.cli.configs import find_config
-from vidreason.cli.pipeline import run_pipeline
-from vidreason.cli.pipeline_commands import Commands, StageSize
+from vidreason.pipelines import inputs
+from vidreason.pipelines.call import run_pipeline
+from vidreason.pipelines.commands import Commands
 
 PIPELINE = """
 name: three
@@ -27,7 +27,7 @@ stages:
     command: fit
     config: train.yaml
     inputs: {model.init_args.adapter_path: "{cold.adapter}"}
-    on_cold_policy: skip
+    on_unparsed: skip
   - name: test
     command: test
     config: train.yaml
@@ -46,7 +46,7 @@ class FakeTrainer:
 
     @property
     def commands(self) -> Commands:
-        return Commands(self.run, self.check, lambda argv: StageSize(128))
+        return Commands(self.run, self.check, lambda argv: 128)
 
     @property
     def stages(self) -> list[str]:
@@ -98,7 +98,7 @@ def _content(path: Path) -> str:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage_inputs, "fingerprint_embedded_weights", lambda: "base")
+    monkeypatch.setattr(inputs, "fingerprint_embedded_weights", lambda: "base")
     (tmp_path / "p.yaml").write_text(PIPELINE)
     (tmp_path / "generate.yaml").write_text("model: {init_args: {samples: 1}}\n")
     (tmp_path / "train.yaml").write_text("data: data.yaml\ntrainer: {max_steps: 3}\n")

@@ -22,10 +22,13 @@ from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
 from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
-from vidreason.lightning_modules.fsdp import FSDP2
-from vidreason.lightning_modules.own_traces import TraceOptions
-from vidreason.lightning_modules.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.fit.fsdp import FSDP2
+from vidreason.lightning_modules.fit.optimizer_step import UpdateOptions
+from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.traces.generation import TraceOptions
+from vidreason.lightning_modules.traces.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.traces.targets import TargetOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
@@ -33,7 +36,7 @@ from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 world, processes = grpo.world, grpo.processes
 
 SHORT = Sampling(max_new_tokens=6)
-OWN = TraceOptions(samples=2, sampling=SHORT, filter=RationaleFilter(complete=False))
+OWN = TraceOptions("reason", samples=2, sampling=SHORT, filter=RationaleFilter(complete=False))
 STAGES = ("sft_label", "sft_trace", "calibration", "grpo")
 STRATEGIES = ("ddp", "ddp_full", "fsdp", "fsdp_full", "fsdp_qlora")
 GRPO_CASES = {"grpo": "grpo", "grpo_dead": "dead", "grpo_resampled": "resampled"}
@@ -56,11 +59,12 @@ def vlm_options(name: str) -> dict[str, Any]:
 
 def module_of(stage: str, vlm: TinyVLM, **more: Any) -> VLMModule:
     """The stage with an optimizer whose step shows the gradient."""
-    options: dict[str, Any] = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1), **more}
+    options: dict[str, Any] = {"optim": OptimOptions(lambda parameters: torch.optim.SGD(parameters, lr=0.1))}
+    options |= {"updates": UpdateOptions(max_grad_norm=1e3), "traces": OWN, **more}
     if stage == "calibration":
-        return CalibrationModule(vlm, traces_sampled=OWN, lora=LoRAOptions(r=4, alpha=8), **options)
-    target: Any = stage.removeprefix("sft_")
-    return RationaleSFTModule(vlm, target=target, traces_sampled=OWN, **options)
+        return CalibrationModule(vlm, lora=LoRAOptions(r=4, alpha=8), **options)
+    kind: Any = stage.removeprefix("sft_")
+    return RationaleSFTModule(vlm, **{"targets": TargetOptions(kind), **options})
 
 
 class Watch(L.Callback):
@@ -145,7 +149,7 @@ def run(
         )
 
     data = clips_of(clips, encoder=vlm, batch_size=batch_size // ranks, eval_batch_size=1)
-    fit = trainer(max_epochs=2, gradient_clip_val=1e3, callbacks=[watch, AdapterCheckpoint()])
+    fit = trainer(max_epochs=2, callbacks=[watch, AdapterCheckpoint()])
     fit.fit(module, data)
     metrics = {k: float(v) for k, v in fit.callback_metrics.items() if k.startswith("val/")}
     weights = {n: processes.gathered(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad}

@@ -21,7 +21,8 @@ from torch import nn
 from vidreason.callbacks.trace_writer import TraceWriter
 from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.own_traces import TRACES_FILE
+from vidreason.lightning_modules.decisions.deciders import DecideOptions
+from vidreason.lightning_modules.traces.generation import TRACES_FILE
 from vidreason.lightning_modules.vlms.base import Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
@@ -31,8 +32,6 @@ from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptio
 grpo, world, processes = strategies.grpo, strategies.world, strategies.processes
 
 STRATEGIES = ("ddp", "fsdp", "fsdp_qlora")
-DEAD = ("train_0", "train_1", "train_2")
-"""Clips whose groups are dead on the first rank, too"""
 LAST_BATCH = ("sft_label", "sft_trace", "calibration", "grpo")
 
 
@@ -85,7 +84,7 @@ SECOND = ("train_0", "train_4", "train_5")
 ALL = tuple(f"train_{i}" for i in range(grpo.CLIPS))
 
 
-ANSWERS = {"decide": "answer", "samples": 2, "sampling": Sampling(max_new_tokens=8)}
+ANSWERS = {"decide": DecideOptions("answer", samples=2, sampling=Sampling(max_new_tokens=8))}
 """Validation writes, so that ranks run unequal numbers of forwards in each batch"""
 CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "failed": (BrokenVal, {}),
@@ -143,17 +142,8 @@ def written(strategy: str, base: Path, clips: Path, out: Path, ranks: int) -> Pa
         default_root_dir=folder,
     )
     data = FiveClips(clips, encoder=vlm, eval_batch_size=2)
-    trainer.predict(VLMModule(vlm, predict="reason", traces_sampled=strategies.OWN), data)
+    trainer.predict(VLMModule(vlm, traces=strategies.OWN), data)
     return folder / TRACES_FILE
-
-
-def replay(strategy: str, base: Path, clips: Path, out: Path) -> dict[str, Any]:
-    """The groups of the second rank are dead and it has none to replay; the first replays some."""
-    grpo.CASES["dead_replay"] = {"replay": 4}
-    Counting.counts.clear()
-    given, more = strategies.strategy_of(strategy), strategies.vlm_options(strategy)
-    found = grpo.run("dead_replay", base, clips, out, 2, DEAD, given, Counting, **more)
-    return {**found, "counts": dict(Counting.counts)}
 
 
 def warm(base: Path, clips: Path, out: Path, strategy: str) -> Path:
@@ -185,7 +175,6 @@ def _rank(rank: int, base: Path, clips: Path, out: Path, warmed: Path, chosen: s
             quantised = strategies.vlm_options(strategy).get("quantize", "none")
             folder = warmed / quantised if rank == 0 else place / f"{stage}_{strategy}"
             found[say("cache", stage)] = cached(stage, strategy, base, clips, place, 2, folder)
-        found[say("replay")] = replay(strategy, base, clips, place)
     torch.save(found, out / f"rank{rank}.pt")
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vidreason.cli.main import EXIT_ERROR, EXIT_OK
-from vidreason.cli.options import CommandParser
-from vidreason.cli.table import percent, render_table
+from vidreason.config.options import CommandParser
 from vidreason.datamodules.sources.folders import clips_below
+from vidreason.pipelines.table import percent, render_table
 
 if TYPE_CHECKING:
-    from vidreason.cli.classifier import Decision
+    from vidreason.inference import Decision
 
 _WIDTH = 100
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_options(argv)
     paths = list(find_clips(options.clips))
 
-    from vidreason.cli.classifier import VideoClassifier
+    from vidreason.inference import VideoClassifier
 
     classifier = VideoClassifier.from_run(options.run, options.stage)
     decided: list[Decision] = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from vidreason.cli.options import CommandParser
+from vidreason.config.options import CommandParser
 
 PREFIX = "configs"
 

@@ -138,9 +138,9 @@ def message_of(error: ValueError) -> str:
 
 def _dispatch(command: str, rest: list[str]) -> int:
     if command in _TRAINER_COMMANDS:
-        from vidreason.cli import lightning
+        from vidreason.config import trainer_cli
 
-        return lightning.run(command, rest)
+        return trainer_cli.run(command, rest)
     if command == "configs":
         from vidreason.cli import configs
 
@@ -150,16 +150,16 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
         return classify.main(rest)
     if command == "init":
-        from vidreason.cli import init
+        from vidreason.prepare import task_folder
 
-        return init.main(rest)
+        return task_folder.main(rest)
     if command == "demo":
-        from vidreason.cli import demo
+        from vidreason.demo import run
 
-        return demo.main(rest)
-    from vidreason.cli import pipeline
+        return run.main(rest)
+    from vidreason.pipelines import call
 
-    return pipeline.main(rest)
+    return call.main(rest)
 
 
 def _not_about_optional_kernels(record: logging.LogRecord) -> bool:

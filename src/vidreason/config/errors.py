@@ -1,0 +1,209 @@
+"""The parser's many-line complaints about a command line or a YAML, in one line that names file and remedy."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import lightning as L
+import yaml
+
+from vidreason.cli.configs import find_config
+from vidreason.config.moved_keys import GROUPS, MODEL, explain_moved, moved_settings, new_place
+
+_TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "vlm", "run_dir", "ckpt_path", "config")
+_NOISE = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes:",
+    "Errors:",
+    "- Expected a <class 'NoneType'>",
+    "Given value type:",
+    "full_key:",
+    "object_type=",
+)
+_MAX_CHARS = 400
+_MOST_LISTED = 24
+_NOT_GIVEN = ("self", "args", "kwargs", "vlm", "encoder", "params")
+"""Arguments of classes that no YAML gives"""
+
+
+def explain(message: str, files: Sequence[Path], flags: Sequence[str] = ()) -> str:
+    """Shortens an error of the parser.
+
+    Args:
+        message: Text of the parser's exception.
+        files: YAML files of the command line, to say which of them is meant.
+        flags: The command line.
+
+    Returns:
+        One line.
+    """
+    variable = re.search(r"Environment variable '(\w+)' not found", message)
+    if variable:
+        return _unset_variable(variable[1], files)
+    if "Problems parsing config" in message:
+        return _broken_yaml(files) or _flat(message)
+    missing_file = re.search(r"Expected a path but (\S+) either not accessible|File does not exist: '(.+?)'", message)
+    if missing_file:
+        return _missing_file(missing_file[1] or missing_file[2], files)
+    moved = _moved_key(message, files, flags)
+    if moved is not None:
+        return moved
+    required = re.search(r"the following arguments are required: (.+)", message)
+    if required:
+        sections = re.sub(r"\w+\.(?=\w)", "", required[1])
+        return f"nothing says what {sections} should be: give --config configs/<stage>.yaml (see `vidreason configs`)"
+    nested = re.search(
+        r"class_path '([\w.]+)':\s+(?:Group '(\S+)' does not accept option '(\S+)'|unrecognized arguments: --([\w.]+))",
+        message,
+    )
+    if nested:
+        return _nested_argument(nested[1], nested[4] or f"{nested[2]}.{nested[3]}", files if nested[2] else ())
+    unknown = re.search(r"does not accept option '(\S+)'", message)
+    if unknown:
+        return _unknown_key(unknown[1], files)
+    unknown = re.search(r"unrecognized arguments: --(\S+)", message)
+    if unknown:
+        return _unknown_key(unknown[1].partition("=")[0], ())
+    rejected = re.search(r"Option '(\w+)' is not accepted", message)
+    if rejected:
+        return _rejected_argument(rejected[1], message, () if "NestedArg(" in message else files)
+    return _flat(message)
+
+
+def _moved_key(message: str, files: Sequence[Path], flags: Sequence[str]) -> str | None:
+    """Explains a setting that the message complains about and that stands at another place now."""
+    contents = [(path, yaml.safe_load(path.read_text(encoding="utf-8"))) for path in files]
+    found = [(*moved, "") for moved in _moved_flags(flags)]
+    for path, content in contents:
+        is_section = isinstance(content, dict) and "init_args" in content  # of --model FILE
+        found += [(*moved, str(path)) for moved in moved_settings({"model": content} if is_section else content)]
+    models = [content.get("model") for _, content in contents if isinstance(content, dict)]
+    classes = re.findall(r"class_path(?:=|'?:? )'([\w.]+)'", message)
+    classes += [str(model.get("class_path")) for model in models if isinstance(model, dict)]
+    taken = {name for class_path in classes for name in _parameters(class_path)}
+    for old, new, place in found:
+        old_name, new_name = (key.removeprefix(MODEL).partition(".")[0] for key in (old, new))
+        gone = old_name in GROUPS or old_name not in taken
+        if re.search(rf"\b{old_name}\b", message) and gone and (new_name in taken or new_name == "trainer"):
+            return explain_moved(old, new, place)
+    return None
+
+
+def _moved_flags(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for index, word in enumerate(flags):
+        key, equals, text = word.removeprefix("--").partition("=")
+        text = text if equals else "".join(flags[index + 1 : index + 2])
+        if word.startswith("--") and (new := new_place(key, yaml.safe_load(text) if text[:1] == "{" else text)):
+            yield key, new
+
+
+def _unset_variable(name: str, files: Sequence[Path]) -> str:
+    users = [path for path in files if f"oc.env:{name}" in path.read_text(encoding="utf-8")]
+    used_by = f", which {users[0]} uses," if users else ""
+    return f"the environment variable {name}{used_by} is not set: export {name}=..."
+
+
+def _broken_yaml(files: Sequence[Path]) -> str | None:
+    for path in files:
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = f", line {mark.line + 1}" if mark else ""
+            return f"{path}{line}: not valid YAML: {error.problem or error.context}"
+    return None
+
+
+def _missing_file(name: str, files: Sequence[Path]) -> str:
+    name = name.removeprefix(f"{Path.cwd()}/")
+    named_in = _named_in(name, files)
+    if named_in and find_config(name) is not None:
+        return (
+            f"no such file: {name}{named_in}: paths in a YAML are relative to it; give the shipped file on the command "
+            "line (--vlm, --data ...), or copy the files there with `vidreason configs --copy configs`"
+        )
+    return f"no such file: {name}{named_in} (`vidreason configs` lists the shipped ones)"
+
+
+def _unknown_key(key: str, files: Sequence[Path]) -> str:
+    section, _, rest = key.partition(".")
+    if section not in _TOP_LEVEL:
+        return f"unknown key {key!r}{_named_in(section, files)}{_did_you_mean(section, _TOP_LEVEL)}"
+    last = rest.rpartition(".")[2] or section
+    known = inspect.signature(L.Trainer.__init__).parameters if section == "trainer" else ()
+    return f"unknown key {key!r}{_named_in(last, files)}{_did_you_mean(last, known)}"
+
+
+def _rejected_argument(name: str, message: str, files: Sequence[Path]) -> str:
+    classes = re.findall(r"class_path(?:=|'?:? )'([\w.]+)'", message)
+    known = [parameter for path in classes for parameter in _parameters(path)]
+    owner = next((path for path in reversed(classes) if _near(name, _parameters(path))), None)
+    taker = owner or (classes[0] if classes else "the class")
+    return f"{taker} takes no argument {name!r}{_named_in(name, files)}{_did_you_mean(name, known)}"
+
+
+def _nested_argument(class_path: str, dotted: str, files: Sequence[Path]) -> str:
+    """An argument that an argument of a class does not take, ``frames.num_frame`` of a data module."""
+    *outer, name = dotted.split(".")
+    for argument in outer:
+        class_path = _class_of_argument(class_path, argument) or class_path
+    return (
+        f"{class_path} takes no argument {name!r}{_named_in(name, files)}{_did_you_mean(name, _parameters(class_path))}"
+    )
+
+
+def _class_of_argument(class_path: str, argument: str) -> str | None:
+    """The class that an argument of a class is made of."""
+    module, _, name = class_path.rpartition(".")
+    for base in inspect.getmro(getattr(import_module(module), name)):
+        hint = get_type_hints(vars(base)["__init__"]).get(argument) if "__init__" in vars(base) else None
+        for option in (hint, *get_args(hint)):
+            if inspect.isclass(option) and option.__module__ != "builtins":
+                return f"{option.__module__}.{option.__qualname__}"
+    return None
+
+
+def _parameters(class_path: str) -> list[str]:
+    """Names of the arguments of a class and its bases; none where it cannot be imported."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name, None)
+    except (ImportError, ValueError):
+        return []
+    bases = inspect.getmro(found) if inspect.isclass(found) else ()
+    return [key for base in bases if "__init__" in vars(base) for key in inspect.signature(base).parameters]
+
+
+def _named_in(word: str, files: Sequence[Path]) -> str:
+    pattern = re.compile(rf"(?<![\w/]){re.escape(word)}(?!\w)")
+    users = [path for path in files if pattern.search(path.read_text(encoding="utf-8"))]
+    return f" in {users[0]}" if users else ""
+
+
+def _near(name: str, known: Iterable[str]) -> str | None:
+    near = get_close_matches(name, list(known), n=1)
+    return near[0] if near else None
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest of the names there are; where none is near, and they are few, all of them."""
+    names = dict.fromkeys(other for other in known if other not in _NOT_GIVEN)
+    near = _near(name, names)
+    if near is None:
+        return f"; there are {', '.join(names)}" if 0 < len(names) <= _MOST_LISTED else ""
+    return f": did you mean {near!r}?" if near != name else ""
+
+
+def _flat(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(_NOISE)]
+    if any("Problem with given class_path" in line for line in kept):
+        kept = [line for line in kept if not line.startswith("Given value:")]
+    text = re.sub(r'Parser key "(\S+?)":', r"\1:", " ".join(line.removeprefix("- ") for line in kept))
+    return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 3] + "..."

@@ -1,0 +1,162 @@
+"""``vidreason demo``: the whole main job on the embedded default.
+
+Renders the porch world to mp4 files, runs the four shipped pipelines from the one embedded base, and compares them. It
+adds nothing to the pipelines but the settings below; every line that it prints can be run by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vidreason.config.options import CommandParser
+from vidreason.demo.report import write_report
+from vidreason.pipelines.call import next_command, open_pipeline
+from vidreason.pipelines.commands import INTERRUPTED_STATUS, USAGE_STATUS, Commands, trainer_commands
+from vidreason.pipelines.spec import SECTIONS, read_pipeline
+
+METHODS = ("zero_shot", "label_sft", "rb_ft", "deepintuit")
+DATA = "configs/data/porch.yaml"
+SHARED_STAGE = "generate"
+"""The base's own descriptions: made once, by the first method that needs them, and taken by the next"""
+
+QUICK: Mapping[str, object] = {
+    "data.init_args.levels": [0, 1],
+    "data.init_args.train_clips": 24,
+    "data.init_args.val_clips": 24,
+    "data.init_args.cal_clips": 24,
+    "data.init_args.test_clips": 24,
+    "sft_rationale.trainer.max_epochs": 10,
+    "sft_rationale.trainer.check_val_every_n_epoch": 10,
+    "sft_cold_start.trainer.max_steps": 60,
+    "sft_cold_start.trainer.val_check_interval": 60,
+    "grpo.trainer.max_steps": 4,
+    "grpo.trainer.val_check_interval": 4,
+    "calibration.trainer.max_epochs": 4,
+}
+"""What ``--quick`` changes: the same stages and columns on less of everything. Keys that begin with a section go to
+every stage, the others to the stage of that name in whatever pipeline has it."""
+
+_ABOUT = {False: ("about 12 minutes on 2 cores", "about 150 MB"), True: ("about 3 minutes on 2 cores", "about 130 MB")}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the demo; what is finished from an earlier call is skipped.
+
+    Args:
+        argv: Options of ``vidreason demo``.
+
+    Returns:
+        Exit status: 0 done, else that of the pipeline that stopped.
+    """
+    # The embedded model is too small for a second thread to help, and where other programs run, waiting for it makes
+    # everything several times slower. Read when torch is first imported, which nothing has done yet.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return run_demo(argv, trainer_commands())
+
+
+def run_demo(argv: Sequence[str], commands: Commands) -> int:
+    """Runs the demo.
+
+    Args:
+        argv: Options of ``vidreason demo``.
+        commands: How to reach the ordinary commands.
+
+    Returns:
+        Exit status, as for :func:`main`.
+    """
+    parser = CommandParser(
+        prog="vidreason demo",
+        description="Zero-shot, label SFT, RB-FT and DeepIntuit from one small base on a rendered world, compared.",
+    )
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument("--seed", type=int, default=0, help="of the world, its clips and every stage")
+    parser.add_argument("--quick", action="store_true", help="levels L0 and L1, a few clips: does everything work?")
+    options = parser.parse_options(argv)
+    started = time.monotonic()
+    _introduce(options.run_dir, options.quick)
+    again = shlex.join(["vidreason", "demo", *argv])
+    settings = demo_settings(options.run_dir, options.seed, options.quick)
+    lines = {name: pipeline_options(name, options.run_dir, options.seed, settings) for name in METHODS}
+    print(f"\nchecking {len(METHODS)} pipelines ...", flush=True)
+    try:
+        runs = [open_pipeline(line, commands) for line in lines.values()]
+        if not all(run.prepare() for run in runs):
+            return USAGE_STATUS
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_STATUS
+    except KeyboardInterrupt:
+        print(f"interrupted; start again with\n  $ {again}", file=sys.stderr)
+        return INTERRUPTED_STATUS
+    for number, (method, run) in enumerate(zip(METHODS, runs, strict=True), 1):
+        command = shlex.join(["vidreason", "pipeline", *lines[method]])
+        print(f"\n=== {number}/{len(METHODS)} {method}\n$ {command}", flush=True)
+        status = run.run()
+        if status != 0:
+            print(f"the demo stopped in {method}; finished stages are kept, go on with\n  $ {again}", file=sys.stderr)
+            return status
+    print("\n=== comparison\n")
+    print(write_report(options.run_dir, METHODS))
+    minutes = (time.monotonic() - started) / 60
+    print(f"\nthis call took {minutes:.1f} minutes; remove everything with: {_removal(options.run_dir)}")
+    print(f"next: {next_command(options.run_dir / METHODS[-1])}")
+    return 0
+
+
+def demo_settings(run_dir: Path, seed: int, quick: bool) -> dict[str, object]:
+    """Everything that the demo lays on top of the shipped pipelines, by dotted key."""
+    # One folder of clips for all four: the first stage renders it, the others read it.
+    shared = {"data.init_args.data_dir": (run_dir / "porch").as_posix(), "data.init_args.seed": seed}
+    return {**shared, **(QUICK if quick else {})}
+
+
+def pipeline_options(method: str, run_dir: Path, seed: int, settings: Mapping[str, object]) -> list[str]:
+    """The options of ``vidreason pipeline`` for one method.
+
+    Args:
+        method: Name of a shipped pipeline.
+        run_dir: The demo's folder.
+        seed: Seed of every stage.
+        settings: Dotted settings; those of stages that the pipeline does not have are left out.
+    """
+    stages = _stages_of(method)
+    options = ["--config", _config_of(method), "--run_dir", (run_dir / method).as_posix()]
+    options += ["--data", DATA, "--seed", str(seed)]
+    for key, value in settings.items():
+        if key.partition(".")[0] in (*SECTIONS, *stages):
+            options += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    maker = next(name for name in METHODS if SHARED_STAGE in _stages_of(name))
+    if SHARED_STAGE in stages and method != maker:
+        options += ["--use", f"{SHARED_STAGE}={(run_dir / maker).as_posix()}"]
+    return options
+
+
+def _config_of(method: str) -> str:
+    return f"configs/pipelines/{method}.yaml"
+
+
+def _stages_of(method: str) -> list[str]:
+    return [stage.name for stage in read_pipeline(_config_of(method)).stages]
+
+
+def _introduce(run_dir: Path, quick: bool) -> None:
+    time_needed, space = _ABOUT[quick]
+    print(
+        "A small vision-language model has only learnt to describe what a doorbell camera sees. From a few labelled\n"
+        f"clips it is taught to decide, in {len(METHODS)} ways: {', '.join(METHODS)}.\n"
+        f"  writes   {run_dir}/  ({space}: clips, checkpoints, logs)\n"
+        f"  takes    {time_needed}; stop it whenever you like, the same command goes on\n"
+        f"  threads  OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}; set it yourself to change that\n"
+        f"  remove   {_removal(run_dir)}",
+        flush=True,
+    )
+
+
+def _removal(run_dir: Path) -> str:
+    return shlex.join(["rm", "-r", str(run_dir)])

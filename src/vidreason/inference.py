@@ -1,0 +1,212 @@
+"""VideoClassifier: a finished run as a function from clips to calibrated decisions with their reasons.
+
+It builds the run's model from its config, without a Trainer, and asks the stage's own decider: the same prompts, the
+same sampling, the same code that decides in ``vidreason test``. A clip of the run's data set is found by its content
+and gets the decision that ``predictions.jsonl`` holds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidreason.config.finished_stage import FinishedStage, find_stage
+from vidreason.config.quiet import quietly
+from vidreason.config.trainer_cli import build_stage
+from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.inference_data import INFERENCE_SPLIT, InferenceDataModule, KnownClips
+from vidreason.datamodules.task import Task
+from vidreason.datamodules.traces import TraceRecord
+from vidreason.datamodules.types import Clip, VideoBatch
+from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.decisions.deciders import AnswerDecider, Decider, ReviewDecider
+from vidreason.lightning_modules.decisions.predictions import BatchDecisions
+
+Video = str | os.PathLike[str] | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the model decided about one clip."""
+
+    video: str
+    """Path of the file, or ``frames 0``, ``frames 1`` … for frames in memory."""
+    label: str | None
+    """None if the clip could not be read, or no answer could be parsed."""
+    probs: Mapping[str, float]
+    """Calibrated probability of every class, in the task's order; empty if the clip could not be read."""
+    traces: tuple[str, ...]
+    """The completions that the decision rests on; none if the model decides without reasoning."""
+    seconds: float
+    """Wall time, an even share of what its batch took."""
+    error: str | None = None
+    """Why the clip could not be read."""
+
+
+class VideoClassifier:
+    """Decides about clips with the model of a finished run.
+
+    Use :meth:`from_run`. Weights are loaded once, a policy and its calibrator as two adapters on one base; each adapter
+    encodes a clip once for all its traces and labels.
+
+    Example::
+
+        classify = VideoClassifier.from_run("runs/mine")
+        decision = classify("clip.mp4")
+        decision.label, decision.probs, decision.traces
+    """
+
+    def __init__(self, stage: FinishedStage, batch_size: int = 8) -> None:
+        with quietly():
+            built = build_stage("test", list(stage.options))
+        if not isinstance(built.model, VLMModule) or not isinstance(built.data, VideoDataModule):
+            raise ValueError(f"{stage.folder}: {type(built.model).__name__} is no stage that decides about clips")
+        self._module, data = built.model, built.data
+        self._task, self._known = _task_and_clips(data, stage.task_file)
+        self._data = InferenceDataModule(self._task, self._module.vlm, data.frames, data.seed, batch_size)
+        self._fabric = L.Fabric(accelerator=built.accelerator, devices=1, precision=built.precision)
+        with torch.inference_mode(), quietly():
+            self._module.read_artefacts(self._task)
+            self._model = self._module.build_model().to(self._fabric.device).eval()
+
+    @classmethod
+    def from_run(cls, run: str | os.PathLike[str], stage: str | None = None, batch_size: int = 8) -> VideoClassifier:
+        """Loads the model of a run.
+
+        Args:
+            run: Run folder of a pipeline, or of a single ``vidreason fit`` or ``test``.
+            stage: Stage of the pipeline whose model is asked; by default the one that its last test stage tested.
+            batch_size: Clips decided together.
+
+        Raises:
+            ValueError: There is no such run or stage, or it has not finished.
+        """
+        return cls(find_stage(Path(run), stage), batch_size)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """[C] class names."""
+        return self._task.label_names
+
+    def __call__(
+        self, video: Video | Sequence[Video], traces: int | None = None, fps: float | None = None
+    ) -> Decision | list[Decision]:
+        """Decides about one clip, or about several.
+
+        Args:
+            video: A path, or frames [T, H, W, 3] uint8; or a list of such.
+            traces: Traces per clip (K); None takes the run's.
+            fps: Frames per second of frames in memory.
+
+        Returns:
+            A decision; for a list, a list.
+
+        Raises:
+            ValueError: Frames have another shape or type, or come without ``fps``; ``traces`` is below 1.
+        """
+        single = isinstance(video, str | os.PathLike | np.ndarray | Tensor)
+        videos: Sequence[Video] = [video] if single else list(video)  # type: ignore[list-item,arg-type]
+        decisions = list(self.decide(videos, traces, fps))
+        return decisions[0] if single else decisions
+
+    def decide(
+        self, videos: Sequence[Video], traces: int | None = None, fps: float | None = None
+    ) -> Iterator[Decision]:
+        """Yields the decisions about several clips as they are made, in the order of ``videos``.
+
+        Arguments and errors are those of calling the classifier with a list.
+        """
+        if traces is not None and traces < 1:
+            raise ValueError(f"traces must be at least 1, got {traces}")
+        size = self._data.batch_size
+        for first in range(0, len(videos), size):
+            yield from self._decide_batch(videos[first : first + size], first, traces, fps)
+
+    def _decide_batch(
+        self, videos: Sequence[Video], first: int, traces: int | None, fps: float | None
+    ) -> Iterator[Decision]:
+        start = time.perf_counter()
+        names, clips, in_memory = [], [], {}
+        for number, video in enumerate(videos, start=first):
+            if isinstance(video, str | os.PathLike):
+                names.append(os.fspath(video))
+                clips.append(self._clip_of(Path(video), names[-1]))
+            else:
+                names.append(f"frames {number}")
+                in_memory[names[-1]] = _frames(video, fps, names[-1])
+                clips.append(Clip(Path(names[-1]), None, names[-1]))
+        self._data.set_clips(list({clip.video_id: clip for clip in clips}.values()), in_memory)
+        with torch.inference_mode(), self._fabric.autocast(), quietly():
+            found = self._ask(self._decider(traces))
+        seconds = (time.perf_counter() - start) / len(videos)
+        for name, clip in zip(names, clips, strict=True):
+            yield self._decision(name, found[clip.video_id], seconds)
+
+    def _clip_of(self, path: Path, name: str) -> Clip:
+        """Returns the clip of the run's data set with the same content, under its id there; else a new one."""
+        known = self._known.find(path)
+        return Clip(path, None, name) if known is None else replace(known, path=path, label=None, split=INFERENCE_SPLIT)
+
+    def _decider(self, samples: int | None) -> Decider:
+        """Returns the stage's decider, with fresh traces of the clips if it reviews traces."""
+        decider = self._module.decider(self._task)
+        if isinstance(decider, AnswerDecider):
+            return replace(decider, samples=samples or decider.samples)
+        if not isinstance(decider, ReviewDecider) or decider.input == "video":
+            return decider
+        generator = self._module.trace_generator(self._task, "reason")
+        generator = replace(generator, options=replace(generator.options, samples=samples or generator.options.samples))
+        traces: dict[str, list[TraceRecord]] = {}
+        for batch in self._data.loader(INFERENCE_SPLIT, generator.view):
+            for record in generator.records(self._model, batch.to(self._fabric.device), self.label_names):
+                traces.setdefault(record.video_id, []).append(record)
+        return replace(decider, traces=traces)
+
+    def _ask(self, decider: Decider) -> dict[str, tuple[BatchDecisions, int] | str]:
+        """Returns decisions by video id, with the clip's row in them, or the reason why there is none."""
+        found: dict[str, tuple[BatchDecisions, int] | str] = {}
+        batches: Iterator[VideoBatch] = iter(self._data.loader(INFERENCE_SPLIT, decider.view))
+        for batch in batches:
+            found |= {failed.clip.video_id: failed.error for failed in batch.failed}
+            if len(batch):
+                decisions = decider.decide(self._module.vlm, self._model, batch.to(self._fabric.device))
+                found |= {clip.video_id: (decisions, row) for row, clip in enumerate(batch.clips)}
+        return found
+
+    def _decision(self, name: str, found: tuple[BatchDecisions, int] | str, seconds: float) -> Decision:
+        if isinstance(found, str):
+            return Decision(name, None, {}, (), seconds, found)
+        decisions, row = found
+        chosen = int(decisions.pred[row])
+        probs = dict(zip(self.label_names, decisions.probs[row].tolist(), strict=True))
+        texts = tuple(trace.text for trace in decisions.traces[row])
+        return Decision(name, self.label_names[chosen] if chosen >= 0 else None, probs, texts, seconds)
+
+
+def _task_and_clips(data: VideoDataModule, saved_task: Path) -> tuple[Task, KnownClips]:
+    """Returns the run's task and its data set's clips; if the data set has gone, the task that the run folder holds."""
+    try:
+        data.setup("test")
+        return data.task, KnownClips(clip for split in data.splits() for clip in data.clips(split))
+    except (ValueError, OSError):
+        if not saved_task.is_file():
+            raise
+        return Task.from_yaml(saved_task), KnownClips(())
+
+
+def _frames(video: np.ndarray | Tensor, fps: float | None, name: str) -> tuple[Tensor, float]:
+    """Turns [T, H, W, 3] uint8 into [T, 3, H, W], with its frames per second."""
+    frames = torch.as_tensor(video)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or not len(frames):
+        raise ValueError(f"{name}: frames must be [T, H, W, 3] uint8, got {list(frames.shape)} {frames.dtype}")
+    if fps is None or not fps > 0:
+        raise ValueError(f"{name}: give the frames per second of frames in memory: fps=25.0")
+    return frames.permute(0, 3, 1, 2), float(fps)

@@ -1,0 +1,1 @@
+"""Stages in order, and what they came to."""

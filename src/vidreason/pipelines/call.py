@@ -1,0 +1,199 @@
+"""``vidreason pipeline``: stages in order, as ordinary commands that can be repeated by hand.
+
+What is finished is skipped while its inputs are unchanged, what was interrupted is resumed, and what lies behind a
+changed stage runs again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from vidreason.cli.configs import PREFIX, shipped_folder
+from vidreason.config.options import CommandParser, nearest_option
+from vidreason.config.vlm_shorthand import expand, is_shorthand
+from vidreason.pipelines.commands import USAGE_STATUS, Commands, trainer_commands
+from vidreason.pipelines.runner import PipelineRun
+from vidreason.pipelines.spec import PipelineSpec, locate_config, read_pipeline
+
+_SETTING = re.compile(r"--(\w[\w.]*\+?)(?:=(.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """One call of ``vidreason pipeline``, read and checked."""
+
+    spec: PipelineSpec
+    run_dir: Path
+    use: dict[str, Path]
+    until: str | None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Lists the shipped pipelines, or runs one.
+
+    Args:
+        argv: Options of ``vidreason pipeline``.
+
+    Returns:
+        Exit status: 0 done, 2 a wrong command line or pipeline file, else that of the stage that stopped.
+    """
+    if not argv:
+        print(list_pipelines())
+        return 0
+    status = run_pipeline(argv)
+    if status == 0 and (call := read_call(argv)).until is None and call.spec.stages[-1].command == "test":
+        print(f"\nnext: {next_command(call.run_dir)}")
+    return status
+
+
+def next_command(run_dir: Path) -> str:
+    """What is done with a finished run."""
+    return shlex.join(["vidreason", "classify", "new_clip.mp4", "--run", str(run_dir)])
+
+
+def run_pipeline(argv: Sequence[str], commands: Commands | None = None) -> int:
+    """Runs the pipeline that the options describe.
+
+    Args:
+        argv: Options of ``vidreason pipeline``.
+        commands: How to reach the ordinary commands; by default in this process.
+
+    Returns:
+        Exit status, as for :func:`main`.
+    """
+    try:
+        run = open_pipeline(argv, commands or trainer_commands())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_STATUS
+    return run.run()
+
+
+def open_pipeline(argv: Sequence[str], commands: Commands) -> PipelineRun:
+    """Returns the pipeline that the options describe, with the state of its run folder.
+
+    Raises:
+        ValueError: An option, stage or file that does not exist, or a folder of another pipeline.
+    """
+    call = read_call(argv)
+    again = shlex.join(["vidreason", "pipeline", *argv])
+    return PipelineRun(call.spec, call.run_dir, commands, again, call.use, call.until)
+
+
+def read_call(argv: Sequence[str]) -> PipelineCall:
+    """Reads options, pipeline file and overrides.
+
+    Args:
+        argv: Options of ``vidreason pipeline``.
+
+    Raises:
+        ValueError: An option, stage or file that does not exist; the message names it.
+        SystemExit: ``--help``, or a required option is missing.
+    """
+    parser = CommandParser(
+        prog="vidreason pipeline",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run stages in order; skip what is finished, resume what was interrupted.",
+        epilog="Any setting can be overridden:\n"
+        "  --STAGE.dotted.key VALUE     of one stage:   --grpo.trainer.max_steps 5\n"
+        "  --SECTION.dotted.key VALUE   of every stage: --data.init_args.num_workers 2\n\n"
+        "`vidreason pipeline` alone lists the shipped pipelines.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="the pipeline: which stages in which order (required)")
+    parser.add_argument("--run_dir", type=Path, metavar="DIR", help="where everything is written (required)")
+    parser.add_argument("--data", metavar="FILE", help="data section for every stage (configs/data/...)")
+    parser.add_argument(
+        "--vlm",
+        metavar="FILE|ID|FOLDER",
+        help="model for every stage: a section (configs/vlm/...), a hub id such as Qwen/Qwen2.5-VL-3B-Instruct, or a "
+        "model folder",
+    )
+    parser.add_argument(
+        "--strategy",
+        action="append",
+        default=[],
+        metavar="[STAGE=]NAME",
+        help="how a stage, or every stage, trains: an overlay of configs/strategy (qlora, fsdp, ...) or a file",
+    )
+    parser.add_argument("--seed", type=int, help="seed of every stage (default: the pipeline's, else 0)")
+    parser.add_argument(
+        "--use",
+        action="append",
+        default=[],
+        metavar="STAGE=DIR",
+        help="take a finished stage from another run (its run folder or stage folder) instead of running it",
+    )
+    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    options, rest = parser.parse_known_args(list(argv))
+    overrides = _read_overrides(rest, vars(options))
+    if options.config is None or options.run_dir is None:
+        parser.error("--config and --run_dir are required")
+    spec = read_pipeline(options.config).with_overrides(overrides)
+    for section in ("data", "vlm"):
+        if (name := getattr(options, section)) is not None:
+            if section == "vlm" and is_shorthand(name):
+                expand(name)
+            else:
+                locate_config(name)
+            spec = replace(spec, **{section: name})
+    for item in options.strategy:
+        stage, equals, name = item.rpartition("=")
+        spec = spec.with_strategy(name, stage if equals else None)
+    if options.seed is not None:
+        spec = replace(spec, seed=options.seed)
+    if options.until is not None:
+        spec.stage(options.until)
+    use: dict[str, Path] = {}
+    for item in options.use:
+        stage, equals, folder = item.partition("=")
+        if not equals:
+            raise ValueError(f"--use {item}: must read STAGE=DIR")
+        use[spec.stage(stage).name] = Path(folder)
+    return PipelineCall(spec, options.run_dir, use, options.until)
+
+
+def list_pipelines() -> str:
+    """The shipped pipelines with their stages and what each needs, and how to run one."""
+    lines = []
+    for path in sorted((shipped_folder() / "pipelines").glob("*.yaml")):
+        spec = read_pipeline(str(path))
+        lines.append(f"  {PREFIX}/pipelines/{path.name}")
+        lines.append(f"    what:   {spec.description}")
+        lines.append(f"    stages: {', '.join(stage.name for stage in spec.stages)}")
+        lines.append(f"    needs:  {spec.needs}")
+    usage = f"run one with\n  vidreason pipeline --config {PREFIX}/pipelines/deepintuit.yaml --run_dir runs/x"
+    more = (
+        "on your own clips: --data my_task/data.yaml, which `vidreason init` writes; another model: --vlm ID or FOLDER"
+    )
+    return "\n".join(["pipelines:", *lines, "", usage, more])
+
+
+def _read_overrides(arguments: Sequence[str], known: Iterable[str]) -> dict[str, object]:
+    """``--a.b value`` and ``--a.b=value``; values are read as YAML. ``known`` are the options there are."""
+    overrides: dict[str, object] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        match = _SETTING.fullmatch(word)
+        if match is None or "." not in match[1]:
+            hint = nearest_option(word.partition("=")[0], [f"--{name}" for name in known])
+            hint = hint or ": settings read --STAGE.dotted.key VALUE"
+            raise ValueError(f"unknown option {word!r}{hint} (`vidreason pipeline --help`)")
+        if match[2] is None and (not rest or rest[0].startswith("--")):
+            raise ValueError(f"{word}: a value is missing")
+        text = rest.pop(0) if match[2] is None else match[2]
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        # What YAML reads as anything but a number, a truth value, null or a list stays as it was typed.
+        overrides[match[1]] = value if isinstance(value, int | float | list | dict | None) else text
+    return overrides

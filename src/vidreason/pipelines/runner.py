@@ -1,0 +1,238 @@
+"""Runs the stages of a pipeline as ordinary commands and keeps account of them in the run folder."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from vidreason.cli.usage import cpu_seconds, gpus_used, reset_gpu_peak
+from vidreason.datamodules.atomic_files import write_text
+from vidreason.pipelines.commands import COLD_POLICY_STATUS, INTERRUPTED_STATUS, USAGE_STATUS, Commands
+from vidreason.pipelines.fingerprints import fingerprint_artefact
+from vidreason.pipelines.inputs import StageInputs
+from vidreason.pipelines.spec import PipelineSpec, StageSpec
+from vidreason.pipelines.state import (
+    RunState,
+    StageRecord,
+    artefact_path,
+    changed_inputs,
+    find_taken_stage,
+    unread_note,
+)
+from vidreason.pipelines.summary import write_summary
+
+
+class PipelineRun:
+    """One pipeline in one run folder."""
+
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        run_dir: Path,
+        commands: Commands,
+        again: str,
+        use: Mapping[str, Path] | None = None,
+        until: str | None = None,
+    ) -> None:
+        """Loads the folder's state.
+
+        Args:
+            spec: The stages, with overrides laid on top.
+            run_dir: The run folder, new or from an earlier call.
+            commands: How to run a stage.
+            again: The command line that goes on with this run, for messages.
+            use: Stage name to the folder of another run in which it is finished.
+            until: Name of the last stage to run; None runs all.
+
+        Raises:
+            ValueError: The folder's state cannot be read or belongs to another pipeline; a stage in ``use``, or
+                ``until``, is unknown.
+        """
+        self.spec, self.run_dir, self.commands, self.again = spec, run_dir, commands, again
+        self.use = {spec.stage(name).name: folder for name, folder in (use or {}).items()}
+        self.state = RunState.load(run_dir) or RunState(spec.name)
+        self.inputs = StageInputs(spec, run_dir, self.state)
+        names = [stage.name for stage in spec.stages]
+        self.stages = spec.stages[: names.index(spec.stage(until).name) + 1] if until else spec.stages
+        if self.state.pipeline != spec.name:
+            raise ValueError(
+                f"--run_dir {run_dir} holds a run of pipeline {self.state.pipeline!r}, not of {spec.name!r}; "
+                "choose another folder"
+            )
+
+    def prepare(self) -> bool:
+        """Builds every stage that will run once, without weights: a typo shows now and not hours later.
+
+        Returns:
+            False where something is wrong, which has been said.
+        """
+        for stage in self.stages:
+            record = self.state.stages.get(stage.name)
+            known = record is not None and record.done and self.inputs.as_before(stage, record.inputs)
+            if known or stage.name in self.use:
+                continue
+            error = self.commands.check(self.inputs.command_line(stage, self.run_dir / self.spec.folder(stage.name)))
+            if error is not None:
+                print(f"error: stage {stage.name}: {error}", file=sys.stderr)
+                return False
+        return True
+
+    def run(self) -> int:
+        """Runs every stage that is not finished on its present inputs.
+
+        Returns:
+            0, or the exit status of the stage that failed.
+
+        Raises:
+            ValueError: A stage of ``use`` does not fit; a stage did not write its artefact.
+        """
+        write_text(self.run_dir / "pipeline.yaml", self.spec.as_yaml())
+        try:
+            if not self.prepare():
+                return USAGE_STATUS
+        except KeyboardInterrupt:
+            self._say_how_to_go_on("preparing", "interrupted")
+            return INTERRUPTED_STATUS
+        for number, stage in enumerate(self.stages, 1):
+            title = f"[{number}/{len(self.spec.stages)}] {stage.name}"
+            status = self._take(stage, title) if stage.name in self.use else self._advance(stage, title)
+            if status != 0:
+                return status
+            if stage.command == "test":
+                write_summary(self.run_dir, self.spec, self.state)
+        return 0
+
+    def _take(self, stage: StageSpec, title: str) -> int:
+        """Takes a finished stage from another run, if it was made on the inputs that it would have here."""
+        option = f"--use {stage.name}={self.use[stage.name]}"
+        folder, found = find_taken_stage(stage.name, self.use[stage.name])
+        inputs = self.inputs.fingerprints(stage)
+        differs = changed_inputs(found.inputs, inputs)
+        if differs:
+            raise ValueError(f"{option}: that run's stage was made on other inputs: {', '.join(differs)}")
+        path = artefact_path(folder, stage.artefact)
+        if path is None:
+            raise ValueError(f"{option}: {folder} holds no {stage.artefact}")
+        print(f"{title}: taken from {folder}")
+        self.state.stages[stage.name] = StageRecord(
+            status="finished",
+            folder=os.path.relpath(folder, self.run_dir),
+            inputs=inputs,
+            command=found.command,
+            artefact_sha=fingerprint_artefact(path),
+            taken=True,
+            note=f"taken from {folder}",
+            wall_seconds=found.wall_seconds,
+            cpu_seconds=found.cpu_seconds,
+            gpu_seconds=found.gpu_seconds,
+        )
+        self._count_train_clips(stage, found)
+        self.state.save(self.run_dir)
+        return 0
+
+    def _advance(self, stage: StageSpec, title: str) -> int:
+        """Skips, resumes or starts a stage."""
+        inputs = self.inputs.fingerprints(stage)
+        folder = self.run_dir / self.spec.folder(stage.name)
+        record = self.state.stages.get(stage.name)
+        if record is not None and record.taken:
+            record = None  # was another run's; this call asks for one of its own
+        changed = [] if record is None else changed_inputs(record.inputs, inputs)
+        if record is not None and (changed or record.folder != self.spec.folder(stage.name)):
+            print(f"{title}: runs again, changed: {', '.join(changed) or 'its place in the pipeline'}")
+            record = None
+        if record is not None and record.done:
+            path = artefact_path(folder, stage.artefact)
+            if record.status == "skipped":
+                print(f"{title}: {record.note}")
+                return 0
+            if path is not None:
+                edited = fingerprint_artefact(path) != record.artefact_sha
+                said = [record.note] * bool(record.note) + [f"{path} was edited since; kept"] * edited
+                print("; ".join([f"{title}: finished, inputs unchanged", *said]))
+                return 0
+            print(f"{title}: runs again, its {stage.artefact} is gone from {folder}")
+            record = None
+        if record is None:
+            _put_aside(folder)
+            record = StageRecord("running", self.spec.folder(stage.name), inputs)
+        else:
+            print(f"{title}: goes on where it was {record.status}")
+        self.state.stages[stage.name] = record
+        return self._execute(stage, record, title)
+
+    def _execute(self, stage: StageSpec, record: StageRecord, title: str) -> int:
+        folder = self.run_dir / record.folder
+        record.command = self.inputs.command_line(stage, folder)
+        line = shlex.join(["vidreason", *record.command])
+        print(f"{title}\n  $ {line}", flush=True)
+        write_text(folder / "command.txt", line + "\n")
+        record.status = "running"
+        self.state.save(self.run_dir)
+        status = self._timed(record, title)
+
+        if status == COLD_POLICY_STATUS and stage.on_unparsed == "skip":
+            record.status = "skipped"
+            record.note = (
+                "ended without an adapter: no completion could be parsed; the run goes on from the stage before"
+            )
+            print(f"{title}: {record.note}")
+        elif status != 0:
+            record.status = "interrupted" if status == INTERRUPTED_STATUS else "failed"
+            self.state.save(self.run_dir)
+            self._say_how_to_go_on(title, f"{record.status} (exit status {status})")
+            return status
+        else:
+            self._finish(stage, record, folder)
+        self.state.save(self.run_dir)
+        return 0
+
+    def _finish(self, stage: StageSpec, record: StageRecord, folder: Path) -> None:
+        path = artefact_path(folder, stage.artefact)
+        if path is None:
+            record.status = "failed"
+            self.state.save(self.run_dir)
+            raise ValueError(f"stage {stage.name} ended without an error but wrote no {stage.artefact} into {folder}")
+        record.status, record.artefact_sha = "finished", fingerprint_artefact(path)
+        record.note = unread_note(folder)
+        self._count_train_clips(stage, record)
+
+    def _count_train_clips(self, stage: StageSpec, record: StageRecord) -> None:
+        if stage.command == "fit":
+            self.state.train_clips = self.commands.train_clips(record.command)
+
+    def _say_how_to_go_on(self, title: str, what: str) -> None:
+        print(f"{title}: {what}. What is finished is kept; go on with\n  $ {self.again}", file=sys.stderr, flush=True)
+
+    def _timed(self, record: StageRecord, title: str) -> int:
+        """Runs the stage's command and adds what it took to the record, however it ends."""
+        cpu, wall = cpu_seconds(), time.monotonic()
+        reset_gpu_peak()
+        record.status = "failed"  # stands if the command leaves by an exception
+        status = None
+        try:
+            status = self.commands.run(record.command)
+        except KeyboardInterrupt:
+            status = INTERRUPTED_STATUS
+        finally:
+            if status is None:
+                self._say_how_to_go_on(title, "failed")
+            elapsed = time.monotonic() - wall
+            record.wall_seconds += elapsed
+            record.cpu_seconds += cpu_seconds() - cpu
+            record.gpu_seconds += elapsed * gpus_used()
+            self.state.save(self.run_dir)
+        return status
+
+
+def _put_aside(folder: Path) -> None:
+    """Keeps the last version of a stage folder as ``NAME.old``."""
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)

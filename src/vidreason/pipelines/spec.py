@@ -1,0 +1,298 @@
+"""What a pipeline is: stages in order, each an ordinary command, and which artefact goes where.
+
+A pipeline file names its stages; a stage names its command, its config, settings on top of it (``args``) and what it
+takes from earlier stages (``inputs``, written ``"{stage.artefact}"``; ``"{grpo.adapter|sft_cold_start.adapter}"`` takes
+the first that exists). What a stage writes follows from its command.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import yaml
+
+from vidreason.cli.configs import PREFIX, find_config, shipped_folder
+from vidreason.config.moved_keys import PIPELINE_MOVED, explain_moved
+from vidreason.pipelines.fingerprints import read_yaml
+
+Command = Literal["fit", "predict", "test"]
+Artefact = Literal["adapter", "traces", "predictions"]
+
+ARTEFACT_OF: Mapping[str, Artefact] = {"fit": "adapter", "predict": "traces", "test": "predictions"}
+ARTEFACT_FILES: Mapping[str, tuple[str, ...]] = {
+    "adapter": ("adapter", "weights"),  # weights/ after full fine-tuning
+    "traces": ("traces.jsonl",),
+    "predictions": ("predictions.jsonl",),
+}
+SECTIONS = ("data", "vlm", "model", "trainer", "checkpoint", "optimizer", "lr_scheduler", "seed_everything")
+
+_STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_unparsed")
+_PIPELINE_KEYS = ("name", "description", "needs", "data", "vlm", "strategy", "seed", "args", "stages")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_REFERENCE = re.compile(r"\{([^{}]+)\}")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An artefact of an earlier stage."""
+
+    stage: str
+    artefact: Artefact
+
+    def __str__(self) -> str:
+        return f"{self.stage}.{self.artefact}"
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: an ordinary command and what it takes from the stages before it."""
+
+    name: str
+    command: Command
+    config: str
+    args: Mapping[str, object]
+    """Dotted settings on top of the config (``trainer.max_steps: 5``)"""
+    inputs: Mapping[str, tuple[Reference, ...]]
+    """Dotted setting to where its path comes from: the first of the alternatives that exists"""
+    on_unparsed: Literal["stop", "skip"] = "stop"
+    """What to do where the stage gives up because no completion parses"""
+    strategy: str | None = None
+    """An overlay on the config, ``configs/strategy/NAME.yaml``"""
+
+    @property
+    def artefact(self) -> Artefact:
+        """What the stage writes."""
+        return ARTEFACT_OF[self.command]
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """A pipeline as read from its file, with the settings of the command line laid on top."""
+
+    name: str
+    description: str
+    stages: tuple[StageSpec, ...]
+    source: str
+    """The file it was read from, for messages"""
+    needs: str = ""
+    """Which clips and which model it takes, in one line"""
+    data: str | None = None
+    """A data section's file, for every stage"""
+    vlm: str | None = None
+    """A model section's file, a hub id or a model folder, for every stage"""
+    seed: int = 0
+    args: Mapping[str, object] = field(default_factory=dict)
+    """Dotted settings for every stage"""
+
+    def stage(self, name: str) -> StageSpec:
+        """The stage called ``name`` or ``NN_name``.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        plain = re.sub(r"^\d\d_", "", name)
+        for number, stage in enumerate(self.stages, 1):
+            if name in (stage.name, f"{number:02d}_{stage.name}"):
+                return stage
+        raise ValueError(f"{self.source}: no stage {name!r}{_suggest(plain, [s.name for s in self.stages])}")
+
+    def folder(self, name: str) -> str:
+        """The stage's folder within the run folder (``stages/03_grpo``)."""
+        number = [stage.name for stage in self.stages].index(name) + 1
+        return f"stages/{number:02d}_{name}"
+
+    def with_strategy(self, strategy: str, stage: str | None = None) -> PipelineSpec:
+        """Lays an overlay of ``configs/strategy`` on one stage, or on every stage.
+
+        Raises:
+            ValueError: There is no such stage or overlay.
+        """
+        path, chosen = strategy_file(strategy), None if stage is None else self.stage(stage)
+        stages = tuple(replace(s, strategy=path) if chosen in (None, s) else s for s in self.stages)
+        return replace(self, stages=stages)
+
+    def with_overrides(self, overrides: Mapping[str, object]) -> PipelineSpec:
+        """Lays ``stage.dotted.key`` (that stage) and ``section.dotted.key`` (every stage) on top.
+
+        Raises:
+            ValueError: A key begins with neither a stage nor a section.
+        """
+        everywhere = dict(self.args)
+        changed = {stage.name: dict(stage.args) for stage in self.stages}
+        names = [stage.name for stage in self.stages]
+        for key, value in overrides.items():
+            head, _, rest = key.partition(".")
+            if head in SECTIONS:
+                everywhere[key] = value
+                continue
+            if not rest or re.sub(r"^\d\d_", "", head) not in names:
+                raise ValueError(
+                    f"--{key}: begins with neither a stage of {self.source} ({', '.join(names)}) nor a section "
+                    f"({', '.join(SECTIONS)}){_suggest(head, [*names, *SECTIONS])}"
+                )
+            stage = self.stage(head)
+            if rest in stage.inputs:
+                raise ValueError(
+                    f"--{key}: comes from {' or '.join(map(str, stage.inputs[rest]))} in {self.source}; "
+                    f"take a finished stage with --use {stage.inputs[rest][0].stage}=FOLDER instead"
+                )
+            changed[stage.name][rest] = value
+        stages = tuple(replace(stage, args=changed[stage.name]) for stage in self.stages)
+        return replace(self, stages=stages, args=everywhere)
+
+    def as_yaml(self) -> str:
+        """The pipeline as a file that runs again as it is."""
+        stages: list[dict[str, object]] = []
+        for stage in self.stages:
+            row: dict[str, object] = {"name": stage.name, "command": stage.command, "config": stage.config}
+            if stage.strategy is not None:
+                row["strategy"] = stage.strategy
+            if stage.args:
+                row["args"] = dict(stage.args)
+            if stage.inputs:
+                row["inputs"] = {key: "{" + "|".join(map(str, refs)) + "}" for key, refs in stage.inputs.items()}
+            if stage.on_unparsed != "stop":
+                row["on_unparsed"] = stage.on_unparsed
+            stages.append(row)
+        top: dict[str, object] = {"name": self.name, "description": self.description, "seed": self.seed}
+        top |= {key: value for key in ("needs", "data", "vlm", "args") if (value := getattr(self, key))}
+        return yaml.safe_dump({**top, "stages": stages}, sort_keys=False, width=120)
+
+
+def locate_config(name: str) -> Path:
+    """Where a config file lies: from the current folder, or else among the shipped ones.
+
+    Raises:
+        ValueError: It is in neither place.
+    """
+    path = find_config(name)
+    if path is None:
+        raise ValueError(f"no file {name!r}, neither from {Path.cwd()} nor among the shipped configs")
+    return path
+
+
+def strategy_file(name: str) -> str:
+    """The overlay that a name stands for: ``qlora`` is ``configs/strategy/qlora.yaml``; a file stands for itself.
+
+    Raises:
+        ValueError: There is no such file; the message lists the shipped ones.
+    """
+    path = name if name.endswith((".yaml", ".yml")) else f"{PREFIX}/strategy/{name}.yaml"
+    if find_config(path) is None:
+        shipped = sorted(p.stem for p in (shipped_folder() / "strategy").glob("*.yaml"))
+        raise ValueError(f"no strategy {name!r} ({path}); shipped are {', '.join(shipped)}{_suggest(name, shipped)}")
+    return path
+
+
+def read_pipeline(config: str) -> PipelineSpec:
+    """Reads and checks a pipeline file.
+
+    Raises:
+        ValueError: The file is missing or malformed, names an unknown key, a missing config, or an artefact that no
+            earlier stage writes. The message names file and key.
+    """
+    path = locate_config(config)
+    top = _mapping(read_yaml(path), f"{path}", _PIPELINE_KEYS)
+    rows = top.get("stages")
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: key 'stages' must be a list of stages")
+    stages: list[StageSpec] = []
+    for number, row in enumerate(rows, 1):
+        stages.append(_read_stage(row, f"{path}: stages[{number}]", stages, top.get("strategy")))
+    seed = top.get("seed", 0)
+    if not isinstance(seed, int):
+        raise ValueError(f"{path}: key 'seed' must be a whole number, got {seed!r}")
+    return PipelineSpec(
+        name=str(top.get("name", path.stem)),
+        description=str(top.get("description", "")),
+        stages=tuple(stages),
+        source=str(path),
+        needs=str(top.get("needs", "")),
+        data=cast("str | None", top.get("data")),
+        vlm=cast("str | None", top.get("vlm")),
+        seed=seed,
+        args=_settings(top.get("args"), f"{path}: key 'args'"),
+    )
+
+
+def _read_stage(row: object, where: str, before: Sequence[StageSpec], strategy: object) -> StageSpec:
+    stage = _mapping(row, where, _STAGE_KEYS)
+    for key in ("name", "command", "config"):
+        if not isinstance(stage.get(key), str):
+            raise ValueError(f"{where}: key {key!r} is missing")
+    name, command, config = (str(stage[key]) for key in ("name", "command", "config"))
+    where = f"{where} ({name})"
+    if not _NAME.fullmatch(name) or name in SECTIONS:
+        raise ValueError(f"{where}: a stage's name is lower case with underscores and none of {', '.join(SECTIONS)}")
+    if name in [other.name for other in before]:
+        raise ValueError(f"{where}: key 'name': there is a stage {name!r} already")
+    if command not in ARTEFACT_OF:
+        raise ValueError(f"{where}: key 'command' must be one of {', '.join(ARTEFACT_OF)}, got {command!r}")
+    policy = stage.get("on_unparsed", "stop")
+    if policy not in ("stop", "skip"):
+        raise ValueError(f"{where}: key 'on_unparsed' must be stop or skip, got {policy!r}")
+    try:
+        locate_config(config)
+    except ValueError as error:
+        raise ValueError(f"{where}: key 'config': {error}") from error
+    inputs = {
+        key: _read_references(value, f"{where}: inputs.{key}", before)
+        for key, value in _settings(stage.get("inputs"), f"{where}: key 'inputs'").items()
+    }
+    args = _settings(stage.get("args"), f"{where}: key 'args'")
+    strategy = stage.get("strategy", strategy)
+    try:
+        overlay = None if strategy is None else strategy_file(str(strategy))
+    except ValueError as error:
+        raise ValueError(f"{where}: key 'strategy': {error}") from error
+    return StageSpec(name, cast(Command, command), config, args, inputs, policy, overlay)
+
+
+def _read_references(value: object, where: str, before: Sequence[StageSpec]) -> tuple[Reference, ...]:
+    match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f'{where}: must read "{{stage.artefact}}", got {value!r}; fixed values belong in args')
+    references = []
+    stages = {stage.name: stage for stage in before}
+    for text in match[1].split("|"):
+        name, _, artefact = text.strip().partition(".")
+        if name not in stages:
+            raise ValueError(f"{where}: no earlier stage {name!r}{_suggest(name, list(stages))}")
+        if artefact != stages[name].artefact:
+            raise ValueError(f"{where}: stage {name} ({stages[name].command}) writes {stages[name].artefact!r} only")
+        references.append(Reference(name, stages[name].artefact))
+    if stages[references[-1].stage].on_unparsed == "skip":
+        raise ValueError(
+            f"{where}: stage {references[-1].stage} may end without an artefact (on_unparsed: skip); name what to "
+            f'take instead, "{{{references[-1]}|earlier_stage.{references[-1].artefact}}}"'
+        )
+    return tuple(references)
+
+
+def _mapping(value: object, where: str, known: Sequence[str]) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: must be a mapping with the keys {', '.join(known)}")
+    for key in value:
+        if key in PIPELINE_MOVED:
+            raise ValueError(explain_moved(key, PIPELINE_MOVED[key], where))
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}{_suggest(str(key), known)}; known: {', '.join(known)}")
+    return {str(key): item for key, item in value.items()}
+
+
+def _settings(value: object, where: str) -> dict[str, object]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must map dotted settings to values (trainer.max_steps: 5), got {value!r}")
+    return {str(key): item for key, item in value.items()}
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""From somebody's clips to the files that the commands read."""

@@ -1,0 +1,182 @@
+"""The files that ``vidreason init`` writes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vidreason.datamodules.split_names import STANDARD_SPLITS
+
+if TYPE_CHECKING:  # all of them need torch
+    from vidreason.datamodules.sources.probing import ClipProbe
+    from vidreason.datamodules.types import Clip
+    from vidreason.prepare.frames import FrameSuggestion
+
+MANIFEST, UNREADABLE, TASK, DATA, README = FILES = (
+    "manifest.csv",
+    "unreadable.csv",
+    "task.yaml",
+    "data.yaml",
+    "README.txt",
+)
+_OWN_COLUMNS = ("path", "label", "split", "group", "video_id")
+_MEASURED = ("clip_seconds", "clip_fps", "clip_frames", "clip_width", "clip_height", "clip_sha256")
+_DEFAULT_QUESTION = "What happens in the video?"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A clip that cannot be used."""
+
+    file: Path
+    video_id: str
+    label: str
+    reason: str
+
+
+def manifest_text(clips: Sequence[Clip], probes: Mapping[str, ClipProbe], folder: Path) -> str:
+    """The readable clips with split, group and what was measured; the source's other columns behind it.
+
+    Args:
+        clips: with their splits and groups.
+        probes: by video id.
+        folder: where the file will lie; paths are relative to it.
+    """
+    taken = (*_OWN_COLUMNS, *_MEASURED)
+    names = {name: _free(name, taken) for clip in clips for name in clip.fields if name not in _MEASURED}
+    rows = []
+    for clip in clips:
+        probe = probes[clip.video_id]
+        measured = (f"{probe.seconds:.3f}", f"{probe.fps:.3f}", probe.frames, probe.width, probe.height, probe.sha)
+        own = (relative_path(clip.path, folder), clip.label, clip.split, clip.group, clip.video_id)
+        rows.append((*own, *measured, *(clip.fields.get(name, "") for name in names)))
+    return _csv((*taken, *names.values()), rows)
+
+
+def unreadable_text(clips: Sequence[LeftOut], folder: Path) -> str:
+    """The clips that were left out, with the reason."""
+    rows = [(printable(relative_path(clip.file, folder)), clip.label, clip.video_id, clip.reason) for clip in clips]
+    return _csv(("path", "label", "video_id", "reason"), rows)
+
+
+def task_text(name: str, labels: Sequence[str], question: str, metadata: Sequence[str]) -> str:
+    """A task file that works as it is, with the lines to edit marked."""
+    lines = [
+        "# What is asked of every clip, in all stages. It works as it is, and better once the lines marked EDIT are",
+        "# yours: definitions are shown to the model, so that it need not guess what a class name means.",
+        f"name: {_quoted(name)}",
+        f"question: {_quoted(question or _DEFAULT_QUESTION)} # EDIT: what you want to know, in one sentence",
+        "classes:",
+    ]
+    for label in labels:
+        lines += [
+            f"  - name: {_quoted(label)}",
+            '    definition: "" # EDIT: what is seen in a clip of this class, in one sentence',
+        ]
+    lines += ["ordinal: false # true: the order of the classes is a scale"]
+    known = f" Here: {', '.join(metadata)}" if metadata else ""
+    lines += [f"metadata_fields: [] # columns of manifest.csv that the model may read; they can leak the label.{known}"]
+    return "\n".join(lines) + "\n"
+
+
+def data_text(folder: Path, frames: FrameSuggestion, splits: Sequence[str]) -> str:
+    """A data section for every command."""
+    further = [name for name in splits if name not in STANDARD_SPLITS and not name.startswith("test")]
+    tests = [name for name in splits if name.startswith("test")] + further
+    lines = [
+        "# The clips, as every command reads them: --data FILE. The two paths are absolute, so that it can be called",
+        "# from any folder; change them after moving this one.",
+        "class_path: vidreason.datamodules.manifest.ManifestDataModule",
+        "init_args:",
+        f"  manifest: {_path(folder / MANIFEST)}",
+        f"  task: {_path(folder / TASK)}",
+        "  frames:",
+        f"    num_frames: {frames.num_frames} # {frames.why_frames}",
+        f"    max_pixels: {frames.max_pixels} # {frames.why_pixels}",
+        "  num_workers: 2 # processes that decode",
+    ]
+    if further:
+        lines.append(f"  test_splits: [{', '.join(map(_quoted, tests))}]")
+    return "\n".join(lines) + "\n"
+
+
+def readme_text(out: Path, commands: Sequence[str], facts: str) -> str:
+    """What lies in the folder and what to run next."""
+    return "\n".join(
+        [
+            facts,
+            "",
+            f"{TASK:15} what is asked, and the classes: fill in the lines marked EDIT first",
+            f"{DATA:15} which clips, how many frames of each, how large",
+            f"{MANIFEST:15} every readable clip with its label, split and group",
+            f"{UNREADABLE:15} clips that were left out and why (only where there are any)",
+            "",
+            f"Run these where you ran `vidreason init` (paths such as {out} are relative to it):",
+            "",
+            *(f"    {command}" for command in commands),
+            "",
+        ]
+    )
+
+
+def next_commands(out: Path) -> list[str]:
+    """The commands that follow, as they can be copied."""
+    run_dir = Path("runs") / (_slug(out.resolve().name))
+    config = "configs/pipelines/deepintuit.yaml"
+    return [
+        shlex.join(["vidreason", "pipeline", "--config", config, "--data", f"{out / DATA}", "--run_dir", f"{run_dir}"]),
+        shlex.join(["vidreason", "classify", "new_clip.mp4", "--run", f"{run_dir}"]),
+    ]
+
+
+def task_name(out: Path) -> str:
+    """A name for the task, after its folder."""
+    return _slug(out.resolve().name)
+
+
+def relative_path(file: Path, folder: Path) -> str:
+    """The path as seen from a folder; absolute where there is no way (another drive)."""
+    try:
+        return Path(os.path.relpath(file, folder)).as_posix()
+    except ValueError:
+        return file.as_posix()
+
+
+def printable(text: str) -> str:
+    """Text that any file or terminal takes: bytes of a name that is no UTF-8 are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "_", name).strip("_").lower() or "my_task"
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    """Another name for a column of the source that has the name of one of ours."""
+    return f"{name}_original" if name in taken else name
+
+
+def _quoted(text: str) -> str:
+    """A YAML string, whatever it holds: ``no``, ``1``, a colon, quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _path(path: Path) -> str:
+    """A path in a config, where ``${`` would begin a variable."""
+    return _quoted(str(path)).replace("${", "\\\\${")
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,263 @@
+"""``vidreason init``: from a folder of clips, or somebody else's table, to files that every command reads.
+
+It opens every clip once, makes the splits that are missing and writes manifest, task and data section into a folder of
+its own. Nothing is ever written into the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vidreason.config.options import CommandParser
+from vidreason.datamodules.atomic_files import write_text
+from vidreason.datamodules.sources.columns import ColumnNames
+from vidreason.datamodules.sources.source import Source, SourceClip, SourceOptions, read_source
+from vidreason.prepare import files, report
+from vidreason.prepare.files import LeftOut, printable
+
+if TYPE_CHECKING:
+    from vidreason.datamodules.sources.new_splits import Assignment
+    from vidreason.datamodules.sources.probing import ClipProbe
+
+_MOST_WORKERS = 8
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reads a source, probes its clips and writes the files.
+
+    Args:
+        argv: Options of ``vidreason init``.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        ValueError: A mistake in the source or the options; the message names file, row or option and the remedy.
+        SystemExit: ``--help``, or a wrong option.
+    """
+    options = _parser().parse_options(argv)
+    where = dict(_pair(text) for text in options.where)
+    _refuse_to_overwrite(options.source, options.out, options.force)
+    columns = ColumnNames(options.path_column, options.label_column, options.split_column, options.group_column)
+    source = read_source(options.source, SourceOptions(columns, options.root, where))
+    labels = _class_names(source)
+
+    # what needs torch takes seconds to import: what the source is, and most mistakes in it, are told before
+    print("\n".join(report.source_lines(source)), flush=True)
+    _check_names(source, labels)
+    probes, left_out = _probe(source, options.workers, options.timeout)
+    _refuse_unreadable_classes(source, labels, probes, left_out)
+    assignment = _assign(source, probes, options.seed, options.new_splits)
+    _write(source, labels, probes, left_out, assignment, options)
+    return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="vidreason init",
+        description="Look into every clip of a source and write manifest, task and data section for it into a folder.",
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a folder with one folder of clips per class (train, val, test above or below them, or not at all), a "
+        "table (.csv .tsv .txt .json .jsonl), or chat records with messages and videos (.json .jsonl)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files are written")
+    parser.add_argument("--force", action="store_true", help="overwrite the files of an earlier call in DIR")
+    for name, what in (
+        ("path", "the clip's path"),
+        ("label", "its class"),
+        ("split", "train, val, cal, test"),
+        ("group", "what must not be divided between splits: a person, a source video"),
+    ):
+        parser.add_argument(f"--{name}-column", metavar="NAME", help=f"the table's column with {what}")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="what paths in the table are relative to")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="only these rows of the table"
+    )
+    parser.add_argument("--new-splits", action="store_true", help="make all splits, whatever the source says")
+    parser.add_argument("--seed", type=int, default=0, help="of the splits that have to be made (default: 0)")
+    parser.add_argument(
+        "--timeout",
+        type=_positive,
+        default=60.0,
+        metavar="S",
+        help="seconds that reading one clip may take (default: 60)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=_cores(), metavar="N", help="clips read at the same time (default: the cores)"
+    )
+    return parser
+
+
+def _refuse_to_overwrite(source: Path, out: Path, force: bool) -> None:
+    """Nothing is written into the source, and no file is replaced unasked."""
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"--out {out} lies in {source}, which stays as it is; give a folder outside of it")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder")
+    there = [name for name in files.FILES if (out / name).exists()]
+    for name in there:
+        if source.exists() and (out / name).samefile(source):
+            raise ValueError(f"--out {out} would overwrite {source}; give another folder")
+    if there and not force:
+        raise ValueError(f"{out / there[0]} exists; give --force to overwrite it, or another --out")
+    parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--out {out}: no permission to write into {parent}")
+
+
+def _class_names(source: Source) -> tuple[str, ...]:
+    labels = tuple(sorted({clip.label for clip in source.clips}))
+    if len(labels) < 2:
+        raise ValueError(f"{source.path}: one class only, {labels[0]!r}; deciding takes at least two")
+    return labels
+
+
+def _check_names(source: Source, labels: Sequence[str]) -> None:
+    """Refuses what a task file would refuse."""
+    from vidreason.datamodules.task import Task
+
+    try:
+        Task.from_labels("task", labels)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}; rename the class") from error
+
+
+def _probe(source: Source, workers: int, timeout: float) -> tuple[dict[str, ClipProbe], list[LeftOut]]:
+    """Looks into every clip, with a progress bar.
+
+    Returns:
+        Probes by video id, and the clips that cannot be used.
+    """
+    from tqdm import tqdm
+
+    from vidreason.datamodules.sources.probing import Unreadable, probe_clips
+
+    probes: dict[str, ClipProbe] = {}
+    left_out: list[LeftOut] = []
+    readable = [clip for clip in source.clips if _is_text(clip)]
+    results = probe_clips([clip.file for clip in readable], workers, timeout)
+    bar = tqdm(results, total=len(readable), desc="reading clips", unit="clip", leave=False, disable=None)
+    for clip, result in zip(readable, bar, strict=True):
+        if isinstance(result, Unreadable):
+            left_out.append(LeftOut(clip.file, clip.name, clip.label, result.reason))
+        else:
+            probes[clip.name] = result
+    for clip in source.clips:
+        if not _is_text(clip):
+            label, reason = printable(clip.label), "its name is not UTF-8; rename it"
+            left_out.append(LeftOut(clip.file, printable(clip.name), label, reason))
+    return probes, left_out
+
+
+def _refuse_unreadable_classes(
+    source: Source, labels: Sequence[str], probes: Mapping[str, ClipProbe], left_out: Sequence[LeftOut]
+) -> None:
+    for label in labels:
+        clips = [clip for clip in source.clips if clip.label == label]
+        if any(clip.name in probes for clip in clips):
+            continue
+        first = next(clip for clip in left_out if clip.label == printable(label))
+        what = "folder" if source.path.is_dir() else "rows"
+        raise ValueError(
+            f"class {printable(label)!r}: none of its clips ({len(clips)}) can be read, {first.video_id}: "
+            f"{first.reason}; mend them or take the class's {what} out"
+        )
+
+
+def _assign(source: Source, probes: Mapping[str, ClipProbe], seed: int, anew: bool) -> Assignment:
+    from vidreason.datamodules.sources.new_splits import assign_splits, group_by_content
+    from vidreason.datamodules.types import Clip
+
+    clips = [
+        Clip(clip.file, clip.label, clip.name, "" if anew else clip.split, clip.group, clip.fields, clip.place)
+        for clip in source.clips
+        if clip.name in probes
+    ]
+    shas = [probes[clip.video_id].sha for clip in clips]
+    try:
+        assignment = assign_splits(group_by_content(clips, shas), shas, seed)
+    except ValueError as error:
+        hint = "" if anew or not any(clip.split for clip in source.clips) else "; --new-splits makes all of them"
+        raise ValueError(f"{source.path}: {error}{hint}") from error
+    for line in report.copy_lines(clips, shas):
+        print(line)
+    return assignment
+
+
+def _write(
+    source: Source,
+    labels: Sequence[str],
+    probes: Mapping[str, ClipProbe],
+    left_out: Sequence[LeftOut],
+    assignment: Assignment,
+    options: argparse.Namespace,
+) -> None:
+    """Writes the files and prints what stands in them and what to do next."""
+    from vidreason.prepare.frames import suggest_frames
+
+    out: Path = options.out
+    folder = out.resolve()
+    frames = suggest_frames(list(probes.values()))
+    place = {clip.name: number for number, clip in enumerate(source.clips)}
+    clips = sorted((c for found in assignment.splits.values() for c in found), key=lambda c: place[c.video_id])
+    metadata = sorted({name for clip in clips for name in clip.fields})
+    commands = files.next_commands(out)
+    facts = "\n".join(
+        [
+            *report.probe_lines(list(probes.values()), left_out, frames),
+            *report.split_lines(assignment, labels, options.seed),
+            *report.frame_lines(frames),
+        ]
+    )
+    print(facts)
+    texts = {
+        files.MANIFEST: files.manifest_text(clips, probes, folder),
+        files.TASK: files.task_text(files.task_name(out), labels, source.question, metadata),
+        files.DATA: files.data_text(folder, frames, tuple(assignment.splits)),
+        files.README: files.readme_text(out, commands, facts),
+    }
+    if left_out:
+        texts[files.UNREADABLE] = files.unreadable_text(left_out, folder)
+    else:
+        (folder / files.UNREADABLE).unlink(missing_ok=True)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    print(f"written to {out}: {', '.join(name for name in files.FILES if name in texts)}")
+    print(f"next: say in {out / files.TASK} what the classes mean (the lines marked EDIT), then")
+    for command in commands:
+        print(f"  {command}")
+
+
+def _is_text(clip: SourceClip) -> bool:
+    try:
+        f"{clip.file}{clip.name}{clip.label}".encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _pair(text: str) -> tuple[str, str]:
+    column, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--where {text}: must read COLUMN=VALUE")
+    return column, value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_WORKERS)

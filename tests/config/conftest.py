@@ -1,0 +1,3 @@
+from user_folder import here, project
+
+__all__ = ["here", "project"]
