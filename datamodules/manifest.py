@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from vidreason.datamodules.splits import (
 )
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip
+from vidreason.spelling import nearest
 
 KNOWN_COLUMNS = ("path", "label", "split", "group", "video_id")
 """Columns with a fixed meaning; all others are metadata."""
@@ -232,5 +232,5 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _suggestion(label: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(label.casefold(), [name.casefold() for name in names], n=1)
-    return f" (did you mean {next(name for name in names if name.casefold() == close[0])!r}?)" if close else ""
+    near = nearest(label, names)
+    return "" if near is None else f" (did you mean {near!r}?)"

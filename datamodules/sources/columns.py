@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -10,6 +9,7 @@ from pathlib import PurePath
 from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES
 from vidreason.datamodules.sources.rows import Table
 from vidreason.datamodules.split_names import is_split_name
+from vidreason.spelling import nearest
 
 _PATH_NAMES = (
     *("path", "video", "video_path", "file", "filename", "file_name", "filepath", "file_path", "clip", "clip_path"),
@@ -147,5 +147,5 @@ def _repeats(table: Table, column: str) -> bool:
 
 
 def _suggestion(column: str, columns: Sequence[str]) -> str:
-    close = difflib.get_close_matches(column.casefold(), [name.casefold() for name in columns], n=1, cutoff=0.5)
-    return f" (did you mean {next(c for c in columns if c.casefold() == close[0])!r}?)" if close else ""
+    near = nearest(column, columns, cutoff=0.5)
+    return "" if near is None else f" (did you mean {near!r}?)"

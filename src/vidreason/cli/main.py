@@ -13,12 +13,12 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
 import vidreason
 from vidreason import exit_codes
+from vidreason.spelling import did_you_mean
 
 COMMANDS = {
     "demo": "the whole main job on the embedded default, within minutes",
@@ -72,9 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_codes.OK
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        near = get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(COMMANDS)}"
-        print(f"error: unknown command {command!r}: {hint}", file=sys.stderr)
+        hint = did_you_mean(command, COMMANDS) or f": one of {', '.join(COMMANDS)}"
+        print(f"error: unknown command {command!r}{hint}", file=sys.stderr)
         return exit_codes.USAGE
     _append_current_folder()
     logging.getLogger(_KERNEL_LOGGER).addFilter(_not_about_optional_kernels)

@@ -13,11 +13,12 @@ from pathlib import Path
 import yaml
 
 from vidreason import exit_codes
-from vidreason.config.options import CommandParser, nearest_option
+from vidreason.config.options import CommandParser
 from vidreason.config.vlm_shorthand import expand, is_shorthand
 from vidreason.pipelines.commands import Commands, trainer_commands
 from vidreason.pipelines.runner import PipelineRun
 from vidreason.pipelines.spec import PipelineSpec, locate_config, read_pipeline
+from vidreason.spelling import did_you_mean
 
 _SETTING = re.compile(r"--(\w[\w.]*\+?)(?:=(.*))?", re.DOTALL)
 
@@ -146,7 +147,7 @@ def _read_overrides(arguments: Sequence[str], known: Iterable[str]) -> dict[str,
         word = rest.pop(0)
         match = _SETTING.fullmatch(word)
         if match is None or "." not in match[1]:
-            hint = nearest_option(word.partition("=")[0], [f"--{name}" for name in known])
+            hint = did_you_mean(word.partition("=")[0], [f"--{name}" for name in known])
             hint = hint or ": settings read --STAGE.dotted.key VALUE"
             raise ValueError(f"unknown option {word!r}{hint} (`vidreason pipeline --help`)")
         if match[2] is None and (not rest or rest[0].startswith("--")):
