@@ -30,7 +30,7 @@ from kill_attempts import attempt, drafts
 from kill_compare import differences, lost
 from kill_stages import DATA, STAGES
 
-from vidreason.cli.main import EXIT_INTERRUPTED
+from vidreason import exit_codes
 from vidreason.datamodules.atomic_files import write_text
 
 GOES_ON = 0.75
@@ -74,7 +74,7 @@ class Killer:
             if end.killed:
                 kills += 1
                 print(f"  {self.name}: killed after {end.seconds:.2f} s, ended {end.stopping:.2f} s later", flush=True)
-                if end.status not in (EXIT_INTERRUPTED, -self.number):
+                if end.status not in (exit_codes.INTERRUPTED, -self.number):
                     return kills, [f"missing: the run did not stop in order (exit status {end.status})"]
             elif end.status != 0:
                 return kills, [f"missing: the run did not go on (exit status {end.status}), see {self._log(run)}"]

@@ -13,7 +13,7 @@ from typing import get_args, get_type_hints
 import lightning as L
 import yaml
 
-from vidreason.cli.configs import find_config
+from vidreason.config.files import find_config
 from vidreason.config.moved_keys import GROUPS, MODEL, explain_moved, moved_settings, new_place
 
 _TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "vlm", "run_dir", "ckpt_path", "config")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from vidreason.cli.main import EXIT_USAGE
+from vidreason import exit_codes
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -40,7 +40,7 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints one line and ends with status 2."""
         print(f"error: {message} (`{self.prog} --help`)", file=sys.stderr)
-        raise SystemExit(EXIT_USAGE)
+        raise SystemExit(exit_codes.USAGE)
 
 
 def nearest_option(name: str, known: Iterable[str]) -> str:

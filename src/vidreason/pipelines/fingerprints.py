@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from vidreason.cli.configs import find_config, shipped_folder
+from vidreason.config.files import find_config, shipped_folder
 from vidreason.datamodules.sources.rows import read_table
 
 _YAML_SUFFIXES = (".yaml", ".yml")

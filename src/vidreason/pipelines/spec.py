@@ -16,19 +16,14 @@ from typing import Literal, cast
 
 import yaml
 
-from vidreason.cli.configs import PREFIX, find_config, shipped_folder
+from vidreason.config.files import PREFIX, find_config, shipped_folder
 from vidreason.config.moved_keys import PIPELINE_MOVED, explain_moved
 from vidreason.pipelines.fingerprints import read_yaml
+from vidreason.run_folder import STAGES_FOLDER, Artefact
 
 Command = Literal["fit", "predict", "test"]
-Artefact = Literal["adapter", "traces", "predictions"]
 
 ARTEFACT_OF: Mapping[str, Artefact] = {"fit": "adapter", "predict": "traces", "test": "predictions"}
-ARTEFACT_FILES: Mapping[str, tuple[str, ...]] = {
-    "adapter": ("adapter", "weights"),  # weights/ after full fine-tuning
-    "traces": ("traces.jsonl",),
-    "predictions": ("predictions.jsonl",),
-}
 SECTIONS = ("data", "vlm", "model", "trainer", "checkpoint", "optimizer", "lr_scheduler", "seed_everything")
 
 _STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_unparsed")
@@ -104,7 +99,7 @@ class PipelineSpec:
     def folder(self, name: str) -> str:
         """The stage's folder within the run folder (``stages/03_grpo``)."""
         number = [stage.name for stage in self.stages].index(name) + 1
-        return f"stages/{number:02d}_{name}"
+        return f"{STAGES_FOLDER}/{number:02d}_{name}"
 
     def with_strategy(self, strategy: str, stage: str | None = None) -> PipelineSpec:
         """Lays an overlay of ``configs/strategy`` on one stage, or on every stage.

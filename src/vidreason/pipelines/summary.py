@@ -16,8 +16,8 @@ from pathlib import Path
 
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.pipelines.spec import PipelineSpec
-from vidreason.pipelines.state import RunState, artefact_path
 from vidreason.pipelines.table import decimal, percent, render_table
+from vidreason.run_folder import SUMMARY_FILE, SUMMARY_TABLE, RunState, artefact_path
 
 ECE_BINS = 15
 _Z = 1.959963984540054  # 97.5 % point of the normal distribution
@@ -263,8 +263,8 @@ def load_rows(path: Path) -> list[SummaryRow]:
 def write_summary(run_dir: Path, spec: PipelineSpec, state: RunState) -> list[SummaryRow]:
     """Writes ``summary.json`` and ``summary.txt`` into the run folder and prints the table."""
     rows = summarise_run(run_dir, spec, state)
-    save_rows(run_dir / "summary.json", rows)
+    save_rows(run_dir / SUMMARY_FILE, rows)
     text = render_summary(rows)
-    write_text(run_dir / "summary.txt", text + "\n")
+    write_text(run_dir / SUMMARY_TABLE, text + "\n")
     print(text)
     return rows
