@@ -16,12 +16,16 @@ import torch
 from vidreason.datamodules.prompts import DescribeView, ReasonView
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.lightning_modules.calibration import CalibrationModule
+from vidreason.lightning_modules.fit.optimizer_step import UpdateOptions
+from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.grpo import GRPOModule
-from vidreason.lightning_modules.grpo_parts import Part
-from vidreason.lightning_modules.grpo_resuming import REFERENCE
-from vidreason.lightning_modules.own_traces import TraceOptions
-from vidreason.lightning_modules.rollout import CompletionBatch
+from vidreason.lightning_modules.rl.microbatch import MicroBatch
+from vidreason.lightning_modules.rl.objective import PolicyLoss
+from vidreason.lightning_modules.rl.reference import policy_logprobs, reference_logprobs
 from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.traces.generation import TraceOptions
+from vidreason.lightning_modules.traces.targets import TargetOptions
+from vidreason.lightning_modules.vlms.completions import CompletionBatch
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 from vidreason.rewards.completion import parse_completion, render_completion
@@ -176,6 +180,9 @@ def fast_sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
+UNCLIPPED = {"optim": OptimOptions(optimizer=sgd), "updates": UpdateOptions(max_grad_norm=0)}
+
+
 def compare(name, losses):
     print(f'\n    "{name}": [{", ".join(f"{loss:.5f}" for loss in losses)}],')
     assert losses == pytest.approx(PINNED.get(name, []), rel=1e-3, abs=1e-5)
@@ -195,22 +202,23 @@ def write_traces(path, vlm, view, splits, data, render):
 
 
 def test_label_sft(pinned_vlm, trace_of):
-    compare("label", trace_of(RationaleSFTModule(pinned_vlm, target="label", optimizer=sgd)))
+    compare("label", trace_of(RationaleSFTModule(pinned_vlm, **UNCLIPPED)))
 
 
 def test_cold_start(pinned_vlm, trace_of, make_data, tmp_path):
     data = make_data(pinned_vlm)
     path = tmp_path / "descriptions.jsonl"
     traces = write_traces(path, pinned_vlm, DescribeView(data.task), ["train"], data, lambda reasoning, _: reasoning)
-    compare("trace", trace_of(RationaleSFTModule(pinned_vlm, target="trace", traces=traces, optimizer=sgd)))
+    targets = TargetOptions(kind="trace")
+    compare("trace", trace_of(RationaleSFTModule(pinned_vlm, targets=targets, traces_file=traces, **UNCLIPPED)))
 
 
 def test_calibration(pinned_vlm, trace_of, make_data, tmp_path):
     data = make_data(pinned_vlm)
     view = ReasonView(data.task)
     traces = write_traces(tmp_path / "t.jsonl", pinned_vlm, view, ["train", "val", "cal"], data, render_completion)
-    two = TraceOptions(samples=2)
-    compare("calibration_tokens", trace_of(FixedLoRA(pinned_vlm, traces=traces, traces_sampled=two, optimizer=sgd)))
+    two = TraceOptions(kind="reason", samples=2)
+    compare("calibration_tokens", trace_of(FixedLoRA(pinned_vlm, traces_file=traces, traces=two, **UNCLIPPED)))
 
 
 class FixedLoRA(CalibrationModule):
@@ -225,28 +233,31 @@ class FixedLoRA(CalibrationModule):
 class FixedCompletions(GRPOModule):
     """Updates on the same completions again and again: ratios leave 1, clipping and both penalties come into play."""
 
-    parts = None
+    micro_batches = None
 
     def training_step(self, batch, batch_idx):
-        self.parts = self.parts or [self.fixed_part()]
-        self.update(self.parts)
+        self.micro_batches = self.micro_batches or [self.fixed_micro_batch()]
+        self.update(self.micro_batches)
 
-    def fixed_part(self):
+    def fixed_micro_batch(self):
         """Two completions for each of six clips; the sampler saw log-probs a little apart from the trainer's."""
         texts = [render_completion(reasoning, world.LABELS[k]) for k, reasoning in enumerate(REASONINGS)]
-        view = ReasonView(self.task, {clip.video_id: tuple(texts) for clip in self.data.clips("train")})
+        view = ReasonView(self.data.task, {clip.video_id: tuple(texts) for clip in self.data.clips("train")})
         batch = next(iter(self.data.loader("train", view, batch_size=6)))
         assert len(batch.texts) == 12
         advantages = torch.tensor([1.0, -0.5, 0.25, -1.0, 0.7, -0.7] * 2)
         fixed = CompletionBatch(batch.clips, batch.prompts, batch.texts, torch.zeros(batch.texts.ids.shape), ())
-        part = Part(fixed, (), advantages)
-        old, ref = self.frozen_logprobs(part, None), self.frozen_logprobs(part, REFERENCE)
+        micro_batch = MicroBatch(fixed, advantages, batch.texts.loss_mask, torch.ones(12, dtype=torch.bool))
+        old = policy_logprobs(self.vlm, self.policy, micro_batch, temperature=1.0)
+        ref = reference_logprobs(self.vlm, self.policy, self.reference, micro_batch, temperature=1.0)
         shift = torch.linspace(-0.2, 0.2, old.shape[1]) * batch.texts.mask
-        return replace(part, batch=replace(fixed, logprobs=old + shift), old_logprobs=old, ref_logprobs=ref)
+        sampled = replace(fixed, logprobs=old + shift)
+        return replace(micro_batch, batch=sampled, old_logprobs=old, ref_logprobs=ref)
 
 
 def test_grpo_on_fixed_completions(pinned_vlm, trace_of):
-    module = FixedCompletions(pinned_vlm, kl_coef=0.1, entropy_coef=0.01, warmup=0, optimizer=fast_sgd)
+    loss = PolicyLoss(kl_coef=0.1, entropy_coef=0.01)
+    module = FixedCompletions(pinned_vlm, loss=loss, optim=OptimOptions(optimizer=fast_sgd))
     losses = trace_of(module)
     for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl"):
         assert float(module.trainer.callback_metrics[f"train/{name}"]) > 0, f"{name} is not tested"

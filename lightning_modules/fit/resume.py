@@ -165,6 +165,8 @@ def checked_entry(checkpoint: Mapping[str, Any], module: L.LightningModule) -> d
     saved = checkpoint.get(KEY)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         found = "an older version of vidreason" if "vidreason_stage" in checkpoint or saved else "another program"
+        if isinstance(saved, dict) and saved.get("format", 0) > FORMAT:
+            found = "a newer version of vidreason"
         raise ValueError(f"this checkpoint was written by {found}, not in format {FORMAT}: {_START_AGAIN}")
     if saved["stage"] != stage_name(module):
         raise ValueError(

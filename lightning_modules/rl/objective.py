@@ -17,6 +17,7 @@ from vidreason.lightning_modules.functional.aggregation import (
     LossType,
     RatioLevel,
     StepCounts,
+    check_loss_type,
     loss_normalizer,
     token_normalizer,
 )
@@ -83,6 +84,7 @@ class PolicyLoss:
     mask_truncated: bool = False
 
     def __post_init__(self) -> None:
+        check_loss_type(self.type)
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"loss.dual_clip must be greater than 1 (or null), got {self.dual_clip}")
         if self.importance_cap is not None and self.importance_cap <= 0:

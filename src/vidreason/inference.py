@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vidreason.config.finished_stage import FinishedStage, find_stage
-from vidreason.config.quietly import quietly
+from vidreason.config.quiet import quietly
 from vidreason.config.trainer_cli import build_stage
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.inference_data import INFERENCE_SPLIT, InferenceDataModule, KnownClips

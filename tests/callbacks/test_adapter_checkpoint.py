@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from stage_world import adamw
+from stage_world import adamw, run_dir
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
+from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
 
 
@@ -13,7 +14,7 @@ class Scripted(RationaleSFTModule):
     """Logs the accuracies it is given instead of real ones, and remembers its weights at each validation."""
 
     def __init__(self, vlm, accuracies, **kwargs):
-        super().__init__(vlm, optimizer=adamw, **kwargs)
+        super().__init__(vlm, optim=OptimOptions(optimizer=adamw), **kwargs)
         self.accuracies, self.seen = list(accuracies), []
 
     def on_validation_epoch_end(self):
@@ -34,7 +35,7 @@ def test_the_best_validation_is_handed_on(make_vlm, make_data, make_trainer, lor
     vlm = make_vlm(lora)
     module = Scripted(vlm, [0.2, 0.8, 0.8, 0.5])
     make_trainer(max_epochs=4, callbacks=[AdapterCheckpoint("val/acc")]).fit(module, make_data(vlm))
-    folder = module.run_dir / ("adapter" if lora else "weights")
+    folder = run_dir(module) / ("adapter" if lora else "weights")
     weights = exported(folder, make_vlm(lora))
     assert same(module.seen[1], weights)
     assert not same(module.seen[3], weights)
@@ -47,7 +48,7 @@ def test_without_monitor_the_last_weights_are(make_vlm, make_data, make_trainer)
     vlm = make_vlm()
     module = Scripted(vlm, [0.9, 0.1])
     make_trainer(max_epochs=2, callbacks=[AdapterCheckpoint()]).fit(module, make_data(vlm))
-    assert same(module.seen[1], exported(module.run_dir / "adapter", make_vlm()))
+    assert same(module.seen[1], exported(run_dir(module) / "adapter", make_vlm()))
 
 
 def test_an_unknown_metric_is_named(make_vlm, make_data, make_trainer):
@@ -62,7 +63,7 @@ class Stopping(RationaleSFTModule):
     """Raises in the second step."""
 
     def __init__(self, vlm, error):
-        super().__init__(vlm, optimizer=adamw)
+        super().__init__(vlm, optim=OptimOptions(optimizer=adamw))
         self.error = error
 
     def training_step(self, batch, batch_idx):
@@ -75,13 +76,13 @@ def test_a_failed_run_leaves_the_good_adapter_alone(make_vlm, make_data, make_tr
     vlm = make_vlm()
     good = Scripted(vlm, [0.1])
     make_trainer(max_epochs=1, callbacks=[AdapterCheckpoint()]).fit(good, make_data(vlm))
-    before = (good.run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+    before = (run_dir(good) / "adapter" / "adapter_model.safetensors").read_bytes()
     vlm = make_vlm()
     with pytest.raises(RuntimeError, match="out of memory"):
         make_trainer(max_epochs=1, callbacks=[AdapterCheckpoint()]).fit(
             Stopping(vlm, RuntimeError("out of memory")), make_data(vlm)
         )
-    assert (good.run_dir / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert (run_dir(good) / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_ctrl_c_hands_on_what_was_learnt(make_vlm, make_data, make_trainer):
@@ -89,7 +90,7 @@ def test_ctrl_c_hands_on_what_was_learnt(make_vlm, make_data, make_trainer):
     module = Stopping(vlm, KeyboardInterrupt())
     with pytest.raises(SystemExit):
         make_trainer(max_epochs=1, callbacks=[AdapterCheckpoint()]).fit(module, make_data(vlm))
-    assert json.loads((module.run_dir / "adapter" / "vidreason.json").read_text())["global_step"] == 1
+    assert json.loads((run_dir(module) / "adapter" / "vidreason.json").read_text())["global_step"] == 1
 
 
 def test_a_second_fit_into_the_same_folder_replaces_the_first(make_vlm, make_data, make_trainer):
@@ -97,7 +98,7 @@ def test_a_second_fit_into_the_same_folder_replaces_the_first(make_vlm, make_dat
         vlm = make_vlm()
         module = Scripted(vlm, accuracies)
         make_trainer(max_epochs=2, callbacks=[AdapterCheckpoint("val/acc")]).fit(module, make_data(vlm))
-    assert json.loads((module.run_dir / "adapter" / "vidreason.json").read_text())["global_step"] == 4
+    assert json.loads((run_dir(module) / "adapter" / "vidreason.json").read_text())["global_step"] == 4
 
 
 def test_a_fit_resumed_into_another_folder_hands_something_on(make_vlm, make_data, make_trainer):
@@ -108,4 +109,4 @@ def test_a_fit_resumed_into_another_folder_hands_something_on(make_vlm, make_dat
     make_trainer("b", max_epochs=2, callbacks=[AdapterCheckpoint("val/acc")]).fit(
         again, make_data(again.vlm), ckpt_path=saving.last_model_path, weights_only=True
     )
-    assert same(again.seen[0], exported(again.run_dir / "adapter", make_vlm()))
+    assert same(again.seen[0], exported(run_dir(again) / "adapter", make_vlm()))

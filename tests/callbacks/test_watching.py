@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import small_grpo
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from stage_world import adamw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vidreason.callbacks.film_strip import (
@@ -20,7 +22,7 @@ from vidreason.callbacks.rollout_logger import RolloutLogger
 from vidreason.callbacks.tensorboard_text import markdown_table
 from vidreason.callbacks.throughput import Throughput
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.grpo import GRPOModule
+from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.format import FormatReward
@@ -35,18 +37,10 @@ def everything():
 
 def make(vlm, kind):
     if kind == "sft":
-        return RationaleSFTModule(vlm, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+        return RationaleSFTModule(vlm, optim=OptimOptions(optimizer=adamw))
     rewards = [FormatReward(), LengthReward(min_words=0, max_words=9)]
-    return GRPOModule(
-        vlm,
-        rewards=rewards,
-        group_size=2,
-        train_sampling=SHORT,
-        sampling=SHORT,
-        cold_steps=99,
-        entropy_coef=0.1,
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
-    )
+    short = {"train_sampling": SHORT, "sampling": SHORT}
+    return small_grpo.make(vlm, rewards=rewards, group_size=2, entropy_coef=0.1, warmup=10, optimizer=adamw, **short)
 
 
 def read(folder):
@@ -146,6 +140,6 @@ def test_progress_of_the_other_ranks_is_not_shown(make_vlm, make_data, make_trai
     bar.disable()
     vlm = make_vlm()
     trainer = make_trainer(max_epochs=2, callbacks=[bar], enable_progress_bar=True)
-    trainer.fit(RationaleSFTModule(vlm, target="label"), make_data(vlm))
+    trainer.fit(RationaleSFTModule(vlm), make_data(vlm))
     assert trainer.global_step == 4
     assert "training" not in capsys.readouterr().err

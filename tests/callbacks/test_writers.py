@@ -2,12 +2,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from stage_world import run_dir
 
 from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.callbacks.result_table import ResultTable, result_table
 from vidreason.callbacks.trace_writer import TraceWriter
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.own_traces import TraceOptions
+from vidreason.lightning_modules.decisions.deciders import DecideOptions
+from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.pipelines.summary import read_predictions
 
@@ -19,9 +21,9 @@ def test_one_line_for_every_clip_in_the_documented_form(make_vlm, make_data, mak
     vlm = make_vlm()
     data = make_data(vlm, broken=("test_b_2",), eval_batch_size=2)
     trainer = make_trainer(callbacks=[PredictionWriter()])
-    module = VLMModule(vlm, decide="answer", sampling=SHORT)
+    module = VLMModule(vlm, decide=DecideOptions(by="answer", sampling=SHORT))
     trainer.test(module, data, verbose=False)
-    path = module.run_dir / "predictions.jsonl"
+    path = run_dir(module) / "predictions.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(list(line) == KEYS for line in lines)
     assert sorted(line["video_id"] for line in lines) == sorted(f"test_{s}_{i}" for s in "ab" for i in range(3))
@@ -34,14 +36,14 @@ def test_a_trace_may_hold_any_character(make_vlm, make_data, make_trainer):
     """Line separators of Unicode among them, which are no ends of lines in a JSONL file."""
 
     class Odd(VLMModule):
-        def evaluate_batch(self, batch, split):
-            made = super().evaluate_batch(batch, split)["predictions"]
+        def evaluate(self, batch, split):
+            made = super().evaluate(batch, split)["predictions"]
             return {"predictions": tuple(replace(p, answer="a\u2028b\u0085c") for p in made)}
 
     module = Odd(make_vlm())
     trainer = make_trainer(callbacks=[PredictionWriter()])
     trainer.test(module, make_data(module.vlm), verbose=False)
-    predictions = read_predictions(module.run_dir / "predictions.jsonl")
+    predictions = read_predictions(run_dir(module) / "predictions.jsonl")
     assert len(predictions) == 6
 
 
@@ -49,7 +51,7 @@ def test_an_interrupted_test_leaves_the_last_file(make_vlm, make_data, make_trai
     vlm = make_vlm()
     trainer = make_trainer(callbacks=[PredictionWriter()])
     trainer.test(VLMModule(vlm), make_data(vlm), verbose=False)
-    path = trainer.lightning_module.run_dir / "predictions.jsonl"
+    path = run_dir(trainer.lightning_module) / "predictions.jsonl"
     before = path.read_text()
 
     class Broken(VLMModule):
@@ -60,15 +62,16 @@ def test_an_interrupted_test_leaves_the_last_file(make_vlm, make_data, make_trai
 
     vlm = make_vlm()
     with pytest.raises(RuntimeError, match="stop"):
-        make_trainer(callbacks=[PredictionWriter()]).test(Broken(vlm, decide="answer"), make_data(vlm), verbose=False)
+        make_trainer(callbacks=[PredictionWriter()]).test(
+            Broken(vlm, decide=DecideOptions(by="answer")), make_data(vlm), verbose=False
+        )
     assert path.read_text() == before
 
 
 def test_traces_of_another_author_in_the_folder_are_refused(make_vlm, make_data, make_trainer):
-    options = TraceOptions(samples=1, sampling=SHORT)
     for prompt, error in (("describe", None), ("reason", "prompt_sha")):
         vlm = make_vlm()
-        module = VLMModule(vlm, predict=prompt, traces_sampled=options)
+        module = VLMModule(vlm, traces=TraceOptions(kind=prompt, samples=1, sampling=SHORT))
         trainer = make_trainer(callbacks=[TraceWriter()])
         if error is None:
             trainer.predict(module, make_data(vlm))

@@ -1,3 +1,5 @@
+"""Calibration: the reviewer beside its policy, its loss, its probabilities, and the folder that it hands on."""
+
 import json
 import os
 from dataclasses import replace
@@ -5,22 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from stage_world import adamw
+from stage_world import adamw, run_dir
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
 from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.lightning_modules.calibration import CalibrationModule
-from vidreason.lightning_modules.calibrator import CALIBRATOR
-from vidreason.lightning_modules.own_traces import TraceOptions
+from vidreason.lightning_modules.fit.optimizer_step import StepResult
+from vidreason.lightning_modules.fit.resume import ResumeFit
+from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
+from vidreason.lightning_modules.weights.reviewer import CALIBRATOR
 
-OWN = TraceOptions(samples=2, sampling=Sampling(max_new_tokens=5))
+OWN = TraceOptions(kind="reason", samples=2, sampling=Sampling(max_new_tokens=5))
+ADAMW = OptimOptions(optimizer=adamw)
 
 
 def make(vlm, **kwargs):
-    return CalibrationModule(vlm, **{"optimizer": adamw, "traces_sampled": OWN, **kwargs})
+    return CalibrationModule(vlm, **{"optim": ADAMW, "traces": OWN, **kwargs})
 
 
 @pytest.fixture
@@ -29,9 +35,9 @@ def policy(make_vlm, make_data, make_trainer):
 
     def train(lora=True):
         vlm = make_vlm(lora)
-        module = RationaleSFTModule(vlm, target="label", optimizer=adamw)
+        module = RationaleSFTModule(vlm, optim=ADAMW)
         make_trainer("policy", max_steps=2, limit_val_batches=0).fit(module, make_data(vlm))
-        return str(module.export(module.run_dir))
+        return str(module.export(run_dir(module)))
 
     return train
 
@@ -45,9 +51,9 @@ def test_fit_then_test_from_the_folder_alone(make_vlm, make_data, make_trainer, 
     trainer.fit(module, make_data(vlm))
     logged = set(trainer.callback_metrics)
     assert {"val/temperature", "val/ece", "val/ece_scaled", "val/nll_scaled", "val/acc", "train/loss"} <= logged
-    folder = module.run_dir / "adapter"
+    folder = run_dir(module) / "adapter"
     info = json.loads((folder / "vidreason.json").read_text())
-    assert info["temperature"] == pytest.approx(module.temperature)
+    assert info["temperature"] == pytest.approx(module.scaling.temperature)
     assert 0.1 <= info["temperature"] <= 10
     assert (folder / "policy" / "adapter_config.json").exists() == lora
     assert info["policy"] == ("policy" if lora else os.path.relpath(start, folder))
@@ -56,8 +62,8 @@ def test_fit_then_test_from_the_folder_alone(make_vlm, make_data, make_trainer, 
     tested = make(vlm, calibrator_path=str(folder))
     trainer = make_trainer("test", callbacks=[PredictionWriter()])
     trainer.test(tested, make_data(vlm), verbose=False)
-    assert tested.temperature == pytest.approx(info["temperature"])
-    lines = [json.loads(line) for line in (tested.run_dir / "predictions.jsonl").read_text().splitlines()]
+    assert tested.scaling.temperature == pytest.approx(info["temperature"])
+    lines = [json.loads(line) for line in (run_dir(tested) / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 6
     assert all(len(p["traces"]) == 2 and not p["unparsed"] for p in lines)
     assert {"test_a/ece", "test_a/ece_scaled", "test_a/temperature"} <= set(trainer.callback_metrics)
@@ -91,33 +97,38 @@ def test_calibrator_starts_as_the_policy_and_leaves_it_alone(make_vlm, make_data
 def test_traces_are_the_policys_not_the_calibrators(make_vlm, ready, policy):
     start = policy()
     module = ready(make(make_vlm(), adapter_path=start))
-    plain = ready(RationaleSFTModule(make_vlm(), adapter_path=start, target="label"), folder="b")
+    plain = ready(RationaleSFTModule(make_vlm(), adapter_path=start), folder="b")
     with torch.no_grad():
         for name, p in module.policy.named_parameters():
             if f".{CALIBRATOR}." in name:
                 p.add_(1.0)
-    batch = next(iter(plain.data.loader("val", plain.written_view(), batch_size=3)))
-    theirs = [[c.text for c in group] for group in plain.sample_texts(batch, OWN)]
-    assert [[c.text for c in group] for group in module.sample_texts(batch, OWN)] == theirs
+    theirs = plain.trace_generator(plain.data.task, "reason")
+    batch = next(iter(plain.data.loader("val", theirs.view, batch_size=3)))
+    names, ours = plain.data.label_names, module.trace_generator(module.data.task)
+    assert ours.header.prompt_sha == theirs.header.prompt_sha
+    texts = [record.text for record in ours.records(module.policy, batch, names)]
+    assert len(texts) == 3 * 2
+    theirs = replace(theirs, options=OWN)
+    assert texts == [record.text for record in theirs.records(plain.policy, batch, names)]
     assert module.policy.active_adapter == CALIBRATOR
 
 
 def test_every_split_gets_its_traces_and_given_ones_are_not_sampled_again(make_vlm, ready, policy):
     start = policy()
     first = ready(make(make_vlm(), adapter_path=start))
-    assert set(first._traces) == {c.video_id for s in ("train", "val", "cal") for c in first.data.clips(s)}
-    path = first.run_dir / "traces.jsonl"
-    again = ready(make(make_vlm(), adapter_path=start, traces=str(path)), folder="again")
-    assert not (again.run_dir / "traces.jsonl").exists()
-    assert again._traces == first._traces
+    assert set(first._policy_traces) == {c.video_id for s in ("train", "val", "cal") for c in first.data.clips(s)}
+    path = run_dir(first) / "traces.jsonl"
+    again = ready(make(make_vlm(), adapter_path=start, traces_file=str(path)), folder="again")
+    assert not (run_dir(again) / "traces.jsonl").exists()
+    assert again._policy_traces == first._policy_traces
     with pytest.raises(ValueError, match="adapter"):
-        ready(make(make_vlm(), traces=str(path)), folder="base")
+        ready(make(make_vlm(), traces_file=str(path)), folder="base")
     cooler = replace(OWN, sampling=replace(OWN.sampling, temperature=0.3))
     with pytest.raises(ValueError, match=r"was sampled with .*'temperature': 1.0.*samples with .*0.3"):
-        ready(make(make_vlm(), adapter_path=start, traces=str(path), traces_sampled=cooler), folder="cooler")
+        ready(make(make_vlm(), adapter_path=start, traces_file=str(path), traces=cooler), folder="cooler")
     more = replace(OWN, samples=3)
-    third = ready(make(make_vlm(), adapter_path=start, traces=str(path), traces_sampled=more), folder="more")
-    assert {len(group) for group in third._traces.values()} == {3}, "too few are completed"
+    third = ready(make(make_vlm(), adapter_path=start, traces_file=str(path), traces=more), folder="more")
+    assert {len(group) for group in third._policy_traces.values()} == {3}, "too few are completed"
 
 
 def test_a_calibrator_trained_on_in_its_own_folder_keeps_its_policy(make_vlm, make_data, make_trainer, policy):
@@ -129,7 +140,7 @@ def test_a_calibrator_trained_on_in_its_own_folder_keeps_its_policy(make_vlm, ma
         make_trainer("cal", max_steps=2, limit_val_batches=0, callbacks=[AdapterCheckpoint()]).fit(
             module, make_data(vlm)
         )
-        folder = module.run_dir / "adapter"
+        folder = run_dir(module) / "adapter"
         assert adapter_sha(folder / "policy") == adapter_sha(start)
         assert json.loads((folder / "vidreason.json").read_text())["parent_sha"] == adapter_sha(start)
 
@@ -138,7 +149,7 @@ def test_a_calibrator_of_another_task_is_refused(make_vlm, make_data, make_train
     vlm = make_vlm()
     module = make(vlm, adapter_path=policy())
     make_trainer("cal", max_steps=1, limit_val_batches=0, callbacks=[AdapterCheckpoint()]).fit(module, make_data(vlm))
-    other = make(make_vlm(), calibrator_path=str(module.run_dir / "adapter"))
+    other = make(make_vlm(), calibrator_path=str(run_dir(module) / "adapter"))
     data = make_data(other.vlm)
     data._task = replace(data.task, question="Is it dark?")
     with pytest.raises(ValueError, match="trained on another task file"):
@@ -147,26 +158,37 @@ def test_a_calibrator_of_another_task_is_refused(make_vlm, make_data, make_train
 
 def test_unlabelled_and_unreadable_clips_of_cal(make_vlm, ready, policy):
     module = ready(make(make_vlm(), adapter_path=policy()))
-    module.refresh_temperature()
-    fitted = module.temperature
+    module.fit_temperature()
+    fitted = module.scaling.temperature
     clips = module.data._clips
     module.data._clips = {**clips, "cal": (*clips["cal"], replace(clips["val"][0], label=None))}
-    module.refresh_temperature()
-    assert module.temperature == pytest.approx(fitted), "a clip without a label says nothing about temperature"
+    module.fit_temperature()
+    assert module.scaling.temperature == pytest.approx(fitted), "a clip without a label says nothing about temperature"
     module.data._clips = {**clips, "cal": tuple(replace(clip, path=Path("gone.mp4")) for clip in clips["cal"])}
     with pytest.raises(ValueError, match="no clip of split cal"):
-        module.refresh_temperature()
+        module.fit_temperature()
 
 
 @pytest.mark.parametrize("kind", ["tokens", "classes"])
 def test_loss(make_vlm, ready, kind):
-    module = ready(make(make_vlm(), loss=kind))
-    module.log = lambda *_, **__: None
+    module = ready(make(make_vlm(), objective=kind))
+    logged = {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})
+    module.log_dict = lambda *_: None
+
+    def without_a_step(micro_batches, loss, has_samples):
+        assert has_samples
+        assert [loss(micro_batch).ndim for micro_batch in micro_batches] == [0]
+        return StepResult(torch.zeros(()), 0.0)
+
+    module.optimizer_step_on = without_a_step
     batch = next(iter(module.data.train_dataloader()))
     names = module.data.label_names
     with torch.no_grad():
-        loss = float(module.training_step(batch, 0))
-        full = module.data.loader("train", module.review("all"), batch_size=len(batch), train=True)
+        module.training_step(batch, 0)
+        full = module.data.loader(
+            "train", module.decider(module.data.task).review("all"), batch_size=len(batch), train=True
+        )
         everything = next(iter(full))
         assert everything.video_ids == batch.video_ids
         logprobs = module.vlm.score(module.policy, everything.prompts, everything.texts).logprobs
@@ -181,19 +203,19 @@ def test_loss(make_vlm, ready, kind):
         tokens.append(logprobs[rows[truth]][texts.loss_mask[rows[truth]]])
         classes.append(sums.log_softmax(0)[truth])
     expected = -torch.cat(tokens).mean() if kind == "tokens" else -torch.stack(classes).mean()
-    assert loss == pytest.approx(float(expected), rel=1e-4)
+    assert logged["train/loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_probabilities_are_averaged_over_traces_then_scaled(make_vlm, ready):
     module = ready(make(make_vlm()))
-    batch = next(iter(module.data.loader("val", module.eval_view(), batch_size=3)))
+    batch = next(iter(module.data.loader("val", module.decider(module.data.task).view, batch_size=3)))
     with torch.no_grad():
         logprobs = module.vlm.score(module.policy, batch.prompts, batch.texts).logprobs
         rows = batch.texts.loss_mask.any(1)
         sums = (logprobs * batch.texts.loss_mask).sum(1)[rows].view(3, 2, 3)
         mean = sums.softmax(-1).mean(1)
-        module.temperature = 2.5
-        decisions = module.decide_batch(batch)
+        module.scaling.temperature = 2.5
+        decisions = module.decider(module.data.task).decide(module.vlm, module.policy, batch)
     torch.testing.assert_close(decisions.unscaled, mean, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(decisions.probs, (mean.log() / 2.5).softmax(-1), rtol=1e-4, atol=1e-6)
     assert all(len(traces) == 2 for traces in decisions.traces)
@@ -204,7 +226,7 @@ def test_ablations_run(make_vlm, make_data, make_trainer, shown):
     vlm = make_vlm()
     module = make(vlm, input=shown)
     make_trainer(max_steps=1).fit(module, make_data(vlm))
-    assert (module.run_dir / "traces.jsonl").exists() == (shown == "trace")
+    assert (run_dir(module) / "traces.jsonl").exists() == (shown == "trace")
 
 
 def test_a_calibrator_of_something_else_is_refused(make_vlm, make_data, make_trainer, policy, ready):
@@ -212,7 +234,7 @@ def test_a_calibrator_of_something_else_is_refused(make_vlm, make_data, make_tra
     module = ready(make(make_vlm(), adapter_path=start))
     with torch.no_grad():
         next(p for p in module.parameters() if p.requires_grad).add_(0.1)
-    folder = str(module.export(module.run_dir))
+    folder = str(module.export(run_dir(module)))
     for kwargs, message in [
         ({"calibrator_path": start}, "sft_label"),
         ({"calibrator_path": folder, "input": "trace"}, "input"),
@@ -224,11 +246,12 @@ def test_a_calibrator_of_something_else_is_refused(make_vlm, make_data, make_tra
         ready(make(make_vlm(), adapter_path=start), stage="test", folder="refused")
 
 
-def test_resuming_keeps_the_temperature(make_vlm):
-    module = make(make_vlm())
-    module.temperature = 1.7
-    checkpoint = {"state_dict": {}}
-    module.on_save_checkpoint(checkpoint)
-    other = make(make_vlm())
-    other.on_load_checkpoint(checkpoint)
-    assert other.temperature == 1.7
+def test_resuming_keeps_the_temperature(make_vlm, ready):
+    module = ready(make(make_vlm()))
+    module.scaling.temperature, module.scaling.fitted_at = 1.7, 3
+    checkpoint = {}
+    ResumeFit().on_save_checkpoint(module.trainer, module, checkpoint)
+    other = ready(make(make_vlm()))
+    other.trainer.state.fn = "validate"
+    ResumeFit().on_load_checkpoint(other.trainer, other, checkpoint)
+    assert (other.scaling.temperature, other.scaling.fitted_at) == (1.7, 3)

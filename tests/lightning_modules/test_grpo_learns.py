@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from small_grpo import make
 
 from vidreason.lightning_modules.functional.aggregation import LOSS_TYPES
 from vidreason.lightning_modules.grpo import GRPOModule
-from vidreason.lightning_modules.rollout import reward_tensor
+from vidreason.lightning_modules.rl.rollouts import reward_tensor
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.base import RewardFn, RewardInput
 
@@ -26,7 +27,7 @@ class Watched(GRPOModule):
 
     def training_step(self, batch, batch_idx):
         output = super().training_step(batch, batch_idx)
-        self.means.append(float(reward_tensor(output["groups"]).mean()))
+        self.means.append(float(reward_tensor(output["rollouts"].groups).mean()))
         if sum(self.means[-WINDOW:]) / WINDOW > 0.8:
             self.trainer.should_stop = True
         return output
@@ -35,14 +36,13 @@ class Watched(GRPOModule):
 @pytest.fixture
 def learn(make_vlm, make_data, make_trainer):
     def run(**options):
-        module = Watched(
+        module = make(
             make_vlm(lora=False),
+            Watched,
             rewards=[Vowels()],
             group_size=8,
             train_sampling=Sampling(max_new_tokens=6),
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-            warmup=0,
-            cold_steps=10**6,
             **options,
         )
         module.means = []
@@ -71,10 +71,10 @@ def test_every_loss_type_learns(learn, loss_type):
     [
         {"inner_epochs": 2, "minibatches": 3, "prompts_per_forward": 1},
         {"advantage_scale": "batch", "mask_truncated": False, "kl_coef": 0.001, "kl_bias_correction": True},
-        {"replay": 16, "resample": 1},
+        {"resample": 1},
         {"balance_classes": True, "entropy_coef": 0.001},
     ],
-    ids=["epochs", "kl", "replay", "balanced"],
+    ids=["epochs", "kl", "resampled", "balanced"],
 )
 def test_other_options_learn(learn, options):
     learn(**options)

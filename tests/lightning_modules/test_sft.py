@@ -1,31 +1,40 @@
+"""Supervised fine-tuning: which texts are learnt, their loss, and what is refused."""
+
 import dataclasses
 
 import pytest
 import torch
-from stage_world import adamw, parameters
+from stage_world import adamw, parameters, run_dir
 
 from vidreason.datamodules.prompts import DescribeView
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
+from vidreason.lightning_modules.decisions.deciders import DecideOptions
+from vidreason.lightning_modules.fit.optimizer_step import StepResult
+from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
-from vidreason.lightning_modules.own_traces import TraceOptions
-from vidreason.lightning_modules.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.traces.generation import TraceOptions
+from vidreason.lightning_modules.traces.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.traces.targets import TargetOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.completion import parse_completion, render_completion
 
 OWN = TraceOptions(samples=2, sampling=Sampling(max_new_tokens=6), filter=RationaleFilter(complete=False, min_words=0))
+TRACE = TargetOptions(kind="trace")
+ADAMW = OptimOptions(optimizer=adamw)
 
 
 def write_traces(path, module, data, external=False, **changes):
     """Hand-written descriptions of the training clips, under the header that ``module`` expects."""
-    header = module.target_writer().header
+    kind = "reason" if module.targets.compose == "reason" else "describe"
+    header = module.trace_generator(data.task, kind).header
     header = TraceHeader(**{**dataclasses.asdict(header), "external": external, **changes})
     store = TraceStore.create(path, header)
     records = []
     for clip in data.clips("train"):
         for k in range(2):
             text = f"It is rather {('dark', 'bright')[k]}."
-            if module.compose == "reason":
+            if module.targets.compose == "reason":
                 text = render_completion(text, clip.label if k else "nonsense")
             parsed = parse_completion(text)
             records.append(TraceRecord(clip.video_id, k, text, parsed.reasoning, parsed.answer, "stop", -1.0, 3))
@@ -33,11 +42,18 @@ def write_traces(path, module, data, external=False, **changes):
     return path
 
 
+def without_a_step(micro_batches, loss, has_samples):
+    """Stands for ``optimizer_step_on``: computes the losses, and leaves the weights as they are."""
+    assert has_samples
+    assert [loss(micro_batch).ndim for micro_batch in micro_batches] == [0]
+    return StepResult(torch.zeros(()), 0.0)
+
+
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("target", ["label", "caption", "rationale", "trace"])
 def test_each_target_trains(make_vlm, make_data, make_trainer, target, lora):
     vlm = make_vlm(lora)
-    module = RationaleSFTModule(vlm, target=target, optimizer=adamw, traces_sampled=OWN)
+    module = RationaleSFTModule(vlm, targets=TargetOptions(kind=target), optim=ADAMW, traces=OWN)
     trainer = make_trainer(max_steps=3)
     before = {}
 
@@ -49,15 +65,14 @@ def test_each_target_trains(make_vlm, make_data, make_trainer, target, lora):
     assert moved
     assert float(trainer.callback_metrics["train/loss"]) > 0
     assert {"train/grad_norm", "train/learning_rate"} <= set(trainer.callback_metrics)
-    assert (module.run_dir / "traces.jsonl").exists() == (target in ("rationale", "trace"))
+    assert (run_dir(module) / "traces.jsonl").exists() == (target in ("rationale", "trace"))
 
 
 def test_loss_is_the_function_on_the_batch_and_each_flag_counts(make_vlm, ready, tmp_path):
     vlm = make_vlm()
-    probe = ready(RationaleSFTModule(vlm, target="label"))
-    module = RationaleSFTModule(vlm, target="trace", traces_sampled=OWN)
-    module.trainer = probe.trainer
-    module.traces = str(write_traces(tmp_path / "t.jsonl", module, probe.data))
+    probe = ready(RationaleSFTModule(vlm))
+    module = RationaleSFTModule(vlm, targets=TRACE, traces=OWN)
+    module.traces_file = str(write_traces(tmp_path / "t.jsonl", module, probe.data))
     module = ready(module, folder="b")
     batch = next(iter(module.data.train_dataloader()))
     texts = batch.texts
@@ -65,12 +80,15 @@ def test_loss_is_the_function_on_the_batch_and_each_flag_counts(make_vlm, ready,
     assert bool(texts.answer_mask.any(1).all())
     logged = {}
     module.log = lambda name, value, **_: logged.update({name: float(value)})
+    module.log_dict = lambda *_: None
+    module.optimizer_step_on = without_a_step
     with torch.no_grad():
         logprobs = vlm.score(module.policy, batch.prompts, texts).logprobs
         losses = {}
         for weight in (1.0, 3.0, None):
-            module.answer_weight = weight
-            losses[weight] = float(module.training_step(batch, 0))
+            module.targets = dataclasses.replace(module.targets, answer_weight=weight)
+            module.training_step(batch, 0)
+            losses[weight] = logged["train/loss"]
     answers, reasons = texts.loss_mask & texts.answer_mask, texts.loss_mask & ~texts.answer_mask
     reasoning, answer = -logprobs[reasons].mean(), -logprobs[answers].mean()
     assert losses[1.0] == pytest.approx(float(reasoning + answer), rel=1e-5)
@@ -92,10 +110,9 @@ def test_loss_is_the_function_on_the_batch_and_each_flag_counts(make_vlm, ready,
 @pytest.mark.parametrize("compose", ["describe", "reason"])
 def test_cold_start_targets_end_in_the_training_label(make_vlm, ready, tmp_path, compose):
     vlm = make_vlm()
-    probe = ready(RationaleSFTModule(vlm, target="label"))
-    module = RationaleSFTModule(vlm, target="trace", compose=compose, traces_sampled=OWN)
-    module.trainer = probe.trainer
-    module.traces = str(write_traces(tmp_path / "t.jsonl", module, probe.data))
+    probe = ready(RationaleSFTModule(vlm))
+    module = RationaleSFTModule(vlm, targets=dataclasses.replace(TRACE, compose=compose), traces=OWN)
+    module.traces_file = str(write_traces(tmp_path / "t.jsonl", module, probe.data))
     module = ready(module, folder="b")
     for clip in module.data.clips("train"):
         texts = [text.text for text in module.data.view.texts(clip)]
@@ -106,7 +123,7 @@ def test_cold_start_targets_end_in_the_training_label(make_vlm, ready, tmp_path,
 
 def test_traces_of_other_weights_task_or_prompt_are_refused(make_vlm, ready, tmp_path):
     vlm = make_vlm()
-    probe = ready(RationaleSFTModule(vlm, target="label"))
+    probe = ready(RationaleSFTModule(vlm))
     for number, (target, external, changes, message) in enumerate(
         [
             ("rationale", False, {"adapter_sha": "x"}, "adapter"),
@@ -117,48 +134,30 @@ def test_traces_of_other_weights_task_or_prompt_are_refused(make_vlm, ready, tmp
             ("rationale", True, {}, "teacher"),
         ]
     ):
-        module = RationaleSFTModule(vlm, target=target)
-        module.trainer = probe.trainer
-        module.traces = str(write_traces(tmp_path / f"{number}.jsonl", module, probe.data, external, **changes))
+        module = RationaleSFTModule(vlm, targets=TargetOptions(kind=target))
+        path = write_traces(tmp_path / f"{number}.jsonl", module, probe.data, external, **changes)
+        module.traces_file = str(path)
         with pytest.raises(ValueError, match=message):
             ready(module, folder=f"refused{number}")
 
 
 def test_cold_start_takes_a_teachers_traces(make_vlm, ready, tmp_path):
     vlm = make_vlm()
-    probe = ready(RationaleSFTModule(vlm, target="label"))
-    module = RationaleSFTModule(vlm, target="trace")
-    module.trainer = probe.trainer
-    module.traces = str(write_traces(tmp_path / "t.jsonl", module, probe.data, external=True, base_sha="teacher"))
+    probe = ready(RationaleSFTModule(vlm))
+    module = RationaleSFTModule(vlm, targets=TRACE)
+    module.traces_file = str(write_traces(tmp_path / "t.jsonl", module, probe.data, external=True, base_sha="teacher"))
     assert isinstance(ready(module, folder="b"), RationaleSFTModule)
 
 
 def test_nothing_left_to_learn_is_an_error(make_vlm, ready):
     strict = dataclasses.replace(OWN, filter=RationaleFilter(min_words=50))
     with pytest.raises(ValueError, match=r"traces\.jsonl: no training clip.*too short"):
-        ready(RationaleSFTModule(make_vlm(), target="rationale", traces_sampled=strict))
+        ready(RationaleSFTModule(make_vlm(), targets=TargetOptions(kind="rationale"), traces=strict))
 
 
 def test_a_missing_caption_column_is_named(make_vlm, ready):
     with pytest.raises(ValueError, match="column 'words'"):
-        ready(RationaleSFTModule(make_vlm(), target="caption", caption_field="words"))
-
-
-@pytest.mark.parametrize(("every", "epochs"), [(1, 4), (3, 6)])
-def test_few_clips_still_make_min_steps(make_vlm, make_data, make_trainer, every, epochs):
-    vlm = make_vlm()
-    module = RationaleSFTModule(vlm, target="label", min_steps=7, schedule="linear")
-    trainer = make_trainer(max_epochs=1, check_val_every_n_epoch=every)
-    trainer.fit(module, make_data(vlm))  # 2 steps an epoch
-    assert trainer.current_epoch == epochs
-    assert trainer.global_step == 2 * epochs
-    assert "val/acc" in trainer.callback_metrics
-
-
-def test_gradient_accumulation_is_refused(make_vlm, make_data, make_trainer):
-    vlm = make_vlm()
-    with pytest.raises(ValueError, match=r"accumulate_grad_batches is 2.*batch_size"):
-        make_trainer(max_steps=1, accumulate_grad_batches=2).fit(RationaleSFTModule(vlm), make_data(vlm))
+        ready(RationaleSFTModule(make_vlm(), targets=TargetOptions(kind="caption", caption_field="words")))
 
 
 def test_batch_size_of_the_stage_wins(make_vlm, ready):
@@ -168,23 +167,23 @@ def test_batch_size_of_the_stage_wins(make_vlm, ready):
 
 def test_parse_rate_is_printed(make_vlm, make_data, make_trainer):
     vlm = make_vlm()
-    module = RationaleSFTModule(
-        vlm, target="trace", traces_sampled=OWN, decide="answer", sampling=Sampling(max_new_tokens=4)
-    )
+    answer = DecideOptions(by="answer", sampling=Sampling(max_new_tokens=4))
+    module = RationaleSFTModule(vlm, targets=TRACE, traces=OWN, decide=answer)
     said = []
     module.print = said.append
     make_trainer(max_epochs=1).fit(module, make_data(vlm))
     assert any("parse rate on val 0.0% (3 clips" in line for line in said)
-    assert any("no traces given; the base writes 2 per clip" in line for line in said)
+    assert any("no traces_file given; the base writes 2 texts per clip" in line for line in said)
 
 
 def test_captions_are_validated_by_their_loss(make_vlm, make_data, make_trainer):
     vlm = make_vlm()
-    module = RationaleSFTModule(vlm, target="caption", optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    still = OptimOptions(lambda p: torch.optim.SGD(p, lr=0.0))
+    module = RationaleSFTModule(vlm, targets=TargetOptions(kind="caption"), optim=still)
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, make_data(vlm))
     texts = {clip.video_id: (clip.fields["caption"],) for clip in module.data.clips("val")}
-    batch = next(iter(module.data.loader("val", DescribeView(module.task, texts), batch_size=3)))
+    batch = next(iter(module.data.loader("val", DescribeView(module.data.task, texts), batch_size=3)))
     with torch.no_grad():
         logprobs = vlm.score(module.policy.eval(), batch.prompts, batch.texts).logprobs
     expected = -float(logprobs[batch.texts.loss_mask].mean())
@@ -193,22 +192,23 @@ def test_captions_are_validated_by_their_loss(make_vlm, make_data, make_trainer)
 
 def test_token_accuracy_is_the_share_of_likeliest_tokens(make_vlm, make_data, make_trainer):
     vlm = make_vlm(lora=False)
-    module = RationaleSFTModule(vlm, target="caption", optimizer=adamw)
+    module = RationaleSFTModule(vlm, targets=TargetOptions(kind="caption"), optim=ADAMW)
     trainer = make_trainer(max_epochs=12, limit_val_batches=0)
     trainer.fit(module, make_data(vlm))
     texts = {clip.video_id: (clip.fields["caption"],) for clip in module.data.clips("train")}
     hits, tokens, logged = 0, 0, {}
     module.log = lambda name, value, **_: logged.update({name: float(value)})
-    for batch in module.data.loader("train", DescribeView(module.task, texts), batch_size=1):
+    module.log_dict = lambda *_: None
+    module.optimizer_step_on = without_a_step
+    for batch in module.data.loader("train", DescribeView(module.data.task, texts), batch_size=1):
         ids, inputs = batch.texts.ids[0, batch.texts.loss_mask[0]], dict(batch.prompts.inputs)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[None]], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.no_grad():
             logits = module.policy.eval()(**inputs).logits[0, -len(ids) - 1 : -1]
             logits[:, sorted(vlm.suppressed_ids)] = -torch.inf
-            scores = vlm.score(module.policy, batch.prompts, batch.texts)
+            module.training_step(batch, 0)
         of_clip = (logits.argmax(-1) == ids).tolist()
-        module.log_token_accuracy("train", scores, batch.texts)
         assert logged["train/mean_token_accuracy"] == pytest.approx(sum(of_clip) / len(of_clip))
         hits, tokens = hits + sum(of_clip), tokens + len(of_clip)
     assert 0 < hits < tokens
@@ -221,9 +221,8 @@ def test_training_lowers_the_loss(make_vlm, make_data, make_trainer):
 
     class Watched(RationaleSFTModule):
         def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            losses.append(float(loss.detach()))
-            return loss
+            super().training_step(batch, batch_idx)
+            losses.append(float(self.trainer.callback_metrics["train/loss"]))
 
-    make_trainer(max_epochs=8, limit_val_batches=0).fit(Watched(vlm, target="label", optimizer=adamw), make_data(vlm))
+    make_trainer(max_epochs=8, limit_val_batches=0).fit(Watched(vlm, optim=ADAMW), make_data(vlm))
     assert sum(losses[-2:]) < 0.5 * sum(losses[:2])

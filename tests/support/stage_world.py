@@ -221,3 +221,8 @@ def adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
 def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the trainable parameters."""
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def run_dir(module: VLMModule) -> Path:
+    """The run folder of the stage's trainer."""
+    return Path(module.trainer.default_root_dir)

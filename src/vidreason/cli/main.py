@@ -42,8 +42,8 @@ _SYSTEM_SAYS_NO = {
 
 _FAILURES = {
     "DecodeError": exit_codes.ERROR,
-    "NothingReadError": exit_codes.ERROR,
-    "ColdPolicyError": exit_codes.UNPARSED,
+    "TooManyUnreadableError": exit_codes.ERROR,
+    "NoParsedCompletionsError": exit_codes.UNPARSED,
 }
 """Errors that are nobody's mistake on a command line, in a YAML or in a table, and their exit status"""
 _KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"

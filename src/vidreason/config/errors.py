@@ -70,7 +70,7 @@ def explain(message: str, files: Sequence[Path], flags: Sequence[str] = ()) -> s
     unknown = re.search(r"unrecognized arguments: --(\S+)", message)
     if unknown:
         return _unknown_key(unknown[1].partition("=")[0], ())
-    rejected = re.search(r"Option '(\w+)' is not accepted", message)
+    rejected = re.search(r"Option '(\w+)[\w.]*' is not accepted", message)
     if rejected:
         return _rejected_argument(rejected[1], message, () if "NestedArg(" in message else files)
     return _flat(message)
@@ -152,6 +152,9 @@ def _nested_argument(class_path: str, dotted: str, files: Sequence[Path]) -> str
     """An argument that an argument of a class does not take, ``frames.num_frame`` of a data module."""
     *outer, name = dotted.split(".")
     for argument in outer:
+        if argument not in _parameters(class_path):
+            name = argument
+            break
         class_path = _class_of_argument(class_path, argument) or class_path
     return (
         f"{class_path} takes no argument {name!r}{_named_in(name, files)}{_did_you_mean(name, _parameters(class_path))}"

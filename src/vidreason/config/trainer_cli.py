@@ -36,7 +36,7 @@ from vidreason.config.errors import explain
 from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.run_record import RunRecord, from_the_start
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.fit.checkpoint_io import WholeCheckpointIO
+from vidreason.lightning_modules.fit.checkpoint_io import AtomicCheckpointIO
 from vidreason.lightning_modules.fit.lightning_internals import forward_sigterm
 from vidreason.lightning_modules.fit.resume import check_checkpoint_file
 from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
@@ -216,7 +216,7 @@ class VideoCLI(LightningCLI):
         trainer: L.Trainer = super().instantiate_trainer(callbacks=listed, **kwargs)
         forward_sigterm(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def before_fit(self) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vidreason import exit_codes
-from vidreason.config.quietly import quietly
+from vidreason.config.quiet import quietly
 
 if TYPE_CHECKING:
     from vidreason.config.trainer_cli import VideoCLI

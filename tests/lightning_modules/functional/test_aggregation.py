@@ -16,7 +16,7 @@ from vidreason.lightning_modules.functional.aggregation import (
     summed_terms,
     token_normalizer,
 )
-from vidreason.lightning_modules.functional.losses import GRPOLoss, grpo_loss
+from vidreason.lightning_modules.functional.losses import PolicyLossOutput, grpo_loss
 from vidreason.lightning_modules.functional.policy_terms import largest_gap
 
 N, L, LONGEST = 8, 7, 10
@@ -44,7 +44,7 @@ class Step:
     def counts(self, parts: int) -> StepCounts:
         return StepCounts(self.mask.sum().double(), torch.tensor(8.0).double(), torch.tensor(float(parts)).double())
 
-    def loss(self, loss_type: Any, rows: slice, parts: int, **options: Any) -> GRPOLoss:
+    def loss(self, loss_type: Any, rows: slice, parts: int, **options: Any) -> PolicyLossOutput:
         counts = self.counts(parts)
         return grpo_loss(
             self.logprobs[rows],
@@ -110,16 +110,16 @@ def test_each_variant_is_its_formula(loss_type: str, seed: int) -> None:
     torch.testing.assert_close(step.logprobs.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
-def run(loss_type: str, sizes: list[int]) -> tuple[GRPOLoss, Tensor]:
+def run(loss_type: str, sizes: list[int]) -> tuple[PolicyLossOutput, Tensor]:
     """Sums and gradient of the step, cut into parts of these sizes."""
     step, start, losses = Step(5), 0, []
     for size in sizes:
         loss = step.loss(loss_type, slice(start, start + size), len(sizes))
         loss.loss.backward()
-        losses.append(GRPOLoss(*(value.detach() for value in loss)))
+        losses.append(PolicyLossOutput(*(value.detach() for value in loss)))
         start += size
     assert step.logprobs.grad is not None
-    return GRPOLoss(*(torch.stack(values).sum() for values in zip(*losses, strict=True))), step.logprobs.grad
+    return PolicyLossOutput(*(torch.stack(values).sum() for values in zip(*losses, strict=True))), step.logprobs.grad
 
 
 @pytest.mark.parametrize("sizes", [[1] * 8, [4, 4], [1, 7], [3, 2, 2, 1]])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidreason.lightning_modules.functional.losses import GRPOLoss, grpo_loss
+from vidreason.lightning_modules.functional.losses import PolicyLossOutput, grpo_loss
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Rollouts:
             entropy=noise(6, 9).abs(),
         )
 
-    def loss(self, **options: Any) -> GRPOLoss:
+    def loss(self, **options: Any) -> PolicyLossOutput:
         arguments: dict[str, Any] = {
             "normalizer": 26.0,
             "old_logprobs": self.old,
@@ -230,7 +230,7 @@ def test_micro_batches_add_up() -> None:
     parts = []
     for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
         parts.append(Rollouts(**{name: value[rows] for name, value in vars(rollouts).items()}).loss())
-    for name in GRPOLoss._fields:
+    for name in PolicyLossOutput._fields:
         torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))
 
 
@@ -271,7 +271,7 @@ def test_only_the_policy_gets_a_gradient() -> None:
     loss = replace(rollouts, logprobs=rollouts.logprobs.clone().requires_grad_(), **constants).loss()
     loss.loss.backward()
     assert all(tensor.grad is None for tensor in constants.values())
-    assert [name for name in GRPOLoss._fields if getattr(loss, name).requires_grad] == ["loss"]
+    assert [name for name in PolicyLossOutput._fields if getattr(loss, name).requires_grad] == ["loss"]
 
 
 def test_grpo_errors() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vidreason.lightning_modules.functional.aggregation import StepCounts, loss_normalizer
-from vidreason.lightning_modules.functional.losses import GRPOLoss, grpo_loss
+from vidreason.lightning_modules.functional.losses import PolicyLossOutput, grpo_loss
 from vidreason.rewards.base import RewardInput
 from vidreason.rewards.completion import parse_completion
 from vidreason.rewards.overlong import OverlongReward
@@ -93,7 +93,7 @@ def trl_loss(case: Case, logprobs: Tensor, entropy: Tensor, o: dict[str, Any]) -
     return loss, dict(metrics["train"])
 
 
-def our_loss(case: Case, logprobs: Tensor, entropy: Tensor, o: dict[str, Any]) -> GRPOLoss:
+def our_loss(case: Case, logprobs: Tensor, entropy: Tensor, o: dict[str, Any]) -> PolicyLossOutput:
     options = {name: value for name, value in o.items() if name != "off_policy"}
     counts = StepCounts(case.mask.sum().double(), torch.tensor(float(N)), torch.tensor(1.0))
     corrects = o["importance_cap"] is not None
@@ -126,7 +126,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def compare(case: Case, o: dict[str, Any]) -> tuple[GRPOLoss, dict[str, list[float]]]:
+def compare(case: Case, o: dict[str, Any]) -> tuple[PolicyLossOutput, dict[str, list[float]]]:
     """Asserts that both losses and their gradients are equal; returns what each says of itself."""
     leaves = [[t.clone().requires_grad_() for t in (case.logprobs, case.entropy)] for _ in range(2)]
     theirs, metrics = trl_loss(case, *leaves[0], o)

@@ -4,7 +4,7 @@ import pytest
 
 from vidreason.datamodules.traces import TraceRecord
 from vidreason.datamodules.types import Clip
-from vidreason.lightning_modules.sft_targets import caption_targets, rationale_targets, trace_targets
+from vidreason.lightning_modules.traces.targets import caption_targets, rationale_targets, trace_targets
 from vidreason.rewards.completion import CompletionForm, parse_completion, render_completion
 
 CLIPS = [Clip(Path("a"), "walk", "a"), Clip(Path("b"), "run", "b"), Clip(Path("c"), None, "c")]

@@ -1,4 +1,4 @@
-"""Building models and data without what libraries say about it."""
+"""Hides what building a stage prints and logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 @contextmanager
 def quietly(level: int = logging.INFO) -> Iterator[None]:
-    """Hides what building says about seeds, devices and files, up to ``level``; the run itself will say it."""
+    """Hides messages about seeds, devices and files within the block, up to ``level``; the run itself repeats them."""
     before = logging.root.manager.disable
     logging.disable(level)
     try:

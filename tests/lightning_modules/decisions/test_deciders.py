@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from vidreason.datamodules.types import Clip, FailedClip, TextBatch, VideoBatch
-from vidreason.lightning_modules.deciding import closed_set, decide_by_probs, update_metrics, vote
-from vidreason.lightning_modules.metrics import ClassificationMetrics
-from vidreason.lightning_modules.predictions import decided, undecided
+from vidreason.lightning_modules.decisions.closed_set import closed_set
+from vidreason.lightning_modules.decisions.deciders import decide_by_probs, vote
+from vidreason.lightning_modules.decisions.evaluation import SplitMetrics
+from vidreason.lightning_modules.decisions.predictions import failed_prediction
 
 
 def texts(loss_mask: list[list[bool]], owner: list[int]) -> TextBatch:
@@ -60,16 +61,16 @@ def test_unreadable_and_unlabelled_clips(tmp_path):
     lost = FailedClip(Clip(tmp_path, "b", "v3", "test"), "gone")
     batch = VideoBatch(None, torch.tensor([0, -1, 1]), torch.ones(3, dtype=torch.bool), clips, (lost,))
     decisions = decide_by_probs(torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1]]), names)
-    metrics = ClassificationMetrics(names)
-    update_metrics(metrics, batch, decisions, names, torch.device("cpu"))
-    values = metrics.compute()
+    metrics = SplitMetrics(names)
+    metrics.update(batch, decisions)
+    values = metrics.plain.compute()
     assert float(values["acc"]) == pytest.approx(1 / 3), "right, wrong, unreadable; the unlabelled one is not counted"
     assert float(values["unparsed_rate"]) == pytest.approx(1 / 3)
     only_lost = VideoBatch(None, torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.bool), (), (lost,))
-    update_metrics(metrics, only_lost, None, names, torch.device("cpu"))
-    assert float(metrics.compute()["acc"]) == pytest.approx(1 / 4)
+    metrics.update(only_lost, None)
+    assert float(metrics.plain.compute()["acc"]) == pytest.approx(1 / 4)
 
-    line = decided(clips[0], "test", 0, decisions, names)
+    line = decisions.prediction(0, clips[0], "test", names)
     assert (line.pred, line.unparsed, line.failed, line.probs["a"]) == ("a", False, False, pytest.approx(0.9))
-    line = undecided(lost, "test", names)
+    line = failed_prediction(lost, "test", names)
     assert (line.pred, line.failed, line.unparsed, line.probs) == (None, True, False, {"a": 0.5, "b": 0.5})

@@ -1,6 +1,6 @@
 import pytest
 
-from vidreason.lightning_modules.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.traces.rationale_filter import RationaleFilter
 from vidreason.rewards.completion import render_completion
 
 NAMES = ("walk", "run")

@@ -1,31 +1,23 @@
-from pathlib import Path
+"""Sampled completions: their seeds, their order, their tokens."""
 
 import pytest
 import torch
 
 from vidreason.datamodules.prompts import ReasonView
-from vidreason.datamodules.types import Clip
-from vidreason.lightning_modules.rollout import (
-    Completion,
+from vidreason.lightning_modules.vlms.completions import (
     CompletionBatch,
-    RolloutGroup,
     completion_seed,
-    generate_rollouts,
-    reward_tensor,
-    score_rollouts,
+    generate_completions,
     take_prompts,
 )
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.rewards.accuracy import AccuracyReward
-from vidreason.rewards.completion import parse_completion, render_completion
-from vidreason.rewards.format import FormatReward
 
 SHORT = Sampling(max_new_tokens=5)
 
 
 @pytest.fixture
 def sampled(make_vlm, make_data):
-    vlm = make_vlm()
+    vlm = make_vlm("tiny")
     data = make_data(vlm)
     data.connect(train_view=ReasonView(data.task))
     batch = next(iter(data.loader("val", ReasonView(data.task), batch_size=3)))
@@ -33,7 +25,7 @@ def sampled(make_vlm, make_data):
 
     def sample(seed: int = 0, step: int = 0, rows: tuple[int, ...] = (0, 1, 2)) -> CompletionBatch:
         prompts = take_prompts(vlm, batch.prompts, torch.tensor(rows))
-        return generate_rollouts(vlm, model, prompts, [batch.clips[r] for r in rows], 2, SHORT, seed, step)
+        return generate_completions(vlm, model, prompts, [batch.clips[r] for r in rows], 2, SHORT, seed, step)
 
     return vlm, sample
 
@@ -79,20 +71,3 @@ def test_take_keeps_prompts_and_completions_together(sampled):
     assert torch.equal(part.texts.ids, whole.texts.ids[[4, 5, 0, 1]])
     assert torch.equal(part.logprobs, whole.logprobs[[4, 5, 0, 1]])
     assert torch.equal(part.prompts.inputs["input_ids"], whole.prompts.inputs["input_ids"][[2, 0]])
-
-
-def completion(text: str) -> Completion:
-    return Completion(text, parse_completion(text), torch.zeros(1, dtype=torch.long), torch.zeros(1), "stop")
-
-
-def test_scores_are_those_of_the_clips_own_label():
-    clips = (Clip(Path("a"), "walk", "a"), Clip(Path("b"), "run", "b"))
-    texts = [completion(render_completion("r", "walk")), completion("nothing")]
-    batch = CompletionBatch(clips, None, None, None, (tuple(texts), tuple(texts)))
-    groups = score_rollouts(batch, [AccuracyReward(), FormatReward(weight=0.5)], ["walk", "run"])
-    assert isinstance(groups[0], RolloutGroup)
-    assert reward_tensor(groups).tolist() == [[1.5, 0.0], [0.5, 0.0]]
-    assert groups[1].rollouts[0].score.parts == {"accuracy": 0.0, "format": 1.0}
-    unlabelled = CompletionBatch((Clip(Path("a"), None, "a", where="m.csv, row 3"),), None, None, None, (tuple(texts),))
-    with pytest.raises(ValueError, match=r"m.csv, row 3: rewards need a label"):
-        score_rollouts(unlabelled, [AccuracyReward()], ["walk"])

@@ -2,12 +2,12 @@
 
 import pytest
 
-from vidreason.lightning_modules.fit_progress import FitProgress
+from vidreason.lightning_modules.fit.progress import FitProgress
 
 
 def told(batches, per_epoch=4, accumulated=1, due=False):
     loops = {"epoch_loop.state_dict": {}}
-    FitProgress(batches, per_epoch, accumulated, due).tell(loops)
+    FitProgress(batches, per_epoch, accumulated, due).write_into(loops)
     progress = loops["epoch_loop.batch_progress"]
     epoch = loops["epoch_progress"]["current"]
     return {

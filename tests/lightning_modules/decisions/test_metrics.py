@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError
 
-from vidreason.lightning_modules.metrics import UNDECIDED, ClassificationMetrics
+from vidreason.lightning_modules.decisions.metrics import UNDECIDED, ClassificationMetrics
 
 NAMES = ("calm", "loud", "riot", "never seen")
 

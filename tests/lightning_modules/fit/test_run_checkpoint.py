@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_grpo import make
 from stage_world import adamw
 
-from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.datamodules import atomic_files as whole_files
 from vidreason.datamodules.atomic_files import replace_folder
-from vidreason.lightning_modules.checkpoints import WholeCheckpointIO
-from vidreason.lightning_modules.grpo import GRPOModule
-from vidreason.lightning_modules.interrupts import StopNow, StopRequested
-from vidreason.lightning_modules.resumable import KEY
+from vidreason.lightning_modules.fit.checkpoint_io import AtomicCheckpointIO
+from vidreason.lightning_modules.fit.resume import FORMAT, KEY
+from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
+from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
-from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.signals import StopNow, StopRequested
 
-SHORT = Sampling(max_new_tokens=4)
+ADAMW = OptimOptions(optimizer=adamw)
 
 
 class Scripted(RationaleSFTModule):
@@ -43,11 +43,11 @@ class NotedCheckpoint(RunCheckpoint):
 
 
 def trained(make_vlm, make_data, make_trainer, options, epochs=4, accuracies=(0.2, 0.8, 0.5, 0.9), **kwargs):
-    module = Scripted(make_vlm(), optimizer=adamw)
+    module = Scripted(make_vlm(), optim=ADAMW)
     module.accuracies = accuracies
     saving = NotedCheckpoint(options)
     trainer = make_trainer(max_epochs=epochs, callbacks=[saving], **kwargs)
-    trainer.strategy.checkpoint_io = WholeCheckpointIO()
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     trainer.fit(module, make_data(module.vlm, batch_size=2))  # three batches an epoch
     return trainer, module, saving
 
@@ -65,10 +65,10 @@ def test_batches_and_epochs_count(make_vlm, make_data, make_trainer, every, vali
 @pytest.mark.parametrize(
     ("exception", "steps"), [(RuntimeError("x"), [3]), (StopNow(), [3]), (StopRequested(), [3, 4])], ids=repr
 )
-def test_nothing_is_saved_in_the_midst_of_a_batch_but_where_its_stage_says_so(
+def test_nothing_is_saved_within_a_batch_unless_the_fit_stops_where_it_is_consistent(
     make_vlm, make_data, make_trainer, exception, steps
 ):
-    """A stage has counted, or taken up groups to replay, before its first optimizer step; so has a second Ctrl-C."""
+    """A stage may have counted a batch before its optimizer step; a second Ctrl-C writes nothing."""
 
     class Cut(Scripted):
         def training_step(self, batch, batch_idx):
@@ -76,7 +76,7 @@ def test_nothing_is_saved_in_the_midst_of_a_batch_but_where_its_stage_says_so(
                 raise exception
             return super().training_step(batch, batch_idx)
 
-    module = Cut(make_vlm(), optimizer=adamw)
+    module = Cut(make_vlm(), optim=ADAMW)
     module.accuracies = (0.1, 0.1)
     saving = NotedCheckpoint(CheckpointOptions(9))
     trainer = make_trainer(max_epochs=2, callbacks=[saving])
@@ -87,15 +87,7 @@ def test_nothing_is_saved_in_the_midst_of_a_batch_but_where_its_stage_says_so(
 
 def test_several_optimizer_steps_per_batch_are_one(make_vlm, make_data, make_trainer):
     """Lightning's every_n_train_steps=2 would miss all of these."""
-    module = GRPOModule(
-        make_vlm(),
-        group_size=2,
-        inner_epochs=3,
-        train_sampling=SHORT,
-        sampling=SHORT,
-        cold_steps=99,
-        optimizer=adamw,
-    )
+    module = make(make_vlm(), group_size=2, inner_epochs=3, optimizer=adamw)
     saving = NotedCheckpoint(CheckpointOptions(1))
     make_trainer(max_epochs=1, limit_val_batches=0, callbacks=[saving]).fit(module, make_data(module.vlm))
     assert saving.noted == [("last.ckpt", 3), ("last.ckpt", 6)]
@@ -128,11 +120,11 @@ def test_a_checkpoint_holds_plain_things(make_vlm, make_data, make_trainer, capl
     trainer, _, saving = trained(make_vlm, make_data, make_trainer, CheckpointOptions(1), 1)
     path = Path(saving.dirpath) / "last.ckpt"
     saved = torch.load(path, weights_only=True)[KEY]
-    assert saved["stage"] == "sft_label"
+    assert (saved["format"], saved["stage"]) == (FORMAT, "sft_label")
     assert saved["progress"] == {"batches": 3, "per_epoch": 3, "accumulated": 1, "validation_due": False}
     assert (saved["clips_per_batch"], saved["traces"], saved["parent_sha"]) == (2, 0, "")
-    (rank,) = saved["ranks"]
-    assert torch.equal(rank["random"]["torch"], torch.get_rng_state())
+    (rank,) = saved["random"]
+    assert torch.equal(rank["torch"], torch.get_rng_state())
     said = [record.message for record in caplog.records if "last.ckpt" in record.message]
     assert f"{path.stat().st_size / 1e6:.3g} MB" in said[-1]
     assert trainer.global_step == 3
@@ -186,21 +178,21 @@ def test_a_kill_between_checkpoint_and_adapter_is_mended_on_resume(
     """Also where the checkpoint is the fit's last, after which there is nothing left to train."""
 
     def fit(**more):
-        module = RationaleSFTModule(make_vlm(), optimizer=adamw)
+        module = RationaleSFTModule(make_vlm(), optim=ADAMW)
         saving = RunCheckpoint(CheckpointOptions(1))
         trainer = make_trainer(limit_val_batches=0, callbacks=[saving], **limit)
         saving.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         trainer.fit(module, make_data(module.vlm, batch_size=2), **more)  # three batches an epoch
 
-    def export_beside(module, folder):
+    def export_adapter(module, folder, state=None):
         if module.trainer.global_step == step:
             raise Killed
-        written(module, folder)
+        written(module, folder, state)
 
-    written = RationaleSFTModule.export_beside
+    written = RationaleSFTModule.export_adapter
     with monkeypatch.context() as patched:
-        patched.setattr(RationaleSFTModule, "export_beside", export_beside)
+        patched.setattr(RationaleSFTModule, "export_adapter", export_adapter)
         patched.setattr(RunCheckpoint, "on_exception", lambda *_: None)
         with pytest.raises(Killed):
             fit()
@@ -269,7 +261,7 @@ def test_a_failed_write_is_not_tried_again(make_vlm, make_data, make_trainer, mo
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(WholeCheckpointIO, "save_checkpoint", full)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
         trained(make_vlm, make_data, make_trainer, CheckpointOptions(1))
 
