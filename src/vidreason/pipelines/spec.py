@@ -1,8 +1,8 @@
 """The definition of a pipeline: stages in order, each an ordinary command, and the artefacts passed between them.
 
 A pipeline file lists its stages. A stage has a command, a config, settings that override it (``args``) and artefacts of
-earlier stages (``inputs``, written ``"{stage.artefact}"``; of ``"{grpo.adapter|sft_cold_start.adapter}"`` the first that
-exists is used). The command determines which artefact a stage writes.
+earlier stages (``inputs``, written ``"{stage.artefact}"``, or ``"{grpo.adapter|sft_cold_start.adapter}"`` for the first
+of several that exists). The command determines which artefact a stage writes.
 """
 
 from __future__ import annotations
