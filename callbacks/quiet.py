@@ -8,7 +8,7 @@ import warnings
 import lightning as L
 from transformers.utils import logging as transformers_logging
 
-# Only messages that are expected in every run; anything else still reaches the user.
+# Only messages that are expected in ordinary runs; anything else still reaches the user.
 _WARNINGS = (
     r".*does not have many workers which may be a bottleneck.*",  # few workers, on purpose: clips are small
     r".*Found \d+ module\(s\) in eval mode at the start of training.*",  # frozen parts, on purpose

@@ -150,14 +150,14 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
 
 def _not_about_optional_kernels(record: logging.LogRecord) -> bool:
-    """Logging filter: drops the warning of bitsandbytes about an optional kernel package when peft imports it."""
+    """Filters out the warning of bitsandbytes about an optional kernel package when peft imports it."""
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def _append_current_folder() -> None:
     """Appends the current folder to ``sys.path`` for ``class_path``; last, so that it shadows no installed module."""
     folder = str(Path.cwd())
-    if folder not in sys.path and "" not in sys.path:
+    if folder not in sys.path and "" not in sys.path:  # "" is the current folder, too
         sys.path.append(folder)
 
 

@@ -30,7 +30,7 @@ def config_files(argv: Sequence[str]) -> list[Path]:
         # a file name as a YAML value: after a colon, a space, a bracket or a comma, quoted or not
         for name in re.findall(r"""[:\[\s,]['"]?([\w./-]+\.ya?ml)\b""", path.read_text(encoding="utf-8")):
             section = path.parent / name
-            if section.is_file() and section not in found + waiting:
+            if section.is_file() and section not in found + waiting:  # files may name each other
                 waiting.append(section)
     return found
 

@@ -180,7 +180,7 @@ def _parameters(class_path: str) -> list[str]:
         found = getattr(import_module(module), name, None)
     except (ImportError, ValueError):
         return []
-    bases = inspect.getmro(found) if inspect.isclass(found) else ()
+    bases = inspect.getmro(found) if inspect.isclass(found) else ()  # **kwargs pass arguments on to bases
     return [key for base in bases if "__init__" in vars(base) for key in inspect.signature(base).parameters]
 
 

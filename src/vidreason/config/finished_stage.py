@@ -73,7 +73,7 @@ def _present(path: str, run: Path) -> str:
     """Returns the path within ``run`` if that exists (the run may have been moved), else the path itself."""
     parts = Path(path).parts
     if STAGES_FOLDER in parts:
-        moved = run.joinpath(*parts[len(parts) - 1 - parts[::-1].index(STAGES_FOLDER) :])
+        moved = run.joinpath(*parts[len(parts) - 1 - parts[::-1].index(STAGES_FOLDER) :])  # from the last stages/ on
         if moved.exists():
             return str(moved)
     return path

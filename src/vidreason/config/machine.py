@@ -55,7 +55,7 @@ def _wanted(devices: str | int | list[int]) -> int:
         if not all(word.strip().isdecimal() for word in words):
             return 0  # auto, or a value that Lightning itself rejects
         return int(words[0]) if len(words) == 1 and "," not in devices else max(map(int, words)) + 1
-    return max(devices, 0)
+    return max(devices, 0)  # -1 means all that exist
 
 
 def describe(trainer: L.Trainer, module: VLMModule, trains: bool = True) -> str:

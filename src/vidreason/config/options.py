@@ -31,7 +31,7 @@ class CommandParser(argparse.ArgumentParser):
         """
         for word in argv:
             name = word.partition("=")[0]
-            if name == "--":
+            if name == "--":  # positional arguments follow
                 break
             if name.startswith("--") and name not in self._option_string_actions:
                 self.error(f"unknown option {name!r}{nearest_option(name, self._option_string_actions)}")

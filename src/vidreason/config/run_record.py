@@ -53,7 +53,7 @@ class RunRecord(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         command = folder / COMMAND_FILE
         trained_here = command.is_file() and command.read_text(encoding="utf-8").startswith("vidreason fit")
-        name = self.command_line.split()[1]
+        name = self.command_line.split()[1]  # fit, validate, test or predict
         suffix = f"_{name}" if trained_here and name != "fit" else ""
         write_text(folder / f"command{suffix}.txt", from_the_start(self.command_line) + "\n")
         with atomic_file(folder / f"config{suffix}.yaml") as draft:

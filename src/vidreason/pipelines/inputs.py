@@ -85,5 +85,5 @@ class StageInputs:
                 continue
             folder = self.run_dir / (record.folder if record else self.spec.folder(reference.stage))
             path = artefact_path(folder, reference.artefact) or folder / ARTEFACT_FILES[reference.artefact][0]
-            return reference, Path(os.path.normpath(path))
+            return reference, Path(os.path.normpath(path))  # drops the ".." of a stage taken from another run
         raise AssertionError("the last alternative is never skipped")  # checked by read_pipeline

@@ -84,7 +84,7 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
     (0.4902, 0.9433)
     """
     if n == 0:
-        return 0.0, 1.0
+        return 0.0, 1.0  # without trials every rate is possible
     share, z2 = right / n, _Z * _Z
     centre = share + z2 / (2 * n)
     half = _Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))

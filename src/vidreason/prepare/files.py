@@ -172,7 +172,7 @@ def _quoted(text: str) -> str:
 
 def _path(path: Path) -> str:
     """Returns a path for a config file, with ``${`` escaped, which would begin an OmegaConf variable."""
-    return _quoted(str(path)).replace("${", "\\\\${")
+    return _quoted(str(path)).replace("${", "\\\\${")  # YAML reads \\ as \, which escapes ${ for OmegaConf
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -49,7 +49,7 @@ def suggest_frames(probes: Sequence[ClipProbe]) -> FrameSuggestion:
             f"with another --vlm add --data.init_args.frames.num_frames {wanted}"
         )
     sizes = [probe.height * probe.width for probe in probes]
-    large = int(quantiles(sizes, n=10, method="inclusive")[-1]) if len(sizes) > 1 else sizes[0]
+    large = int(quantiles(sizes, n=10, method="inclusive")[-1]) if len(sizes) > 1 else sizes[0]  # 90 %
     largest = max(probes, key=lambda probe: probe.height * probe.width)
     typical = sorted(probes, key=lambda probe: probe.height * probe.width)[len(probes) // 2]
     if large >= MOST_PIXELS:

@@ -192,7 +192,7 @@ def _write(
     if left_out:
         texts[files.UNREADABLE] = files.unreadable_text(left_out, folder)
     else:
-        (folder / files.UNREADABLE).unlink(missing_ok=True)
+        (folder / files.UNREADABLE).unlink(missing_ok=True)  # of an earlier call
     for name, text in texts.items():
         write_text(folder / name, text)
     print(f"written to {out}: {', '.join(name for name in files.FILES if name in texts)}")
