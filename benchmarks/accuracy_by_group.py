@@ -1,4 +1,4 @@
-"""Accuracy of a finished test with and without some groups, such as one that is known to be a shortcut.
+"""Accuracy of a finished test with and without some groups, for example one that is a known shortcut.
 
 python benchmarks/accuracy_by_group.py runs/x/stages/06_test/predictions.jsonl --without synopsis
 """
@@ -13,7 +13,7 @@ from vidreason.pipelines.summary import Prediction, read_predictions, wilson_int
 
 
 def main() -> None:
-    """Prints one line per split and choice of groups."""
+    """Prints one line per split with all groups and one without the excluded groups."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions", type=Path)
     parser.add_argument("--without", nargs="+", required=True, metavar="GROUP")

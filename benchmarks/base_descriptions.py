@@ -1,8 +1,8 @@
-"""What the embedded base says about clips it has never seen: balanced accuracy per fact and level.
+"""Balanced accuracy of the embedded base's descriptions of unseen clips, per fact and level.
 
 Clips with independently drawn facts are rendered at each level's looks, written as mp4, read back and described
-(greedy, generated). A fact that the text does not state, or states in two ways, counts as wrong. Beside each score
-stands the balanced score of always naming the most frequent value.
+(greedy, generated). A fact that the text does not state, or states in two ways, counts as wrong. The first
+row is the balanced accuracy of always naming the most frequent value.
 
     python benchmarks/base_descriptions.py [--path embedded] [--clips 400] [--levels 0 1] [--camera mono] [--json F]
 """
@@ -28,14 +28,14 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
 SEED = 20_011
-"""Seed of the clips; pretraining, the demo and the tests use others."""
+"""Seed of the clips, which no pretraining, demo or test uses."""
 BATCH = 50
 
 
 def describe_level(
     vlm: TinyVLM, model: torch.nn.Module, level: int, clips: int, camera: str
 ) -> list[tuple[dict[str, str], str]]:
-    """Returns the true facts and the base's description of ``clips`` clips at ``level``."""
+    """Returns (true facts, description by the base) of ``clips`` clips at ``level``."""
     told = []
     with tempfile.TemporaryDirectory() as folder:
         for start in range(0, clips, BATCH):
@@ -60,7 +60,7 @@ def describe_level(
 
 
 def balanced(told: list[tuple[dict[str, str], str]], fact: str) -> tuple[float, float]:
-    """Balanced accuracy of one fact, and that of always naming the most frequent value."""
+    """Returns the balanced accuracy of one fact, and that of always naming the most frequent value."""
     hits, seen = Counter[str](), Counter[str]()
     for truth, text in told:
         seen[truth[fact]] += 1
@@ -69,7 +69,7 @@ def balanced(told: list[tuple[dict[str, str], str]], fact: str) -> tuple[float, 
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints a table of balanced accuracy in percent, a row per level."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default="embedded")
     parser.add_argument("--clips", type=int, default=400)

@@ -1,10 +1,10 @@
-"""The demo over several seeds, pooled: accuracy with its interval, twins and calibration per method and level.
+"""Pooled results of the demo over several seeds: accuracy, twin accuracy and ECE per method and level.
 
     python benchmarks/demo_seeds.py [--seeds 0 1 2] [--run_dir runs/seeds] [--json FILE]
 
-Each seed is an ordinary ``vidreason demo --seed S``, other clips in every split; what is finished is not run again.
-Pooled accuracy counts the clips of all seeds together (Wilson 95 %); the spread beside it is the standard deviation
-over seeds.
+Each seed is an ordinary ``vidreason demo --seed S`` with other clips in every split; finished runs are not repeated.
+Pooled accuracy counts the clips of all seeds together, with the 95 % Wilson interval; the number after ± is the
+standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vidreason.pipelines.summary import wilson_interval
 
 
 def main() -> None:
-    """Runs the seeds that are not there and prints the pooled table."""
+    """Runs the missing seeds and prints the pooled tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--run_dir", type=Path, default=Path("runs/seeds"))
@@ -51,7 +51,7 @@ def main() -> None:
 
 def _pool(rows: list[dict[str, float]]) -> dict[str, float]:
     total = sum(int(row["n"]) for row in rows)
-    right = sum(round(row["acc"] * row["n"]) for row in rows)
+    right = sum(round(row["acc"] * row["n"]) for row in rows)  # the count behind the rate
     low, high = wilson_interval(right, total)
     return {
         "n": total,

@@ -4,11 +4,11 @@
 
 Real shapes with random weights in bf16, LoRA on the decoder, vision tower frozen: one video of 32 frames (4,096 visual
 tokens, prompt 4,296), G completions of C tokens, forward and backward of the GRPO loss. Times are medians of device
-events after a warm-up. Naive repeats prompt and pixels, goes through as many completions at once as is fastest, and
-backward after each micro-batch. Ours is ``vlm.route: auto`` with the vision cache filled within the run. MFU is the
-FLOPs that a side executes over its time and over the bf16 rate of a large matrix product measured here. An update that
-does not fit is reported as that and enters no ratio. It ends within ten minutes; what is left then is named.
-``--smoke`` runs the same code on a CPU with sizes of nothing.
+events after a warm-up. Naive repeats prompt and pixels for every completion, uses the fastest micro-batch, and runs a
+backward after each. Ours is ``vlm.route: auto`` with the vision cache filled within the run. MFU is the FLOPs of a side
+over its time and over the bf16 rate of a large matrix product measured here. An update that runs out of memory
+is reported as such and enters no ratio. The script ends within ten minutes and lists settings that were not measured.
+``--smoke`` runs the same code with tiny sizes on a CPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PACKAGES = ("torch", "transformers", "peft", "lightning")
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """The sizes of a benchmark run."""
 
     sizes: tuple[str, ...]
     grid: Grid
@@ -58,7 +58,7 @@ SMOKE = Scale(("reference",), (1, 4, 4), 8, (4,), (2,), 64, "float32", "cpu")
 
 @dataclass
 class Bench:
-    """A model and what it is run on."""
+    """A model with its prompts and the clock."""
 
     vlm: VLM
     model: nn.Module
@@ -66,7 +66,7 @@ class Bench:
     clock: Clock
 
     def ours(self, texts: TextBatch) -> Callable[[], None]:
-        """All completions at once behind one prompt."""
+        """Returns an update with all completions at once behind one prompt."""
 
         def step() -> None:
             self.model.zero_grad()
@@ -75,7 +75,7 @@ class Bench:
         return step
 
     def naive(self, texts: TextBatch, size: int) -> Callable[[], None]:
-        """``size`` completions at once, each behind a prompt of its own."""
+        """Returns an update with micro-batches of ``size`` completions, each behind its own copy of the prompt."""
         advantages = torch.linspace(-1.5, 1.5, len(texts), device=texts.ids.device)
 
         def step() -> None:
@@ -83,16 +83,16 @@ class Bench:
             for start in range(0, len(texts), size):
                 part = rows(texts, start, start + size)
                 found = naive_logprobs(self.vlm, self.model, self.prompts, part)
-                count = texts.loss_mask.sum()
+                count = texts.loss_mask.sum()  # of all micro-batches, so that their gradients add up
                 ahead = advantages[start : start + size]
-                old = found.detach() + 0.1
+                old = found.detach() + 0.1  # ratios differ from 1, as in a second pass over the rollouts
                 loss = grpo_loss(found, ahead, part.loss_mask, normalizer=count, old_logprobs=old).loss
                 loss.backward()  # type: ignore[no-untyped-call]
 
         return step
 
     def side(self, step: Callable[[], None], micro_batch: int, gflop: float, repeats: int = 3) -> Side:
-        """Measures a step after a warm-up."""
+        """Measures a step after one warm-up step."""
         found = self.clock.run(step, 1 + repeats)
         self.model.zero_grad()
         if found is None:
@@ -100,14 +100,14 @@ class Bench:
         return Side(statistics.median(found[0][1:]), found[1], gflop, micro_batch)
 
     def cached(self, on: bool) -> None:
-        """Takes the embeddings from the vision cache, or computes them in each update."""
+        """Switches the vision cache on, or off, so that each update runs the vision tower."""
         if on:
-            self.vlm.__dict__.pop("vision_cache", None)
+            self.vlm.__dict__.pop("vision_cache", None)  # the cached property makes a new, empty cache
         else:
             self.vlm.vision_cache = None  # type: ignore[misc]
 
     def difference(self, texts: TextBatch) -> float:
-        """Largest difference of the log-probs of two completions."""
+        """Returns the largest difference between the log-probs of both sides, for two completions."""
         two = rows(texts, 0, 2)
         with torch.no_grad():
             gap = self.vlm.score(self.model, self.prompts, two).logprobs
@@ -116,27 +116,27 @@ class Bench:
 
 
 def gflop(step: Callable[[], None]) -> float:
-    """Of one step."""
+    """Returns the GFLOP of one step."""
     with flop_counter() as counter:
         step()
     return counter.get_total_flops() / 1e9
 
 
 def best_naive(bench: Bench, texts: TextBatch, single: float, known: int) -> tuple[Side, Side]:
-    """Naive at its fastest micro-batch, and with all completions at once.
+    """Measures naive at its fastest micro-batch and with all completions at once.
 
     Args:
-        bench: The model.
+        bench: The model with its prompts.
         texts: G completions.
         single: GFLOP of one of them.
-        known: The fastest micro-batch where it has been found already, for fewer completions; else 0.
+        known: The fastest micro-batch if it was found before with fewer completions, else 0.
     """
     group = len(texts)
     at_once = bench.side(bench.naive(texts, group), group, group * single, repeats=2)
     fitting = [at_once] if at_once.seconds is not None else []
     sizes = [known] if known else [group // 2**i for i in range(1, group.bit_length())]
     for size in sizes:
-        if len(fitting) == 2 or size == group:
+        if len(fitting) == 2 or size == group:  # two that fit are compared; smaller ones are taken to be slower
             break
         side = bench.side(bench.naive(texts, size), size, group * single, repeats=2)
         fitting += [side] if side.seconds is not None else []
@@ -147,7 +147,7 @@ def best_naive(bench: Bench, texts: TextBatch, single: float, known: int) -> tup
 def measure(
     bench: Bench, scale: Scale, size: str, checkpointing: bool, length: int, group: int, micro_batch: int
 ) -> Row:
-    """Measures one setting; ``micro_batch`` as ``known`` of ``best_naive``."""
+    """Measures one setting; ``micro_batch`` is the known fastest one of naive, or 0."""
     texts = make_texts([length] * group, [0] * group, [-1] * group, 0, scale.device)
     weights = torch.cuda.memory_allocated() / 1e9 if bench.clock.cuda else 0.0
     single = gflop(bench.naive(rows(texts, 0, 1), 1))
@@ -162,7 +162,7 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures all settings that the time allows."""
+    """Measures all settings for which there is time; returns the content of the result file."""
     started = time.monotonic()
     options = options_of(__doc__, arguments, minutes=9.0)
     scale = SMOKE if options.smoke else FULL

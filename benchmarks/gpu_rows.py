@@ -1,4 +1,4 @@
-"""What ``gpu_grpo.py`` writes down: the sides of a setting, and a table."""
+"""Results of ``gpu_grpo.py`` and their table."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Side:
-    """One side of one setting."""
+    """Results of one side (naive or ours) in one setting."""
 
     seconds: float | None
-    """Median of an update; None where it does not fit"""
+    """Median time of an update; None if it runs out of memory."""
     peak_gb: float | None
-    """Most memory allocated, weights included"""
+    """Peak of allocated memory, including weights."""
     gflop: float
     micro_batch: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting."""
+    """Results of both sides in one setting."""
 
     size: str
     checkpointing: bool
@@ -33,7 +33,7 @@ class Row:
     ours: Side
     ours_no_cache: Side
     largest_logprob_difference: float
-    """Of the two sides in this precision"""
+    """Between the two sides, in this precision."""
 
     @property
     def ratio(self) -> float | None:
@@ -48,7 +48,7 @@ class Row:
 
 
 def print_rows(found: Sequence[Row], rate: float) -> None:
-    """A line per setting."""
+    """Prints a line per setting; ``rate`` is in FLOP per second."""
     head = (
         "model",
         "ckpt",
@@ -82,7 +82,7 @@ def print_rows(found: Sequence[Row], rate: float) -> None:
 
 
 def mfu(side: Side, rate: float) -> float | None:
-    """Share of the measured matrix rate."""
+    """Returns the share of the measured rate of a matrix product; None if the side ran out of memory."""
     return side.gflop * 1e9 / side.seconds / rate if side.seconds else None
 
 

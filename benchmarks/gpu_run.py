@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: their options, when and where they run, and a clock."""
+"""Common parts of the GPU benchmarks: options, circumstances and a clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from figures import versions
 
 
 def options_of(doc: str, arguments: Sequence[str] | None, minutes: float) -> argparse.Namespace:
-    """Parses what all GPU benchmarks take; without a GPU only ``--smoke`` goes on."""
+    """Parses the options of all GPU benchmarks; without a GPU it exits unless ``--smoke`` is given."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file that the figures are written to")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
@@ -28,7 +28,7 @@ def options_of(doc: str, arguments: Sequence[str] | None, minutes: float) -> arg
 
 
 def circumstances(clock: Clock, packages: Sequence[str]) -> dict[str, Any]:
-    """When and where: date, device, versions."""
+    """Returns date, device and versions."""
     return {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if clock.cuda else f"CPU {platform.machine()}",
@@ -38,13 +38,13 @@ def circumstances(clock: Clock, packages: Sequence[str]) -> dict[str, Any]:
 
 
 class Clock:
-    """Times and memory of the device."""
+    """Measures time and memory on the device."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
 
     def run(self, step: Callable[[], None], repeats: int) -> tuple[list[float], float] | None:
-        """Seconds of each repeat and the peak in GB; None where the memory does not suffice."""
+        """Returns (seconds of each repeat, peak in GB of 1e9 bytes), or None if memory runs out."""
         seconds = []
         try:
             if self.cuda:
@@ -61,6 +61,7 @@ class Clock:
             start = time.perf_counter()
             step()
             return time.perf_counter() - start
+        # kernels run asynchronously, so the device has to record the times
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         step()
@@ -71,7 +72,7 @@ class Clock:
 
 
 def matmul_rate(size: int, dtype: torch.dtype, device: str) -> float:
-    """FLOPs per second of a matrix product of that size."""
+    """Returns the rate of a square matrix product in FLOP per second."""
     a = torch.randn(size, size, device=device, dtype=dtype)
 
     def ten() -> None:

@@ -1,15 +1,14 @@
-"""Steps of every stage of Qwen2.5-VL-3B under every strategy of one GPU: time and most memory.
+"""Time and peak memory of training steps of Qwen2.5-VL-3B, for every stage and strategy on one GPU.
 
     make links && PYTHONPATH=.typing python benchmarks/gpu_strategies.py --json benchmarks/results/gpu_strategies.json
 
 Real shapes with random weights in bf16, vision tower frozen, two videos of 16 frames (2,048 visual tokens each) a
-step. ``lora`` and ``qlora`` train an adapter, on the base as it is and on one in 4 bits; ``fsdp`` trains the weights
-themselves and ``fsdp_qlora`` an adapter on 4 bits, both sharded over a group of this one process, so that all of
-FSDP2's gathering and freeing is run. A calibrator is an adapter under every strategy. A step is what a stage does
-with a batch, by the engine, the losses and the sharding that the stages use: sampling (GRPO alone), log-probs, loss,
-backward, clipping, AdamW. The first step of an arm is its warm-up; the vision cache is filled from then on. Arms in 4
-bits need bitsandbytes and are named where it is not installed. No arm is begun that would not end within ten minutes.
-``--smoke`` runs the same code on a CPU with sizes of nothing.
+step. ``lora`` and ``qlora`` train an adapter, on a bf16 base and on a 4-bit base; ``fsdp`` trains all weights and
+``fsdp_qlora`` an adapter on a 4-bit base, both sharded over a group of this one process, so that FSDP2 runs all its
+collectives. A calibrator is an adapter under every strategy. A step uses the code of the stages: sampling (GRPO only),
+log-probs, loss, backward, clipping, AdamW. The first step of an arm is its warm-up and fills the vision cache. 4-bit
+arms need bitsandbytes and are listed as not run without it. The script ends within ten minutes; arms that it has no
+time for are listed. ``--smoke`` runs the same code with tiny sizes on a CPU.
 """
 
 from __future__ import annotations
@@ -45,17 +44,17 @@ STRATEGIES = ("lora", "qlora", "fsdp", "fsdp_qlora")
 STAGES = ("sft_label", "sft_trace", "grpo", "calibration")
 PACKAGES = ("torch", "transformers", "peft", "lightning", "bitsandbytes")
 VIDEOS, TEXTS, LABEL = 2, 2, 4
-"""Videos a step, target texts of each in ``sft_trace``, tokens of a label"""
+"""Videos per step, target texts per video in ``sft_trace``, tokens per label."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """The sizes of a benchmark run."""
 
     size: str
     grid: Grid
     tokens: int
-    """Of a text or completion"""
+    """Tokens of a text or completion."""
     group_size: int
     traces: int
     dtype: str
@@ -69,23 +68,23 @@ SMOKE = Scale("reference", (1, 4, 4), 4, 2, 2, "float32", "cpu", 1)
 
 @dataclass(frozen=True)
 class Row:
-    """One stage under one strategy."""
+    """Results of one stage under one strategy."""
 
     stage: str
     strategy: str
     trained: int
-    """Parameters"""
+    """Number of trained parameters."""
     seconds: float | None
-    """Median of a step; None where it does not fit"""
+    """Median time of a step; None if it runs out of memory."""
     peak_gb: float | None
-    """Most memory allocated in the steps, weights included; 0 on a CPU"""
+    """Peak of allocated memory, including weights; 0 on a CPU."""
     moved: bool
-    """Whether the steps changed the weights"""
+    """True if the steps changed the weights."""
 
 
 @dataclass
 class Arm:
-    """A built model and what it is run on."""
+    """A built model with its prompts."""
 
     vlm: VLM
     model: nn.Module
@@ -93,7 +92,7 @@ class Arm:
     scale: Scale
 
     def step_of(self, stage: str) -> Callable[[], None]:
-        """One optimizer step of a stage."""
+        """Returns one optimizer step of a stage."""
         optimizer = torch.optim.AdamW(trainable(self.model), lr=1e-4)
         texts = self.texts(stage)
 
@@ -109,20 +108,20 @@ class Arm:
         return step
 
     def texts(self, stage: str) -> TextBatch | None:
-        """What a stage learns behind the videos; None where it writes it itself."""
+        """Returns the texts behind the videos; None for GRPO, which samples them in each step."""
         if stage == "grpo":
             return None
         length = LABEL if stage == "sft_label" else self.scale.tokens
         each = {"sft_label": 1, "sft_trace": TEXTS, "calibration": self.scale.traces}[stage]
         owner = [video for video in range(VIDEOS) for _ in range(each)]
         lengths, parent = [length] * len(owner), [-1] * len(owner)
-        if stage == "calibration":  # a label behind each trace, which is shown and not learnt
+        if stage == "calibration":  # a label behind each trace; traces are context, not targets
             lengths, parent = lengths + [LABEL] * len(owner), parent + list(range(len(owner)))
             owner = owner * 2
         return make_texts(lengths, owner, parent, 0, self.scale.device)
 
     def rollouts(self) -> TextBatch:
-        """Samples G completions behind each video, as ``VLM.generate`` does but for words."""
+        """Samples G completions behind each video, like ``VLM.generate`` without decoding them to text."""
         group = self.scale.group_size
         noise = generation.draw_noise(list(range(VIDEOS * group)), self.scale.tokens)
         sampling = Sampling(max_new_tokens=self.scale.tokens)
@@ -136,7 +135,7 @@ class Arm:
 
 
 def build(strategy: str, stage: str, scale: Scale) -> Arm:
-    """Builds the model as a stage has it under a strategy."""
+    """Builds the model of a stage under a strategy."""
     quantised = strategy.endswith("qlora")
     vlm = make_vlm(
         "qwen",
@@ -157,13 +156,13 @@ def build(strategy: str, stage: str, scale: Scale) -> Arm:
 
 
 def trains_adapter(strategy: str, stage: str) -> bool:
-    """Whether an adapter is trained, and not the weights themselves."""
+    """Returns whether an adapter is trained; False if all weights are."""
     return strategy != "fsdp" or stage == "calibration"
 
 
 def measure(arm: Arm, strategy: str, stage: str, clock: Clock) -> Row:
-    """Runs a warm-up and the steps."""
-    watched = trainable(arm.model)[-1]
+    """Runs and measures a warm-up step and the steps."""
+    watched = trainable(arm.model)[-1]  # one tensor is enough to see that steps are taken
     before = watched.detach().clone()
     found = clock.run(arm.step_of(stage), 1 + arm.scale.steps)
     arm.model.zero_grad()
@@ -175,13 +174,13 @@ def measure(arm: Arm, strategy: str, stage: str, clock: Clock) -> Row:
 
 
 def local(tensor: Any) -> torch.Tensor:
-    """What of a tensor lies here; all of it, in a group of one process."""
+    """Returns the local shard of a tensor, which in a group of one process is the whole tensor."""
     here: torch.Tensor = tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
     return here
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """A line per arm."""
+    """Prints a line per arm."""
     print("".join(f"{name:>16s}" for name in ("stage", "strategy", "trained M", "s a step", "peak GB")))
     for row in rows:
         figures = [f"{row.trained / 1e6:.1f}"]
@@ -190,7 +189,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures all arms that machine and time allow."""
+    """Measures all arms that machine and time allow; returns the content of the result file."""
     started = time.monotonic()
     options = options_of(__doc__, arguments, minutes=8.5)
     scale = SMOKE if options.smoke else FULL
@@ -211,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             else:
                 kind = (strategy, trains_adapter(strategy, stage))
                 if arm is None or kind != built:
-                    arm = None  # the last one goes before the next comes
+                    arm = None  # frees the last model before the next one is built
                     gc.collect()
                     arm, built = build(strategy, stage, scale), kind
                 rows.append(measure(arm, strategy, stage, clock))

@@ -1,4 +1,4 @@
-"""Our side of ``grpo_step_vs_trl.py``: ``GRPOModule`` under a Lightning trainer, with clips that lie in memory."""
+"""Our side of ``grpo_step_vs_trl.py``: ``GRPOModule`` under a Lightning trainer, with clips in memory."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from vidreason.rewards.base import RewardFn, RewardInput
 
 
 class Endless(QwenVL):
-    """Completions do not end before their longest; every prompt has ``length`` tokens."""
+    """A Qwen2.5-VL whose completions all have the maximum length and whose prompts all have ``length`` tokens."""
 
     length: int
     shows_video = True
 
     @cached_property
     def suppressed_ids(self) -> frozenset[int]:
-        """Also what would end a completion."""
+        """The ids that are never sampled, including those that would end a completion."""
         return super().suppressed_ids | self.stop_ids
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
-        """Asks a question that fills the prompt up; without the video where it is not shown."""
+        """Encodes prompts of ``length`` tokens, padded with words; the text arm has no video in them."""
         asked = [replace(example, prompt=Prompt(self._question(example))) for example in examples]
         encoded = super().encode(asked) if self.shows_video else self._text_only(asked)
         found = encoded.prompts.inputs["input_ids"].shape[1]
@@ -51,6 +51,7 @@ class Endless(QwenVL):
 
     def _question(self, example: Example) -> str:
         bare = self._text_only([replace(example, prompt=Prompt(""))]).prompts.inputs["input_ids"].shape[1]
+        # two frames make a temporal patch, and 28 x 28 pixels a visual token; the rest are marks around the video
         visual = 1 + example.sample.frames.shape[0] // 2 * (example.sample.frames.shape[-1] // 28) ** 2
         return " a" * (self.length - bare - (visual + 1 if self.shows_video else 0))
 
@@ -71,36 +72,36 @@ class Endless(QwenVL):
 
 
 class InMemory(ClipDataset):
-    """Clips of noise that are decoded already."""
+    """A data set of decoded clips of noise."""
 
     side: int
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
-        """Two equal frames for each image that the other side gets."""
+        """Returns two equal frames (one temporal patch) for each image of TRL's side."""
         frames = torch.stack([picture(i // 2, self.side) for i in range(FRAMES)])
         return DecodedVideo(frames, FrameTiming(8.0, FRAMES, tuple(range(FRAMES))), FRAMES, reader="memory")
 
 
 class Noise(VideoDataModule):
-    """Clips without files."""
+    """A data module of clips without files."""
 
     clip_count: int
     side: int
     label_names = ("a", "b")  # type: ignore[assignment]
 
     def samples(self, split: str) -> Sequence[Clip]:
-        """As many as are trained on, and one to make the other splits of."""
+        """Returns one clip per training prompt; no two share a group."""
         return [Clip(Path(f"{split}{i}"), "a", f"{split}{i}", group=f"{split}{i}") for i in range(self.clip_count)]
 
     def dataset(self, clips: Sequence[Clip], view: ClipView, train: bool) -> ClipDataset:
-        """In memory."""
+        """Returns a data set in memory."""
         made = InMemory(clips, view, self.frames, self.seed, train)
         made.side = self.side
         return made
 
 
 class HashReward(RewardFn):
-    """``hash_of`` the completion."""
+    """Reward: a hash of the completion, so that rewards of a group differ."""
 
     def __call__(self, item: RewardInput) -> float:
         """Returns a number in [0, 1)."""
@@ -108,27 +109,27 @@ class HashReward(RewardFn):
 
 
 class Timed(GRPOModule):
-    """Says when an update begins and a step ends."""
+    """GRPO that tells the clock when an update begins and a step ends."""
 
     clock: Clock
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Watches the first step."""
+        """Starts counting FLOPs and patches in the first step."""
         if batch_idx == 0:
             self.clock.watch(self.policy.model.visual)  # type: ignore[union-attr,arg-type]
 
     def update(self, minibatch: Sequence[MicroBatch]) -> None:
-        """As it is."""
+        """Tells the clock that the update begins, then runs it."""
         self.clock.begin_update()
         super().update(minibatch)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The step is over."""
+        """Tells the clock that the step is over."""
         self.clock.end_step()
 
 
 def run_ours(path: str, options: argparse.Namespace, video: bool) -> dict[str, Any]:
-    """Trains some steps under a Lightning trainer."""
+    """Trains some steps under a Lightning trainer; returns the measurements."""
     vlm = Endless(path, dtype="float32", max_pixels=options.side**2)
     vlm.length, vlm.shows_video = prompt_length(options.side), video
     module = Timed(
@@ -137,9 +138,9 @@ def run_ours(path: str, options: argparse.Namespace, video: bool) -> dict[str, A
         rollouts=RolloutOptions(
             group_size=options.group_size,
             sampling=Sampling(max_new_tokens=options.completion),
-            max_unparsed_steps=10**6,
+            max_unparsed_steps=10**6,  # random weights never write the grammar
         ),
-        loss=PolicyLoss(dual_clip=None, importance_cap=None),
+        loss=PolicyLoss(dual_clip=None, importance_cap=None),  # off by default in TRL
         optim=OptimOptions(lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)),
     )
     module.clock = Clock()

@@ -20,10 +20,11 @@ IMAGE = "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|
 
 
 def run_trl(path: str, options: argparse.Namespace, video: bool) -> dict[str, Any]:
-    """Trains some steps with TRL's trainer."""
+    """Trains some steps with TRL's trainer; returns the measurements."""
     clock = Clock()
 
     class TimedTrainer(GRPOTrainer):
+        # returns generated and scored completions, so the update begins at its end
         def _prepare_inputs(self, generation_batch: Any) -> Any:
             made = super()._prepare_inputs(generation_batch)
             clock.begin_update()
@@ -38,6 +39,7 @@ def run_trl(path: str, options: argparse.Namespace, video: bool) -> dict[str, An
             clock.end_step()
 
     processor = AutoProcessor.from_pretrained(path)
+    # the template of the test model has no images
     processor.chat_template = processor.chat_template.replace("{% if", IMAGE, 1)
     processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": options.side**2}
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The variants of ``grpo_step_vs_trl.py``: some GRPO steps on one side, and their CPU-seconds."""
+"""The arms of ``grpo_step_vs_trl.py``, by name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from grpo_step_trl import run_trl
 
 
 def run_arm(arm: str, path: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs ``video_ours``, ``video_trl``, ``text_ours`` or ``text_trl``."""
+    """Runs ``video_ours``, ``video_trl``, ``text_ours`` or ``text_trl``; returns the measurements."""
     kind, _, side = arm.partition("_")
     return {"ours": run_ours, "trl": run_trl}[side](path, options, kind == "video")
 
 
 def quiet() -> None:
-    """Silences what trainers say about themselves."""
+    """Silences warnings and the log of Lightning."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -2,10 +2,10 @@
 
     python benchmarks/grpo_step_vs_trl.py [--repeats 5] [--steps 3] [--json FILE]
 
-The model is a Qwen2.5-VL of 13 M parameters with random weights and a frozen vision tower. TRL gets 8 images, ours a
-video of 16 frames in 8 temporal patches: 512 visual tokens each, in prompts of equal length. The text arms have prompts
-of that length without pixels. Both sides take the same number of prompts, group size, completion length (no completion
-may end before it), loss, optimizer, precision and number of threads; images and frames lie decoded in memory.
+The model is a Qwen2.5-VL of 13 M parameters with random weights and a frozen vision tower. TRL gets 8 images and ours
+a video of 16 frames in 8 temporal patches: 512 visual tokens on both sides, in prompts of equal length. The text arms
+have prompts of that length without pixels. Both sides have the same number of prompts, group size, completion
+length (no completion may end earlier), loss, optimizer, precision and threads; decoded images lie in memory.
 
 Ours is ``GRPOModule.training_step`` under a Lightning trainer with its data module, TRL's is ``GRPOTrainer.train``. A
 step is everything from the end of one to the end of the next. The update is what follows the scored rollouts:
@@ -52,11 +52,11 @@ SIZES = {
     },
     "tiny": {},
 }
-"""Of the decoder and the vision tower; ``tiny`` is for a test of this script."""
+"""Sizes of decoder and vision tower; ``tiny`` is for the test of this script."""
 
 
 def write_model(folder: Path, size: str) -> None:
-    """Writes the model that all arms load."""
+    """Writes the model that all arms load, with random weights."""
     spec = importlib.util.spec_from_file_location("vlm_builders", ROOT / "tests/support/vlm_builders.py")
     assert spec is not None
     assert spec.loader is not None
@@ -66,17 +66,17 @@ def write_model(folder: Path, size: str) -> None:
 
 
 def run_arm(arm: str, model: Path, options: argparse.Namespace, answer: Connection) -> None:
-    """Runs one arm in this process, a fork of the parent, and sends what came out."""
+    """Runs one arm in this process, a fork of the parent, and sends the measurements."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     answer.send(grpo_step_variants.run_arm(arm, str(model), options))
 
 
 def run_all(order: Sequence[str], model: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Runs the arms one after the other, ``at_once`` at a time; yields each as it ends.
+    """Runs the arms in order, ``at_once`` at a time; yields (arm, measurements) as each ends.
 
     Raises:
-        RuntimeError: One of them failed.
+        RuntimeError: If an arm failed.
     """
     context = multiprocessing.get_context("fork")
     waiting, running = list(order), {}
@@ -86,7 +86,7 @@ def run_all(order: Sequence[str], model: Path, options: argparse.Namespace) -> I
             arm = waiting.pop(0)
             process = context.Process(target=run_arm, args=(arm, model, options, theirs), daemon=True)
             process.start()
-            theirs.close()
+            theirs.close()  # only then does recv() notice that the child is gone
             running[ours] = arm, process
         for ours in multiprocessing.connection.wait(list(running)):
             arm, process = running.pop(ours)
@@ -99,7 +99,7 @@ def run_all(order: Sequence[str], model: Path, options: argparse.Namespace) -> I
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Returns the ratios, and the medians that they are made of."""
+    """Returns the ratios and the medians behind them."""
     figures: dict[str, Any] = {}
     seconds = {
         (arm, what): [statistics.median(run[what]) for run in runs[arm]] for arm in runs for what in ("step", "update")
@@ -128,7 +128,7 @@ def print_table(figures: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Runs all arms in turns and writes what came out."""
+    """Runs all arms in turns and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="processes per arm")
     parser.add_argument("--steps", type=int, default=3, help="measured steps per process")

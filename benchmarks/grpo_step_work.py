@@ -1,4 +1,4 @@
-"""What both sides of ``grpo_step_vs_trl.py`` do alike: reward, pictures, length of the prompts, and the clock."""
+"""Common parts of both sides of ``grpo_step_vs_trl.py``: reward, pictures, prompt length and clock."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ LEARNING_RATE = 1e-5
 
 
 def hash_of(text: str) -> float:
-    """A reward in [0, 1) that differs between completions, the same on both sides."""
+    """Returns a reward in [0, 1) that differs between completions and is the same on both sides."""
     return zlib.crc32(text.encode()) % 997 / 997
 
 
 def picture(number: int, side: int) -> Tensor:
-    """Noise, [3, side, side] uint8."""
+    """Returns noise, [3, side, side] uint8."""
     return torch.randint(0, 256, (3, side, side), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
 
 
 def prompt_length(side: int) -> int:
-    """Tokens of every prompt: those of eight images, and a question."""
+    """Returns the number of tokens of every prompt: visual tokens of eight images, and 37 of text."""
     return IMAGES * (side // 28) ** 2 + 37
 
 
 class Clock:
-    """CPU-seconds of steps and updates; the first step counts FLOPs and encoded patches instead."""
+    """Measures CPU-seconds of steps and updates; in the first step it counts FLOPs and encoded patches instead."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -41,7 +41,7 @@ class Clock:
         self._update = 0.0
 
     def watch(self, tower: nn.Module) -> None:
-        """Begins with the first step."""
+        """Starts counting FLOPs, and patches that enter the vision tower."""
         self._hook = tower.register_forward_pre_hook(self._count)
         self.flops.__enter__()
 
@@ -49,11 +49,11 @@ class Clock:
         self.patches += len(given[0])
 
     def begin_update(self) -> None:
-        """The rollouts of a step are scored."""
+        """Records that the rollouts are scored and the update begins."""
         self._update = time.process_time()
 
     def end_step(self) -> None:
-        """The optimizer has stepped."""
+        """Records that the optimizer has stepped."""
         if not self.ends:
             self.flops.__exit__(None, None, None)
             self._hook.remove()
@@ -61,14 +61,14 @@ class Clock:
         self.updates.append(self.ends[-1] - self._update)
 
     def result(self, prompt_tokens: int, completion_tokens: float, grad_norm: float) -> dict[str, Any]:
-        """What the arm prints."""
+        """Returns the measurements of the arm."""
         return {
             "step": [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)],
-            "update": self.updates[1:],
+            "update": self.updates[1:],  # counting FLOPs slows the first step down
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "step_gflop": round(self.flops.get_total_flops() / 1e9, 1),
             "vision_patches": self.patches,
-            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,  # KiB on Linux
             "grad_norm": grad_norm,
         }

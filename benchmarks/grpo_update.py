@@ -1,9 +1,9 @@
-"""One GRPO update, one video and G completions: repeated prompts (naive) against the shared prefix, on a CPU.
+"""One GRPO update of one video and G completions on a CPU: repeated prompts (naive) against the shared prefix.
 
     python benchmarks/grpo_update.py [--json FILE] [--family qwen] [--grid 8,16,16] [--group_size 8] [--text_tokens 64]
 
-Forward and backward of the GRPO loss in fp32, vision tower frozen, all else trained, no optimizer. ``ours`` is what
-``vlm.route: auto`` takes, with the vision cache filled by an earlier pass of the same run, as rollouts fill it.
+Forward and backward of the GRPO loss in fp32, vision tower frozen, all else trained, no optimizer. ``ours`` is the
+route of ``vlm.route: auto``, with the vision cache filled by an earlier pass of the same run, as rollouts fill it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ ARMS = {
 
 
 def automatic(setting: Setting) -> str:
-    """The route that ``auto`` takes."""
+    """Returns the route that ``auto`` selects."""
     work = ARMS["expand+cache"](setting)
     return choose_route(RouteOptions(), work.model, {}, fan(setting)).route
 
 
 def figures(setting: Setting) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
-    """The headline, the arms, and what else is known."""
+    """Returns the headline figures, those of every arm, and further ones."""
     route = in_a_fork(automatic, setting)
     found = measure(ARMS, setting)
     gradient, single = in_a_fork(gradient_difference, list(ARMS.values()), setting)

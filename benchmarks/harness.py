@@ -1,9 +1,9 @@
-"""How the CPU benchmarks measure: one process per arm and repeat, arms in turns, medians.
+"""Measurement in the CPU benchmarks: one process per arm and repeat, arms in turns, medians.
 
 The parent imports everything and computes nothing; each measurement is a fork of it, so that imports are paid once and
-belong to the level above which memory is counted. In the fork: build, a small step that loads every kernel, the peak of
-resident memory is reset, one step whose peak is read and which warms up, and one that is timed in CPU-seconds and wall
-seconds. FLOPs and forwards of the vision tower are the same each time and counted in a fork of their own.
+are excluded from the measured memory. A fork builds the model, runs a small step that loads every kernel, resets the
+peak of resident memory, runs one step to read the peak and warm up, and one step that is timed in CPU-seconds and wall
+seconds. FLOPs and forwards of the vision tower do not vary and are counted in a separate fork.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 
 PACKAGES = ("torch", "transformers", "peft", "lightning")
 ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
-"""Kernels of ``scaled_dot_product_attention`` in ``torch.ops.aten``, without ``_scaled_dot_product_`` in front"""
+"""Kernels of ``scaled_dot_product_attention`` in ``torch.ops.aten``, without the prefix ``_scaled_dot_product_``."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a benchmark runs on."""
+    """The sizes and the seed of a benchmark."""
 
     family: str
     grid: tuple[int, int, int]
@@ -50,16 +50,16 @@ class Setting:
 
 @dataclass
 class Work:
-    """One arm, built."""
+    """A built arm."""
 
     vlm: VLM
     model: nn.Module
     step: Callable[[], None]
-    """What is measured"""
+    """The measured step."""
     small: Callable[[], None]
-    """The same on a small input, which loads kernels"""
+    """The step on a small input, which loads the kernels."""
     fill: Callable[[], None] | None = None
-    """What comes before in the same run, such as the rollouts that fill the vision cache"""
+    """A pass before the step in the same run, such as the rollouts that fill the vision cache."""
 
 
 Make = Callable[[Setting], Work]
@@ -71,17 +71,17 @@ class Run(NamedTuple):
     cpu_s: float
     wall_s: float
     peak_mb: float
-    """Above the level after imports and build; 1e6 bytes"""
+    """Above the level after imports and build; MB of 1e6 bytes."""
 
 
 class Counted(NamedTuple):
-    """What does not change from run to run."""
+    """Counts that do not vary between runs."""
 
     gflop: float
     vision_calls: int
-    """In ``step``"""
+    """Forwards of the vision tower in ``step``."""
     vision_calls_in_run: int
-    """In ``fill`` and ``step`` together"""
+    """Forwards of the vision tower in ``fill`` and ``step`` together."""
 
 
 def flop_counter() -> FlopCounterMode:
@@ -100,27 +100,27 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _heads(shape: Sequence[int], like: Sequence[int]) -> tuple[int, ...]:
-    """A shape [n, K, S, D] with as many heads as ``like``."""
+    """Returns a shape [n, K, S, D] with the number of heads of ``like``."""
     return (shape[0], like[1], *shape[2:])
 
 
 def _status(name: str) -> float:
-    """A line of /proc/self/status in MB of 1e6 bytes."""
+    """Returns a line of /proc/self/status in MB of 1e6 bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024 / 1e6
+            return int(line.split()[1]) * 1024 / 1e6  # the kernel's "kB" are 1024 bytes
     raise ValueError(f"/proc/self/status has no {name}: these benchmarks run on Linux")
 
 
 def run(make: Make, setting: Setting, second_step: bool = True) -> Run:
-    """Builds an arm and measures it: memory in its first step, time in its second, or in the first if it is alone."""
+    """Builds an arm and measures memory in its first step and time in its last, the second one if there is one."""
     work = make(setting)
     work.small()
     if work.fill is not None:
         work.fill()
     work.model.zero_grad()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # from here on a new peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory
     level = _status("VmRSS")
     cpu, wall = time.process_time(), time.perf_counter()
     work.step()
@@ -133,7 +133,7 @@ def run(make: Make, setting: Setting, second_step: bool = True) -> Run:
 
 
 def count(make: Make, setting: Setting) -> Counted:
-    """Builds an arm and counts what one step of it does."""
+    """Builds an arm and counts FLOPs and forwards of the vision tower in one step."""
     work = make(setting)
     work.small()
     calls: list[int] = []
@@ -150,19 +150,19 @@ def in_a_fork(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function in a fork of this process and returns what it returns.
 
     Raises:
-        RuntimeError: The fork did not come back with a result.
+        RuntimeError: If the fork ended without a result.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
 
     def child() -> None:
         torch.set_num_threads(1)
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # routes and caches announce themselves
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # routes and caches log at INFO
         theirs.send(function(*args))
 
     process = context.Process(target=child)
     process.start()
-    theirs.close()
+    theirs.close()  # only then does recv() notice that the child is gone
     try:
         return ours.recv()
     except EOFError:
@@ -187,10 +187,11 @@ class Figures:
 
 
 def measure(arms: Mapping[str, Make], setting: Setting, second_step: bool = True) -> dict[str, Figures]:
-    """Measures every arm ``repeats`` times, in turns; without ``second_step`` the first one is timed."""
+    """Measures every arm ``repeats`` times, in turns; without ``second_step`` the first step is timed."""
     runs: dict[str, list[Run]] = {name: [] for name in arms}
     counted: dict[str, Counted] = {}
     for repeat in range(setting.repeats):
+        # reversed in every other repeat, so that a drift of the machine's speed does not favour one arm
         for name in list(arms) if repeat % 2 == 0 else list(arms)[::-1]:
             runs[name].append(in_a_fork(run, arms[name], setting, second_step))
             print(f"{name} {repeat + 1}: {runs[name][-1].cpu_s:.3f} CPU-s", file=sys.stderr, flush=True)
@@ -210,7 +211,7 @@ def measure(arms: Mapping[str, Make], setting: Setting, second_step: bool = True
 
 
 def gradients(work: Work) -> dict[str, torch.Tensor]:
-    """Of one step, by parameter."""
+    """Returns the gradients of one step by name of the parameter."""
     if work.fill is not None:
         work.fill()
     work.model.zero_grad()
@@ -219,7 +220,10 @@ def gradients(work: Work) -> dict[str, torch.Tensor]:
 
 
 def gradient_difference(makes: Sequence[Make], setting: Setting) -> tuple[float, float]:
-    """Largest difference to the first arm: over all parameters, and of one tensor with a floor of 1e-6 of the norm."""
+    """Returns the largest relative difference to the first arm: over all parameters, and of a single tensor.
+
+    A single tensor is compared to its norm or to 1e-6 of the norm of the whole gradient, whichever is larger.
+    """
     first = gradients(makes[0](setting))
     norm = float(torch.stack([g.norm() for g in first.values()]).norm())
     overall, single = 0.0, 0.0
@@ -234,7 +238,7 @@ def gradient_difference(makes: Sequence[Make], setting: Setting) -> tuple[float,
 
 
 def arguments(doc: str, group_size: int = 8, text_tokens: int = 64) -> tuple[Setting, argparse.Namespace]:
-    """Parses what all CPU benchmarks take."""
+    """Parses the options of all CPU benchmarks."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file that the figures are written to")
     parser.add_argument("--seed", type=int, default=0)
@@ -258,7 +262,7 @@ def _grid(text: str) -> tuple[int, int, int]:
 
 
 def circumstances(setting: Setting) -> dict[str, Any]:
-    """When and where: date, device, versions, load."""
+    """Returns date, device, versions and load."""
     return {
         "date": date.today().isoformat(),
         "device": f"CPU {platform.machine()}, one thread",
@@ -271,7 +275,7 @@ def circumstances(setting: Setting) -> dict[str, Any]:
 def report(
     headline: Mapping[str, float], arms: Mapping[str, Figures], where: Mapping[str, Any], file: Path | None, **more: Any
 ) -> None:
-    """Prints the figures as a table and writes them as JSON: the headline, and ``details`` with all else."""
+    """Prints the figures as a table and writes them as JSON: the headline figures, and the others under ``details``."""
     packages = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
     print(f"{where['date']}, {where['device']}, {packages}, load average {where['load_average']}")
     print(", ".join(f"{name} {value}" for name, value in where["setting"].items()))
@@ -290,10 +294,10 @@ def report_ratios(doc: str, arms: Mapping[str, Make], ours: str, **more: str) ->
     """Runs a benchmark whose figures are CPU-seconds of the arm ``naive`` over those of others.
 
     Args:
-        doc: The script's docstring.
-        arms: All of them; each computes the same gradient.
+        doc: Docstring of the script.
+        arms: All arms; they compute the same gradient.
         ours: The arm of ``ratio``.
-        more: Arms of further ratios, by the names that these get.
+        more: Arms of further ratios, by name of the ratio.
     """
     setting, options = arguments(doc, group_size=4)
     found = measure(arms, setting)

@@ -1,4 +1,4 @@
-"""Real processes that run ``vidreason`` commands and are killed."""
+"""Runs ``vidreason`` commands as processes that are killed at a chosen moment."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-POLL_S = 0.0005
+POLL_S = 0.0005  # seconds; files are written within milliseconds
 
 
 class Ended(NamedTuple):
-    """How an attempt ended."""
+    """The end of an attempt."""
 
     killed: bool
     status: int
-    """Exit status; -9 where it was killed"""
+    """Exit status; -9 after SIGKILL."""
     seconds: float
     stopping: float
-    """Seconds from the signal to the end"""
+    """Seconds from the signal to the end of the process."""
 
 
 def attempt(
@@ -40,13 +40,13 @@ def attempt(
         argv: Arguments behind ``vidreason``.
         folder: Its working directory.
         log: Where its output is appended.
-        kill: Is asked with the seconds since the start, all the time; True sends the process and all it has started a
-            signal, once.
-        number: Which signal.
-        limit_s: Seconds after which it counts as hanging.
+        kill: Called repeatedly with the seconds since the start; at its first True, the signal is sent to the process
+            and its children. None never sends it.
+        number: The signal.
+        limit_s: Seconds after which the process counts as hanging.
 
     Raises:
-        TimeoutError: It hangs.
+        TimeoutError: If the process hangs.
     """
     start = time.monotonic()
     pid = _spawn(argv, folder, log)
@@ -59,7 +59,7 @@ def attempt(
             killed = killed_at is not None and exit_status != 0
             return Ended(killed, exit_status, killed_at or seconds, seconds - (killed_at or seconds))
         if killed_at is None and kill is not None and kill(seconds):
-            with suppress(ProcessLookupError, PermissionError):  # its first moment: no session of its own yet
+            with suppress(ProcessLookupError, PermissionError):  # it has just started and has no process group yet
                 os.killpg(pid, number)
                 killed_at = seconds
         if seconds > limit_s:
@@ -76,7 +76,7 @@ def _spawn(argv: Sequence[str], folder: Path, log: Path) -> int:
 
 
 def drafts(run: Path) -> bool:
-    """Whether something is just being written into a run folder: a checkpoint, an adapter, a table."""
+    """Returns whether a checkpoint, an adapter or a table is being written into a run folder."""
     for folder, _, files in os.walk(run):
         if folder.endswith(".part") or any(name.startswith(".") and name[1:2].isdigit() for name in files):
             return True

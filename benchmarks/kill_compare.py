@@ -1,4 +1,4 @@
-"""What is compared of a run that was killed with one that was not: everything but clock times, bit for bit."""
+"""Compares a run that was killed with an unbroken run: everything except times, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 from safetensors.torch import load_file
 
 TIMED = ("timing_s/", "data/", "train/step_time", "train/clips_per_s", "vision_cache/", "hp_metric")
-"""Beginnings of tags whose values depend on the machine, or on what a process has in memory"""
+"""Prefixes of tags whose values depend on the machine or on the memory of a process."""
 
 
 def differences(run: Path, unbroken: Path) -> list[str]:
-    """Names what differs between two run folders; the unbroken one says what there has to be."""
+    """Returns the differences between two run folders; the unbroken one is the reference."""
     return [*_losses(run, unbroken), *_texts(run, unbroken), *_weights(run, unbroken), *_tables(run, unbroken)]
 
 
 def lost(found: list[str]) -> bool:
-    """Whether something is missing, and not only different."""
+    """Returns whether something is missing and not only different."""
     return any(item.startswith("missing") for item in found)
 
 
 def loss_trace(run: Path) -> dict[tuple[str, int], set[float]]:
-    """Everything logged by (tag, step); several values where several attempts logged one step differently."""
+    """Returns logged values by (tag, step); more than one value if attempts logged different ones."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -44,6 +44,7 @@ def _losses(run: Path, unbroken: Path) -> list[str]:
     found, wanted = loss_trace(run), loss_trace(unbroken)
     out = [f"missing in the loss trace: {tag} at step {step}" for tag, step in wanted if (tag, step) not in found]
     for (tag, step), values in found.items():
+        # repr, because NaN is not equal to itself
         known = {repr(value) for value in wanted.get((tag, step), set())}
         if {repr(value) for value in values} != known:
             out.append(f"loss trace: {tag} at step {step} is {sorted(values)}, unbroken {sorted(known)}")
@@ -95,7 +96,7 @@ def _weights(run: Path, unbroken: Path) -> list[str]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two nested containers hold the same numbers, tensors bit for bit."""
+    """Returns whether two nested containers are equal, tensors bit for bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -118,7 +119,7 @@ def _tables(run: Path, unbroken: Path) -> list[str]:
 
 
 def _plain(path: Path) -> Any:
-    """The content without times; the lines of a table in any order."""
+    """Returns the content of a file without times, and with the lines of a table sorted."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
         return sorted(text.splitlines())

@@ -1,16 +1,16 @@
-"""Kills runs at random moments, lets them go on, and compares them with a run that was not killed.
+"""Kills runs at random moments, resumes them, and compares them with an unbroken run.
 
     python benchmarks/kill_resume.py --kills 50 --seed 0 --json benchmarks/results/DATE_kill_resume.json
 
-Each stage is an ordinary ``vidreason`` command on small data. An unbroken run says how long it takes and what has to
-come out. A run is then killed (SIGKILL, with all that it has started) at a moment drawn over that whole time, start
-included; every third time while a file is just being written, a checkpoint, an adapter or a table. It is started
-again, may be killed again, several times, and in the end runs through. Then every value in its logs, its texts by clip
-and sample, weights, optimizer, best checkpoints, predictions and summary have to be the unbroken run's, bit for bit.
+Each stage is an ordinary ``vidreason`` command on small data. An unbroken run measures the duration and is the
+reference. A run is then killed (SIGKILL, with its children) at a moment drawn uniformly over that duration, including
+the start; in a third of the cases while a checkpoint, an adapter or a table is being written. It is started again, may
+be killed again several times, and finally runs to its end. Every value in its logs, its texts by clip and sample,
+weights, optimizer, best checkpoints, predictions and summary must then equal those of the unbroken run, bit for bit.
 
-FILE holds ``{stage: {"kills", "equal", "lost"}}`` and is added to, so that it may be filled in portions: ``kills``
-that were made, those of them in runs that came out ``equal``, and those in runs that did not go on or lacked something.
-With ``--signal TERM`` or ``INT`` the runs are stopped and not killed, and it is said how long that takes.
+FILE holds ``{stage: {"kills", "equal", "lost"}}`` and is updated, so that several calls may fill it: the
+number of ``kills``, of those in runs that ended ``equal``, and of those in runs that could not resume or lacked
+something (``lost``). ``--signal TERM`` or ``INT`` stops the runs in order; the time that this takes is printed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from vidreason import exit_codes
 from vidreason.datamodules.atomic_files import write_text
 
 GOES_ON = 0.75
-"""Chance that a run that was killed is killed again"""
-LIMIT_S = 600.0
+"""Probability that a killed run is killed again."""
+LIMIT_S = 600.0  # seconds; an attempt that takes longer counts as hanging
 
 
 class Killer:
-    """Runs one stage, unbroken and broken, in a folder of its own."""
+    """Runs one stage, unbroken and killed, in a folder of its own."""
 
     def __init__(self, stage: str, work: Path, number: signal.Signals, rng: random.Random) -> None:
         self.name, self.stage, self.work, self.rng = stage, STAGES[stage], work, rng
@@ -49,7 +49,7 @@ class Killer:
         self._number = 0
 
     def prepare(self) -> None:
-        """Makes the unbroken run, and those that it needs, unless they are there."""
+        """Makes the unbroken run and those that it needs, unless they exist."""
         if self.stage.needs is not None:
             Killer(self.stage.needs, self.work, self.number, self.rng).prepare()
         done = self.work / f"{self.name}.seconds"
@@ -62,7 +62,7 @@ class Killer:
         self.seconds = float(done.read_text(encoding="utf-8"))
 
     def broken(self, most: int) -> tuple[int, list[str]]:
-        """Makes a run that is killed at least once and at most ``most`` times; returns how often, and what differs."""
+        """Makes a run that is killed 1 to ``most`` times; returns the number of kills and the differences."""
         self._number += 1
         run = self.work / f"{self.name}_killed"
         shutil.rmtree(run, ignore_errors=True)
@@ -83,11 +83,11 @@ class Killer:
         return kills, differences(run, self.unbroken)
 
     def _moment(self, run: Path) -> Callable[[float], bool]:
-        """When to kill: at a random moment, or at one of the times that something is being written."""
+        """Returns when to kill: at a random moment, or at the next write after one."""
         at = self.rng.uniform(0.0, self.seconds)
         if self.rng.random() < 2 / 3:
             return lambda seconds: seconds >= at
-        return lambda seconds: seconds >= at / 2 and drafts(run)  # something will still be written then
+        return lambda seconds: seconds >= at / 2 and drafts(run)  # halved, so that a write follows before the end
 
     def _attempt(self, run: Path, kill: Callable[[float], bool] | None):  # type: ignore[no-untyped-def]
         return attempt(self.stage.command(run), self.work, self._log(run), kill, self.number, LIMIT_S)
@@ -97,7 +97,7 @@ class Killer:
 
 
 def main() -> None:
-    """Makes the kills and adds to the file after every run."""
+    """Makes the kills and updates the file after every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="per stage")
     parser.add_argument("--seed", type=int, default=0)
@@ -135,7 +135,7 @@ def main() -> None:
 
 
 def add(path: Path, stage: str, kills: int, found: list[str]) -> dict[str, int]:
-    """Adds a run to the file; returns what it says of the stage now."""
+    """Adds a run to the file; returns the updated counts of the stage."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     row = content.setdefault(stage, {"kills": 0, "equal": 0, "lost": 0})
     row["kills"] += kills

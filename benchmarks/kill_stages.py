@@ -1,7 +1,7 @@
-"""The stages that ``kill_resume.py`` kills: as shipped, but small, with everything on that could go wrong on resuming.
+"""The stages that ``kill_resume.py`` kills: the shipped ones on little data, with all options that affect resuming.
 
-LoRA with dropout; texts that the stage writes first; several optimizer steps per rollout, a reference, groups sampled
-again; a validation every few batches, the best weights of which are handed on.
+LoRA with dropout; traces that the stage generates first; several optimizer steps per rollout batch, a reference model,
+resampled groups; a validation every few batches, after which the best weights are exported.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ SEED = "3"
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and what has to be there before it."""
+    """A command, and the stage that has to run before it."""
 
     argv: tuple[str, ...]
     needs: str | None = None
-    """Stage whose unbroken run comes first"""
+    """Name of the stage whose unbroken run comes first."""
     resumes: bool = True
-    """``--ckpt_path`` is given where there is a checkpoint; else the same command goes on by itself"""
+    """True if a checkpoint is resumed by ``--ckpt_path``; False if the same command continues by itself."""
 
     def command(self, run: Path) -> list[str]:
-        """The arguments behind ``vidreason``, for the run as it stands."""
+        """Returns the arguments after ``vidreason`` that start or continue a run."""
         argv = [*self.argv, "--run_dir", str(run)]
         checkpoint = run / "checkpoints" / "last.ckpt"
         return [*argv, "--ckpt_path", str(checkpoint)] if self.resumes and checkpoint.is_file() else argv
 
 
 def _settings(stage: str = "", **settings: object) -> tuple[str, ...]:
-    """``model__x=1`` as ``--model.init_args.x 1`` and ``trainer_of_y=2`` as ``--trainer.y 2``.
+    """Returns ``--model.init_args.x 1`` for ``model__x=1``, and ``--trainer.y 2`` for ``trainer_of_y=2``.
 
     Args:
-        stage: Of a pipeline; its name stands before each key.
-        settings: The keys and what they are set to.
+        stage: Stage of a pipeline, whose name becomes a prefix of each key; empty for a single stage.
+        settings: Keys and values.
     """
     front = f"--{stage}." if stage else "--"
     argv: list[str] = []
@@ -71,7 +71,7 @@ _ALL = {"min_words": 1, "agree": False, "complete": False, "told": False}
 _GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
 _ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}}
 
-# what a stage by itself and the same stage of a pipeline have alike
+# shared by a single stage and the same stage of a pipeline
 _OWN = {**_TRACES, "model__traces_of_filter": _ALL}
 _SFT = {"model__decide_of_sampling": _GREEDY, "model__optim_of_optimizer": _ADAM}
 _GRPO = {

@@ -1,4 +1,4 @@
-"""Every class name scored behind a new clip: one forward per label against one prefill, on a CPU.
+"""Scores every class name behind a new clip on a CPU: one forward per label against one prefill.
 
     python benchmarks/label_scoring.py [--json FILE] [--family qwen] [--grid 8,16,16] [--group_size 27]
         [--text_tokens 8]
@@ -20,7 +20,7 @@ ARMS = {"naive": arm(partial(naive_logprobs, at_once=1), None), "ours": shared(N
 
 
 def largest_difference(setting: Setting) -> float:
-    """Of the log-probs of both sides."""
+    """Returns the largest difference between the log-probs of both sides."""
     work, texts = ARMS["ours"](setting), fan(setting)
     prompts = make_prompts(setting.family, setting.grid, 1, setting.seed)
     with torch.no_grad():

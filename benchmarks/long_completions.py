@@ -1,10 +1,10 @@
-"""Memory of long completions: naive one at a time, the shared prefix at once, and in chunks, on a CPU.
+"""Memory of long completions on a CPU: naive one at a time, the shared prefix at once and in chunks.
 
     python benchmarks/long_completions.py [--json FILE] [--group_size 8] [--text_tokens 2048]
 
-Forward and backward in fp32 with the vision tower frozen, on the reference model. Naive goes through the completions
-one by one and backward after each, which is the least memory that it can do with. The vision cache is off. It takes
-about twelve minutes.
+Forward and backward in fp32 with the vision tower frozen, on the reference model. Naive runs the completions one
+by one, with a backward after each, which needs the least memory of all naive variants. The vision cache is off. The
+script takes about twelve minutes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from variants import cross_entropy, fan, naive_logprobs, rows, shared
 
 
 def one_at_a_time(setting: Setting) -> Work:
-    """Naive, a backward after each completion."""
+    """Returns the naive arm with a backward after each completion."""
     work = shared(cross_entropy, route="naive")(setting)
     prompts, texts = make_prompts(setting.family, setting.grid, 1, setting.seed), fan(setting)
     total = texts.loss_mask.sum()
@@ -39,7 +39,7 @@ ARMS = {
 
 if __name__ == "__main__":
     setting, options = arguments(__doc__, text_tokens=2048)
-    found = measure(ARMS, setting, second_step=False)  # half a minute each: what the first allocates is no matter
+    found = measure(ARMS, setting, second_step=False)  # half a minute each, so a warm-up hardly matters
     gradient, _ = in_a_fork(gradient_difference, list(ARMS.values()), setting)
     first = found["at once"]
     headline = {

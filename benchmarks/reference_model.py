@@ -1,7 +1,7 @@
-"""The model that the benchmarks run: sizes of a small reference or of a real one, random weights, random prompts.
+"""The model of the benchmarks: sizes of a small reference or of a published model, random weights, random prompts.
 
-Nothing is read from disk, so a benchmark needs neither tokenizer nor processor nor a download. A grid of T x H x W
-patches makes T·H·W / 4 visual tokens in every family.
+Nothing is read from disk, so a benchmark needs no tokenizer, processor or download. A grid of T x H x W patches makes
+T·H·W / 4 visual tokens in every family.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from vidreason.lightning_modules.vlms.tiny.configuration import TinyVLMConfig
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
 Grid = tuple[int, int, int]
-"""Temporal patches, and rows and columns of patches"""
+"""(Temporal patches, rows of patches, columns of patches)."""
 
 FAMILIES = ("qwen", "smolvlm", "tiny")
 WORDS_BEFORE, WORDS_BEHIND = 4, 31
-"""Text tokens of a prompt around its video, which has a mark at each end: 37 beside the visual tokens"""
+"""Text tokens before and after the video of a prompt; with a mark at each end of the video, 37 in total."""
 START, END, VIDEO, FIRST_WORD = 1, 2, 3, 10
-"""Token ids; words are all ids from ``FIRST_WORD`` on"""
+"""Token ids; all ids from ``FIRST_WORD`` on are words."""
 TEXT = {
     "vocab_size": 8192,
     "hidden_size": 256,
@@ -70,12 +70,13 @@ REAL_TEXT: dict[str, dict[str, int]] = {
         "vocab_size": 152_064,
     },
 }
-"""Decoders of Qwen2.5-VL (arXiv 2502.13923 and the published configurations)"""
+"""Decoders of Qwen2.5-VL (arXiv 2502.13923 and the published configurations)."""
 
 
 def qwen_config(size: str = "reference") -> PreTrainedConfig:
-    """Qwen2.5-VL of the reference's sizes, or with those of ``3b`` or ``7b``."""
+    """Returns a Qwen2.5-VL of the reference's sizes, or of those of ``3b`` or ``7b``."""
     text: dict[str, Any] = {**TEXT, **REAL_TEXT.get(size, {})}
+    # M-RoPE divides half of a head's dimensions between time, height and width
     half = text["hidden_size"] // text["num_attention_heads"] // 2
     text["rope_parameters"] = {
         "rope_type": "default",
@@ -100,10 +101,10 @@ def qwen_config(size: str = "reference") -> PreTrainedConfig:
 
 
 def smolvlm_config(grid: Grid) -> PreTrainedConfig:
-    """SmolVLM2 with the reference's decoder; its connector takes square frames alone.
+    """Returns a SmolVLM2 with the reference's decoder, whose connector accepts square frames only.
 
     Raises:
-        ValueError: The grid is not square.
+        ValueError: If the grid is not square.
     """
     if grid[1] != grid[2]:
         raise ValueError(f"--grid: SmolVLM takes square frames, got {grid[1]} x {grid[2]} patches")
@@ -119,7 +120,7 @@ def smolvlm_config(grid: Grid) -> PreTrainedConfig:
 
 
 def tiny_config(grid: Grid) -> PreTrainedConfig:
-    """TinyVLM with the reference's decoder."""
+    """Returns a TinyVLM with the reference's decoder."""
     return TinyVLMConfig(
         text_config=LlamaConfig(**TEXT),
         frame_height=16 * grid[1],
@@ -131,7 +132,7 @@ def tiny_config(grid: Grid) -> PreTrainedConfig:
 
 
 class RandomWeights(VLM):
-    """A family without files: weights are drawn, and nothing is tokenised."""
+    """A model family without files: weights are random, and nothing is tokenised."""
 
     config: PreTrainedConfig
     seed: int
@@ -139,7 +140,7 @@ class RandomWeights(VLM):
 
     @cached_property
     def suppressed_ids(self) -> frozenset[int]:
-        """Placeholders."""
+        """The ids that are never sampled: placeholders and marks."""
         return frozenset(range(FIRST_WORD)) - {END}
 
     @cached_property
@@ -147,7 +148,7 @@ class RandomWeights(VLM):
         return "random pixels"
 
     def build(self, adapter_path: str | None = None) -> nn.Module:
-        """Draws weights from ``seed`` on ``device``, then as every family."""
+        """Draws weights from ``seed`` on ``device``, then quantises, adds an adapter and freezes as configured."""
         torch.manual_seed(self.seed)
         with torch.device(self.device):
             base = AutoModelForImageTextToText.from_config(
@@ -161,12 +162,12 @@ class RandomWeights(VLM):
             base, None, lora=self.lora, frozen=frozen, gradient_checkpointing=self.gradient_checkpointing
         )
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # 0 at initialisation, and with it the gradient of A
+            if "lora_B" in name:  # initialised to 0, which would make the gradient of A zero
                 nn.init.normal_(parameter, std=0.02)
         return model.to(self.device)
 
     def _in_4_bits(self, base: PreTrainedModel) -> PreTrainedModel:
-        """The base as it is loaded from a folder in 4 bits."""
+        """Returns the base in 4 bits; quantisation happens on loading, so it is saved and loaded."""
         with TemporaryDirectory() as folder:
             base.save_pretrained(folder)
             return building.load_base(
@@ -179,29 +180,29 @@ class RandomWeights(VLM):
 
 
 class RandomQwen(RandomWeights, QwenVL):
-    """Qwen2.5-VL."""
+    """Qwen2.5-VL with random weights."""
 
 
 class RandomSmolVLM(RandomWeights, SmolVLM):
-    """SmolVLM2."""
+    """SmolVLM2 with random weights."""
 
 
 class RandomTiny(RandomWeights, TinyVLM):
-    """TinyVLM; as in every fine-tuning of the others, what joins its tower to the decoder is frozen with it."""
+    """TinyVLM with random weights; its projector is frozen with the vision tower, as in the other families."""
 
     vision_modules = ("model.visual", "model.projector")
 
 
 def make_vlm(family: str, grid: Grid, seed: int, size: str = "reference", device: str = "cpu", **options: Any) -> VLM:
-    """A family's recipe.
+    """Returns a model family with random weights, before ``build``.
 
     Args:
         family: One of ``FAMILIES``.
-        grid: The largest grid that it will see.
-        seed: Of the weights.
-        size: ``reference``, and for Qwen also ``3b`` and ``7b``.
-        device: Where the weights are drawn.
-        options: As ``VLM`` takes them.
+        grid: The largest grid of its prompts.
+        seed: Seed of the weights.
+        size: ``reference``, or for Qwen also ``3b`` and ``7b``.
+        device: Device of the weights.
+        options: Further arguments of ``VLM``.
     """
     if grid[1] % 2 or grid[2] % 2 or min(grid) < 1:
         raise ValueError(f"--grid: rows and columns of patches must be even, got {grid}")
@@ -213,13 +214,13 @@ def make_vlm(family: str, grid: Grid, seed: int, size: str = "reference", device
         "tiny": lambda: tiny_config(grid),
     }
     vlm.config, vlm.seed, vlm.device = made[family](), seed, device
-    if family == "smolvlm":  # its connector is trained by default, as TinyVLM's projector
+    if family == "smolvlm":  # by default its connector is trained, like TinyVLM's projector
         vlm.vision_modules = ("model.vision_model", "model.connector")  # type: ignore[misc]
     return vlm
 
 
 def visual_tokens(grid: Grid) -> int:
-    """Of one video."""
+    """Returns the number of visual tokens of one video."""
     return grid[0] * grid[1] * grid[2] // 4
 
 
@@ -232,7 +233,7 @@ def make_prompts(
     dtype: torch.dtype = torch.float32,
     words_behind: int = WORDS_BEHIND,
 ) -> EncodedPrompts:
-    """Prompts of equal length with a video of noise each, on ``device``."""
+    """Returns prompts of equal length, each with a video of noise, on ``device``."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(FIRST_WORD, TEXT["vocab_size"], (videos, WORDS_BEFORE + words_behind), generator=generator)  # type: ignore[call-overload]
 
@@ -258,15 +259,15 @@ def make_prompts(
 
 
 def make_texts(lengths: list[int], owner: list[int], parent: list[int], seed: int, device: str = "cpu") -> TextBatch:
-    """Random texts, right-padded; all their tokens count, but of those that others continue none does."""
+    """Returns random texts, right-padded; all their tokens count, except those of texts that others continue."""
     generator = torch.Generator().manual_seed(seed + 1)
     ids = torch.randint(FIRST_WORD, 8192, (len(lengths), max(lengths)), generator=generator)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     loss = mask.clone()
-    loss[[row for row in parent if row >= 0]] = False
+    loss[[row for row in parent if row >= 0]] = False  # a text that others continue is context
     batch = TextBatch(ids, mask, loss, torch.zeros_like(mask), torch.tensor(owner), torch.tensor(parent))
     return batch.to(device)
 
 
 CALIBRATOR = LoRAOptions(r=16, alpha=32)
-"""As the calibration stage takes by default"""
+"""The default of the calibration stage."""

@@ -1,11 +1,11 @@
-"""What an update costs against the number of completions G, the prompt P and the length C: a table and a figure.
+"""Cost of an update by number of completions G, prompt length P and completion length C: a table and a figure.
 
     python benchmarks/scaling.py [--json FILE] [--figure FILE.png] [--quick]
 
 FLOPs of one GRPO update on the reference model (forward and backward, attention counted), naive and ours with the
 vision cache filled, and ours in CPU-seconds. Naive repeats everything for each completion, so its FLOPs are those of
-one completion times G, and are counted for one. ``own`` is what a completion costs by itself: a forward and backward of
-its tokens alone, without any prompt. ``marginal`` is what one more completion adds to an update of ours.
+one completion times G, and are counted for one. ``own`` is the cost of a completion alone: a forward and backward of
+its tokens without a prompt. ``marginal`` is the cost that one more completion adds to an update of ours.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAIVE, OURS = naive(cross_entropy), shared(cross_entropy, cached=True, filled=Tr
 
 
 class Point(NamedTuple):
-    """One setting."""
+    """Results of one setting."""
 
     group_size: int
     prompt: int
@@ -38,12 +38,12 @@ class Point(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Naive over ours."""
+        """GFLOP of naive over ours."""
         return self.naive_gflop / self.ours_gflop
 
 
 def gflop(make: Make, setting: Setting) -> float:
-    """Of one update."""
+    """Returns the GFLOP of one update."""
     found: float = in_a_fork(count, make, setting).gflop
     return found
 
@@ -57,7 +57,7 @@ def point(setting: Setting) -> Point:
 
 
 def tokens_alone(setting: Setting) -> Work:
-    """The model's own forward and backward over the tokens of one completion but the last, with nothing before them."""
+    """Returns a forward and backward over the tokens of one completion, except its last, without a prompt."""
     work = OURS(setting)
     ids = fan(setting).ids
     behind = ids[:, 1:, None]
@@ -70,7 +70,7 @@ def tokens_alone(setting: Setting) -> Work:
 
 
 def print_table(name: str, points: list[Point]) -> None:
-    """One line per point."""
+    """Prints one line per point."""
     print(f"\nagainst {name}")
     print(f"{'G':>5s}{'P':>7s}{'C':>6s}{'naive GFLOP':>13s}{'ours GFLOP':>12s}{'ratio':>7s}{'ours CPU-s':>12s}")
     for p in points:
@@ -79,7 +79,7 @@ def print_table(name: str, points: list[Point]) -> None:
 
 
 def draw(sweeps: dict[str, list[Point]], file: Path) -> None:
-    """GFLOP of both sides against each of the three."""
+    """Draws the GFLOP of both sides against G, P and C."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,7 +102,7 @@ def draw(sweeps: dict[str, list[Point]], file: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Runs the three sweeps."""
+    """Runs the three sweeps; returns the content of the result file."""
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

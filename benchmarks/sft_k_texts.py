@@ -1,9 +1,9 @@
-"""K target texts per video in SFT: a padded batch that encodes the video for each, against the shared prefix, on a CPU.
+"""SFT with K target texts per video on a CPU: the video encoded for each text (naive) against the shared prefix.
 
     python benchmarks/sft_k_texts.py [--json FILE] [--family qwen] [--grid 8,16,16] [--group_size 4] [--text_tokens 64]
 
 Forward and backward of the SFT loss in fp32, vision tower frozen, all else trained. ``ratio`` is CPU-seconds of naive
-over those of the first epoch, where the vision cache is empty; ``ratio_with_cache`` over those of later epochs.
+over those of the first epoch, when the vision cache is empty; ``ratio_with_cache`` is that of later epochs.
 """
 
 from __future__ import annotations

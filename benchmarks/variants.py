@@ -1,8 +1,8 @@
 """The variants of the CPU benchmarks: texts behind videos scored in one forward and one backward, in different ways.
 
-``naive`` is what trainers do that know no shared prefix, pinned: prompt and pixels repeated for every text, logits of
-the text alone (``logits_to_keep``), no cache, sdpa, no padding. It is written out here with the model's own forward and
-shares no code with the engine. Letters: N texts, L tokens of each, V vocabulary.
+``naive`` is the method of trainers without a shared prefix: prompt and pixels repeated for every text, logits of the
+text only (``logits_to_keep``), no cache, sdpa, no padding. It calls the model's own forward and shares no code with the
+shared prefix, so that changes there do not affect it. Letters: N texts, L tokens of each, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN
 from vidreason.lightning_modules.vlms.vision_cache.cache import IN_MEMORY
 
 Score = Callable[[nn.Module, EncodedPrompts, TextBatch], Tensor]
-"""Log-probs [N, L], 0 where they do not count"""
+"""Function that returns log-probs [N, L], 0 at tokens that do not count."""
 Loss = Callable[[Tensor, TextBatch], Tensor]
 SMALL: Grid = (1, 4, 4)
 
 
 def naive_logprobs(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, at_once: int = 0) -> Tensor:
-    """Log-probs [N, L] of leaves of equal length, each behind a prompt and pixels of its own.
+    """Returns log-probs [N, L] of leaves of equal length, each behind its own copy of prompt and pixels.
 
     Args:
-        vlm: The family, which knows how its pixels are repeated.
+        vlm: The model family, which repeats its pixels.
         model: The model.
         prompts: B prompts of equal length.
-        texts: N texts; one that continues another has it repeated before it, and is scored alone.
-        at_once: Rows that go through the model together; 0 is all of them.
+        texts: N texts; the parent of a text is repeated before it and not scored.
+        at_once: Rows per forward; 0 runs all at once.
     """
     parents = texts.parent.tolist()
     leaves = [row for row in range(len(texts)) if row not in parents]
@@ -57,7 +57,7 @@ def naive_logprobs(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: T
             if name in inputs:
                 inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids, dtype=inputs[name].dtype)], dim=1)
         logits = model(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1].float()
-        logits[..., sorted(vlm.suppressed_ids)] = -torch.inf
+        logits[..., sorted(vlm.suppressed_ids)] = -torch.inf  # log-probs are those of the sampling distribution
         found = logits.log_softmax(-1).gather(-1, texts.ids[index, :length, None])[..., 0]
         padded = torch.nn.functional.pad(found, (0, blank.shape[1] - length))
         blank = blank.index_put((index,), padded)
@@ -65,24 +65,24 @@ def naive_logprobs(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: T
 
 
 def shared_logprobs(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch) -> Tensor:
-    """Log-probs [N, L] through the engine."""
+    """Returns log-probs [N, L] through the shared prefix."""
     return vlm.score(model, prompts, texts).logprobs
 
 
 def fan(setting: Setting) -> TextBatch:
-    """``group_size`` texts directly behind one video."""
+    """Returns ``group_size`` texts directly behind one video."""
     n = setting.group_size
     return make_texts([setting.text_tokens] * n, [0] * n, [-1] * n, setting.seed)
 
 
 def rows(texts: TextBatch, start: int, end: int) -> TextBatch:
-    """Some of the texts behind one prompt."""
+    """Returns the texts from row ``start`` to ``end``, all behind one prompt."""
     names = ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")
     return TextBatch(*(getattr(texts, name)[start:end] for name in names))
 
 
 def grpo(logprobs: Tensor, texts: TextBatch) -> Tensor:
-    """The on-policy GRPO loss in its second pass: ratios off 1, so that clipping acts; advantages as of a group."""
+    """Returns the GRPO loss of a second pass over the rollouts: ratios differ from 1, so that clipping acts."""
     generator = torch.Generator().manual_seed(0)
     noise = 0.3 * torch.randn(texts.ids.shape, generator=generator).to(logprobs.device)
     advantages = torch.linspace(-1.5, 1.5, len(texts), device=logprobs.device)
@@ -91,7 +91,7 @@ def grpo(logprobs: Tensor, texts: TextBatch) -> Tensor:
 
 
 def cross_entropy(logprobs: Tensor, texts: TextBatch) -> Tensor:
-    """The SFT loss."""
+    """Returns the SFT loss: the mean negative log-prob."""
     return -logprobs.sum() / texts.loss_mask.sum()
 
 
@@ -104,16 +104,16 @@ def arm(
     cached: bool = False,
     **options: Any,
 ) -> Make:
-    """An arm: build, then score and go backward.
+    """Returns an arm that builds the model, scores texts and runs backward.
 
     Args:
         score: ``naive_logprobs`` or ``shared_logprobs``.
-        loss: Of the log-probs; None scores without gradient.
-        texts: What stands behind the videos.
-        videos: Number of prompts, which go through the model together.
-        filled: Whether an earlier pass of the same run has filled the vision cache.
+        loss: Loss of the log-probs; None scores without gradient.
+        texts: Returns the texts behind the videos.
+        videos: Number of prompts, which are scored together.
+        filled: Whether an earlier pass of the same run fills the vision cache.
         cached: Whether there is a vision cache.
-        options: Of the model family, as ``VLM`` takes them.
+        options: Further arguments of ``VLM``.
     """
 
     def make(setting: Setting) -> Work:

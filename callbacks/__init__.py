@@ -1,1 +1,1 @@
-"""Observers: delete one from the YAML and the loss curve does not move."""
+"""Callbacks that only observe: removing one from the YAML changes nothing about the training."""

@@ -1,4 +1,4 @@
-"""Exports the weights that a stage hands on: ``adapter/`` (or ``weights/``) in the run folder."""
+"""Exports the trained weights of a stage to ``adapter/`` (or ``weights/``) in its run folder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ EXPORTED = (ADAPTER_FOLDER, WEIGHTS_FOLDER)
 
 
 class AdapterCheckpoint(L.Callback):
-    """Exports the trained weights: those of the best validation so far, or the last ones at the end of the fit.
+    """Exports the weights after every validation that is the best so far, or once at the end of the fit.
 
-    An interrupted fit exports too (with ``monitor`` it has already done so). A failed fit does not, so that it never
-    replaces a good adapter.
+    An interrupted fit exports its last weights unless a validation has already exported some. A failed fit exports
+    nothing, so that it never replaces a good adapter.
 
     Args:
-        monitor: Metric that chooses, for example ``val/acc``; null takes the weights at the end.
-        mode: Whether more or less of it is better.
+        monitor: Metric that selects the weights, for example ``val/acc``; null exports those of the end of the fit.
+        mode: ``max`` if a higher value is better, ``min`` if a lower one is.
     """
 
     def __init__(self, monitor: str | None = None, mode: Literal["max", "min"] = "max") -> None:
@@ -34,7 +34,11 @@ class AdapterCheckpoint(L.Callback):
         self.best: float | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports if the monitored metric is better than ever before in this fit; the earlier of equal ones stays."""
+        """Exports the weights if the monitored metric has improved; on a tie the earlier weights stay.
+
+        Raises:
+            ValueError: If the metric is not logged.
+        """
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:
@@ -46,13 +50,14 @@ class AdapterCheckpoint(L.Callback):
             self.best = value
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports the last weights if no validation has chosen any."""
+        """Exports the last weights if no validation has exported any."""
         if self.best is None:
             self._export(trainer, pl_module, "end of training")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Exports what has been learnt so far after Ctrl-C."""
+        """Exports the weights of an interrupted fit."""
         learnt = trainer.state.fn == "fit" and trainer.global_step > 0 and self.best is None
+        # a second Ctrl-C asks for no files; several ranks stopped at different places would wait in `unsharded`
         at_once = isinstance(exception, StopNow) or trainer.world_size > 1
         if learnt and (
             stopped_consistently(trainer, exception) or (isinstance(exception, KeyboardInterrupt) and not at_once)
@@ -60,7 +65,7 @@ class AdapterCheckpoint(L.Callback):
             self._export(trainer, pl_module, "interrupted")
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best value, so that a resumed fit only replaces the adapter by a better one."""
+        """Returns the best value, so that a resumed fit replaces the adapter only by a better one."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -68,14 +73,14 @@ class AdapterCheckpoint(L.Callback):
         self.best = state_dict["best"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forgets an earlier fit of this process, and that of a checkpoint whose weights lie in another run folder."""
+        """Resets the best value unless the fit resumes a checkpoint and its run folder holds exported weights."""
         if not trainer.ckpt_path or not any(Path(trainer.default_root_dir, name).is_dir() for name in EXPORTED):
             self.best = None
 
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, why: str) -> None:
         assert isinstance(pl_module, VLMModule)
-        with unsharded(pl_module.policy):
+        with unsharded(pl_module.policy):  # collective: all ranks enter
             if trainer.is_global_zero:
                 folder = pl_module.export(Path(trainer.default_root_dir))
                 rank_zero_info(f"{folder} written ({why}, step {trainer.global_step})")
-        trainer.strategy.barrier("adapter_checkpoint")
+        trainer.strategy.barrier("adapter_checkpoint")  # no rank may read or exit before the files are complete

@@ -1,7 +1,4 @@
-"""Pictures of clips: a few frames side by side, as TensorBoard and the demo show them.
-
-T frames of H × W pixels; pictures are [3, height, width] uint8.
-"""
+"""Pictures of clips for TensorBoard and the demo: a few frames side by side, as [3, H, W] uint8."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ CAPTION_HEIGHT = 16
 
 
 def film_strip(path: Path) -> Tensor | None:
-    """Draws frames of a clip side by side; None where the clip cannot be read."""
+    """Draws frames of a clip side by side; returns [3, H, W] uint8, or None if the clip cannot be read."""
     try:
         frames = read_frames(path, FrameOptions(num_frames=STRIP_FRAMES)).frames
     except DecodeError:
@@ -40,7 +37,10 @@ def captioned_strips(strips: Sequence[tuple[str, Tensor]]) -> Tensor:
     """Stacks strips, each below its caption.
 
     Args:
-        strips: One or more captions with pictures [3, H, W].
+        strips: At least one pair of caption and picture [3, H, W].
+
+    Returns:
+        One picture [3, H, W] uint8.
     """
     width = max(strip.shape[2] for _, strip in strips)
     height = sum(strip.shape[1] + CAPTION_HEIGHT for _, strip in strips)
@@ -54,4 +54,5 @@ def captioned_strips(strips: Sequence[tuple[str, Tensor]]) -> Tensor:
 
 
 def _pixels(image: Image.Image) -> Tensor:
+    # PIL's buffer is read-only, for which torch.from_numpy warns
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)

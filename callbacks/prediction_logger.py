@@ -1,4 +1,4 @@
-"""Shows what was decided in TensorBoard: a few clips as text and as film strips, and the confusion matrix."""
+"""Logs decisions to TensorBoard: a few clips as text and as film strips, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vidreason.lightning_modules.decisions.predictions import Prediction
 
 
 class PredictionLogger(L.Callback):
-    """Writes the first decisions of each split, and its confusion matrix.
+    """Logs the first decisions of each split and its confusion matrix.
 
     Args:
         clips: Clips per table.
         confusion: Whether to draw the matrix.
-        strips: Clips of the table whose frames are shown.
+        strips: Number of clips in the table whose frames are shown.
     """
 
     def __init__(self, clips: int = 8, confusion: bool = True, strips: int = 4) -> None:
@@ -38,7 +38,7 @@ class PredictionLogger(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Remembers the first clips of each split."""
+        """Collects the predictions of the first clips of each split."""
         if not isinstance(outputs, Mapping):
             return
         for prediction in outputs.get("predictions", ()):
@@ -48,11 +48,11 @@ class PredictionLogger(L.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes ``val``; the module resets its metrics after this."""
+        """Logs split ``val``; the module resets its metrics after this hook."""
         self._write(trainer, pl_module, ("val",))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes every test split."""
+        """Logs every test split."""
         assert isinstance(pl_module, VLMModule)
         self._write(trainer, pl_module, pl_module.data.test_split_names)
 
@@ -63,10 +63,11 @@ class PredictionLogger(L.Callback):
             return
         for split in splits:
             predictions = [p for p in shown if p.split == split]
+            # of several ranks, one may have no labelled clip of a split while others have
             if trainer.world_size == 1 and not any(p.label is not None for p in predictions):
                 continue
             metrics = pl_module.metrics_of(split)
-            counted = metrics.clips() > 0  # The count is gathered, so every rank asks.
+            counted = metrics.clips() > 0  # collective: every rank has to call it
             if trainer.is_global_zero and counted:
                 log_text(trainer, f"{split}/decisions", prediction_table(predictions))
                 if self.confusion:
@@ -75,7 +76,7 @@ class PredictionLogger(L.Callback):
                     log_image(trainer, f"{split}/clips", captioned_strips(sheet))
 
     def _sheet(self, module: VLMModule, split: str, predictions: list[Prediction]) -> list[tuple[str, Tensor]]:
-        """Film strips of clips, each with what was decided."""
+        """Returns the readable clips as (caption, film strip [3, H, W])."""
         paths = {clip.video_id: clip.path for clip in module.data.clips(split)}
         drawn = [(p, film_strip(paths[p.video_id])) for p in predictions]
         return [(_verdict(p), strip) for p, strip in drawn if strip is not None]

@@ -19,11 +19,11 @@ from vidreason.run_folder import PREDICTIONS_FILE
 class PredictionWriter(L.Callback):
     """Writes the predictions that ``test_step`` returns into the run folder.
 
-    The file appears when the test is complete; one that is interrupted leaves an earlier file as it is.
+    The file is replaced when the test is complete; an interrupted test leaves an earlier file as it is.
     """
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts this rank's part afresh."""
+        """Creates an empty file for the part of this rank."""
         path = _part(trainer, trainer.global_rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path):
@@ -45,13 +45,14 @@ class PredictionWriter(L.Callback):
             file.writelines(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Joins the ranks' parts; a clip that a sampler gave to two ranks appears once."""
+        """Joins the parts of all ranks; a clip that a sampler gave to two ranks is written once."""
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
         lines: dict[tuple[str, str], str] = {}
         parts = [_part(trainer, rank) for rank in range(trainer.world_size)]
         for part in parts:
+            # not splitlines(): texts are not ASCII-escaped and may contain U+2028, which it would split at
             for line in part.read_text(encoding="utf-8").split("\n")[:-1]:
                 record = json.loads(line)
                 lines.setdefault((record["split"], record["video_id"]), line)
@@ -62,7 +63,7 @@ class PredictionWriter(L.Callback):
         rank_zero_info(f"{whole} written ({len(lines)} clips)")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Removes this rank's part; an earlier file stays."""
+        """Removes the part of this rank; an earlier ``predictions.jsonl`` stays."""
         _part(trainer, trainer.global_rank).unlink(missing_ok=True)
 
 

@@ -13,7 +13,7 @@ _METRICS_SHOWN = 4
 
 
 class RunProgress(ProgressBar):
-    """Shows how much of the fit (not of the epoch), test or prediction is done and how long the rest will take.
+    """Shows how much of the whole fit (not of the epoch), test or prediction is done and how long the rest takes.
 
     Args:
         refresh_s: Seconds between two refreshes.
@@ -27,15 +27,15 @@ class RunProgress(ProgressBar):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether bars and lines are shown; ``LightningModule.print`` asks."""
+        """True if bars and lines are shown; ``LightningModule.print`` reads it."""
         return self._enabled
 
     def disable(self) -> None:
-        """Shows nothing, as on all ranks but the first."""
+        """Hides everything; Lightning calls it on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Shows bars again."""
+        """Shows bars and lines again."""
         self._enabled = True
 
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
@@ -53,7 +53,7 @@ class RunProgress(ProgressBar):
         """Moves the bar of the fit."""
         bar = self._bars[-1]
         bar.update(fit_position(trainer) - bar.n)
-        shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
+        shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}  # version of the logger
         bar.set_postfix(dict(list(shown.items())[:_METRICS_SHOWN]), refresh=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -61,7 +61,7 @@ class RunProgress(ProgressBar):
         self._close()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens a bar that goes away when the validation is over."""
+        """Opens a bar that disappears at the end of the validation."""
         total = sum(map(int, trainer.num_val_batches)) if trainer.num_val_batches else 0
         self._open(pl_module, "validating", total, 0, "batch", leave=False)
 
@@ -86,7 +86,7 @@ class RunProgress(ProgressBar):
         self._close()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens the bar of all splits that are written about."""
+        """Opens the bar of all predict splits."""
         self._open(pl_module, "writing", sum(map(int, trainer.num_predict_batches)), 0, "batch")
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +98,7 @@ class RunProgress(ProgressBar):
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Closes what is open, so that the error stands below the bars."""
+        """Closes all bars, so that the error is printed below them."""
         while self._bars:
             self._close()
 
@@ -126,7 +126,7 @@ class RunProgress(ProgressBar):
 
 
 def fit_length(trainer: L.Trainer) -> int | None:
-    """Returns the length of a fit, in optimizer steps where they end it, else in batches; None where nothing does."""
+    """Returns the length of a fit: optimizer steps if ``max_steps`` is set, else batches; None if it is unbounded."""
     if trainer.max_steps != -1:
         return int(trainer.max_steps)
     epochs = trainer.max_epochs
@@ -136,5 +136,6 @@ def fit_length(trainer: L.Trainer) -> int | None:
 
 
 def fit_position(trainer: L.Trainer) -> int:
-    """Returns how far a fit is, in the unit of ``fit_length``."""
+    """Returns the position of a fit, in optimizer steps if ``max_steps`` is set, else in batches."""
+    # total_batch_idx is the index of the last batch, -1 before the first
     return trainer.global_step if trainer.max_steps != -1 else trainer.fit_loop.total_batch_idx + 1

@@ -1,4 +1,4 @@
-"""Leaves out messages of libraries that ask nothing of the user."""
+"""Hides messages of libraries that require no action from the user."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import warnings
 import lightning as L
 from transformers.utils import logging as transformers_logging
 
+# Only messages that are expected in ordinary runs; anything else still reaches the user.
 _WARNINGS = (
-    r".*does not have many workers which may be a bottleneck.*",
+    r".*does not have many workers which may be a bottleneck.*",  # few workers, on purpose: clips are small
     r".*Found \d+ module\(s\) in eval mode at the start of training.*",  # frozen parts, on purpose
-    r".*isinstance\(treespec, LeafSpec\).*",
-    r".*is_gradient_checkpointing.* is deprecated.*",
-    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*isinstance\(treespec, LeafSpec\).*",  # a deprecation in torch that Lightning triggers
+    r".*is_gradient_checkpointing.* is deprecated.*",  # transformers, called by peft
+    r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
 )
 _LINES = ("💡 Tip:", "TPU available:", "Loading `train_dataloader` to estimate number of stepping batches")
 
 
 class Quiet(L.Callback):
-    """Silences known harmless warnings, adverts and sub-second progress bars from the moment it is made."""
+    """Hides known harmless warnings, adverts and short progress bars from its construction on."""
 
     def __init__(self) -> None:
         for pattern in _WARNINGS:

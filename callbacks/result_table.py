@@ -1,4 +1,4 @@
-"""Prints the metrics of every test split as one table."""
+"""Prints the metrics of all test splits as one table."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ COLUMNS = ("acc", "balanced_acc", "macro_f1", "ece", "ece_scaled", "nll", "brier
 
 
 class ResultTable(L.Callback):
-    """Prints one row per split instead of Lightning's table, which has a column per loader and a row per class."""
+    """Prints one row per split, in place of Lightning's table with a column per loader and a row per class."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Switches Lightning's table off."""
+        """Disables Lightning's own table."""
         if stage == "test":
             trainer.test_loop.verbose = False
 
@@ -29,7 +29,7 @@ def result_table(metrics: dict[str, float], splits: tuple[str, ...]) -> str:
 
     Args:
         metrics: Values by ``<split>/<name>``.
-        splits: Rows.
+        splits: Names of the splits, one row each.
 
     Example:
         >>> print(result_table({"test/acc": 0.5, "test/nll": 1.25}, ("test",)))

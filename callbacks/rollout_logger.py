@@ -1,4 +1,4 @@
-"""Shows GRPO's completions in TensorBoard: film strip, prompt, completions with their rewards and advantages."""
+"""Logs rollouts of GRPO to TensorBoard: film strip, prompt, and completions with rewards and advantages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vidreason.lightning_modules.rl.rollouts import RolloutGroup, RolloutOutput
 
 
 class RolloutLogger(L.Callback):
-    """Writes the groups of a few prompts every so many steps.
+    """Logs the groups of a few prompts at regular intervals.
 
     Args:
-        every_n_steps: Batches between two tables.
-        prompts: Groups in a table.
+        every_n_steps: Number of batches between two tables.
+        prompts: Number of groups in a table.
         strips: Whether the frames of the clips are shown.
     """
 
@@ -31,11 +31,12 @@ class RolloutLogger(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Writes a table of the step's first groups."""
+        """Logs a table of the first groups of a batch."""
         if not trainer.is_global_zero or trainer.fit_loop.total_batch_idx % self.every_n_steps:
             return
         if isinstance(outputs, Mapping) and "rollouts" in outputs:
             found: RolloutOutput = outputs["rollouts"]
+            # rows of unreadable clips hold placeholders
             rows = found.sample_mask.nonzero().flatten().tolist()[: self.prompts]
             groups = tuple(found.groups[row] for row in rows)
             if not groups:
@@ -56,8 +57,8 @@ def rollout_table(groups: tuple[RolloutGroup, ...], advantages: Tensor) -> str:
     """Returns a Markdown table, one row per completion.
 
     Args:
-        groups: [B] groups of G.
-        advantages: [B or more, G].
+        groups: The groups of B prompts, G completions each.
+        advantages: [B, G]; further rows are ignored.
     """
     parts = list(groups[0].rollouts[0].score.parts)
     rows = [

@@ -1,4 +1,4 @@
-"""Tables of text for TensorBoard, whose Markdown would swallow the tags of the grammar."""
+"""Tables of text for TensorBoard, whose Markdown renderer would drop the tags of completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Returns a Markdown table whose cells show tags and line breaks as they are.
+    """Returns a Markdown table whose cells show tags and line breaks literally.
 
     Example:
         >>> print(markdown_table(["text"], [["<think>a|b"]]))
@@ -23,7 +23,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def log_text(trainer: L.Trainer, tag: str, text: str) -> None:
-    """Writes a text to every TensorBoard logger of the trainer; to none where there is none."""
+    """Writes a text to every TensorBoard logger of the trainer, if there is one."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(tag, text, trainer.global_step)
@@ -38,6 +38,7 @@ def log_image(trainer: L.Trainer, tag: str, image: torch.Tensor) -> None:
 
 def _escaped(cell: object) -> str:
     text = f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+    # & comes first, because the other entities contain it
     for plain, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("\n", "<br>")):
         text = text.replace(plain, entity)
     return text

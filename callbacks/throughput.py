@@ -1,4 +1,4 @@
-"""Logs where the time of a training step goes, how many clips could not be read, and hits of the vision cache."""
+"""Logs the times of training steps, the number of unreadable clips and the hit rate of the vision cache."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vidreason.lightning_modules.base import VLMModule
 class Throughput(L.Callback):
     """Logs ``train/step_time``, ``data/wait_s``, ``data/decode_ms`` and ``train/clips_per_s`` for every batch.
 
-    ``data/decode_failures`` counts, over all ranks, the clips that could not be read in an epoch of training or in a
-    test; ``val/decode_failures`` those of a validation. ``vision_cache/hit_rate`` is the share of videos whose
-    embeddings were found since it was last logged, ``vision_cache/gb`` what is kept of them.
+    ``data/decode_failures`` is the number of unreadable clips over all ranks in an epoch of training or in a test,
+    ``val/decode_failures`` that of a validation. ``vision_cache/hit_rate`` is the share of videos whose embeddings were
+    found since it was last logged, ``vision_cache/gb`` the size of the cache in GB.
     """
 
     def __init__(self) -> None:
@@ -25,15 +25,15 @@ class Throughput(L.Callback):
         self._ended: float | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Does not count what lies between epochs as waiting for data."""
+        """Restarts the clock, so that time between epochs does not count as waiting for data."""
         self._ended = time.perf_counter()
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts counting."""
+        """Resets the count of unreadable clips."""
         self._failures = 0
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts counting."""
+        """Resets the count of unreadable clips."""
         self._failures = 0
 
     def on_validation_batch_end(
@@ -45,35 +45,35 @@ class Throughput(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Counts what could not be read."""
+        """Counts the unreadable clips of a batch."""
         self._failures += len(batch.failed) if isinstance(batch, VideoBatch) else 0
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the count, apart from that of training."""
+        """Logs the number of unreadable clips of the validation."""
         pl_module.log("val/decode_failures", float(self._failures), reduce_fx="sum", sync_dist=True)
         log_vision_cache(pl_module)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the count."""
+        """Logs the number of unreadable clips of the test."""
         pl_module.log("data/decode_failures", float(self._failures), reduce_fx="sum", sync_dist=True)
         log_vision_cache(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Does not count validation as waiting for data."""
+        """Restarts the clock, so that validation does not count as waiting for data."""
         self._ended = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Starts the clock of a step."""
+        """Records when the step starts."""
         self._started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the step that has just ended."""
+        """Logs the times of the step that has just ended."""
         now = time.perf_counter()
         clips = len(batch) if isinstance(batch, VideoBatch) else 0
         values = {"train/step_time": now - self._started}
@@ -86,13 +86,13 @@ class Throughput(L.Callback):
             )  # fmt: skip
             values["data/decode_ms"] = batch.decode_ms
             values["train/clips_per_s"] = clips / max(now - (self._ended or self._started), 1e-9)
-        pl_module.log_dict(values, batch_size=max(1, clips))
+        pl_module.log_dict(values, batch_size=max(1, clips))  # the weight in Lightning's means, which must not be 0
         log_vision_cache(pl_module)
         self._ended = now
 
 
 def log_vision_cache(module: L.LightningModule) -> None:
-    """Logs, if videos were looked up since the last time, how many were found and how much is kept."""
+    """Logs hit rate and size of the vision cache if videos were looked up since the last call."""
     cache = module.vlm.vision_cache if isinstance(module, VLMModule) else None
     taken = None if cache is None else cache.take_statistics()
     if taken is not None and taken.lookups:

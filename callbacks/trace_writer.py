@@ -1,4 +1,4 @@
-"""Appends what ``vidreason predict`` generates to ``traces.jsonl``."""
+"""Appends the texts that ``vidreason predict`` generates to ``traces.jsonl``."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from vidreason.run_folder import TRACES_FILE
 
 
 class TraceWriter(L.Callback):
-    """Appends the records that ``predict_step`` returns; an interrupted run goes on where it was."""
+    """Appends the records that ``predict_step`` returns; a repeated command continues an interrupted run."""
 
     def __init__(self) -> None:
         self._store: TraceStore | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens the file, or begins it.
+        """Opens the trace file of this rank, or creates it.
 
         Raises:
-            ValueError: The file in the run folder was begun by other weights, prompt, task or sampling.
+            ValueError: If the file in the run folder was written with other weights, prompt, task or sampling.
         """
         assert isinstance(pl_module, VLMModule)
         path = Path(trainer.default_root_dir) / TRACES_FILE
         header = pl_module.trace_generator(pl_module.data.task).header
         if trainer.is_global_zero:
             TraceStore.create(path, header)
-            join_parts(path)
+            join_parts(path)  # an interrupted run may have left parts of other ranks
         trainer.strategy.barrier("trace_writer")
         self._store = own_part(path, header, trainer.global_rank)
 
@@ -53,12 +53,13 @@ class TraceWriter(L.Callback):
             self._store.append(records)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Says how many texts there are and why some were rejected."""
+        """Joins the files of all ranks and prints the number of texts and the reasons for rejections."""
         trainer.strategy.barrier("trace_writer")
         if self._store is None or not trainer.is_global_zero:
             return
         join_parts(self._store.path)
         records = self._store.records()
+        # a reason reads "kind: details"; only kinds are counted
         reasons = Counter(r.reject_reason.split(":")[0] for r in records if r.reject_reason)
         why = "".join(f", {count} rejected ({reason})" for reason, count in reasons.most_common())
         rank_zero_info(f"{self._store.path}: {len(records)} texts, {sum(r.kept for r in records)} kept{why}")

@@ -1,1 +1,1 @@
-"""What a good completion is: the grammar and the rewards; standard library only."""
+"""The grammar of completions and the reward functions; standard library only."""

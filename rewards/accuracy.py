@@ -1,4 +1,4 @@
-"""1 for the right answer."""
+"""Reward for the right answer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from vidreason.rewards.completion import same_label
 
 
 class AccuracyReward(RewardFn):
-    """1 iff the first ``<answer>`` block is the label, stripped and case-folded; anything unparseable is 0.
+    """1 if the first ``<answer>`` block is the label (both stripped and case-folded), else 0.
 
-    The rest of the completion does not matter: form is :class:`~vidreason.rewards.format.FormatReward`'s concern.
+    The rest of the completion does not count; :class:`~vidreason.rewards.format.FormatReward` judges its form.
     """
 
     def __call__(self, item: RewardInput) -> float:

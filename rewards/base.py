@@ -1,4 +1,4 @@
-"""What a reward function is, and how several make one score."""
+"""The base class of reward functions, and the combination of several rewards into one score."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class RewardInput:
     """The text as it was sampled."""
     parsed: ParsedCompletion
     label: str
-    """The clip's true label."""
+    """The true label of the clip."""
     label_names: tuple[str, ...]
     """All labels in the order of the task."""
     finish_reason: Literal["stop", "length"] = "stop"
-    """``length``: the completion was cut at its maximal length."""
+    """``length`` if the completion was truncated at the maximum number of tokens."""
     n_tokens: int | None = None
-    """Sampled tokens, end of turn included; None where only the text is known."""
+    """Number of sampled tokens, including the end of the turn; None if only the text is known."""
 
 
 class RewardFn(ABC):
@@ -35,10 +35,10 @@ class RewardFn(ABC):
     Subclass it, write ``__call__``, and name the class in YAML by its ``class_path``.
 
     Args:
-        weight: Factor of this reward in the total; may be negative, for a penalty.
+        weight: Factor of this reward in the total; negative for a penalty.
 
     Raises:
-        ValueError: The weight is not a finite number.
+        ValueError: If the weight is not a finite number.
     """
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -54,9 +54,9 @@ class RewardFn(ABC):
 
     @abstractmethod
     def __call__(self, item: RewardInput) -> float | None:
-        """Returns the reward of one completion, before its weight; None or NaN where it cannot be told.
+        """Returns the unweighted reward of one completion; None or NaN if it does not apply to this completion.
 
-        What cannot be told is counted and left out, never taken for a number (``score_group``).
+        Such a reward is left out of the total (see ``score_group``) and counted in the logs, never replaced by 0.
         """
 
 
@@ -65,13 +65,13 @@ class RewardScore:
     """The score of one completion."""
 
     total: float
-    """Sum of weight x part; NaN where a part that its siblings have is missing."""
+    """Sum of weight x part; NaN if a part is missing that other completions of the prompt have."""
     parts: dict[str, float]
-    """Reward by name, before its weight; NaN where the reward could not be told."""
+    """Unweighted reward by name; NaN if the reward did not apply."""
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """Names of the rewards that could not be told."""
+        """Names of the rewards that did not apply."""
         return tuple(name for name, value in self.parts.items() if math.isnan(value))
 
 
@@ -83,10 +83,10 @@ def score_completion(rewards: Sequence[RewardFn], item: RewardInput) -> RewardSc
         item: The completion and its label.
 
     Returns:
-        The weighted total and the unweighted parts; the total is NaN where a part is.
+        The weighted total and the unweighted parts; the total is NaN if a part is.
 
     Raises:
-        ValueError: There is no reward, two share a name, or one returned an infinite number.
+        ValueError: If there is no reward, two share a name, or one returned an infinite number.
     """
     if not rewards:
         raise ValueError("no reward functions: list at least one under `rewards`")
@@ -103,17 +103,17 @@ def score_completion(rewards: Sequence[RewardFn], item: RewardInput) -> RewardSc
 
 
 def score_group(rewards: Sequence[RewardFn], items: Sequence[RewardInput]) -> tuple[RewardScore, ...]:
-    """Scores the completions of one prompt, so that their totals can be compared.
+    """Scores the completions of one prompt so that their totals are comparable.
 
-    A reward that cannot be told of any of them does not apply to the prompt and is left out of all totals. One that
-    cannot be told of some leaves those without a total: they cannot be compared with their siblings.
+    A reward that is None or NaN for all of them is left out of all totals. One that is None or NaN for some leaves
+    those without a total, because they cannot be compared with the others.
 
     Args:
         rewards: The reward functions; their names must differ.
         items: The completions of one prompt.
 
     Returns:
-        Scores in the order of ``items``; all totals are NaN where no reward applies.
+        Scores in the order of ``items``; all totals are NaN if no reward applies.
     """
     scores = [score_completion(rewards, item) for item in items]
     applying = [r for r in rewards if not all(math.isnan(score.parts[r.name]) for score in scores)]
@@ -121,4 +121,5 @@ def score_group(rewards: Sequence[RewardFn], items: Sequence[RewardInput]) -> tu
 
 
 def _total(rewards: Sequence[RewardFn], parts: Mapping[str, float]) -> float:
+    # NaN propagates through the sum, so one missing part makes the total NaN
     return sum(reward.weight * parts[reward.name] for reward in rewards) if rewards else math.nan

@@ -1,4 +1,4 @@
-"""More for a stated confidence that fits."""
+"""Reward for calibrated confidence: the negative Brier score of RLCR (arXiv 2507.16806)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from vidreason.rewards.completion import same_label
 
 
 class BrierReward(RewardFn):
-    """Minus the squared distance between the stated confidence and whether the answer is right (0 or 1).
+    """Minus the squared difference between the stated confidence and the correctness of the answer (0 or 1).
 
-    With :class:`~vidreason.rewards.accuracy.AccuracyReward` beside it, the total is that of RLCR (arXiv 2507.16806).
-    The completion has to state its confidence (``completion: {confidence: true}``); one that states none gets -1, as
-    the boldest error does.
+    Together with :class:`~vidreason.rewards.accuracy.AccuracyReward` the total is the reward of RLCR. The prompt asks
+    for a confidence if ``completion: {confidence: true}`` is set; a completion without one gets the minimum, -1.
     """
 
     def __call__(self, item: RewardInput) -> float:

@@ -1,9 +1,9 @@
-"""The grammar of a completion, ``<think>…</think><answer>…</answer>``: written and read in this file only.
+"""The grammar of a completion, ``<think>…</think><answer>…</answer>``; only this file writes and parses it.
 
-A form may leave the reasoning out, put the answer first, or ask for ``<confidence>…</confidence>`` at the end.
+A form may omit the reasoning, put the answer first, or ask for ``<confidence>…</confidence>`` at the end.
 
 Tags are plain text to the tokenizer, never special tokens: decoding may drop special tokens, and every reward would
-then be 0. Reading is linear in the length of the text, whatever the text is.
+then be 0. Parsing takes time linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONFIDENCE_CLOSE = "</confidence>"
 
 CompletionMode = Literal["think", "no_think", "answer_first"]
 
-# What a decoder may leave behind a finished turn. Decoded completions come without it; a teacher's file may hold it.
+# End tokens that decoding may leave after a finished turn. Our completions have none; the file of a teacher may.
 _END_TOKENS = (
     "<|im_end|>",
     "<|endoftext|>",
@@ -39,6 +39,7 @@ _TRAILER = re.compile(rf"(?:\s|{'|'.join(map(re.escape, _END_TOKENS))})*")
 # Every family has its own special tokens (<|video_pad|>, <image>, <IMG_CONTEXT>, <row_1_col_2>, </s>): all of them are
 # one word in angle brackets, and no list of names would stay complete. The second form catches "< Think >".
 _MARKUP = re.compile(r"<[^<>\s]+>|<\s*(?:/\s*)?(?:think|answer|confidence)\s*>", re.IGNORECASE)
+# Stricter than float(), which also takes signs, exponents, nan, inf, underscores and other scripts' digits.
 _DECIMAL = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
 
 _THINK = (THINK_OPEN, THINK_CLOSE)
@@ -48,11 +49,11 @@ _CONFIDENCE = (CONFIDENCE_OPEN, CONFIDENCE_CLOSE)
 
 @dataclass(frozen=True)
 class CompletionForm:
-    """Which blocks a well-formed completion has.
+    """The blocks of a well-formed completion.
 
     Args:
-        mode: ``think`` reasons, then answers; ``no_think`` only answers; ``answer_first`` answers, then says why.
-        confidence: Whether a confidence between 0 and 1 stands at the end.
+        mode: ``think`` reasons, then answers; ``no_think`` only answers; ``answer_first`` answers, then gives reasons.
+        confidence: Whether a confidence between 0 and 1 follows at the end.
     """
 
     mode: CompletionMode = "think"
@@ -60,7 +61,7 @@ class CompletionForm:
 
     @property
     def blocks(self) -> tuple[tuple[str, str], ...]:
-        """Opening and closing tags in their order."""
+        """(Opening tag, closing tag) of every block, in order."""
         order = {"think": (_THINK, _ANSWER), "no_think": (_ANSWER,), "answer_first": (_ANSWER, _THINK)}[self.mode]
         return (*order, _CONFIDENCE) if self.confidence else order
 
@@ -70,30 +71,30 @@ THINK_FORM = CompletionForm()
 
 @dataclass(frozen=True)
 class ParsedCompletion:
-    """A completion taken apart."""
+    """The parts of a completion."""
 
     text: str
     """The completion as it was given."""
     reasoning: str | None
-    """Stripped content of the first ``<think>…</think>``; None without one."""
+    """Stripped content of the first ``<think>…</think>``; None if there is none."""
     answer: str | None
-    """Stripped content of the first ``<answer>…</answer>``; None without one."""
+    """Stripped content of the first ``<answer>…</answer>``; None if there is none."""
     well_formed: bool
-    """True iff the whole text is the blocks of its form in their order (one think block, then one answer block), and
-    none holds a tag or a special token. White space may stand around the blocks, end tokens behind them."""
+    """True if the whole text consists of the blocks of its form in order, and none contains a tag or a special token.
+    White space may surround the blocks, and end tokens may follow the last one."""
     confidence: float | None = None
-    """Number in the first ``<confidence>…</confidence>``; None without one, or where it is not between 0 and 1."""
+    """Number in the first ``<confidence>…</confidence>``; None if there is none or it is not between 0 and 1."""
 
 
 def parse_completion(text: str, form: CompletionForm = THINK_FORM) -> ParsedCompletion:
-    """Takes a completion apart; never fails, whatever the text is.
+    """Parses a completion; malformed text never raises an error.
 
     Args:
         text: A decoded completion.
-        form: What the completion should look like.
+        form: The blocks that a well-formed completion has.
 
     Returns:
-        The first blocks, and whether the whole text follows the grammar. The answer of a malformed text is still read.
+        The first blocks, and whether the whole text follows the grammar. Malformed text may still have an answer.
 
     Example:
         >>> parse_completion("<think>A dog.</think> <answer> Normal </answer>").answer
@@ -115,20 +116,20 @@ def parse_completion(text: str, form: CompletionForm = THINK_FORM) -> ParsedComp
 def render_completion(
     reasoning: str, answer: str, form: CompletionForm = THINK_FORM, confidence: float | None = None
 ) -> str:
-    """Writes a well-formed completion.
+    """Renders a well-formed completion.
 
     Args:
-        reasoning: What stands between the think tags; may be empty, and is left out where the form has none.
+        reasoning: Content of the think block; may be empty, and is ignored if the form has no such block.
         answer: The label.
-        form: Which blocks, in which order.
-        confidence: Between 0 and 1, where the form has one.
+        form: The blocks and their order.
+        confidence: Between 0 and 1 if the form has a confidence, else None.
 
     Returns:
-        ``<think>reasoning</think><answer>answer</answer>``, both stripped; ``parse_completion`` gives them back.
+        ``<think>reasoning</think><answer>answer</answer>``, both stripped; ``parse_completion`` is the inverse.
 
     Raises:
-        ValueError: The answer is empty, either holds a tag or a special token, or the confidence is not what the form
-            asks for.
+        ValueError: If the answer is empty, a text contains a tag or a special token, or the confidence does not fit
+            the form.
 
     Example:
         >>> render_completion("A dog passes.", "normal")
@@ -143,6 +144,7 @@ def render_completion(
                 f"the {name} holds {markup!r}, a tag or special token that may not stand inside a block: "
                 f"remove it or reject the text ({content[:80]!r})"
             )
+    # `0 <= x <= 1` is false for NaN, too
     if form.confidence != (confidence is not None) or not 0 <= (confidence or 0.0) <= 1:
         wanted = "a confidence between 0 and 1" if form.confidence else "no confidence"
         raise ValueError(f"the form {form} has {wanted}, got {confidence}")
@@ -155,28 +157,29 @@ def render_completion(
 
 
 def find_markup(text: str) -> str | None:
-    """Returns the first tag or special token in a text, None where it has none; such a text cannot be rendered."""
+    """Returns the first tag or special token in a text, or None; a text with one cannot be rendered."""
     match = _MARKUP.search(text)
     return None if match is None else match.group()
 
 
 def answer_start(text: str) -> int | None:
-    """Returns the character offset of the first ``<answer>``, None where there is none."""
+    """Returns the character offset of the first ``<answer>``, or None if there is none."""
     offset = text.find(ANSWER_OPEN)
     return None if offset < 0 else offset
 
 
 def same_label(answer: str | None, label: str) -> bool:
-    """Whether an answer names this label: equality of the stripped, case-folded texts; None names nothing."""
+    """Returns whether an answer equals a label once both are stripped and case-folded; False for None."""
     return answer is not None and answer.strip().casefold() == label.strip().casefold()
 
 
 def match_label(answer: str | None, label_names: Sequence[str]) -> str | None:
-    """Returns the label that an answer names, in the spelling of ``label_names``; None where it names none."""
+    """Returns the label that an answer names, in the spelling of ``label_names``, or None."""
     return next((name for name in label_names if same_label(answer, name)), None)
 
 
 def _first_block(text: str, opening: str, closing: str) -> str | None:
+    # str.find, because a lazy regular expression takes quadratic time on text that repeats the opening tag
     start = text.find(opening)
     if start < 0:
         return None
@@ -189,7 +192,7 @@ def _number(block: str | None) -> float | None:
     if block is None or not _DECIMAL.fullmatch(block.strip()):
         return None
     value = float(block)
-    return value if value <= 1 else None
+    return value if value <= 1 else None  # never negative: _DECIMAL has no sign
 
 
 def _is_well_formed(text: str, form: CompletionForm) -> bool:

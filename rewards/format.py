@@ -1,4 +1,4 @@
-"""1 for the right form."""
+"""Reward for the right form."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from vidreason.rewards.base import RewardFn, RewardInput
 
 
 class FormatReward(RewardFn):
-    """1 iff the whole completion is one think block, then one answer block, free of tags and special tokens.
+    """1 if the whole completion follows the grammar, else 0.
 
-    That is the default form; where the stage asks for another (``completion``), its blocks in its order. What the
-    blocks say does not matter; they may be empty.
+    By default the grammar is one think block, then one answer block, without tags or special tokens inside; the
+    option ``completion`` of the stage selects another form. The content of the blocks does not count; it may be empty.
     """
 
     def __call__(self, item: RewardInput) -> float:

@@ -1,4 +1,4 @@
-"""1 for reasoning that is neither too short nor too long."""
+"""Reward for reasoning of a suitable length."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from vidreason.rewards.base import RewardFn, RewardInput
 
 
 class LengthReward(RewardFn):
-    """1 iff ``min_words`` <= words of the reasoning <= ``max_words``; a completion without a think block is 0.
+    """1 if ``min_words`` <= words of the reasoning <= ``max_words``, else 0; also 0 without a think block.
 
     Args:
-        min_words: Fewest words, separated by white space.
+        min_words: Fewest words; words are separated by white space.
         max_words: Most words.
         weight: Factor of this reward in the total.
 
     Raises:
-        ValueError: The bounds are negative or the wrong way round.
+        ValueError: If a bound is negative, or ``min_words`` exceeds ``max_words``.
     """
 
     def __init__(self, min_words: int, max_words: int, weight: float = 1.0) -> None:

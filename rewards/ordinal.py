@@ -1,15 +1,15 @@
-"""Part of the reward for a near miss, where labels have an order."""
+"""Reward for labels that have an order: a near miss earns a part."""
 
 from __future__ import annotations
 
 from vidreason.rewards.base import RewardFn, RewardInput
 from vidreason.rewards.completion import match_label
 
-_LARGEST_GAP = 2
+_LARGEST_GAP = 2  # places; labels further away earn nothing
 
 
 class OrdinalReward(RewardFn):
-    """1 for the label, 1/2 for a neighbour, 1/3 for the next but one, else 0; an answer that is no label is 0.
+    """1 for the label, 1/2 and 1/3 for labels one and two places away, 0 for any other answer.
 
     The order is that of the task's classes, so the task should say ``ordinal: true``.
     """
@@ -18,7 +18,7 @@ class OrdinalReward(RewardFn):
         """Returns 1.0, 0.5, 1/3 or 0.0.
 
         Raises:
-            ValueError: The clip's label is none of the task's labels.
+            ValueError: If the label of the clip is not one of the labels of the task.
         """
         truth = match_label(item.label, item.label_names)
         if truth is None:

@@ -1,4 +1,4 @@
-"""Less for a completion that comes close to its maximal length."""
+"""Penalty for completions close to the maximum length (DAPO, arXiv 2503.14476)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from vidreason.rewards.base import RewardFn, RewardInput
 
 
 class OverlongReward(RewardFn):
-    """0 up to ``max_tokens - buffer`` tokens, then falling evenly to -1 at ``max_tokens`` (DAPO, arXiv 2503.14476).
+    """0 up to ``max_tokens - buffer`` tokens, then falling linearly to -1 at ``max_tokens`` (DAPO, equation 13).
 
-    The paper's soft length penalty, equation 13: it is added to the other rewards, so leave the weight positive.
+    The penalty is negative and is added to the other rewards, so leave the weight positive.
 
     Args:
-        max_tokens: Length at which the penalty is full, as a rule ``train_sampling.max_new_tokens``.
-        buffer: Tokens over which the penalty grows.
+        max_tokens: Length of the full penalty, usually ``rollouts.sampling.max_new_tokens``.
+        buffer: Number of tokens over which the penalty grows from 0 to -1.
         weight: Factor of this reward in the total.
 
     Raises:
-        ValueError: Not 0 < buffer <= max_tokens.
+        ValueError: Unless 0 < buffer <= max_tokens.
     """
 
     def __init__(self, max_tokens: int, buffer: int, weight: float = 1.0) -> None:
@@ -30,7 +30,7 @@ class OverlongReward(RewardFn):
         """Returns a number from -1 to 0.
 
         Raises:
-            ValueError: The number of tokens is not known.
+            ValueError: If the number of tokens is not known.
         """
         if item.n_tokens is None:
             raise ValueError("OverlongReward counts tokens, but only the text is known: give RewardInput.n_tokens")

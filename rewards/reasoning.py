@@ -1,4 +1,4 @@
-"""1 for any reasoning at all."""
+"""Reward for the presence of reasoning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from vidreason.rewards.base import RewardFn, RewardInput
 
 
 class ReasoningReward(RewardFn):
-    """1 iff the first ``<think>`` block holds more than white space."""
+    """1 if the first ``<think>`` block contains more than white space, else 0."""
 
     def __call__(self, item: RewardInput) -> float:
         """Returns 1.0 or 0.0."""

@@ -1,6 +1,6 @@
 """vidreason: teach a vision-language model to reason about videos, then to decide.
 
-The names below are loaded on first use, so that ``import vidreason`` stays instant:
+The public names are imported on first use, so that ``import vidreason`` does not import torch:
 
     >>> import vidreason
     >>> sorted(vidreason.__all__)[:3]
@@ -11,6 +11,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
+# Public name to the module that defines it.
 _HOMES = {
     "ManifestDataModule": "vidreason.datamodules.manifest",
     "RewardFn": "vidreason.rewards.base",
@@ -24,12 +25,12 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:
-    """Imports a public name from its home on first use."""
+    """Imports a public name on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'vidreason' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    """Lists the lazy names too."""
+    """Lists all names, including the public names that are not imported yet."""
     return sorted([*globals(), *_HOMES])

@@ -1,8 +1,8 @@
-"""VideoClassifier: a finished run as a function from clips to calibrated decisions with their reasons.
+"""VideoClassifier: applies the model of a finished run to clips and returns calibrated decisions with their traces.
 
-It builds the run's model from its config, without a Trainer, and asks the stage's own decider: the same prompts, the
-same sampling, the same code that decides in ``vidreason test``. A clip of the run's data set is found by its content
-and gets the decision that ``predictions.jsonl`` holds.
+It builds the model from the config of the run, without a Trainer, and uses the decider of the stage: the same prompts,
+sampling and code as in ``vidreason test``. A clip of the run's data set is recognised by its content and gets the same
+decision as in ``predictions.jsonl``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Video = str | os.PathLike[str] | np.ndarray | Tensor
 
 @dataclass(frozen=True)
 class Decision:
-    """What the model decided about one clip."""
+    """The decision of the model about one clip."""
 
     video: str
     """Path of the file, or ``frames 0``, ``frames 1`` … for frames in memory."""
@@ -44,18 +44,18 @@ class Decision:
     probs: Mapping[str, float]
     """Calibrated probability of every class, in the task's order; empty if the clip could not be read."""
     traces: tuple[str, ...]
-    """The completions that the decision rests on; none if the model decides without reasoning."""
+    """The completions that the decision is based on; empty if the model decides without reasoning."""
     seconds: float
-    """Wall time, an even share of what its batch took."""
+    """Wall time in seconds: the time of the batch divided by its clips."""
     error: str | None = None
-    """Why the clip could not be read."""
+    """The reason why the clip could not be read; None if it was read."""
 
 
 class VideoClassifier:
     """Decides about clips with the model of a finished run.
 
-    Use :meth:`from_run`. Weights are loaded once, a policy and its calibrator as two adapters on one base; each adapter
-    encodes a clip once for all its traces and labels.
+    Use :meth:`from_run`. Weights are loaded once, with a policy and its calibrator as two adapters on one base. Each
+    adapter encodes a clip once for all its traces and labels.
 
     Example::
 
@@ -83,11 +83,11 @@ class VideoClassifier:
 
         Args:
             run: Run folder of a pipeline, or of a single ``vidreason fit`` or ``test``.
-            stage: Stage of the pipeline whose model is asked; by default the one that its last test stage tested.
-            batch_size: Clips decided together.
+            stage: Stage of the pipeline whose model is used; by default the one that its last test stage tested.
+            batch_size: Number of clips per batch.
 
         Raises:
-            ValueError: There is no such run or stage, or it has not finished.
+            ValueError: If there is no such run or stage, or it has not finished.
         """
         return cls(find_stage(Path(run), stage), batch_size)
 
@@ -99,18 +99,18 @@ class VideoClassifier:
     def __call__(
         self, video: Video | Sequence[Video], traces: int | None = None, fps: float | None = None
     ) -> Decision | list[Decision]:
-        """Decides about one clip, or about several.
+        """Decides about one clip or several clips.
 
         Args:
             video: A path, or frames [T, H, W, 3] uint8; or a list of such.
-            traces: Traces per clip (K); None takes the run's.
+            traces: Traces per clip (K); None uses the number of the run.
             fps: Frames per second of frames in memory.
 
         Returns:
-            A decision; for a list, a list.
+            A decision, or a list of decisions if ``video`` is a list.
 
         Raises:
-            ValueError: Frames have another shape or type, or come without ``fps``; ``traces`` is below 1.
+            ValueError: If frames have another shape or type or no ``fps``, or ``traces`` is below 1.
         """
         single = isinstance(video, str | os.PathLike | np.ndarray | Tensor)
         videos: Sequence[Video] = [video] if single else list(video)  # type: ignore[list-item,arg-type]
@@ -120,9 +120,15 @@ class VideoClassifier:
     def decide(
         self, videos: Sequence[Video], traces: int | None = None, fps: float | None = None
     ) -> Iterator[Decision]:
-        """Yields the decisions about several clips as they are made, in the order of ``videos``.
+        """Yields the decisions about several clips in order, one batch at a time.
 
-        Arguments and errors are those of calling the classifier with a list.
+        Args:
+            videos: Paths, or frames [T, H, W, 3] uint8.
+            traces: Traces per clip (K); None uses the number of the run.
+            fps: Frames per second of frames in memory.
+
+        Raises:
+            ValueError: If frames have another shape or type or no ``fps``, or ``traces`` is below 1.
         """
         if traces is not None and traces < 1:
             raise ValueError(f"traces must be at least 1, got {traces}")
@@ -143,6 +149,7 @@ class VideoClassifier:
                 names.append(f"frames {number}")
                 in_memory[names[-1]] = _frames(video, fps, names[-1])
                 clips.append(Clip(Path(names[-1]), None, names[-1]))
+        # the same file may be given twice; it is decided once
         self._data.set_clips(list({clip.video_id: clip for clip in clips}.values()), in_memory)
         with torch.inference_mode(), self._fabric.autocast(), quietly():
             found = self._ask(self._decider(traces))
@@ -151,12 +158,15 @@ class VideoClassifier:
             yield self._decision(name, found[clip.video_id], seconds)
 
     def _clip_of(self, path: Path, name: str) -> Clip:
-        """Returns the clip of the run's data set with the same content, under its id there; else a new one."""
+        """Returns the clip of the run's data set that has the same content, or a new clip.
+
+        The id matters because the random numbers of sampling depend on it.
+        """
         known = self._known.find(path)
         return Clip(path, None, name) if known is None else replace(known, path=path, label=None, split=INFERENCE_SPLIT)
 
     def _decider(self, samples: int | None) -> Decider:
-        """Returns the stage's decider, with fresh traces of the clips if it reviews traces."""
+        """Returns the decider of the stage, with newly generated traces of the current clips if it reviews traces."""
         decider = self._module.decider(self._task)
         if isinstance(decider, AnswerDecider):
             return replace(decider, samples=samples or decider.samples)
@@ -171,7 +181,7 @@ class VideoClassifier:
         return replace(decider, traces=traces)
 
     def _ask(self, decider: Decider) -> dict[str, tuple[BatchDecisions, int] | str]:
-        """Returns decisions by video id, with the clip's row in them, or the reason why there is none."""
+        """Returns (decisions of the batch, row of the clip) by video id, or the error of an unreadable clip."""
         found: dict[str, tuple[BatchDecisions, int] | str] = {}
         batches: Iterator[VideoBatch] = iter(self._data.loader(INFERENCE_SPLIT, decider.view))
         for batch in batches:
@@ -192,7 +202,7 @@ class VideoClassifier:
 
 
 def _task_and_clips(data: VideoDataModule, saved_task: Path) -> tuple[Task, KnownClips]:
-    """Returns the run's task and its data set's clips; if the data set has gone, the task that the run folder holds."""
+    """Returns task and clips of the run's data set; if it is gone, the task in the run folder and no clips."""
     try:
         data.setup("test")
         return data.task, KnownClips(clip for split in data.splits() for clip in data.clips(split))
@@ -203,7 +213,7 @@ def _task_and_clips(data: VideoDataModule, saved_task: Path) -> tuple[Task, Know
 
 
 def _frames(video: np.ndarray | Tensor, fps: float | None, name: str) -> tuple[Tensor, float]:
-    """Turns [T, H, W, 3] uint8 into [T, 3, H, W], with its frames per second."""
+    """Returns frames [T, H, W, 3] uint8 as ([T, 3, H, W], frames per second)."""
     frames = torch.as_tensor(video)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or not len(frames):
         raise ValueError(f"{name}: frames must be [T, H, W, 3] uint8, got {list(frames.shape)} {frames.dtype}")

@@ -1,7 +1,7 @@
-"""What a run folder holds: the names of its files, each written here only, and the state of a pipeline's stages.
+"""The contents of a run folder: names of its files (each defined here only) and the state of a pipeline's stages.
 
-A run folder belongs to one stage or to one pipeline, whose stages have folders of their own below ``stages/``. This
-module needs the standard library only, so that every part of the package can import it.
+A run folder belongs to one stage or to one pipeline, whose stages have their own folders below ``stages/``. This module
+uses the standard library only, so that every part of the package can import it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Literal
 CONFIG_FILE = "config.yaml"
 COMMAND_FILE = "command.txt"
 TASK_FILE = "task.yaml"
-"""A copy of the task, so that the model can be asked where the data set is not"""
+"""A copy of the task, so that the model can be used without the data set."""
 TRACES_FILE = "traces.jsonl"
 PREDICTIONS_FILE = "predictions.jsonl"
 UNREADABLE_FILE = "unreadable.csv"
-"""Clips that were left out because they could not be read"""
+"""Clips that were left out because they could not be read."""
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FOLDER = "weights"
-"""In place of the adapter's folder after full fine-tuning"""
+"""Replaces the adapter folder after full fine-tuning."""
 CHECKPOINTS_FOLDER = "checkpoints"
 LAST_CHECKPOINT = "last.ckpt"
 TENSORBOARD_FOLDER = "tb"
@@ -39,7 +39,7 @@ ARTEFACT_FILES: Mapping[str, tuple[str, ...]] = {
     "traces": (TRACES_FILE,),
     "predictions": (PREDICTIONS_FILE,),
 }
-"""What a stage hands to later ones, and where it may lie in the stage's folder"""
+"""Artefact to its possible names in the folder of the stage that writes it."""
 
 Status = Literal["running", "interrupted", "failed", "finished", "skipped"]
 STATE_VERSION = 1
@@ -47,26 +47,26 @@ STATE_VERSION = 1
 
 @dataclass
 class StageRecord:
-    """What is known of one stage of a run."""
+    """The record of one stage in ``state.json``."""
 
     status: Status
     folder: str
-    """Relative to the run folder; a stage taken from another run has that run's folder"""
+    """Relative to the run folder; for a stage taken from another run, the folder there."""
     inputs: dict[str, str]
-    """Fingerprints of config, settings, data and upstream artefacts"""
+    """Fingerprints of config, settings, data and upstream artefacts."""
     command: list[str] = field(default_factory=list)
     artefact_sha: str | None = None
     taken: bool = False
-    """True: finished in another run and taken with ``--use``"""
+    """True if the stage finished in another run and was taken with ``--use``."""
     note: str = ""
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     gpu_seconds: float = 0.0
-    """Times add up over every attempt on the same inputs"""
+    """Times are summed over all attempts with the same inputs."""
 
     @property
     def done(self) -> bool:
-        """Nothing is left to do: finished, or ended without an artefact as the pipeline allows."""
+        """True if the stage finished, or ended without an artefact as its ``on_unparsed: skip`` allows."""
         return self.status in ("finished", "skipped")
 
 
@@ -80,10 +80,10 @@ class RunState:
 
     @classmethod
     def load(cls, run_dir: Path) -> RunState | None:
-        """Reads ``state.json``; returns None where the folder has none.
+        """Reads ``state.json``; returns None if the folder has none.
 
         Raises:
-            ValueError: The file is damaged or of another version.
+            ValueError: If the file is damaged or has another version.
         """
         path = run_dir / STATE_FILE
         if not path.is_file():
@@ -92,6 +92,7 @@ class RunState:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.get("vidreason_state") != STATE_VERSION:
                 raise ValueError(f"version {content.get('vidreason_state')!r}, expected {STATE_VERSION}")
+            # keys that another release of the package has added are ignored
             known = {f.name for f in fields(StageRecord)}
             stages = {
                 name: StageRecord(**{key: value for key, value in row.items() if key in known})
@@ -103,7 +104,7 @@ class RunState:
 
 
 def artefact_path(folder: Path, artefact: Artefact) -> Path | None:
-    """Returns where a stage's folder holds an artefact; None where it does not (an empty one counts as missing)."""
+    """Returns the path of an artefact in the folder of a stage; None if it is missing or empty."""
     for name in ARTEFACT_FILES[artefact]:
         path = folder / name
         if path.is_dir() and any(path.iterdir()):
@@ -118,10 +119,10 @@ def find_stage_folder(run: Path, name: str | None = None) -> Path:
 
     Args:
         run: Run folder of a pipeline, or of a single ``vidreason fit`` or ``test``.
-        name: Stage of the pipeline; None takes its last finished test, else its last finished training.
+        name: Stage of the pipeline; None selects its last finished test, else its last finished training.
 
     Raises:
-        ValueError: There is no such run or stage, or it has not finished; the message says what there is.
+        ValueError: If there is no such run or stage, or it has not finished; the message lists what exists.
     """
     if (run / STATE_FILE).is_file():
         folder = run / _stage_of(run, name)
@@ -139,6 +140,7 @@ def find_stage_folder(run: Path, name: str | None = None) -> Path:
 
 
 def _stage_of(run: Path, name: str | None) -> str:
+    """Returns the folder of a pipeline's stage, relative to the run folder."""
     state = RunState.load(run)
     assert state is not None
     if name is not None and name not in state.stages:
@@ -146,6 +148,7 @@ def _stage_of(run: Path, name: str | None) -> str:
     finished = {key: record for key, record in state.stages.items() if record.status == "finished"}
     if name is not None and name not in finished:
         raise ValueError(f"--stage {name}: is {state.stages[name].status}, not finished; run the pipeline again")
+    # a stage that only generated traces has no weights of its own
     askable = [key for key, record in finished.items() if record.command[:1] in (["test"], ["fit"])]
     if name is not None:
         if name not in askable:
@@ -158,6 +161,6 @@ def _stage_of(run: Path, name: str | None) -> str:
 
 
 def was_tested(folder: Path) -> bool:
-    """Whether the stage of a folder is a ``vidreason test``."""
+    """Returns whether the folder belongs to a ``vidreason test``."""
     command = folder / COMMAND_FILE
     return command.is_file() and command.read_text(encoding="utf-8").startswith("vidreason test")

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM as one exception, raised at once or at the next safe point of a fit.
+"""Ctrl-C and SIGTERM as one exception, raised immediately or at the next safe point of a fit.
 
 A signal handler may run in the middle of an optimizer step. While a fit defers signals, the handler only records them,
-and the places where the state is consistent ask for them: between batches, and between the tokens of a rollout.
-``lightning_modules/fit/stopping.py`` has the part that concerns several ranks. Standard library only.
+and code checks for them where the state is consistent: between batches, and between the tokens of a rollout.
+``lightning_modules/fit/stopping.py`` coordinates several ranks. Standard library only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StopRequested(KeyboardInterrupt):
 
 
 class StopNow(KeyboardInterrupt):
-    """A second Ctrl-C: the run ends without writing anything."""
+    """A second Ctrl-C, after which the run ends without writing anything."""
 
 
 class _SignalHandler:
@@ -47,13 +47,14 @@ class _SignalHandler:
         """Handles one signal.
 
         Raises:
-            StopRequested: Signals are not deferred.
-            StopNow: Ctrl-C came a second time.
+            StopRequested: If signals are not deferred.
+            StopNow: If this is a second Ctrl-C.
         """
         if not self.deferring:
             raise StopRequested(signal.Signals(number).name)
         if self.received_at is None:
             self.received_at = time.monotonic()
+            # one message per machine, not one per process
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print("stopping; a checkpoint is written (Ctrl-C again: without one)", file=sys.stderr, flush=True)
         elif number == signal.SIGINT and time.monotonic() - self.received_at > _SAME_REQUEST_S:
@@ -67,8 +68,8 @@ _handler = _SignalHandler()
 def handle_signals() -> Iterator[None]:
     """Turns SIGTERM and Ctrl-C into :class:`StopRequested` within the block, then restores the earlier handlers.
 
-    Only a main thread can handle signals. A process that ignores Ctrl-C (one in the background of a script) keeps
-    ignoring it.
+    Outside of the main thread it does nothing, because Python allows handlers there only. A process that ignores
+    Ctrl-C (one that a script started in the background) keeps ignoring it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -86,7 +87,7 @@ def handle_signals() -> Iterator[None]:
 
 
 def defer_signals(deferring: bool) -> None:
-    """Sets whether signals wait until :func:`check_stop` or one of its relatives asks for them."""
+    """Sets whether signals wait for the next :func:`check_stop` (True) or raise immediately (False)."""
     _handler.deferring = deferring
 
 
@@ -96,10 +97,10 @@ def stop_received() -> bool:
 
 
 def check_stop() -> None:
-    """Raises the stop that a deferred signal asked for; call it where no other rank waits for this one.
+    """Stops if a deferred signal was received; call it only where no other rank waits for this one.
 
     Raises:
-        StopRequested: A signal was received.
+        StopRequested: If a signal was received.
     """
     if stop_received():
         raise StopRequested

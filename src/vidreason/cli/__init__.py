@@ -1,1 +1,1 @@
-"""Commands."""
+"""The subcommands of ``vidreason``."""

@@ -1,4 +1,4 @@
-"""``vidreason classify``: asks a finished run about clips."""
+"""``vidreason classify``: classifies clips with the model of a finished run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vidreason.pipelines.table import percent, render_table
 if TYPE_CHECKING:
     from vidreason.inference import Decision
 
-_WIDTH = 100
+_WIDTH = 100  # characters per line of a trace
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,10 +29,10 @@ def main(argv: Sequence[str]) -> int:
         argv: Options of ``vidreason classify``.
 
     Returns:
-        Exit status: 0, or 1 where a clip could not be read.
+        Exit status: 0, or 1 if a clip could not be read.
 
     Raises:
-        ValueError: There is no such run, stage or file.
+        ValueError: If there is no such run or stage, or a folder has no clip.
     """
     parser = CommandParser(prog="vidreason classify", description="Ask the model of a finished run about clips.")
     parser.add_argument("clips", nargs="+", metavar="FILE|FOLDER", type=Path, help="clips, or folders of clips")
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_options(argv)
     paths = list(find_clips(options.clips))
 
-    from vidreason.inference import VideoClassifier
+    from vidreason.inference import VideoClassifier  # imports torch: mistakes in the options are reported before
 
     classifier = VideoClassifier.from_run(options.run, options.stage)
     decided: list[Decision] = []
@@ -53,17 +53,17 @@ def main(argv: Sequence[str]) -> int:
             decided.append(decision)
             bar.update()
             if options.json:
-                tqdm.write(json_line(decision))
+                tqdm.write(json_line(decision))  # to stdout, without breaking the bar on stderr
     if not options.json:
         print(report(decided))
     return exit_codes.ERROR if any(decision.error is not None for decision in decided) else exit_codes.OK
 
 
 def find_clips(places: Sequence[Path]) -> Iterator[Path]:
-    """Yields the files as they are given, and the clips of folders, sorted, of any depth.
+    """Yields the given files, and for a folder the clips at any depth below it, sorted.
 
     Raises:
-        ValueError: A folder holds no clip. (A file that is missing is reported with the decisions.)
+        ValueError: If a folder has no clip. A missing file is not checked here; its decision reports it.
     """
     for place in places:
         if not place.is_dir():
@@ -76,13 +76,13 @@ def find_clips(places: Sequence[Path]) -> Iterator[Path]:
 
 
 def json_line(decision: Decision) -> str:
-    """One line: path, label, probs, traces, seconds, error."""
+    """Returns a decision as one line of JSON with the keys path, label, probs, traces, seconds and error."""
     values = asdict(decision)
     return json.dumps({"path": values.pop("video"), **values}, ensure_ascii=False)
 
 
 def report(decisions: Sequence[Decision]) -> str:
-    """A table of decisions, and behind it the trace of each that agrees with it; clips that could not be read last."""
+    """Returns a table of decisions, then a trace of each clip, then the clips that could not be read."""
     read = [decision for decision in decisions if decision.error is None]
     rows = [
         [d.video, d.label or "-", percent(d.probs[d.label] if d.label else None), _runner_up(d), f"{d.seconds:.1f}"]
@@ -98,13 +98,14 @@ def report(decisions: Sequence[Decision]) -> str:
 
 
 def _runner_up(decision: Decision) -> str:
+    """Returns the most probable of the other classes, with its probability in percent."""
     others = [(p, name) for name, p in decision.probs.items() if name != decision.label]
     share, name = max(others)
     return f"{name} {percent(share)}"
 
 
 def _telling_trace(decision: Decision) -> str:
-    """The first trace that names the label decided on, else the first."""
+    """Returns the first trace that answers the decided label, or the first trace."""
     from vidreason.rewards.completion import match_label, parse_completion
 
     names = list(decision.probs)

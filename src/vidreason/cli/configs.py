@@ -14,13 +14,13 @@ def copy_configs(target: Path) -> list[Path]:
     """Copies the shipped YAML files.
 
     Args:
-        target: Folder to copy them into; made where missing.
+        target: Folder to copy them into; created if it does not exist.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: A file of that name is already there; nothing is copied then.
+        ValueError: If a file of that name exists; nothing is copied then.
     """
     names = files.shipped_files()
     for name in names:
@@ -57,5 +57,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _first_comment(path: Path) -> str:
+    """Returns the comment in the first line of a YAML file, or an empty text."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""

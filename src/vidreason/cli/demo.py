@@ -1,4 +1,4 @@
-"""``vidreason demo``: the whole main job on the embedded default."""
+"""``vidreason demo``: runs and compares all shipped methods on the embedded model and data."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vidreason.pipelines.commands import trainer_commands
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the demo on one thread, unless the user says otherwise.
+    """Runs the demo, on one thread unless OMP_NUM_THREADS is set.
 
     Args:
         argv: Options of ``vidreason demo``.
 
     Returns:
-        Exit status: 0 done, else that of the pipeline that stopped.
+        Exit status: 0, or that of the pipeline that stopped.
     """
-    # The embedded model is too small for a second thread to help, and where other programs run, waiting for it makes
-    # everything several times slower. Read when torch is first imported, which nothing has done yet.
+    # The embedded model is too small for a second thread to help, and on a busy machine waiting for it makes everything
+    # several times slower. torch reads the variable when it is first imported, which has not happened yet.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return run_demo(argv, trainer_commands())

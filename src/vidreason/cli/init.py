@@ -1,4 +1,4 @@
-"""``vidreason init``: from a folder of clips, or somebody else's table, to files that every command reads."""
+"""``vidreason init``: turns a folder or table of clips into the files that every command reads."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def main(argv: Sequence[str]) -> int:
         Exit status 0.
 
     Raises:
-        ValueError: A mistake in the source or the options; the message names file, row or option and the remedy.
-        SystemExit: ``--help``, or a wrong option.
+        ValueError: If source or options have a mistake; the message names file, row or option and the remedy.
+        SystemExit: For ``--help`` or a wrong option.
     """
     given = _parser().parse_options(argv)
     where = dict(_pair(text) for text in given.where)
@@ -101,5 +101,6 @@ def _positive(text: str) -> float:
 
 
 def _cores() -> int:
+    # cpu_count() ignores CPU affinity, by which schedulers restrict jobs; macOS has no sched_getaffinity
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _MOST_WORKERS)

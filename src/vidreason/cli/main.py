@@ -1,6 +1,6 @@
-"""The ``vidreason`` command: picks the subcommand and turns errors of the user's into one line.
+"""The ``vidreason`` command: selects the subcommand and prints mistakes of the user as one line.
 
-Standard library only: ``vidreason --help`` answers at once, and what a subcommand needs is imported when it is called.
+It imports the standard library only, so that ``vidreason --help`` is fast; a subcommand is imported when it is called.
 """
 
 from __future__ import annotations
@@ -45,20 +45,24 @@ _FAILURES = {
     "TooManyUnreadableError": exit_codes.ERROR,
     "NoParsedCompletionsError": exit_codes.UNPARSED,
 }
-"""Errors that are nobody's mistake on a command line, in a YAML or in a table, and their exit status"""
+"""Errors that are not a mistake in the command line, a YAML file or a table, with their exit status.
+
+They are given by name, because importing the classes would import torch.
+"""
 _KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
+# How torch.utils.data re-raises an exception of a DataLoader worker: its traceback becomes the message.
 _WORKER_ERROR = re.compile(r"\ACaught (\w+) in DataLoader worker process")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; may be called any number of times in one process.
+    """Runs one command; may be called several times in one process.
 
     Args:
-        argv: Command line without the program's name; the process's own by default.
+        argv: Command line without the name of the program; by default ``sys.argv[1:]``.
 
     Returns:
-        Exit status: 0 done, 1 the run failed, 2 a mistake on the command line, in a config or in the data's tables, 5
-        no completion of GRPO parses, 130 interrupted.
+        Exit status: 0 success, 1 failed run, 2 mistake on the command line, in a config or in a table of the data, 5 no
+        completion of GRPO could be parsed, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     asked = any(option in arguments for option in _TRACEBACK_OPTIONS)
@@ -98,13 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def raised_by_user_code(error: ValueError) -> bool:
-    """Tells a mistake in the user's data, YAML or class from a bug inside a library.
+    """Returns whether an error comes from the user's data, YAML or class and not from inside a library.
 
     Args:
-        error: The exception, with its traceback; one from a DataLoader worker carries the traceback in its text.
+        error: The exception with its traceback; one from a DataLoader worker has the traceback in its message.
 
     Returns:
-        True where the innermost frame belongs to vidreason or to code that is not installed (the user's own).
+        True if the innermost frame is in vidreason or in code that is not installed (the user's own).
     """
     if _WORKER_ERROR.match(str(error)):
         files = re.findall(r'^  File "(.+?)", line \d+', str(error), flags=re.MULTILINE)
@@ -120,21 +124,22 @@ def raised_by_user_code(error: ValueError) -> bool:
 
 
 def _kind_of(error: ValueError) -> str:
-    """Name of the error's class, also where it comes out of a DataLoader worker."""
+    """Returns the name of the error's class, also for an error of a DataLoader worker."""
     in_worker = _WORKER_ERROR.match(str(error))
     return in_worker[1] if in_worker else type(error).__name__
 
 
 def message_of(error: ValueError) -> str:
-    """Returns the message of an error, without the traceback that a DataLoader worker puts in front of it."""
+    """Returns the message of an error, without the traceback that a DataLoader worker adds."""
     text = str(error).strip()
+    # the last line of a traceback reads "ValueError: message"
     if _WORKER_ERROR.match(text):
         text = text.splitlines()[-1].partition(": ")[2]
     return text
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
-    """Imports a command when it is called and runs it."""
+    """Imports and runs a command."""
     if command in _TRAINER_COMMANDS:
         from vidreason.config import trainer_cli
 
@@ -144,18 +149,19 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
 
 def _not_about_optional_kernels(record: logging.LogRecord) -> bool:
-    """Drops what bitsandbytes says, while peft imports it, about a kernel package that it does without."""
+    """Filters out the warning of bitsandbytes about an optional kernel package when peft imports it."""
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def _append_current_folder() -> None:
-    """Lets ``class_path`` find classes in the user's folder; at the end, so that it shadows nothing installed."""
+    """Appends the current folder to ``sys.path`` for ``class_path``; last, so that it shadows no installed module."""
     folder = str(Path.cwd())
-    if folder not in sys.path and "" not in sys.path:
+    if folder not in sys.path and "" not in sys.path:  # "" is the current folder, too
         sys.path.append(folder)
 
 
 def _exit_status(stop: SystemExit) -> int:
+    """Returns the status that Python itself would exit with, after printing a message if there is one."""
     if stop.code is None:
         return exit_codes.OK
     if isinstance(stop.code, int):

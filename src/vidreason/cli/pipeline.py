@@ -1,7 +1,7 @@
-"""``vidreason pipeline``: stages in order, as ordinary commands that can be repeated by hand.
+"""``vidreason pipeline``: runs stages in order, as ordinary commands that can be repeated by hand.
 
-What is finished is skipped while its inputs are unchanged, what was interrupted is resumed, and what lies behind a
-changed stage runs again.
+A finished stage is skipped while its inputs, which include the artefacts of earlier stages, are unchanged; otherwise it
+runs again. An interrupted stage is resumed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
         argv: Options of ``vidreason pipeline``.
 
     Returns:
-        Exit status: 0 done, 2 a wrong command line or pipeline file, else that of the stage that stopped.
+        Exit status: 0 success, 2 wrong command line or pipeline file, else that of the stage that stopped.
     """
     if not argv:
         print(list_pipelines())
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def list_pipelines() -> str:
-    """The shipped pipelines with their stages and what each needs, and how to run one."""
+    """Returns a list of the shipped pipelines with their stages and requirements, and how to run one."""
     lines = []
     for path in sorted((shipped_folder() / "pipelines").glob("*.yaml")):
         spec = read_pipeline(str(path))

@@ -1,1 +1,1 @@
-"""From a command line to a trainer, a stage and its data."""
+"""From a command line to a trainer, a stage and its data module."""

@@ -1,4 +1,4 @@
-"""The YAML files that a command line names: which they are, where they are found and in which order they count."""
+"""The YAML files that a command line names: how they are found, and in which order they apply."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _REPLACING = ("--data", "--vlm")
 
 
 def config_files(argv: Sequence[str]) -> list[Path]:
-    """Returns the YAML files of a command line and, behind each, the files it names."""
+    """Returns the YAML files of a command line and, recursively, the files that they name."""
     found: list[Path] = []
     waiting = [path for _, _, value in _file_options(argv) if (path := find_config(value)) is not None]
     while waiting:
         path = waiting.pop(0)
         found.append(path)
+        # a file name as a YAML value: after a colon, a space, a bracket or a comma, quoted or not
         for name in re.findall(r"""[:\[\s,]['"]?([\w./-]+\.ya?ml)\b""", path.read_text(encoding="utf-8")):
             section = path.parent / name
-            if section.is_file() and section not in found + waiting:
+            if section.is_file() and section not in found + waiting:  # files may name each other
                 waiting.append(section)
     return found
 
@@ -48,32 +49,33 @@ def _file_options(argv: Sequence[str]) -> Iterator[tuple[int, str, str]]:
 
 @dataclass(frozen=True)
 class OrderedFiles:
-    """A command line in the order in which its parts count: stage file, sections, overlays, then all flags."""
+    """A command line in the order in which its parts apply: stage file, sections, overlays, then all flags."""
 
     arguments: list[str]
     stage_file: str | None
-    """The first ``--config``"""
+    """The first ``--config``."""
     replaced: tuple[str, ...]
-    """Sections that the command line gives, which replace those of the stage file"""
+    """Sections that the command line gives; they replace those of the stage file."""
 
 
 def order_files(argv: Sequence[str]) -> OrderedFiles:
-    """Sorts the files of a command line in front of its flags and finds those that the package ships.
+    """Moves the files of a command line before its flags and resolves those that the package ships.
 
-    A later part counts more than an earlier one: stage file (the first ``--config``), sections (``--trainer``,
-    ``--model``, ``--data``, ``--vlm``), overlays (the other ``--config``), flags. Of several values of ``--data`` or
-    ``--vlm`` the last one counts alone.
+    A later part overrides an earlier one: stage file (the first ``--config``), sections (``--trainer``, ``--model``,
+    ``--data``, ``--vlm``), overlays (the other ``--config``), flags. Of several values of ``--data`` or ``--vlm`` only
+    the last one is used.
 
     Args:
-        argv: Options behind the command, in any order.
+        argv: Options after the command, in any order.
 
     Raises:
-        ArgumentError: A hub id or model folder of ``--vlm`` that cannot be read.
+        ArgumentError: If a hub id or model folder of ``--vlm`` cannot be read.
     """
     flags = list(argv)
     configs: list[str] = []
     sections: list[str] = []
     replacing: dict[str, str] = {}
+    # backwards, so that deleting an option leaves the indices of earlier ones valid
     for index, option, value in reversed(list(_file_options(argv))):
         del flags[index : index + (1 if "=" in argv[index] else 2)]
         path = find_config(value)
@@ -94,13 +96,13 @@ def order_files(argv: Sequence[str]) -> OrderedFiles:
 
 
 def given_batch_size(argv: Sequence[str]) -> str | None:
-    """Says where a command line sets the batch size of the data module; None where it does not.
+    """Returns where a command line sets the batch size of the data module.
 
     Args:
-        argv: Options behind the command.
+        argv: Options after the command.
 
     Returns:
-        ``"the command line"``, or the name of the file that ``--data`` gives.
+        ``"the command line"``, or the name of the file that ``--data`` gives; None if neither sets it.
     """
     if any(word.partition("=")[0] == "--data.init_args.batch_size" for word in argv):
         return "the command line"
@@ -114,7 +116,7 @@ def given_batch_size(argv: Sequence[str]) -> str | None:
 
 
 def without_sections(content: str, sections: Sequence[str]) -> str:
-    """Returns the text of a YAML file without some of its top-level keys; text that is no mapping stays as it is."""
+    """Returns the text of a YAML file without some top-level keys; text that is not a mapping is returned unchanged."""
     try:
         loaded = yaml.safe_load(content)
     except yaml.YAMLError:
@@ -125,7 +127,7 @@ def without_sections(content: str, sections: Sequence[str]) -> str:
 
 
 def _section_of(value: str) -> str:
-    """The section that a hub id or model folder stands for, as the parser takes it."""
+    """Returns the section that a hub id or model folder stands for, as JSON for the parser."""
     try:
         return json.dumps(expand(value))
     except ValueError as error:
@@ -133,7 +135,10 @@ def _section_of(value: str) -> str:
 
 
 def point_at_shipped(section: Namespace | None) -> None:
-    """Resolves values such as ``task: configs/tasks/porch.yaml`` in place where only the package has the file."""
+    """Replaces values such as ``task: configs/tasks/porch.yaml`` by the path of the file that the package ships.
+
+    A file of that name in the current folder takes precedence. The section is changed in place.
+    """
     if section is None:
         return
     for key, value in section.items():

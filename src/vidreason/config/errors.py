@@ -1,4 +1,4 @@
-"""The parser's many-line complaints about a command line or a YAML, in one line that names file and remedy."""
+"""Shortens the parser's errors about a command line or YAML to one line that names the file and the remedy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vidreason.config.moved_keys import GROUPS, MODEL, explain_moved, moved_sett
 from vidreason.spelling import did_you_mean, nearest
 
 _TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "vlm", "run_dir", "ckpt_path", "config")
+# Beginnings of lines of jsonargparse that tell a user nothing.
 _NOISE = (
     "Does not validate against any of the Union subtypes",
     "Subtypes:",
@@ -27,22 +28,20 @@ _NOISE = (
     "object_type=",
 )
 _MAX_CHARS = 400
-_MOST_LISTED = 24
+_MOST_LISTED = 24  # names; a longer list would hide the message
 _NOT_GIVEN = ("self", "args", "kwargs", "vlm", "encoder", "params")
-"""Arguments of classes that no YAML gives"""
+"""Arguments of classes that no YAML file sets."""
 
 
 def explain(message: str, files: Sequence[Path], flags: Sequence[str] = ()) -> str:
-    """Shortens an error of the parser.
+    """Returns an error of the parser in one line.
 
     Args:
-        message: Text of the parser's exception.
-        files: YAML files of the command line, to say which of them is meant.
+        message: Text of the exception.
+        files: YAML files of the command line, to name the one with the mistake.
         flags: The command line.
-
-    Returns:
-        One line.
     """
+    # These texts of jsonargparse, OmegaConf and argparse may change between their versions.
     variable = re.search(r"Environment variable '(\w+)' not found", message)
     if variable:
         return _unset_variable(variable[1], files)
@@ -77,7 +76,7 @@ def explain(message: str, files: Sequence[Path], flags: Sequence[str] = ()) -> s
 
 
 def _moved_key(message: str, files: Sequence[Path], flags: Sequence[str]) -> str | None:
-    """Explains a setting that the message complains about and that stands at another place now."""
+    """Returns the explanation of a setting that the message names and that has moved, or None."""
     contents = [(path, yaml.safe_load(path.read_text(encoding="utf-8"))) for path in files]
     found = [(*moved, "") for moved in _moved_flags(flags)]
     for path, content in contents:
@@ -89,6 +88,7 @@ def _moved_key(message: str, files: Sequence[Path], flags: Sequence[str]) -> str
     taken = {name for class_path in classes for name in _parameters(class_path)}
     for old, new, place in found:
         old_name, new_name = (key.removeprefix(MODEL).partition(".")[0] for key in (old, new))
+        # the old name of a setting may still be a valid argument of a user's own class
         gone = old_name in GROUPS or old_name not in taken
         if re.search(rf"\b{old_name}\b", message) and gone and (new_name in taken or new_name == "trainer"):
             return explain_moved(old, new, place)
@@ -96,6 +96,7 @@ def _moved_key(message: str, files: Sequence[Path], flags: Sequence[str]) -> str
 
 
 def _moved_flags(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields (old key, new key) of every flag whose setting has moved."""
     for index, word in enumerate(flags):
         key, equals, text = word.removeprefix("--").partition("=")
         text = text if equals else "".join(flags[index + 1 : index + 2])
@@ -149,7 +150,7 @@ def _rejected_argument(name: str, message: str, files: Sequence[Path]) -> str:
 
 
 def _nested_argument(class_path: str, dotted: str, files: Sequence[Path]) -> str:
-    """An argument that an argument of a class does not take, ``frames.num_frame`` of a data module."""
+    """Explains an unknown nested argument, such as ``frames.num_frame`` of a data module."""
     *outer, name = dotted.split(".")
     for argument in outer:
         if argument not in _parameters(class_path):
@@ -161,7 +162,7 @@ def _nested_argument(class_path: str, dotted: str, files: Sequence[Path]) -> str
 
 
 def _class_of_argument(class_path: str, argument: str) -> str | None:
-    """The class that an argument of a class is made of."""
+    """Returns the class path of the type of an argument; None if it is a built-in type or unknown."""
     module, _, name = class_path.rpartition(".")
     for base in inspect.getmro(getattr(import_module(module), name)):
         hint = get_type_hints(vars(base)["__init__"]).get(argument) if "__init__" in vars(base) else None
@@ -172,17 +173,18 @@ def _class_of_argument(class_path: str, argument: str) -> str | None:
 
 
 def _parameters(class_path: str) -> list[str]:
-    """Names of the arguments of a class and its bases; none where it cannot be imported."""
+    """Returns the argument names of a class and its bases; an empty list if it cannot be imported."""
     module, _, name = class_path.rpartition(".")
     try:
         found = getattr(import_module(module), name, None)
     except (ImportError, ValueError):
         return []
-    bases = inspect.getmro(found) if inspect.isclass(found) else ()
+    bases = inspect.getmro(found) if inspect.isclass(found) else ()  # **kwargs pass arguments on to bases
     return [key for base in bases if "__init__" in vars(base) for key in inspect.signature(base).parameters]
 
 
 def _named_in(word: str, files: Sequence[Path]) -> str:
+    """Returns " in FILE" for the first file that contains the word, or an empty text."""
     pattern = re.compile(rf"(?<![\w/]){re.escape(word)}(?!\w)")
     users = [path for path in files if pattern.search(path.read_text(encoding="utf-8"))]
     return f" in {users[0]}" if users else ""
@@ -197,6 +199,7 @@ def _nearest_or_all(name: str, known: Iterable[str]) -> str:
 
 
 def _flat(message: str) -> str:
+    """Joins the informative lines of a message to one line of limited length."""
     lines = [line.strip() for line in message.splitlines()]
     kept = [line for line in lines if line and not line.startswith(_NOISE)]
     if any("Problem with given class_path" in line for line in kept):

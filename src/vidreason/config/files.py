@@ -1,4 +1,4 @@
-"""The YAML files that come with the package, and how a command finds them."""
+"""The YAML files that the package ships, and how a command finds them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def shipped_files() -> list[Path]:
 
 
 def find_config(name: str) -> Path | None:
-    """Looks a YAML file up: in the current folder first, then among the shipped ones.
+    """Finds a YAML file in the current folder or, failing that, among the shipped files.
 
     Args:
-        name: Path as the user or another YAML writes it. Only a relative ``configs/...`` is looked up in the package.
+        name: Path as the user or another YAML writes it. Only a relative ``configs/...`` is searched in the package.
 
     Returns:
-        The file, or None where there is none.
+        The path of the file, or None if there is none.
     """
     here = Path(name)
     if here.is_file():

@@ -1,4 +1,4 @@
-"""Finds in a run folder the model to ask: which stage, its config, its weights and its task."""
+"""Finds the model to use in a run folder: the stage, its config, its weights and its task."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ _WEIGHT_KEYS = ("adapter_path", "calibrator_path")
 
 @dataclass(frozen=True)
 class FinishedStage:
-    """A stage whose model can be asked."""
+    """A finished stage whose model can be used."""
 
     folder: Path
     options: tuple[str, ...]
-    """Of ``vidreason test``: the stage's own config, with paths as they are now"""
+    """Options of ``vidreason test``: the config of the stage, with current paths of the weights."""
 
     @property
     def task_file(self) -> Path:
-        """Copy of the task that the stage ran on."""
+        """Path of the stage's copy of its task."""
         return self.folder / TASK_FILE
 
 
 def find_stage(run: Path, name: str | None = None) -> FinishedStage:
-    """Finds the stage to ask.
+    """Finds the stage whose model is used.
 
     Args:
         run: Run folder of a pipeline, or of a single ``vidreason fit`` or ``test``.
-        name: Stage of the pipeline; None takes its last finished test, else its last finished training.
+        name: Stage of the pipeline; None selects its last finished test, else its last finished training.
 
     Raises:
-        ValueError: There is no such run or stage, or it has not finished; the message says what there is.
+        ValueError: If there is no such run or stage, or it has not finished; the message lists what exists.
     """
     folder = find_stage_folder(run, name)
     config_file = folder / CONFIG_FILE
     model = yaml.safe_load(config_file.read_text(encoding="utf-8"))["model"]["init_args"]
     given = {key: model.get(key) for key in _WEIGHT_KEYS}
+    # a test evaluates the weights that its config names; a training starts from those and writes its own
     weights = given if was_tested(folder) else _own_weights(folder, "calibrator_path" in model)
     options = ["--config", str(config_file)]
     for key in _WEIGHT_KEYS:
@@ -57,7 +58,11 @@ def find_stage(run: Path, name: str | None = None) -> FinishedStage:
 
 
 def _own_weights(folder: Path, calibrates: bool) -> dict[str, str | None]:
-    """What a training stage wrote, as the options that load it."""
+    """Returns the weights that a training stage wrote, as the options that load them.
+
+    Raises:
+        ValueError: If the folder has no weights.
+    """
     path = artefact_path(folder, "adapter")
     if path is None:
         raise ValueError(f"{folder}: holds neither adapter/ nor weights/, so the training has not finished")
@@ -65,10 +70,10 @@ def _own_weights(folder: Path, calibrates: bool) -> dict[str, str | None]:
 
 
 def _present(path: str, run: Path) -> str:
-    """The path within ``run`` where it has been moved or is called from elsewhere; otherwise the path itself."""
+    """Returns the path within ``run`` if that exists (the run may have been moved), else the path itself."""
     parts = Path(path).parts
     if STAGES_FOLDER in parts:
-        moved = run.joinpath(*parts[len(parts) - 1 - parts[::-1].index(STAGES_FOLDER) :])
+        moved = run.joinpath(*parts[len(parts) - 1 - parts[::-1].index(STAGES_FOLDER) :])  # from the last stages/ on
         if moved.exists():
             return str(moved)
     return path

@@ -1,6 +1,6 @@
-"""The machine that a stage runs on: devices, processes, what they cost, and ``say``, with which each line is said once.
+"""The machine that a stage runs on: checks of devices, measured CPU and GPU use, and printing once per machine.
 
-torch and Lightning are imported where they are needed, so that commands can print and measure before they load them.
+torch and Lightning are imported inside functions, so that commands can print and measure before they load them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _CPU = "--trainer.accelerator cpu --trainer.devices 1"
 
 
 def check_devices(accelerator: str, devices: str | int | list[int]) -> None:
-    """Compares what the trainer section asks for with what this machine has.
+    """Checks that this machine has the devices that the trainer section asks for.
 
-    ``auto`` with several devices asks for GPUs: as many processes on a CPU would be slower than one.
+    ``auto`` with several devices means GPUs: several processes on a CPU would be slower than one.
 
     Args:
         accelerator: ``trainer.accelerator``.
         devices: ``trainer.devices``.
 
     Raises:
-        ValueError: Naming setting, machine and remedy.
+        ValueError: If devices are missing; the message names setting, machine and remedy.
     """
     import torch
 
@@ -47,24 +47,24 @@ def check_devices(accelerator: str, devices: str | int | list[int]) -> None:
 
 
 def _wanted(devices: str | int | list[int]) -> int:
-    """How many devices a setting needs to be there: 4, ``"4"``, ``[0, 3]`` and ``"0,3"`` are all four."""
+    """Returns how many devices must exist for a setting: four for 4, ``"4"``, ``[0, 3]`` and ``"0,3"``."""
     if isinstance(devices, list):
         return max(devices, default=-1) + 1
     if isinstance(devices, str):
         words = [word for word in devices.split(",") if word.strip()]
         if not all(word.strip().isdecimal() for word in words):
-            return 0  # auto, or what Lightning itself will refuse
+            return 0  # auto, or a value that Lightning itself rejects
         return int(words[0]) if len(words) == 1 and "," not in devices else max(map(int, words)) + 1
-    return max(devices, 0)
+    return max(devices, 0)  # -1 means all that exist
 
 
 def describe(trainer: L.Trainer, module: VLMModule, trains: bool = True) -> str:
-    """One line: strategy, processes and precision, and what of the model is trained or run.
+    """Returns one line with strategy, processes, precision and the trained part of the model.
 
     Args:
-        trainer: Where it runs.
+        trainer: The trainer of the stage.
         module: The stage.
-        trains: Whether it is a ``fit``.
+        trains: Whether the command is ``fit``.
     """
     number = trainer.num_nodes * trainer.num_devices
     kind = type(trainer.strategy).__name__.removesuffix("Strategy")
@@ -77,13 +77,14 @@ def describe(trainer: L.Trainer, module: VLMModule, trains: bool = True) -> str:
 
 
 def check_machines(trainer: L.Trainer) -> None:
-    """Checks that other machines, if there are to be any, can find this one.
+    """Checks that the processes of a run on several machines can find each other.
 
     Raises:
-        ValueError: There are to be several, and nothing says where the first is.
+        ValueError: If ``num_nodes`` is above 1 and neither a launcher nor MASTER_ADDR gives the first machine.
     """
     from lightning.pytorch.strategies import ParallelStrategy
 
+    # Lightning would use 127.0.0.1 then, and every machine would wait for the others until a timeout
     strategy = trainer.strategy
     if trainer.num_nodes == 1 or "MASTER_ADDR" in os.environ or not isinstance(strategy, ParallelStrategy):
         return
@@ -98,19 +99,19 @@ def check_machines(trainer: L.Trainer) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line for the user, once however many processes run."""
+    """Prints a line to stderr, once per machine however many processes run."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and its finished children (data workers)."""
+    """Returns the CPU time in seconds of this process and its finished children (data workers)."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def reset_gpu_peak() -> None:
-    """Starts to watch which GPUs this process uses."""
+    """Resets the peak memory of all GPUs, for :func:`gpus_used`."""
     torch = sys.modules.get("torch")  # not imported before the first stage
     if torch is not None and torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
@@ -118,7 +119,7 @@ def reset_gpu_peak() -> None:
 
 
 def gpus_used() -> int:
-    """How many GPUs held memory of this process since the last reset."""
+    """Returns how many GPUs held memory of this process since the last :func:`reset_gpu_peak`."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return 0

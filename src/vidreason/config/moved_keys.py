@@ -1,11 +1,11 @@
-"""Keys of stage and pipeline files that have moved: an old one is answered with its new place."""
+"""Keys of stage and pipeline files that have moved; the error for an old key names its new place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
 MODEL = "model.init_args."
-"""What stands in front of the keys of ``MOVED``"""
+"""Prefix of the keys of ``MOVED``."""
 
 MOVED: Mapping[str, str] = {
     **{key: f"optim.{key}" for key in ("optimizer", "schedule", "warmup")},
@@ -44,21 +44,21 @@ MOVED: Mapping[str, str] = {
     "prompts_per_forward": "updates.clips_per_forward",
     **{key: f"updates.{key}" for key in ("max_grad_norm", "inner_epochs", "minibatches")},
 }
-"""Arguments of stages by their old name"""
+"""Old to new name of stage arguments."""
 
 PIPELINE_MOVED: Mapping[str, str] = {"on_cold_policy": "on_unparsed"}
-"""Keys of a pipeline's stages by their old name"""
+"""Old to new key of the stages of a pipeline file."""
 
 GROUPS = ("decide", "traces", "loss")
-"""Old names that are groups of settings now: they are meant as the old key where their value is no mapping"""
+"""Old names that are groups of settings now; a value that is not a mapping means the old key."""
 
 
 def new_place(key: str, value: object = None) -> str | None:
-    """Returns where a setting of a stage has moved; None where it has not.
+    """Returns the new key of a setting of a stage; None if it has not moved.
 
     Args:
-        key: Dotted key, from ``model`` on.
-        value: What it is set to.
+        key: Dotted key from ``model`` on.
+        value: The value of the setting.
 
     >>> new_place("model.init_args.kl_coef", 0.1)
     'model.init_args.loss.kl_coef'
@@ -80,7 +80,7 @@ def moved_settings(content: object, key: str = "") -> Iterator[tuple[str, str]]:
     """Yields (old key, new key) of every moved setting of a stage file, or of a section of one.
 
     Args:
-        content: The file as YAML reads it.
+        content: The parsed YAML.
         key: Dotted key of ``content``; empty for a whole file.
     """
     if not isinstance(content, Mapping):
@@ -95,7 +95,7 @@ def moved_settings(content: object, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def explain_moved(old: str, new: str, place: str = "") -> str:
-    """Returns the one line about a moved key.
+    """Returns the message about a moved key.
 
     >>> explain_moved("on_cold_policy", "on_unparsed", "my.yaml")
     'on_cold_policy has moved to on_unparsed (in my.yaml)'

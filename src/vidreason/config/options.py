@@ -1,4 +1,4 @@
-"""Options of the commands that are no Lightning ones: a mistake is one line that names the nearest option."""
+"""The option parser of the commands outside of Lightning's CLI: a mistake is reported in one line."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from vidreason.spelling import did_you_mean
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser without abbreviations whose errors are one line.
+    """A parser without abbreviations that reports errors in one line.
 
     Args:
-        prog: The command, ``vidreason init``.
-        description: What it does.
-        **options: As ``argparse.ArgumentParser`` takes them.
+        prog: The command, for example ``vidreason init``.
+        description: One sentence for ``--help``.
+        **options: Further arguments of ``argparse.ArgumentParser``.
     """
 
     def __init__(self, prog: str, description: str, **options: Any) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 
     def parse_options(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Reads options; an unknown one is named before one that is missing, since it may be that one, misspelt.
+        """Parses options; an unknown one is reported before a missing one, because it may be its misspelling.
 
         Raises:
-            SystemExit: ``--help`` (status 0), or a mistake (2).
+            SystemExit: For ``--help`` (status 0) or a mistake (status 2).
         """
         for word in argv:
             name = word.partition("=")[0]
-            if name == "--":
+            if name == "--":  # positional arguments follow
                 break
             if name.startswith("--") and name not in self._option_string_actions:
                 self.error(f"unknown option {name!r}{did_you_mean(name, self._option_string_actions)}")
         return self.parse_args(list(argv))
 
     def error(self, message: str) -> NoReturn:
-        """Prints one line and ends with status 2."""
+        """Prints one line and raises ``SystemExit`` with status 2."""
         print(f"error: {message} (`{self.prog} --help`)", file=sys.stderr)
         raise SystemExit(exit_codes.USAGE)

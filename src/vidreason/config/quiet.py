@@ -1,4 +1,4 @@
-"""Hides what building a stage prints and logs."""
+"""Hides the output of building a stage."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 @contextmanager
 def quietly(level: int = logging.INFO) -> Iterator[None]:
-    """Hides messages about seeds, devices and files within the block, up to ``level``; the run itself repeats them."""
-    before = logging.root.manager.disable
+    """Hides prints, warnings and logs up to ``level`` within the block; the run itself repeats them."""
+    before = logging.root.manager.disable  # logging has no public way to read the current level
     logging.disable(level)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What a run leaves behind about itself: command, configuration and task, in its folder and in TensorBoard."""
+"""The record of a run: command, configuration and task, in its folder and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class RunRecord(SaveConfigCallback):
     """Writes ``config.yaml``, ``command.txt`` and ``task.yaml`` into the run folder when a run starts.
 
     Args:
-        parser: The parser that made ``config``.
+        parser: The parser that produced ``config``.
         config: The parsed configuration.
-        command_line: What the user typed.
-        overwrite: A second run into the same folder replaces the record of the first.
+        command_line: The command as the user typed it.
+        overwrite: Whether a second run into the same folder replaces the record of the first.
     """
 
     def __init__(
@@ -35,25 +35,25 @@ class RunRecord(SaveConfigCallback):
         self._earlier: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes the record."""
+        """Writes the record when the run starts."""
         self._trainer = trainer
         super().setup(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:
-        """The latest metrics: a fit that goes on behind its last validation would not have them."""
+        """Returns the latest metrics: a fit that resumes after its last validation would not log them again."""
         return {"metrics": self._metrics()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them up."""
+        """Restores the metrics."""
         self._earlier = state_dict["metrics"]
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes both files and the task; a test into the folder of a training run leaves its record alone."""
+        """Writes command, config and task; a test in the folder of a training run gets files of its own."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         command = folder / COMMAND_FILE
         trained_here = command.is_file() and command.read_text(encoding="utf-8").startswith("vidreason fit")
-        name = self.command_line.split()[1]
+        name = self.command_line.split()[1]  # fit, validate, test or predict
         suffix = f"_{name}" if trained_here and name != "fit" else ""
         write_text(folder / f"command{suffix}.txt", from_the_start(self.command_line) + "\n")
         with atomic_file(folder / f"config{suffix}.yaml") as draft:
@@ -61,19 +61,20 @@ class RunRecord(SaveConfigCallback):
         self._log_text(trainer, (folder / f"config{suffix}.yaml").read_text(encoding="utf-8"))
         data: object = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, VideoDataModule):
-            data.task.to_yaml(folder / TASK_FILE)  # the model can be asked where the data set is not
+            data.task.to_yaml(folder / TASK_FILE)  # for using the model without the data set
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Puts settings and final metrics beside each other, for TensorBoard's table of runs."""
+        """Logs settings and final metrics to TensorBoard's table of runs (HPARAMS)."""
         self._log_outcome(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As after a fit."""
+        """Logs settings and test metrics to TensorBoard's table of runs (HPARAMS)."""
         self._log_outcome(trainer)
 
     def _log_text(self, trainer: L.Trainer, config: str) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
+                # four spaces make a Markdown code block, in which TensorBoard keeps line breaks
                 quoted = "\n".join(f"    {line}" for line in [self.command_line, "", *config.splitlines()])
                 logger.experiment.add_text("config", quoted, trainer.global_step)
 
@@ -89,7 +90,7 @@ class RunRecord(SaveConfigCallback):
 
 
 def _settings(config: Namespace) -> dict[str, Any]:
-    """What distinguishes runs: the arguments of model, model family and data, and how long it trains."""
+    """Returns the settings that distinguish runs: arguments of model, VLM and data, and the length of the fit."""
     keys = ("model.", "vlm.", "data.", "seed_everything", "trainer.max_epochs", "trainer.max_steps")
     return {
         key.replace("init_args.", ""): value
@@ -99,7 +100,7 @@ def _settings(config: Namespace) -> dict[str, Any]:
 
 
 def from_the_start(command_line: str) -> str:
-    """The command without the checkpoint that it goes on from."""
+    """Returns a command line without its ``--ckpt_path``."""
     words = [word for word in shlex.split(command_line) if not word.startswith("--ckpt_path=")]
     if "--ckpt_path" in words:
         at = words.index("--ckpt_path")

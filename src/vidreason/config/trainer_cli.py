@@ -1,7 +1,7 @@
 """``vidreason fit | validate | test | predict``: one stage from a YAML.
 
-What this adds to Lightning's CLI: one ``vlm:`` section that model and data share, a run folder, configs found in the
-installed package, and errors of the user's in one line.
+It adds to Lightning's CLI a ``vlm:`` section that model and data share, a run folder, configs of the installed package,
+and one-line errors for mistakes of the user.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.run_folder import CHECKPOINTS_FOLDER, LAST_CHECKPOINT, TENSORBOARD_FOLDER
 from vidreason.signals import StopRequested, check_stop, handle_signals
 
-# A user's loss is a subclass named by class_path; jsonargparse takes dataclasses without subclasses unless told.
+# A user's loss is a subclass named by class_path; by default jsonargparse accepts no subclasses of a dataclass.
 set_parsing_settings(subclasses_enabled=[PolicyLoss])
 
-_CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
+_CKPT_KEYWORDS = ("last", "best", "hpc", "registry")  # values of Trainer(ckpt_path=...) that are not paths
 
 
 class StrictParser(LightningArgumentParser):
-    """A parser without abbreviations, also for the arguments of classes: the parsers of those are made by its type.
+    """A parser without abbreviations, also for the arguments of classes, whose parsers jsonargparse makes of this type.
 
     Attributes:
         stage_file: The file from which ``replaced`` is left out.
-        replaced: Sections that the command line gives as a whole. Without this, jsonargparse would merge them into
-            those of the stage file, and a setting that the user's file does not name would come from a file of ours.
+        replaced: Sections that the command line gives as a whole. jsonargparse would merge them into those of the stage
+            file, so that a setting missing in the user's section would come from the stage file.
     """
 
     stage_file: str | None = None
@@ -70,7 +70,7 @@ class StrictParser(LightningArgumentParser):
         self._left_out: tuple[str, ...] = ()
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
-        """Parses a file."""
+        """Parses a YAML file; those sections of the stage file that the command line replaces are left out."""
         self._left_out = self.replaced if str(path) == self.stage_file else ()
         try:
             parsed: Namespace = super().parse_path(path, *args, **kwargs)
@@ -79,7 +79,7 @@ class StrictParser(LightningArgumentParser):
             self._left_out = ()
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
-        """Parses the content of a file."""
+        """Parses the text of a YAML file; ``parse_path`` calls it."""
         parsed: Namespace = super().parse_string(without_sections(content, self._left_out), *args, **kwargs)
         return parsed
 
@@ -89,9 +89,9 @@ class VideoCLI(LightningCLI):
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        argv: The options behind it.
-        execute: False builds data, model and trainer and stops there; no weights are loaded.
-        with_trainer: False builds no trainer either.
+        argv: The options after the command.
+        execute: Whether to run the command; False only builds data, model and trainer, without loading weights.
+        with_trainer: Whether to build a trainer.
 
     Attributes:
         run_dir: The run folder, also ``trainer.default_root_dir``.
@@ -125,7 +125,7 @@ class VideoCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Tells the parser which sections of the stage file are replaced."""
+        """Returns the parser, which knows the replaced sections of the stage file."""
         parser = super().init_parser(**kwargs)
         assert isinstance(parser, StrictParser)
         parser.stage_file, parser.replaced = self.files.stage_file, self.files.replaced
@@ -149,10 +149,10 @@ class VideoCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, and settles the run folder; ``sys.argv`` does not matter: pipelines come with arguments of their own.
+        """Parses ``args`` (never ``sys.argv``, because pipelines pass their own) and determines the run folder.
 
         Raises:
-            ArgumentError: Wrong key or value, two run folders, or a checkpoint that is not there.
+            ArgumentError: If a key or value is wrong, there are two run folders, or the checkpoint does not exist.
         """
         self.config = parser.parse_args(args)
         config: Namespace = self.config[self.config.subcommand]
@@ -165,6 +165,7 @@ class VideoCLI(LightningCLI):
             )
         default = Path("runs", Path(self.files.stage_file or self.config.subcommand).stem)
         config.run_dir = str(config.run_dir or root or default)
+        # left out of config.yaml, which could not be used with another --run_dir otherwise
         config.trainer.default_root_dir = None
         self.run_dir = Path(config.run_dir)
         checkpoint = config.ckpt_path
@@ -176,7 +177,7 @@ class VideoCLI(LightningCLI):
             self._say_which_batch_size_counts(config)
 
     def _say_which_batch_size_counts(self, config: Namespace) -> None:
-        """Prints one line where the user sets the batch size of the data and the stage file sets another one."""
+        """Warns in one line if the user sets the batch size of the data, which the stage overrides with its own."""
         given = given_batch_size(self.argv)
         ours, theirs = (config.get(f"{section}.init_args.batch_size") for section in ("model", "data"))
         if given is not None and ours is not None and ours != theirs:
@@ -186,10 +187,10 @@ class VideoCLI(LightningCLI):
             )
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer; an error of theirs comes out as they raised it.
+        """Builds data, model and trainer; their errors are raised without the parser's wrapping.
 
         Raises:
-            ValueError: A class refused its arguments or its data.
+            ValueError: If a class rejects its arguments or its data.
         """
         try:
             super().instantiate_classes()
@@ -197,13 +198,14 @@ class VideoCLI(LightningCLI):
             raise _cause_of(error) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer | None:  # type: ignore[override]
-        """Builds the Trainer with its logs and checkpoints in the run folder, unless the YAML puts them elsewhere."""
+        """Builds the Trainer with logs and checkpoints in the run folder, unless the YAML sets other places."""
         if not self.with_trainer:
             return None
         config: Namespace = self.config_init[self.subcommand].trainer
         check_devices(config.accelerator, config.devices)
         kwargs["default_root_dir"] = str(self.run_dir)
         if config.logger is None or config.logger is True:
+            # without a version the folder is tb/ itself and not tb/version_N, so that a resumed run continues in it
             kwargs["logger"] = TensorBoardLogger(save_dir=self.run_dir, name=TENSORBOARD_FOLDER, version="")
         listed = [config.callbacks] if isinstance(config.callbacks, L.Callback) else list(config.callbacks or [])
         checkpoints = [callback for callback in listed if isinstance(callback, ModelCheckpoint)]
@@ -220,7 +222,7 @@ class VideoCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Refuses the checkpoint of another stage before anything is written."""
+        """Checks that the checkpoint to resume belongs to this stage, before anything is written."""
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint and checkpoint not in _CKPT_KEYWORDS and isinstance(self.model, VLMModule):
             check_checkpoint_file(checkpoint, self.model)
@@ -236,9 +238,9 @@ class VideoCLI(LightningCLI):
         try:
             with handle_signals():
                 super()._run_subcommand(subcommand)
-                check_stop()  # the fit was at its end; what comes behind it (a pipeline's next stage) need not begin
+                check_stop()  # a signal at the very end of a fit: the next stage of a pipeline must not begin
         except SystemExit as stop:
-            # Lightning shuts down in order, then exits with 1 from inside its `except KeyboardInterrupt`
+            # Lightning shuts down in order, then calls exit(1) in its `except KeyboardInterrupt`
             if isinstance(stop.__context__, KeyboardInterrupt):
                 say(self._how_to_resume())
                 raise KeyboardInterrupt from None
@@ -248,6 +250,7 @@ class VideoCLI(LightningCLI):
             raise
 
     def _how_to_resume(self) -> str:
+        """Returns the message with the command that resumes or repeats the run."""
         if self.subcommand != "fit":
             return f"interrupted; start again with: {self.command_line}"
         folders = [
@@ -268,18 +271,18 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        argv: The options behind it.
+        argv: The options after the command.
 
     Returns:
-        Exit status: 0, or 2 where the command line or a YAML is wrong.
+        Exit status: 0, or 2 if the command line or a YAML file is wrong.
 
     Raises:
-        ValueError: The run itself cannot go on; the message says why.
-        KeyboardInterrupt: After an orderly shutdown.
+        ValueError: If the run itself cannot continue; the message says why.
+        KeyboardInterrupt: After Ctrl-C or SIGTERM and an orderly shutdown.
     """
     try:
         with warnings.catch_warnings():
-            # Lightning calls the parser by a name that is going away; nothing a user could do about it
+            # Lightning uses a deprecated name of the parser, about which a user can do nothing
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
             VideoCLI(command, argv)
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
@@ -291,12 +294,12 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 
 def build(command: str, argv: Sequence[str]) -> VideoCLI:
-    """Parses and instantiates everything a command would use, without running it or loading weights."""
+    """Builds everything that a command would use, without running it or loading weights."""
     return VideoCLI(command, argv, execute=False)
 
 
 class BuiltStage(NamedTuple):
-    """A stage and its data without a Trainer, and where the YAML lets them run."""
+    """A stage and its data without a Trainer, with the accelerator and precision of the YAML."""
 
     model: L.LightningModule
     data: L.LightningDataModule
@@ -305,13 +308,13 @@ class BuiltStage(NamedTuple):
 
 
 def build_stage(command: str, argv: Sequence[str]) -> BuiltStage:
-    """Builds the stage and the data that a command would use, without a Trainer and without weights."""
+    """Builds the stage and data that a command would use, without a Trainer and without weights."""
     cli = VideoCLI(command, argv, execute=False, with_trainer=False)
     trainer: Namespace = cli.config[command].trainer
     return BuiltStage(cli.model, cli.datamodule, trainer.accelerator, trainer.precision or "32-true")
 
 
 def _cause_of(error: ValueError) -> ValueError:
-    """Finds what the parser wrapped in "does not validate against any of the Union subtypes"."""
+    """Returns the innermost error that the parser wrapped in "does not validate against any of the Union subtypes"."""
     cause = error.__cause__
     return _cause_of(cause) if isinstance(cause, ValueError) else error

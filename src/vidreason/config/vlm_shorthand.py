@@ -1,7 +1,7 @@
 """``--vlm Qwen/Qwen2.5-VL-3B-Instruct``: a hub id or a model folder instead of a section file.
 
-The model says of what family it is (``model_type`` in its config.json); the shipped section of that family is taken,
-with its path replaced. Whatever else should differ needs a section file, or a flag (``--vlm.init_args.max_pixels``).
+The family is read from the model (``model_type`` in its config.json); the shipped section of that family is used with
+its path replaced. Other changes need a section file or a flag (``--vlm.init_args.max_pixels``).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SECTIONS: Mapping[str, str] = {
     "smolvlm": "vlm/smolvlm2_500m.yaml",
     "vidreason_tiny_vlm": "vlm/tiny.yaml",
 }
-"""``model_type`` to the shipped section of its family"""
+"""``model_type`` to the shipped section of its family."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _YAML_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def is_shorthand(value: str) -> bool:
-    """Whether a value of ``--vlm`` names a model and not a section file, a class or a section itself.
+    """Returns whether a value of ``--vlm`` names a model, not a section file, a class or an inline section.
 
     >>> is_shorthand("Qwen/Qwen2.5-VL-3B-Instruct"), is_shorthand("configs/vlm/tiny.yaml"), is_shorthand("my.VLM")
     (True, False, False)
@@ -42,13 +42,13 @@ def is_shorthand(value: str) -> bool:
 
 
 def expand(value: str) -> dict[str, Any]:
-    """The section that a shorthand stands for.
+    """Returns the section that a shorthand stands for.
 
     Args:
-        value: a hub id or a folder, as ``is_shorthand`` tells them.
+        value: A hub id or a model folder, for which ``is_shorthand`` is true.
 
     Raises:
-        ValueError: where the model cannot be found, or is of a family that has no section.
+        ValueError: If the model cannot be found, or its family has no shipped section.
     """
     kind = _model_type(value)
     if kind not in SECTIONS:
@@ -61,7 +61,7 @@ def expand(value: str) -> dict[str, Any]:
 
 
 def shorthand_settings(value: str | None) -> dict[str, object]:
-    """The section of a shorthand as dotted settings, for fingerprints; {} for anything else."""
+    """Returns the section of a shorthand as dotted settings, for fingerprints; {} for any other value."""
     if value is None or not is_shorthand(value):
         return {}
     section = expand(value)
@@ -94,7 +94,7 @@ def _from_hub(name: str) -> Path:
 
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
-    hub.setLevel(logging.ERROR)  # it tries several times, and warns of each
+    hub.setLevel(logging.ERROR)  # it warns of every retry
     print(f"--vlm {name}: asking the hub what it is", flush=True)
     try:
         config = cached_file(name, "config.json")

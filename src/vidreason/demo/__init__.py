@@ -1,1 +1,1 @@
-"""The whole main job on the embedded model."""
+"""The demo: all shipped pipelines on the embedded model and a rendered data set."""

@@ -1,4 +1,4 @@
-"""What the demo shows at its end: methods against levels as a table and a picture, and a few decisions in words."""
+"""The report of the demo: methods by levels as tables and a picture, and a few decisions in words."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from vidreason.datamodules.types import Clip
 
 REASONER = "deepintuit"
-"""The method that shows its reasons"""
+"""The method whose traces are shown."""
 EXAMPLES = 5
-"""Decisions that are shown, at most"""
+"""Maximum number of decisions shown."""
 CHANCE_LABEL = "chance"
 
 
 @dataclass(frozen=True)
 class Worked:
-    """One decision to show: the clip, what was written about it and what was decided."""
+    """One decision to show, with its clip and the picture of its frames."""
 
     clip: Clip
     prediction: Prediction
@@ -37,8 +37,8 @@ def write_report(run_dir: Path, methods: Sequence[str]) -> str:
     """Writes the joint ``summary.json``, ``summary.txt``, the picture and the examples.
 
     Args:
-        run_dir: The demo's folder, with one finished run folder per method.
-        methods: Their names, in the order of the table.
+        run_dir: Folder of the demo, with one finished run folder per method.
+        methods: Names of the methods, in the order of the table.
 
     Returns:
         The text to print, the same as ``summary.txt``.
@@ -56,7 +56,7 @@ def write_report(run_dir: Path, methods: Sequence[str]) -> str:
 
 
 def render_comparison(rows: Sequence[SummaryRow]) -> str:
-    """Three tables, method by level: accuracy with its interval, twin accuracy, ECE."""
+    """Returns three tables, method by level: accuracy with its interval, twin accuracy, ECE."""
     methods, levels = _unique(row.method for row in rows), _unique(_level(row) for row in rows)
     cells = {(row.method, _level(row)): row for row in rows}
     sizes = {level: sorted({row.n for row in rows if _level(row) == level}) for level in levels}
@@ -83,14 +83,14 @@ def draw_accuracy(rows: Sequence[SummaryRow], chance: float, path: Path) -> None
         chance: Accuracy of guessing.
         path: PNG to write.
     """
-    from matplotlib.figure import Figure  # without pyplot a figure draws with Agg and needs no display
+    from matplotlib.figure import Figure  # unlike pyplot, it draws with Agg and needs no display
 
     methods, levels = _unique(row.method for row in rows), _unique(_level(row) for row in rows)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for index, method in enumerate(methods):
         own = [row for row in rows if row.method == method]
-        # A little apart, so that intervals of two methods do not hide each other.
+        # shifted, so that the intervals of two methods do not hide each other
         x = [levels.index(_level(row)) + 0.06 * (index - (len(methods) - 1) / 2) for row in own]
         y = [100 * row.acc for row in own]
         bars = [[100 * (r.acc - r.acc_lo) for r in own], [100 * (r.acc_hi - r.acc) for r in own]]
@@ -105,11 +105,11 @@ def draw_accuracy(rows: Sequence[SummaryRow], chance: float, path: Path) -> None
 
 
 def choose_examples(predictions: Sequence[Prediction], count: int = EXAMPLES) -> list[Prediction]:
-    """Picks decisions to show: the first right one of each split, then the first wrong ones of the last split.
+    """Selects decisions to show: the first right one of each split, and the last wrong one if there is one.
 
     Args:
-        predictions: All of a run, split after split.
-        count: How many at most; one place is kept for a mistake where there is one.
+        predictions: All predictions of a run, split by split.
+        count: Maximum number of decisions, including the wrong one.
     """
     readable = [p for p in predictions if p.traces and not p.failed]
     splits = _unique(p.split for p in readable)
@@ -120,11 +120,11 @@ def choose_examples(predictions: Sequence[Prediction], count: int = EXAMPLES) ->
 
 
 def work_examples(run_dir: Path, folder: Path) -> list[Worked]:
-    """Picks examples of a run and draws their film strips.
+    """Selects examples of a run and draws their film strips.
 
     Args:
         run_dir: A finished run folder.
-        folder: Where the strips go.
+        folder: Folder for the pictures.
     """
     chosen = choose_examples(_test_predictions(run_dir))
     if not chosen:
@@ -154,7 +154,7 @@ def work_examples(run_dir: Path, folder: Path) -> list[Worked]:
 
 
 def render_example(example: Worked) -> str:
-    """One decision in words."""
+    """Returns one decision in words."""
     from vidreason.rewards.completion import parse_completion
 
     p = example.prediction
@@ -202,5 +202,5 @@ def _level(row: SummaryRow) -> str:
 
 
 def _unique(items: Iterable[str]) -> list[str]:
-    """The distinct items in order of appearance."""
+    """Returns the distinct items in order of appearance."""
     return list(dict.fromkeys(items))

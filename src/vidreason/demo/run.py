@@ -1,7 +1,6 @@
-"""The whole main job on the embedded default: what ``vidreason demo`` runs.
+"""The demo: renders the porch world to mp4 files, runs four shipped pipelines from the embedded base and compares them.
 
-Renders the porch world to mp4 files, runs the four shipped pipelines from the one embedded base, and compares them. It
-adds nothing to the pipelines but the settings below; every line that it prints can be run by hand.
+It adds only the settings below to the pipelines; every command that it prints can be run by hand.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from vidreason.pipelines.spec import SECTIONS, read_pipeline
 METHODS = ("zero_shot", "label_sft", "rb_ft", "deepintuit")
 DATA = "configs/data/porch.yaml"
 SHARED_STAGE = "generate"
-"""The base's own descriptions: made once, by the first method that needs them, and taken by the next"""
+"""Stage with the descriptions by the base: run by the first method that has it, and reused by the next."""
 
 QUICK: Mapping[str, object] = {
     "data.init_args.levels": [0, 1],
@@ -40,21 +39,22 @@ QUICK: Mapping[str, object] = {
     "grpo.trainer.val_check_interval": 4,
     "calibration.trainer.max_epochs": 4,
 }
-"""What ``--quick`` changes: the same stages and columns on less of everything. Keys that begin with a section go to
-every stage, the others to the stage of that name in whatever pipeline has it."""
+"""Settings of ``--quick``: the same stages on less data with fewer steps. Keys that begin with a section apply to every
+stage, others to the stage of that name in each pipeline that has it."""
 
+# Time and disk space, by --quick.
 _ABOUT = {False: ("about 12 minutes on 2 cores", "about 150 MB"), True: ("about 3 minutes on 2 cores", "about 130 MB")}
 
 
 def run_demo(argv: Sequence[str], commands: Commands) -> int:
-    """Runs the demo; what is finished from an earlier call is skipped.
+    """Runs the demo; stages that an earlier call finished are skipped.
 
     Args:
         argv: Options of ``vidreason demo``.
-        commands: How to reach the ordinary commands.
+        commands: The commands that stages run.
 
     Returns:
-        Exit status: 0 done, else that of the pipeline that stopped.
+        Exit status: 0, or that of the pipeline that stopped.
     """
     parser = CommandParser(
         prog="vidreason demo",
@@ -71,6 +71,7 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
     lines = {name: pipeline_options(name, options.run_dir, options.seed, settings) for name in METHODS}
     print(f"\nchecking {len(METHODS)} pipelines ...", flush=True)
     try:
+        # all pipelines are checked before the first one runs
         runs = [open_pipeline(line, commands) for line in lines.values()]
         if not all(run.prepare() for run in runs):
             return exit_codes.USAGE
@@ -96,20 +97,20 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
 
 
 def demo_settings(run_dir: Path, seed: int, quick: bool) -> dict[str, object]:
-    """Everything that the demo lays on top of the shipped pipelines, by dotted key."""
-    # One folder of clips for all four: the first stage renders it, the others read it.
+    """Returns the settings that the demo adds to the shipped pipelines, by dotted key."""
+    # All pipelines share one folder of clips: the first stage renders it, the others read it.
     shared = {"data.init_args.data_dir": (run_dir / "porch").as_posix(), "data.init_args.seed": seed}
     return {**shared, **(QUICK if quick else {})}
 
 
 def pipeline_options(method: str, run_dir: Path, seed: int, settings: Mapping[str, object]) -> list[str]:
-    """The options of ``vidreason pipeline`` for one method.
+    """Returns the options of ``vidreason pipeline`` for one method.
 
     Args:
         method: Name of a shipped pipeline.
-        run_dir: The demo's folder.
+        run_dir: Folder of the demo.
         seed: Seed of every stage.
-        settings: Dotted settings; those of stages that the pipeline does not have are left out.
+        settings: Dotted settings; those of stages that the pipeline lacks are left out.
     """
     stages = _stages_of(method)
     options = ["--config", _config_of(method), "--run_dir", (run_dir / method).as_posix()]

@@ -1,1 +1,1 @@
-"""Stages in order, and what they came to."""
+"""Pipelines: stages run in order, and a summary of their results."""

@@ -1,4 +1,4 @@
-"""One call of ``vidreason pipeline``: its options, read and checked, and the run that they describe."""
+"""One call of ``vidreason pipeline``: parses and checks its options and opens the run that they describe."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from vidreason.pipelines.runner import PipelineRun
 from vidreason.pipelines.spec import PipelineSpec, locate_config, read_pipeline
 from vidreason.spelling import did_you_mean
 
-_SETTING = re.compile(r"--(\w[\w.]*\+?)(?:=(.*))?", re.DOTALL)
+_SETTING = re.compile(r"--(\w[\w.]*\+?)(?:=(.*))?", re.DOTALL)  # KEY+ appends to a list
 
 
 @dataclass(frozen=True)
 class PipelineCall:
-    """One call of ``vidreason pipeline``, read and checked."""
+    """The checked options of one call of ``vidreason pipeline``."""
 
     spec: PipelineSpec
     run_dir: Path
@@ -34,7 +34,7 @@ class PipelineCall:
 
 
 def next_command(run_dir: Path) -> str:
-    """What is done with a finished run."""
+    """Returns the command that uses a finished run."""
     return shlex.join(["vidreason", "classify", "new_clip.mp4", "--run", str(run_dir)])
 
 
@@ -43,10 +43,10 @@ def run_pipeline(argv: Sequence[str], commands: Commands | None = None) -> int:
 
     Args:
         argv: Options of ``vidreason pipeline``.
-        commands: How to reach the ordinary commands; by default in this process.
+        commands: The commands that stages run; by default those of this package, in this process.
 
     Returns:
-        Exit status, as for :func:`main`.
+        Exit status: 0 success, 2 wrong options or pipeline file, else that of the stage that stopped.
     """
     try:
         run = open_pipeline(argv, commands or trainer_commands())
@@ -60,7 +60,7 @@ def open_pipeline(argv: Sequence[str], commands: Commands) -> PipelineRun:
     """Returns the pipeline that the options describe, with the state of its run folder.
 
     Raises:
-        ValueError: An option, stage or file that does not exist, or a folder of another pipeline.
+        ValueError: If an option, stage or file does not exist, or the run folder belongs to another pipeline.
     """
     call = read_call(argv)
     again = shlex.join(["vidreason", "pipeline", *argv])
@@ -68,14 +68,14 @@ def open_pipeline(argv: Sequence[str], commands: Commands) -> PipelineRun:
 
 
 def read_call(argv: Sequence[str]) -> PipelineCall:
-    """Reads options, pipeline file and overrides.
+    """Parses the options and reads the pipeline file with their overrides.
 
     Args:
         argv: Options of ``vidreason pipeline``.
 
     Raises:
-        ValueError: An option, stage or file that does not exist; the message names it.
-        SystemExit: ``--help``, or a required option is missing.
+        ValueError: If an option, stage or file does not exist; the message names it.
+        SystemExit: For ``--help``, or if a required option is missing.
     """
     parser = CommandParser(
         prog="vidreason pipeline",
@@ -119,7 +119,7 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
     for section in ("data", "vlm"):
         if (name := getattr(options, section)) is not None:
             if section == "vlm" and is_shorthand(name):
-                expand(name)
+                expand(name)  # raises now rather than in a stage
             else:
                 locate_config(name)
             spec = replace(spec, **{section: name})
@@ -129,7 +129,7 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
     if options.seed is not None:
         spec = replace(spec, seed=options.seed)
     if options.until is not None:
-        spec.stage(options.until)
+        spec.stage(options.until)  # checks the name
     use: dict[str, Path] = {}
     for item in options.use:
         stage, equals, folder = item.partition("=")
@@ -140,7 +140,12 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
 
 
 def _read_overrides(arguments: Sequence[str], known: Iterable[str]) -> dict[str, object]:
-    """``--a.b value`` and ``--a.b=value``; values are read as YAML. ``known`` are the options there are."""
+    """Returns the settings ``--a.b value`` and ``--a.b=value``, with values parsed as YAML, by dotted key.
+
+    Args:
+        arguments: The words of the command line that are not options.
+        known: Names of the options, for a hint at a misspelt one.
+    """
     overrides: dict[str, object] = {}
     rest = list(arguments)
     while rest:
@@ -157,6 +162,6 @@ def _read_overrides(arguments: Sequence[str], known: Iterable[str]) -> dict[str,
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        # What YAML reads as anything but a number, a truth value, null or a list stays as it was typed.
+        # YAML also parses dates, for example; such values stay as they were typed
         overrides[match[1]] = value if isinstance(value, int | float | list | dict | None) else text
     return overrides

@@ -1,4 +1,4 @@
-"""How pipelines reach the ordinary commands: in this process, where starting another costs seconds of imports."""
+"""The commands that pipelines run: in this process, because starting another costs seconds of imports."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Commands:
-    """The ordinary commands, as arguments behind ``vidreason``; tests put their own in place."""
+    """The commands that a pipeline needs, called with the arguments after ``vidreason``; tests replace them."""
 
     run: Callable[[list[str]], int]
-    """Runs a command and returns its exit status"""
+    """Runs a command and returns its exit status."""
     check: Callable[[list[str]], str | None]
-    """Parses and builds what a command would use, without weights; returns what is wrong with it, in one line"""
+    """Builds what a command would use, without weights; returns the error in one line, or None."""
     train_clips: Callable[[list[str]], int | None]
-    """Counts the training clips that a command reads; None where the data module cannot tell"""
+    """Returns the number of training clips of a command; None if the data module does not provide it."""
 
 
 class Builds:
-    """Commands as they are built, without weights: once each, since every question needs one."""
+    """Builds commands without weights and keeps them, because several checks need the same one."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, ...], VideoCLI] = {}
 
     def __call__(self, argv: list[str]) -> VideoCLI:
-        """Builds a command, or returns what was built for the same arguments."""
+        """Builds a command, or returns the one that was built for the same arguments."""
         from vidreason.config import trainer_cli
 
         key = tuple(argv)
@@ -51,7 +51,7 @@ class Builds:
 
 
 def trainer_commands() -> Commands:
-    """The real ones."""
+    """Returns the commands of this package."""
     built = Builds()
     return Commands(partial(run_stage, built), partial(check_stage, built), partial(count_train_clips, built))
 
@@ -60,14 +60,14 @@ def run_stage(built: Builds, argv: list[str]) -> int:
     """Runs ``fit``, ``predict`` or ``test``.
 
     Args:
-        built: Where commands are built.
-        argv: ``fit --config ...`` as the shell would give it.
+        built: Cache of built commands.
+        argv: Arguments after ``vidreason``, for example ``fit --config ...``.
 
     Returns:
-        Exit status; ``exit_codes.UNPARSED`` where the stage gave up because no completion parses.
+        Exit status; ``exit_codes.UNPARSED`` if the stage stopped because no completion could be parsed.
 
     Raises:
-        ValueError: A mistake in the user's data or config, as the stage raised it.
+        ValueError: If the user's data or config has a mistake, as raised by the stage.
     """
     from vidreason.config import trainer_cli
     from vidreason.lightning_modules.rl.rollouts import NoParsedCompletionsError
@@ -90,11 +90,11 @@ def run_stage(built: Builds, argv: list[str]) -> int:
             print(stop.code, file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:
-        gc.collect()  # a finished stage's model, before the next one is built
+        gc.collect()  # frees the model of a finished stage, which is part of reference cycles
 
 
 def _processes(built: Builds, argv: list[str]) -> tuple[int, int]:
-    """Nodes, and processes on each, that a command would train with; a mistake in it shows when it runs."""
+    """Returns (nodes, processes per node) of a command; (1, 1) if it cannot be built, which its run reports."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -106,10 +106,13 @@ def _processes(built: Builds, argv: list[str]) -> tuple[int, int]:
 
 
 def run_apart(argv: list[str]) -> int:
-    """Runs a command as a process of its own: a trainer with several starts the others by its own command line.
+    """Runs a command in a process of its own.
+
+    A trainer on several devices starts its other processes with the command line of its own process, which must
+    therefore be that of the stage.
 
     Args:
-        argv: As for :func:`run_stage`.
+        argv: Arguments after ``vidreason``.
 
     Returns:
         Exit status.
@@ -118,24 +121,24 @@ def run_apart(argv: list[str]) -> int:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # the stage saves a checkpoint first
         try:
             while True:
-                with suppress(KeyboardInterrupt):  # it went to the stage, too
+                with suppress(KeyboardInterrupt):  # the terminal sends it to the stage as well, which ends in order
                     return process.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
 
 
 def check_stage(built: Builds, argv: list[str]) -> str | None:
-    """Finds a typo before hours are spent on the stages in front of it.
+    """Checks a stage by building it, so that a typo is found before earlier stages have run for hours.
 
     Args:
-        built: Where commands are built.
-        argv: As for :func:`run_stage`; artefacts that it names need not exist yet.
+        built: Cache of built commands.
+        argv: Arguments after ``vidreason``; artefacts that they name need not exist yet.
 
     Returns:
-        What is wrong, in one line; None where nothing is.
+        The error in one line, or None.
 
     Raises:
-        ValueError: As model or data raised it when they were built.
+        ValueError: If model or data reject their arguments.
     """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
@@ -153,14 +156,14 @@ def check_stage(built: Builds, argv: list[str]) -> str | None:
 
 
 def count_train_clips(built: Builds, argv: list[str]) -> int | None:
-    """Counts the clips in split train of the data module that a command uses, for the summary.
+    """Returns the number of clips in split train of the data module of a command, for the summary.
 
     Args:
-        built: Where commands are built.
-        argv: As for :func:`run_stage`.
+        built: Cache of built commands.
+        argv: Arguments after ``vidreason``.
 
     Returns:
-        The number of clips; None where the data module is not one of this package or cannot be built or read here.
+        The number of clips; None if the data module is not a ``VideoDataModule``, or cannot be built or read here.
     """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
@@ -175,4 +178,4 @@ def count_train_clips(built: Builds, argv: list[str]) -> int | None:
         with quietly(logging.WARNING):
             return len(data.clips("train"))
     except (argparse.ArgumentError, OmegaConfBaseException, MisconfigurationException, ValueError, OSError):
-        return None  # e.g. a stage that was finished on another machine: its data set need not be here
+        return None  # e.g. the stage finished on another machine, which has the data set

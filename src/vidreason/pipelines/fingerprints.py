@@ -1,8 +1,8 @@
-"""What a stage depends on, as short hashes: two runs of a stage agree exactly where their fingerprints do.
+"""Fingerprints (short hashes) of the inputs of a stage; a stage runs again if one of them changes.
 
-YAML files count by their content, not their spelling (comments and order are free), and so do the files that they
-name: sections, task files, manifests. Model folders, folders of clips and the clips that a manifest lists count by
-names, sizes and times.
+YAML files are hashed by their parsed content, so comments and the order of keys do not matter. The files that they name
+(sections, task files, manifests) are included. Model folders, folders of clips and the clips of a manifest are hashed
+by names, sizes and modification times, because reading them would take too long.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from vidreason.datamodules.sources.rows import read_table
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _FILE_SUFFIXES = (*_YAML_SUFFIXES, ".csv", ".jsonl", ".json")
-_FOLDER_KEYS = ("path", "manifest", "adapter_path")  # other folders are written to, not read
+_FOLDER_KEYS = ("path", "manifest", "adapter_path")  # other keys name folders that are written to
 _MANIFEST_SUFFIXES = (".csv", ".jsonl")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:(\w+)(?:,([^}]*))?\}")
-_PROSE = ("README.md",)
+_PROSE = ("README.md",)  # peft writes one beside an adapter
 
 
 def fingerprint_settings(
@@ -36,11 +36,11 @@ def fingerprint_settings(
 
     Args:
         settings: Dotted key to value.
-        folder: Where relative paths are looked for before the current folder.
-        label: What the keys of the result begin with.
+        folder: Folder in which relative paths are searched before the current folder.
+        label: Prefix of the keys of the result.
 
     Returns:
-        One entry per setting, in readable form, and one per file below it.
+        One entry per setting (the value as JSON), and one per file that it names.
     """
     prints: dict[str, str] = {}
     for key, value in settings.items():
@@ -54,10 +54,10 @@ def fingerprint_config(path: Path, name: str) -> dict[str, str]:
 
     Args:
         path: The file.
-        name: What it is called in the result, the same wherever it lies.
+        name: Name of the file in the result, independent of its location.
 
     Raises:
-        ValueError: The file is not valid YAML.
+        ValueError: If the file is not valid YAML.
     """
     content = read_yaml(path)
     prints = {f"file {name}": _sha(json.dumps(content, sort_keys=True, default=str))}
@@ -67,7 +67,7 @@ def fingerprint_config(path: Path, name: str) -> dict[str, str]:
 
 
 def fingerprint_artefact(path: Path) -> str:
-    """The hash of a file's bytes, or of the bytes of a folder's files (an adapter)."""
+    """Returns a hash of the bytes of a file, or of all files in a folder (an adapter)."""
     if path.is_file():
         return content_sha(path)
     digest = hashlib.sha256()
@@ -77,7 +77,7 @@ def fingerprint_artefact(path: Path) -> str:
 
 
 def fingerprint_embedded_weights() -> str:
-    """The hash of the embedded base model's files, which every default stage starts from."""
+    """Returns a hash of the weights of the embedded base, from which stages start by default."""
     weights = Path(str(files("vidreason.lightning_modules"))) / "vlms" / "tiny" / "weights"
     return fingerprint_artefact(weights) if weights.is_dir() else "none"
 
@@ -86,7 +86,7 @@ def read_yaml(path: Path) -> object:
     """Reads one YAML file.
 
     Raises:
-        ValueError: It is not valid YAML; the message names file and line.
+        ValueError: If it is not valid YAML; the message names file and line.
     """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -95,11 +95,12 @@ def read_yaml(path: Path) -> object:
 
 
 def _named_files(key: str, value: object, folder: Path) -> dict[str, str]:
-    """Fingerprints of what a setting names on disk; {} where it names nothing."""
+    """Returns fingerprints of the files and folders that a setting names; {} if it names none."""
     if isinstance(value, list):
         return {name: sha for item in value for name, sha in _named_files(key, item, folder).items()}
     if not isinstance(value, str) or not value:
         return {}
+    # OmegaConf's ${oc.env:NAME,default} is resolved, so that the file it points to is found
     text = _ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[2] or ""), value)
     last_key = key.rsplit(".", 1)[-1]
     is_path = text.endswith(_FILE_SUFFIXES) or last_key in _FOLDER_KEYS
@@ -118,10 +119,10 @@ def _named_files(key: str, value: object, folder: Path) -> dict[str, str]:
 
 
 def _listed_clips(manifest: Path) -> list[Path]:
-    """What the rows of a table name beside it; a clip that is mended is no longer the same data."""
+    """Returns the clips that a manifest lists: a clip that is replaced changes the data."""
     try:
         rows = read_table(manifest).rows
-    except ValueError:  # no table of clips, or one that the stage will refuse
+    except ValueError:  # not a table of clips, or one that the stage will reject
         return []
     return [manifest.parent / row.get("path") for row in rows if row.get("path")]
 
@@ -133,7 +134,7 @@ def _listing(files: Iterable[Path]) -> str:
 
 
 def _leaves(content: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted key and value of everything that is neither mapping nor list of mappings."""
+    """Yields (dotted key, value) of every value that is neither a mapping nor a list of mappings or lists."""
     if isinstance(content, dict):
         for name, value in content.items():
             yield from _leaves(value, f"{key}.{name}" if key else str(name))

@@ -1,4 +1,4 @@
-"""What the stages of a pipeline are given: command lines, and fingerprints of all that decides what they write."""
+"""The inputs of a pipeline's stages: command lines, and fingerprints of everything that determines their artefacts."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _ARTEFACT = "artefact"
 
 
 class StageInputs:
-    """What the stages of one pipeline are given in one run folder.
+    """The inputs of the stages of one pipeline in one run folder.
 
     Args:
         spec: The pipeline.
         run_dir: Its run folder.
-        state: Which stages are finished, and where; read anew at every call.
+        state: The state of the run; every method reads its current content.
     """
 
     def __init__(self, spec: PipelineSpec, run_dir: Path, state: RunState) -> None:
         self.spec, self.run_dir, self.state = spec, run_dir, state
 
     def command_line(self, stage: StageSpec, folder: Path) -> list[str]:
-        """The stage as the arguments of an ordinary ``vidreason`` call."""
+        """Returns the arguments after ``vidreason`` that run a stage, resuming from a checkpoint if there is one."""
         argv: list[str] = [stage.command, "--config", stage.config]
         settings = {"run_dir": folder.as_posix(), **self._settings(stage)}
         argv += ["--config", stage.strategy] if stage.strategy is not None else []
@@ -45,17 +45,18 @@ class StageInputs:
             settings["ckpt_path"] = checkpoint.as_posix()
         for key, value in settings.items():
             text = value if isinstance(value, str) else json.dumps(value)
+            # argparse would take a separate value that begins with a dash for an option
             argv += [f"--{key}={text}"] if text.startswith("-") else [f"--{key}", text]
         return argv
 
     def _settings(self, stage: StageSpec) -> dict[str, object]:
-        """Everything laid on top of the stage's config but for paths of artefacts."""
+        """Returns the settings that are added to the config of a stage, except paths of artefacts."""
         spec = self.spec
         sections = {key: value for key, value in (("data", spec.data), ("vlm", spec.vlm)) if value is not None}
         return {**sections, "seed_everything": spec.seed, **spec.args, **stage.args}
 
     def given(self, stage: StageSpec) -> dict[str, str]:
-        """Fingerprints of what the user gives: config, settings, data, base."""
+        """Returns fingerprints of the inputs that the user controls: config, settings, data, base."""
         inputs = {"command": stage.command, "vidreason": __version__, "base": fingerprint_embedded_weights()}
         inputs |= fingerprint_config(locate_config(stage.config), stage.config)
         inputs |= fingerprint_settings(shorthand_settings(self.spec.vlm))
@@ -64,12 +65,12 @@ class StageInputs:
         return inputs | fingerprint_settings(self._settings(stage))
 
     def as_before(self, stage: StageSpec, before: Mapping[str, str]) -> bool:
-        """Whether the user gives what was given before; artefacts of other stages aside."""
+        """Returns whether the inputs that the user controls are unchanged since ``before``."""
         settled = {key: value for key, value in before.items() if not key.startswith(f"{_ARTEFACT} ")}
         return not changed_inputs(settled, self.given(stage))
 
     def fingerprints(self, stage: StageSpec) -> dict[str, str]:
-        """Fingerprints of everything that decides what the stage writes."""
+        """Returns fingerprints of all inputs, including the artefacts of earlier stages."""
         inputs = self.given(stage)
         for key, references in stage.inputs.items():
             reference, path = self._resolve(references)
@@ -77,12 +78,12 @@ class StageInputs:
         return inputs
 
     def _resolve(self, references: tuple[Reference, ...]) -> tuple[Reference, Path]:
-        """The first of the alternatives that was not skipped, and where it lies or will lie."""
+        """Returns the first alternative whose stage was not skipped, and the present or future path of its artefact."""
         for reference in references:
             record = self.state.stages.get(reference.stage)
             if record is not None and record.status == "skipped":
                 continue
             folder = self.run_dir / (record.folder if record else self.spec.folder(reference.stage))
             path = artefact_path(folder, reference.artefact) or folder / ARTEFACT_FILES[reference.artefact][0]
-            return reference, Path(os.path.normpath(path))
-        raise AssertionError("the last alternative is never skipped")  # read_pipeline sees to it
+            return reference, Path(os.path.normpath(path))  # drops the ".." of a stage taken from another run
+        raise AssertionError("the last alternative is never skipped")  # checked by read_pipeline

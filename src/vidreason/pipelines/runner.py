@@ -1,4 +1,4 @@
-"""Runs the stages of a pipeline as ordinary commands and keeps account of them in the run folder."""
+"""Runs the stages of a pipeline as ordinary commands and records their state in the run folder."""
 
 from __future__ import annotations
 
@@ -34,19 +34,18 @@ class PipelineRun:
         use: Mapping[str, Path] | None = None,
         until: str | None = None,
     ) -> None:
-        """Loads the folder's state.
+        """Loads the state of the run folder.
 
         Args:
-            spec: The stages, with overrides laid on top.
+            spec: The pipeline, including overrides.
             run_dir: The run folder, new or from an earlier call.
-            commands: How to run a stage.
-            again: The command line that goes on with this run, for messages.
-            use: Stage name to the folder of another run in which it is finished.
+            commands: The commands that stages run.
+            again: The command line that continues this run, for messages.
+            use: Stage name to the folder of another run that has finished it.
             until: Name of the last stage to run; None runs all.
 
         Raises:
-            ValueError: The folder's state cannot be read or belongs to another pipeline; a stage in ``use``, or
-                ``until``, is unknown.
+            ValueError: If the state cannot be read or belongs to another pipeline, or a stage is unknown.
         """
         self.spec, self.run_dir, self.commands, self.again = spec, run_dir, commands, again
         self.use = {spec.stage(name).name: folder for name, folder in (use or {}).items()}
@@ -61,10 +60,10 @@ class PipelineRun:
             )
 
     def prepare(self) -> bool:
-        """Builds every stage that will run once, without weights: a typo shows now and not hours later.
+        """Builds every stage that may run, without weights, so that a typo is found now and not hours later.
 
         Returns:
-            False where something is wrong, which has been said.
+            False if there is a mistake, which has been printed.
         """
         for stage in self.stages:
             record = self.state.stages.get(stage.name)
@@ -78,13 +77,13 @@ class PipelineRun:
         return True
 
     def run(self) -> int:
-        """Runs every stage that is not finished on its present inputs.
+        """Runs every stage that has not finished with its current inputs.
 
         Returns:
             0, or the exit status of the stage that failed.
 
         Raises:
-            ValueError: A stage of ``use`` does not fit; a stage did not write its artefact.
+            ValueError: If a stage of ``use`` has other inputs, or a stage did not write its artefact.
         """
         write_text(self.run_dir / PIPELINE_FILE, self.spec.as_yaml())
         try:
@@ -103,7 +102,11 @@ class PipelineRun:
         return 0
 
     def _take(self, stage: StageSpec, title: str) -> int:
-        """Takes a finished stage from another run, if it was made on the inputs that it would have here."""
+        """Records a finished stage of another run in place of running it.
+
+        Raises:
+            ValueError: If it had other inputs there than it would have here.
+        """
         option = f"--use {stage.name}={self.use[stage.name]}"
         folder, found = find_taken_stage(stage.name, self.use[stage.name])
         inputs = self.inputs.fingerprints(stage)
@@ -131,12 +134,12 @@ class PipelineRun:
         return 0
 
     def _advance(self, stage: StageSpec, title: str) -> int:
-        """Skips, resumes or starts a stage."""
+        """Skips, resumes or starts a stage; returns its exit status."""
         inputs = self.inputs.fingerprints(stage)
         folder = self.run_dir / self.spec.folder(stage.name)
         record = self.state.stages.get(stage.name)
         if record is not None and record.taken:
-            record = None  # was another run's; this call asks for one of its own
+            record = None  # taken from another run by an earlier call; this one runs it itself
         changed = [] if record is None else changed_inputs(record.inputs, inputs)
         if record is not None and (changed or record.folder != self.spec.folder(stage.name)):
             print(f"{title}: runs again, changed: {', '.join(changed) or 'its place in the pipeline'}")
@@ -162,12 +165,13 @@ class PipelineRun:
         return self._execute(stage, record, title)
 
     def _execute(self, stage: StageSpec, record: StageRecord, title: str) -> int:
+        """Runs a stage, records how it ended and returns its exit status."""
         folder = self.run_dir / record.folder
         record.command = self.inputs.command_line(stage, folder)
         line = shlex.join(["vidreason", *record.command])
         print(f"{title}\n  $ {line}", flush=True)
         write_text(folder / COMMAND_FILE, line + "\n")
-        record.status = "running"
+        record.status = "running"  # stays in state.json if the process is killed
         save_state(self.state, self.run_dir)
         status = self._timed(record, title)
 
@@ -205,7 +209,7 @@ class PipelineRun:
         print(f"{title}: {what}. What is finished is kept; go on with\n  $ {self.again}", file=sys.stderr, flush=True)
 
     def _timed(self, record: StageRecord, title: str) -> int:
-        """Runs the stage's command and adds what it took to the record, however it ends."""
+        """Runs the command of a stage and adds its times to the record, even if it raises; returns its exit status."""
         cpu, wall = cpu_seconds(), time.monotonic()
         reset_gpu_peak()
         record.status = "failed"  # stands if the command leaves by an exception
@@ -220,13 +224,13 @@ class PipelineRun:
             elapsed = time.monotonic() - wall
             record.wall_seconds += elapsed
             record.cpu_seconds += cpu_seconds() - cpu
-            record.gpu_seconds += elapsed * gpus_used()
+            record.gpu_seconds += elapsed * gpus_used()  # allocated GPU time, not utilisation
             save_state(self.state, self.run_dir)
         return status
 
 
 def _put_aside(folder: Path) -> None:
-    """Keeps the last version of a stage folder as ``NAME.old``."""
+    """Renames a stage folder to ``NAME.old``, replacing an earlier one."""
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)

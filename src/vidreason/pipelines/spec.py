@@ -1,8 +1,8 @@
-"""What a pipeline is: stages in order, each an ordinary command, and which artefact goes where.
+"""The definition of a pipeline: stages in order, each an ordinary command, and the artefacts passed between them.
 
-A pipeline file names its stages; a stage names its command, its config, settings on top of it (``args``) and what it
-takes from earlier stages (``inputs``, written ``"{stage.artefact}"``; ``"{grpo.adapter|sft_cold_start.adapter}"`` takes
-the first that exists). What a stage writes follows from its command.
+A pipeline file lists its stages. A stage has a command, a config, settings that override it (``args``) and artefacts of
+earlier stages (``inputs``, written ``"{stage.artefact}"``, or ``"{grpo.adapter|sft_cold_start.adapter}"`` for the first
+of several that exists). The command determines which artefact a stage writes.
 """
 
 from __future__ import annotations
@@ -45,50 +45,50 @@ class Reference:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage: an ordinary command and what it takes from the stages before it."""
+    """One stage: an ordinary command and its inputs from earlier stages."""
 
     name: str
     command: Command
     config: str
     args: Mapping[str, object]
-    """Dotted settings on top of the config (``trainer.max_steps: 5``)"""
+    """Dotted settings that override the config (``trainer.max_steps: 5``)."""
     inputs: Mapping[str, tuple[Reference, ...]]
-    """Dotted setting to where its path comes from: the first of the alternatives that exists"""
+    """Dotted setting to the artefacts that may fill it, of which the first that exists is used."""
     on_unparsed: Literal["stop", "skip"] = "stop"
-    """What to do where the stage gives up because no completion parses"""
+    """What to do if the stage stops because no completion could be parsed."""
     strategy: str | None = None
-    """An overlay on the config, ``configs/strategy/NAME.yaml``"""
+    """A file that is overlaid on the config, such as ``configs/strategy/qlora.yaml``."""
 
     @property
     def artefact(self) -> Artefact:
-        """What the stage writes."""
+        """The artefact that the stage writes."""
         return ARTEFACT_OF[self.command]
 
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """A pipeline as read from its file, with the settings of the command line laid on top."""
+    """A pipeline as read from its file, with the overrides of the command line."""
 
     name: str
     description: str
     stages: tuple[StageSpec, ...]
     source: str
-    """The file it was read from, for messages"""
+    """The file that it was read from, for messages."""
     needs: str = ""
-    """Which clips and which model it takes, in one line"""
+    """Required clips and model, in one line."""
     data: str | None = None
-    """A data section's file, for every stage"""
+    """File of the data section of every stage."""
     vlm: str | None = None
-    """A model section's file, a hub id or a model folder, for every stage"""
+    """Section file, hub id or folder of the model of every stage."""
     seed: int = 0
     args: Mapping[str, object] = field(default_factory=dict)
-    """Dotted settings for every stage"""
+    """Dotted settings of every stage."""
 
     def stage(self, name: str) -> StageSpec:
-        """The stage called ``name`` or ``NN_name``.
+        """Returns the stage called ``name`` or ``NN_name``.
 
         Raises:
-            ValueError: There is none of that name.
+            ValueError: If there is no such stage.
         """
         plain = re.sub(r"^\d\d_", "", name)
         for number, stage in enumerate(self.stages, 1):
@@ -97,25 +97,25 @@ class PipelineSpec:
         raise ValueError(f"{self.source}: no stage {name!r}{did_you_mean(plain, [s.name for s in self.stages], '; ')}")
 
     def folder(self, name: str) -> str:
-        """The stage's folder within the run folder (``stages/03_grpo``)."""
+        """Returns the folder of a stage within the run folder (``stages/03_grpo``)."""
         number = [stage.name for stage in self.stages].index(name) + 1
         return f"{STAGES_FOLDER}/{number:02d}_{name}"
 
     def with_strategy(self, strategy: str, stage: str | None = None) -> PipelineSpec:
-        """Lays an overlay of ``configs/strategy`` on one stage, or on every stage.
+        """Returns a copy with another strategy overlay for one stage, or for every stage.
 
         Raises:
-            ValueError: There is no such stage or overlay.
+            ValueError: If there is no such stage or overlay.
         """
         path, chosen = strategy_file(strategy), None if stage is None else self.stage(stage)
         stages = tuple(replace(s, strategy=path) if chosen in (None, s) else s for s in self.stages)
         return replace(self, stages=stages)
 
     def with_overrides(self, overrides: Mapping[str, object]) -> PipelineSpec:
-        """Lays ``stage.dotted.key`` (that stage) and ``section.dotted.key`` (every stage) on top.
+        """Returns a copy with the settings ``stage.dotted.key`` (one stage) and ``section.dotted.key`` (every stage).
 
         Raises:
-            ValueError: A key begins with neither a stage nor a section.
+            ValueError: If a key begins with neither a stage nor a section, or sets an input.
         """
         everywhere = dict(self.args)
         changed = {stage.name: dict(stage.args) for stage in self.stages}
@@ -141,7 +141,7 @@ class PipelineSpec:
         return replace(self, stages=stages, args=everywhere)
 
     def as_yaml(self) -> str:
-        """The pipeline as a file that runs again as it is."""
+        """Returns the pipeline as the text of a pipeline file that can be run."""
         stages: list[dict[str, object]] = []
         for stage in self.stages:
             row: dict[str, object] = {"name": stage.name, "command": stage.command, "config": stage.config}
@@ -160,10 +160,10 @@ class PipelineSpec:
 
 
 def locate_config(name: str) -> Path:
-    """Where a config file lies: from the current folder, or else among the shipped ones.
+    """Returns the path of a config file in the current folder or, failing that, among the shipped files.
 
     Raises:
-        ValueError: It is in neither place.
+        ValueError: If it is in neither place.
     """
     path = find_config(name)
     if path is None:
@@ -172,10 +172,10 @@ def locate_config(name: str) -> Path:
 
 
 def strategy_file(name: str) -> str:
-    """The overlay that a name stands for: ``qlora`` is ``configs/strategy/qlora.yaml``; a file stands for itself.
+    """Returns the file of a strategy: ``configs/strategy/qlora.yaml`` for ``qlora``; a file name is returned unchanged.
 
     Raises:
-        ValueError: There is no such file; the message lists the shipped ones.
+        ValueError: If there is no such file; the message lists the shipped ones.
     """
     path = name if name.endswith((".yaml", ".yml")) else f"{PREFIX}/strategy/{name}.yaml"
     if find_config(path) is None:
@@ -190,8 +190,8 @@ def read_pipeline(config: str) -> PipelineSpec:
     """Reads and checks a pipeline file.
 
     Raises:
-        ValueError: The file is missing or malformed, names an unknown key, a missing config, or an artefact that no
-            earlier stage writes. The message names file and key.
+        ValueError: If the file is missing or malformed, or names an unknown key, a missing config, or an artefact that
+            no earlier stage writes. The message names file and key.
     """
     path = locate_config(config)
     top = _mapping(read_yaml(path), f"{path}", _PIPELINE_KEYS)
@@ -263,6 +263,7 @@ def _read_references(value: object, where: str, before: Sequence[StageSpec]) -> 
         if artefact != stages[name].artefact:
             raise ValueError(f"{where}: stage {name} ({stages[name].command}) writes {stages[name].artefact!r} only")
         references.append(Reference(name, stages[name].artefact))
+    # the last alternative has to exist whatever happens
     if stages[references[-1].stage].on_unparsed == "skip":
         raise ValueError(
             f"{where}: stage {references[-1].stage} may end without an artefact (on_unparsed: skip); name what to "

@@ -1,7 +1,7 @@
-"""What changed since a stage ran, what another run offers, and the writing of a run folder's state.
+"""Writes the state of a run folder, compares inputs of stages and finds stages of other runs.
 
-``state.json`` is replaced as a whole after every change, so that a run killed at any moment finds either the state
-before or the state after.
+``state.json`` is replaced atomically after every change, so that a run that is killed leaves the state before or after
+a change, never a partly written file.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from vidreason.run_folder import STATE_FILE, STATE_VERSION, UNREADABLE_FILE, Run
 
 
 def save_state(state: RunState, run_dir: Path) -> None:
-    """Writes ``state.json``, whole or not at all."""
+    """Writes ``state.json`` atomically."""
     write_text(run_dir / STATE_FILE, json.dumps({"vidreason_state": STATE_VERSION, **asdict(state)}, indent=1))
 
 
 def changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The names of inputs that were added, dropped or changed, in order.
+    """Returns the sorted names of inputs that were added, removed or changed.
 
     >>> changed_inputs({"set seed": "0", "file a.yaml": "x"}, {"set seed": "1", "file a.yaml": "x"})
     ['set seed']
@@ -34,16 +34,16 @@ def find_taken_stage(name: str, folder: Path) -> tuple[Path, StageRecord]:
 
     Args:
         name: The stage's name.
-        folder: That run's folder, or the stage's folder within it.
+        folder: Folder of the other run, or of the stage within it.
 
     Returns:
-        The stage's folder and its record in that run's state.
+        The folder of the stage and its record in the state of that run.
 
     Raises:
-        ValueError: The folder belongs to no run, or the stage is not finished there.
+        ValueError: If the folder belongs to no run, or the stage has not finished there.
     """
     option = f"--use {name}={folder}"
-    candidates = (folder, folder.parent.parent)
+    candidates = (folder, folder.parent.parent)  # RUN or RUN/stages/NN_name
     run_dir = next((path for path in candidates if (path / STATE_FILE).is_file()), None)
     if run_dir is None:
         raise ValueError(f"{option}: neither a run folder nor a stage folder of one (no {STATE_FILE})")
@@ -60,9 +60,10 @@ def find_taken_stage(name: str, folder: Path) -> tuple[Path, StageRecord]:
 
 
 def unreadable_note(folder: Path) -> str:
-    """What a stage was trained without, if anything; how often each clip was asked for stands in the file."""
+    """Returns a note on the training clips that a stage could not read, or an empty text."""
     path = folder / UNREADABLE_FILE
     if not path.is_file():
         return ""
+    # the first line is the header
     clips = len(path.read_text(encoding="utf-8").splitlines()) - 1
     return f"went without {clips} training clip{'s'[: clips > 1]} that could not be read: {path}"

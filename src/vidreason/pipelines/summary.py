@@ -1,8 +1,7 @@
-"""From ``predictions.jsonl`` to ``summary.json`` and ``summary.txt``: one row per method and test split.
+"""Computes ``summary.json`` and ``summary.txt`` from ``predictions.jsonl``: one row per method and test split.
 
-Every labelled clip of a split counts, as it does in the logs of the test stage. A clip that could not be read, or an
-answer that could not be parsed, is wrong and unparsed; where it has no probabilities it stands with equal ones in ECE,
-NLL and Brier.
+Every labelled clip of a split counts, as in the logs of the test stage. A clip that could not be read and an answer
+that could not be parsed are wrong and unparsed; a clip without probabilities has uniform ones in ECE, NLL and Brier.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ class Prediction:
     label: str
     pred: str | None
     probs: Mapping[str, float]
-    """Class to probability; empty where the method gives none or the clip failed"""
+    """Class to probability; empty if the method gives none or the clip could not be read."""
     unparsed: bool
     failed: bool
     traces: tuple[Trace, ...] = ()
 
     @property
     def right(self) -> bool:
-        """Whether it counts as right."""
+        """True if the clip was read and its label predicted."""
         return self.pred == self.label and not self.failed
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One row of ``summary.json``."""
+    """One row of ``summary.json``; rates are between 0 and 1."""
 
     method: str
     split: str
@@ -73,17 +72,17 @@ class SummaryRow:
     gpu_seconds: float
     seed: int
     note: str = ""
-    """Not written where empty"""
+    """Omitted from the file if empty."""
 
 
 def wilson_interval(right: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of ``right`` successes in ``n``.
+    """Returns the 95 % Wilson score interval of ``right`` successes in ``n`` trials.
 
     >>> tuple(round(bound, 4) for bound in wilson_interval(8, 10))
     (0.4902, 0.9433)
     """
     if n == 0:
-        return 0.0, 1.0
+        return 0.0, 1.0  # without trials every rate is possible
     share, z2 = right / n, _Z * _Z
     centre = share + z2 / (2 * n)
     half = _Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
@@ -91,14 +90,17 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
 
 
 def recall_and_f1(predictions: Sequence[Prediction]) -> tuple[float, float]:
-    """Recall averaged over the classes that occur, and F1 averaged over the classes that occur or are predicted."""
+    """Returns (balanced accuracy, macro F1).
+
+    Recall is averaged over the classes that occur, F1 over those that occur or are predicted, as in scikit-learn.
+    """
     labels = {p.label for p in predictions}
     recalls, f1s = [], []
     for name in labels | {p.pred for p in predictions if p.pred is not None}:
         hits = sum(p.right and p.label == name for p in predictions)
         truly = sum(p.label == name for p in predictions)
         predicted = sum(p.pred == name for p in predictions)
-        f1s.append(2 * hits / (truly + predicted))
+        f1s.append(2 * hits / (truly + predicted))  # = 2 P R / (P + R), defined even if P or R is not
         if name in labels:
             recalls.append(hits / truly)
     return sum(recalls) / len(recalls), sum(f1s) / len(f1s)
@@ -128,10 +130,10 @@ def probability_scores(predictions: Sequence[Prediction]) -> tuple[float, float,
 
 
 def twin_accuracy(predictions: Sequence[Prediction]) -> float | None:
-    """Share of twin pairs with both clips right; None where the split is not made of pairs.
+    """Returns the share of twin pairs with both clips right; None if the split does not consist of pairs.
 
-    A pair is a group of two clips with different labels; where a group is anything else (three clips of a person, two
-    of one label), groups are not twins. A clip alone in its group is left out.
+    A pair is a group of two clips with different labels; if any group is another one (three clips of a person, two of
+    one label), groups are not twins. A clip that is alone in its group is ignored.
     """
     groups: dict[str, list[Prediction]] = defaultdict(list)
     for p in predictions:
@@ -147,9 +149,10 @@ def read_predictions(path: Path) -> list[Prediction]:
     """Reads ``predictions.jsonl``; clips without a label are left out.
 
     Raises:
-        ValueError: A line is damaged or lacks a key; the message names file and line.
+        ValueError: If a line is damaged or lacks a key; the message names file and line.
     """
     predictions = []
+    # not splitlines(): texts are not ASCII-escaped and may contain U+2028
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
@@ -174,7 +177,7 @@ def summarise_split(
     seed: int = 0,
     note: str = "",
 ) -> SummaryRow:
-    """The row of one split; ``predictions`` must not be empty."""
+    """Returns the row of one split; ``predictions`` must not be empty."""
     n, right = len(predictions), sum(p.right for p in predictions)
     low, high = wilson_interval(right, n)
     balanced_acc, macro_f1 = recall_and_f1(predictions)
@@ -202,7 +205,7 @@ def summarise_split(
 
 
 def summarise_run(run_dir: Path, spec: PipelineSpec, state: RunState) -> list[SummaryRow]:
-    """The rows of a run: every finished test stage, every split, in the order of the predictions."""
+    """Returns one row per finished test stage and split, in the order of the predictions."""
     tests = [stage for stage in spec.stages if stage.command == "test"]
     has_fit = any(stage.command == "fit" for stage in spec.stages)
     note = "; ".join(f"{name} {r.note}" for name, r in state.stages.items() if r.note and not r.taken)
@@ -231,7 +234,7 @@ def summarise_run(run_dir: Path, spec: PipelineSpec, state: RunState) -> list[Su
 
 
 def render_summary(rows: Sequence[SummaryRow]) -> str:
-    """The rows as a table, notes below it."""
+    """Returns the rows as a table with notes below it."""
     header = ["method", "split", "n", "acc %", "95 %", "bal acc", "F1", "twins", "ECE", "NLL", "Brier", "unparsed"]
     cells = [
         [

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligns columns: the first to the left, the others to the right; a wide character takes two places.
+    """Returns a table with the first column aligned left and the others right; a wide character takes two places.
 
     >>> print(render_table(["method", "acc"], [["rb_ft", "50.0"], ["zero_shot", "9.1"]]))
     method      acc
@@ -35,7 +35,7 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share as a percentage with one decimal; a dash where there is none.
+    """Returns a share as a percentage with one decimal; a dash for None.
 
     >>> percent(0.5), percent(None)
     ('50.0', '-')
@@ -44,5 +44,5 @@ def percent(value: float | None) -> str:
 
 
 def decimal(value: float | None) -> str:
-    """A number with three decimals; a dash where there is none."""
+    """Returns a number with three decimals; a dash for None."""
     return "-" if value is None else f"{value:.3f}"

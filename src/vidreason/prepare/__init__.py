@@ -1,1 +1,1 @@
-"""From somebody's clips to the files that the commands read."""
+"""``vidreason init``: from a user's clips to the files that all commands read."""

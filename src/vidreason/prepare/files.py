@@ -1,4 +1,4 @@
-"""The files that ``vidreason init`` writes."""
+"""The contents of the files that ``vidreason init`` writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vidreason.datamodules.split_names import STANDARD_SPLITS
 from vidreason.run_folder import TASK_FILE, UNREADABLE_FILE
 
-if TYPE_CHECKING:  # all of them need torch
+if TYPE_CHECKING:  # these modules import torch
     from vidreason.datamodules.sources.probing import ClipProbe
     from vidreason.datamodules.types import Clip
     from vidreason.prepare.frames import FrameSuggestion
@@ -35,7 +35,7 @@ _DEFAULT_QUESTION = "What happens in the video?"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A clip that cannot be used."""
+    """A clip that cannot be used, with the reason."""
 
     file: Path
     video_id: str
@@ -44,12 +44,12 @@ class LeftOut:
 
 
 def manifest_text(clips: Sequence[Clip], probes: Mapping[str, ClipProbe], folder: Path) -> str:
-    """The readable clips with split, group and what was measured; the source's other columns behind it.
+    """Returns ``manifest.csv``: readable clips with split, group and measurements, then other columns of the source.
 
     Args:
-        clips: with their splits and groups.
-        probes: by video id.
-        folder: where the file will lie; paths are relative to it.
+        clips: Clips with their splits and groups.
+        probes: Measurements by video id.
+        folder: Folder of the file; paths are relative to it.
     """
     taken = (*_OWN_COLUMNS, *_MEASURED)
     names = {name: _free(name, taken) for clip in clips for name in clip.fields if name not in _MEASURED}
@@ -63,13 +63,13 @@ def manifest_text(clips: Sequence[Clip], probes: Mapping[str, ClipProbe], folder
 
 
 def unreadable_text(clips: Sequence[LeftOut], folder: Path) -> str:
-    """The clips that were left out, with the reason."""
+    """Returns ``unreadable.csv``: the clips that were left out, with the reason."""
     rows = [(printable(relative_path(clip.file, folder)), clip.label, clip.video_id, clip.reason) for clip in clips]
     return _csv(("path", "label", "video_id", "reason"), rows)
 
 
 def task_text(name: str, labels: Sequence[str], question: str, metadata: Sequence[str]) -> str:
-    """A task file that works as it is, with the lines to edit marked."""
+    """Returns a task file that works unchanged, with the lines to edit marked."""
     lines = [
         "# What is asked of every clip, in all stages. It works as it is, and better once the lines marked EDIT are",
         "# yours: definitions are shown to the model, so that it need not guess what a class name means.",
@@ -89,7 +89,7 @@ def task_text(name: str, labels: Sequence[str], question: str, metadata: Sequenc
 
 
 def data_text(folder: Path, frames: FrameSuggestion, splits: Sequence[str]) -> str:
-    """A data section for every command."""
+    """Returns ``data.yaml``, the data section of every command."""
     further = [name for name in splits if name not in STANDARD_SPLITS and not name.startswith("test")]
     tests = [name for name in splits if name.startswith("test")] + further
     lines = [
@@ -110,7 +110,7 @@ def data_text(folder: Path, frames: FrameSuggestion, splits: Sequence[str]) -> s
 
 
 def readme_text(out: Path, commands: Sequence[str], facts: str) -> str:
-    """What lies in the folder and what to run next."""
+    """Returns ``README.txt``: the files of the folder and the commands to run next."""
     return "\n".join(
         [
             facts,
@@ -129,7 +129,7 @@ def readme_text(out: Path, commands: Sequence[str], facts: str) -> str:
 
 
 def next_commands(out: Path) -> list[str]:
-    """The commands that follow, as they can be copied."""
+    """Returns the commands to run next, ready to copy."""
     run_dir = Path("runs") / (_slug(out.resolve().name))
     config = "configs/pipelines/deepintuit.yaml"
     return [
@@ -139,12 +139,12 @@ def next_commands(out: Path) -> list[str]:
 
 
 def task_name(out: Path) -> str:
-    """A name for the task, after its folder."""
+    """Returns a name for the task, made of the name of its folder."""
     return _slug(out.resolve().name)
 
 
 def relative_path(file: Path, folder: Path) -> str:
-    """The path as seen from a folder; absolute where there is no way (another drive)."""
+    """Returns the path relative to a folder; the absolute path on another drive (Windows)."""
     try:
         return Path(os.path.relpath(file, folder)).as_posix()
     except ValueError:
@@ -152,7 +152,7 @@ def relative_path(file: Path, folder: Path) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that any file or terminal takes: bytes of a name that is no UTF-8 are written as escapes."""
+    """Returns text that can be encoded as UTF-8: other bytes of a file name are written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -161,18 +161,18 @@ def _slug(name: str) -> str:
 
 
 def _free(name: str, taken: Sequence[str]) -> str:
-    """Another name for a column of the source that has the name of one of ours."""
+    """Returns a column name that is not taken: a column of the source may have the name of one of ours."""
     return f"{name}_original" if name in taken else name
 
 
 def _quoted(text: str) -> str:
-    """A YAML string, whatever it holds: ``no``, ``1``, a colon, quotes."""
+    """Returns a text as a quoted YAML string, also for ``no``, ``1``, colons and quotes; JSON is a subset of YAML."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _path(path: Path) -> str:
-    """A path in a config, where ``${`` would begin a variable."""
-    return _quoted(str(path)).replace("${", "\\\\${")
+    """Returns a path for a config file, with ``${`` escaped, which would begin an OmegaConf variable."""
+    return _quoted(str(path)).replace("${", "\\\\${")  # YAML reads \\ as \, which escapes ${ for OmegaConf
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

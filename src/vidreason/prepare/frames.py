@@ -1,4 +1,4 @@
-"""How many frames of a clip to look at, and how large, judged by the clips that were measured."""
+"""Suggests number and size of frames per clip from the measured clips."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.sources.probing import ClipProbe
 
 FRAMES_PER_SECOND = 2
-"""Of the median clip; what video-language models are commonly shown"""
+"""Sampling rate for the median clip, as common for video-language models."""
 FEWEST_FRAMES = 8
 MOST_FRAMES = 32
 EMBEDDED_FRAMES = FrameOptions().num_frames
-"""The most that the embedded base takes"""
+"""Maximum number of frames of the embedded base."""
 MOST_PIXELS = 448 * 448
-"""Of a frame; 256 visual tokens for two frames in Qwen2.5-VL"""
+"""Pixels of a frame; 256 visual tokens for two frames in Qwen2.5-VL."""
 
 
 @dataclass(frozen=True)
 class FrameSuggestion:
-    """What ``data.yaml`` starts from."""
+    """The suggested frame options of ``data.yaml``, with reasons."""
 
     num_frames: int
     max_pixels: int
@@ -31,11 +31,12 @@ class FrameSuggestion:
 
 
 def suggest_frames(probes: Sequence[ClipProbe]) -> FrameSuggestion:
-    """Two frames per second of the median clip, within limits; no more pixels than nine clips in ten have.
+    """Suggests two frames per second of the median clip, within limits, and the pixels of the 90th percentile.
 
     Args:
-        probes: at least one.
+        probes: Measurements of at least one clip.
     """
+    # an even number, because Qwen2.5-VL merges two frames into one temporal patch
     seconds = median(probe.seconds for probe in probes)
     wanted = min(max(2 * math.ceil(FRAMES_PER_SECOND * seconds / 2), FEWEST_FRAMES), MOST_FRAMES)
     num_frames = min(wanted, EMBEDDED_FRAMES)
@@ -48,7 +49,7 @@ def suggest_frames(probes: Sequence[ClipProbe]) -> FrameSuggestion:
             f"with another --vlm add --data.init_args.frames.num_frames {wanted}"
         )
     sizes = [probe.height * probe.width for probe in probes]
-    large = int(quantiles(sizes, n=10, method="inclusive")[-1]) if len(sizes) > 1 else sizes[0]
+    large = int(quantiles(sizes, n=10, method="inclusive")[-1]) if len(sizes) > 1 else sizes[0]  # 90 %
     largest = max(probes, key=lambda probe: probe.height * probe.width)
     typical = sorted(probes, key=lambda probe: probe.height * probe.width)[len(probes) // 2]
     if large >= MOST_PIXELS:

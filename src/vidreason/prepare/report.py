@@ -1,4 +1,4 @@
-"""What ``vidreason init`` prints about clips."""
+"""The lines that ``vidreason init`` prints about clips."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from vidreason.datamodules.sources.source import Source
 from vidreason.pipelines.table import render_table
 from vidreason.prepare.files import UNREADABLE, LeftOut, printable
 
-if TYPE_CHECKING:  # all of them need torch
+if TYPE_CHECKING:  # these modules import torch
     from vidreason.datamodules.sources.new_splits import Assignment
     from vidreason.datamodules.sources.probing import ClipProbe
     from vidreason.datamodules.types import Clip
     from vidreason.prepare.frames import FrameSuggestion
 
 FEW_CLIPS = 10
-"""A class with fewer is named: accuracy on one clip of it is chance"""
+"""Classes with fewer clips are listed, because their accuracy would be mostly chance."""
 _MOST_LINES = 10
 _MOST_CLASSES = 60
 
 
 def source_lines(source: Source) -> list[str]:
-    """What was found, before any clip is opened."""
+    """Returns lines on what was found before any clip is opened."""
     labels = {clip.label for clip in source.clips}
     head = f"{source.path}: {source.kind}, {_count(len(source.clips), 'clip')}, {_count(len(labels), 'class', 'es')}"
     lines = [head, *(f"  {note}" for note in source.notes)]
@@ -34,7 +34,7 @@ def source_lines(source: Source) -> list[str]:
 
 
 def probe_lines(probes: Sequence[ClipProbe], left_out: Sequence[LeftOut], frames: FrameSuggestion) -> list[str]:
-    """How many clips can be read and what they are like, then those that cannot be and why."""
+    """Returns lines on the number and properties of readable clips, then on unreadable ones with the reasons."""
     lines = [
         f"{len(probes)} of {len(probes) + len(left_out)} clips can be read: "
         f"{_range([probe.seconds for probe in probes], 1)} s, {_range([probe.fps for probe in probes], 0)} frames per "
@@ -57,7 +57,7 @@ def probe_lines(probes: Sequence[ClipProbe], left_out: Sequence[LeftOut], frames
 
 
 def copy_lines(clips: Sequence[Clip], shas: Sequence[str]) -> list[str]:
-    """Files with the same content: one group each; different labels are pointed out."""
+    """Returns lines on files with the same content, and on those among them with different labels."""
     same: dict[str, list[Clip]] = {}
     for clip, sha in zip(clips, shas, strict=True):
         same.setdefault(sha, []).append(clip)
@@ -74,7 +74,7 @@ def copy_lines(clips: Sequence[Clip], shas: Sequence[str]) -> list[str]:
 
 
 def split_lines(assignment: Assignment, labels: Sequence[str], seed: int) -> list[str]:
-    """Clips per class and split, then the classes with too few."""
+    """Returns a table of clips per class and split, then lines on the classes with too few clips."""
     counts = {split: Counter(clip.label for clip in clips) for split, clips in assignment.splits.items()}
     rows = [[label, *(str(n[label]) for n in counts.values()), _total(counts, label)] for label in labels]
     if len(rows) > _MOST_CLASSES:
@@ -102,7 +102,7 @@ def split_lines(assignment: Assignment, labels: Sequence[str], seed: int) -> lis
 
 
 def frame_lines(frames: FrameSuggestion) -> list[str]:
-    """The suggested frame count and pixel budget with their reasons."""
+    """Returns lines on the suggested frame count and pixel budget, with reasons."""
     return [
         f"frames per clip: {frames.num_frames} ({frames.why_frames})",
         f"pixels per frame: {frames.max_pixels} ({frames.why_pixels})",

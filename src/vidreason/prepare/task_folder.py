@@ -1,7 +1,7 @@
-"""From a folder of clips, or somebody else's table, to files that every command reads.
+"""Turns a folder or table of clips into the files that every command reads.
 
-It opens every clip once, makes the splits that are missing and writes manifest, task and data section into a folder of
-its own. Nothing is ever written into the source.
+It opens every clip once, makes missing splits and writes manifest, task and data section into a new folder. The source
+is never written to.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What ``vidreason init`` is asked for."""
+    """The options of ``vidreason init``."""
 
     source: Path
     out: Path
     reading: SourceOptions
-    """How a table is read"""
+    """How a table is read."""
     overwrite: bool
-    """Replace the files of an earlier call"""
+    """True replaces the files of an earlier call."""
     new_splits: bool
-    """Make all splits, whatever the source says"""
+    """True makes all splits anew, ignoring those of the source."""
     seed: int
-    """Of the splits that have to be made"""
+    """Seed of the splits that have to be made."""
     timeout_s: float
-    """Seconds that reading one clip may take"""
+    """Seconds that reading one clip may take."""
     workers: int
-    """Clips read at the same time"""
+    """Number of clips read at the same time."""
 
 
 def write_task_folder(options: PrepareOptions) -> None:
     """Reads a source, probes its clips and writes the files.
 
     Raises:
-        ValueError: A mistake in the source or the options; the message names file, row or option and the remedy.
+        ValueError: If source or options have a mistake; the message names file, row or option and the remedy.
     """
     _check_folders(options.source, options.out, options.overwrite)
     source = read_source(options.source, options.reading)
     labels = _class_names(source)
 
-    # what needs torch takes seconds to import: what the source is, and most mistakes in it, are told before
+    # importing torch takes seconds, so the source and most mistakes in it are reported before
     print("\n".join(report.source_lines(source)), flush=True)
     _check_names(source, labels)
     probes, left_out = _probe(source, options.workers, options.timeout_s)
@@ -62,7 +62,7 @@ def write_task_folder(options: PrepareOptions) -> None:
 
 
 def _check_folders(source: Path, out: Path, force: bool) -> None:
-    """Checks that nothing is written into the source and that no file is replaced unasked."""
+    """Checks that nothing is written into the source and that no file is overwritten without ``--force``."""
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--out {out} lies in {source}, which stays as it is; give a folder outside of it")
     if out.exists() and not out.is_dir():
@@ -86,7 +86,7 @@ def _class_names(source: Source) -> tuple[str, ...]:
 
 
 def _check_names(source: Source, labels: Sequence[str]) -> None:
-    """Checks that the class names can stand in a task file."""
+    """Checks that the class names are valid in a task file."""
     from vidreason.datamodules.task import Task
 
     try:
@@ -96,10 +96,10 @@ def _check_names(source: Source, labels: Sequence[str]) -> None:
 
 
 def _probe(source: Source, workers: int, timeout: float) -> tuple[dict[str, ClipProbe], list[LeftOut]]:
-    """Looks into every clip, with a progress bar.
+    """Opens every clip, with a progress bar.
 
     Returns:
-        Probes by video id, and the clips that cannot be used.
+        Measurements by video id, and the clips that cannot be used.
     """
     from tqdm import tqdm
 
@@ -165,7 +165,7 @@ def _write(
     assignment: Assignment,
     options: PrepareOptions,
 ) -> None:
-    """Writes the files and prints what stands in them and what to do next."""
+    """Writes the files and prints a summary and the next commands."""
     from vidreason.prepare.frames import suggest_frames
 
     out = options.out
@@ -192,7 +192,7 @@ def _write(
     if left_out:
         texts[files.UNREADABLE] = files.unreadable_text(left_out, folder)
     else:
-        (folder / files.UNREADABLE).unlink(missing_ok=True)
+        (folder / files.UNREADABLE).unlink(missing_ok=True)  # of an earlier call
     for name, text in texts.items():
         write_text(folder / name, text)
     print(f"written to {out}: {', '.join(name for name in files.FILES if name in texts)}")
@@ -202,6 +202,7 @@ def _write(
 
 
 def _is_text(clip: SourceClip) -> bool:
+    """Returns whether path, name and label can be encoded as UTF-8; Python allows file names that cannot."""
     try:
         f"{clip.file}{clip.name}{clip.label}".encode()
     except UnicodeEncodeError:
