@@ -48,7 +48,7 @@ class PolicyLossOutput(NamedTuple):
     """
 
     loss: Tensor
-    """policy + kl_coef * KL - entropy_coef * entropy; the KL is aggregated like the policy term."""
+    """``policy`` + kl_coef * KL - entropy_coef * entropy; the KL is aggregated like the policy term."""
     policy: Tensor
     kl: Tensor
     """Token mean of the k3 estimate of KL(policy, reference); 0 without a reference."""
