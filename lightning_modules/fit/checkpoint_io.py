@@ -1,4 +1,4 @@
-"""Checkpoints on disk."""
+"""Atomic writing of checkpoints."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from vidreason.datamodules.atomic_files import atomic_file, flush_to_disk
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """As Lightning's, but a crash or a full disk leaves the earlier checkpoint, and no half one beside it for long."""
+    """Writes checkpoints atomically: a crash or a full disk leaves the earlier checkpoint intact."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes a checkpoint.
 
         Args:
-            checkpoint: What to write.
-            path: Where to.
+            checkpoint: The content.
+            path: The file.
             storage_options: Not used.
 
         Raises:
-            OSError: Naming ``path``, where it cannot be written.
+            OSError: If the file cannot be written; the message names it.
         """
         path = Path(path)
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        for left in path.parent.glob(f".*.{path.name}"):  # by a process that was killed while it wrote
+        for left in path.parent.glob(f".*.{path.name}"):  # drafts of processes that were killed while writing
             left.unlink(missing_ok=True)
         with atomic_file(path) as draft:
             draft.write_bytes(content.getbuffer())
