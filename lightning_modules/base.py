@@ -72,7 +72,7 @@ class VLMModule(L.LightningModule):
     stage: ClassVar[str]
     """Name of the stage; a subclass without it is named after its class."""
     supports_masked_samples: ClassVar[bool] = False
-    """Whether ``training_step`` leaves out clips that ``sample_mask`` excludes, so that unreadable clips are allowed."""
+    """Whether ``training_step`` leaves out clips that ``sample_mask`` excludes; needed to skip unreadable clips."""
     trained_adapter: ClassVar[str] = POLICY
     """Name in memory of the trained adapter."""
     also_saved_adapter: ClassVar[str | None] = None
