@@ -16,8 +16,8 @@ class BatchCollator:
     """Encodes the clips of a batch and lists those that could not be read.
 
     Args:
-        encoder: The model family's.
-        label_names: Index of a label is its place here.
+        encoder: The encoder of the model family.
+        label_names: Class names; the index of a label is its position.
     """
 
     def __init__(self, encoder: BatchEncoder, label_names: Sequence[str]) -> None:
