@@ -26,16 +26,16 @@ class SourceClip:
     """One clip as the source describes it."""
 
     file: Path
-    """Absolute, links not resolved; may be missing"""
+    """Absolute path, with links not resolved; the file may be missing."""
     name: str
-    """Its id: the path within the folder, or the table's ``video_id`` or path"""
+    """Id of the clip: the path within the folder, or the table's ``video_id`` or path."""
     label: str
     split: str = ""
     group: str = ""
     fields: Mapping[str, str] = field(default_factory=dict)
-    """All other columns"""
+    """All other columns."""
     place: str = ""
-    """``row 12``, or the path within the folder"""
+    """``row 12``, or the path within the folder."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Source:
 
     path: Path
     kind: str
-    """Format that was detected"""
+    """Format that was detected."""
     clips: tuple[SourceClip, ...]
     notes: tuple[str, ...] = ()
-    """One sentence about each guess and each thing skipped"""
+    """One sentence about each guess and each skipped row or file."""
     question: str = ""
-    """The question of the chat records, if all are the same"""
+    """The question of the chat records, if all are the same."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class SourceOptions:
 
     Args:
         columns: Names of columns.
-        root: What paths in a table are relative to; None looks beside the table and in the current folder.
-        where: Keeps the rows whose columns have these values.
+        root: Folder that paths in a table are relative to; None tries the table's folder and the current folder.
+        where: Values of columns that rows must have.
     """
 
     columns: ColumnNames = ColumnNames()
