@@ -29,7 +29,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds ``path`` to every OSError of the block: Python names the file when opening fails, not when writing fails."""
+    """Adds ``path`` to every OSError of the block, since Python names a file only if opening it fails."""
     try:
         yield
     except OSError as error:

@@ -28,7 +28,7 @@ class InferenceDataModule(VideoDataModule):
     Args:
         task: Classes and prompts.
         encoder: The model family.
-        frames: Which frames of a clip are taken; the same as in training.
+        frames: Options of the frames that are taken; the same as in training.
         seed: Seed of the run that trained the model.
         batch_size: Clips per batch.
     """

@@ -62,11 +62,11 @@ def make_splits(clips: Sequence[Clip], fractions: Mapping[str, float], seed: int
 def complete_splits(
     given: Mapping[str, Sequence[Clip]], fractions: Mapping[str, float], seed: int
 ) -> tuple[dict[str, tuple[Clip, ...]], tuple[str, ...]]:
-    """Takes whole groups from train for ``val`` and ``cal`` where these are missing; never touches another split.
+    """Makes ``val`` and ``cal`` from groups of train if they are missing; all other splits stay unchanged.
 
     Args:
         given: Clips by split.
-        fractions: Shares of *train* that val and cal get.
+        fractions: Shares of the clips of train that val and cal get.
         seed: Decides between groups that fit equally well.
 
     Returns:
@@ -126,7 +126,7 @@ def limit_clips(clips: Sequence[Clip], limit: int, seed: int) -> tuple[Clip, ...
 
 
 def write_splits(path: Path, splits: Mapping[str, Sequence[Clip]]) -> None:
-    """Writes which clip lies in which split as CSV: video_id, split, group, label."""
+    """Writes the split of each clip as CSV with columns video_id, split, group, label."""
     with atomic_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("video_id", "split", "group", "label"))
