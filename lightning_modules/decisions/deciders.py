@@ -208,4 +208,5 @@ def vote(answers: Sequence[str | None], label_names: Sequence[str]) -> Vote:
     named = [label_names.index(answer) for answer in answers if answer is not None]
     counts = torch.full((classes,), (len(answers) - len(named)) / classes + VOTE_SMOOTHING)
     counts += torch.bincount(torch.tensor(named, dtype=torch.int64), minlength=classes)
+    # max returns the first of equal values, so that a tie goes to the class that was named first.
     return Vote(counts / counts.sum(), max(named, key=named.count) if named else -1)

@@ -45,6 +45,7 @@ class SplitMetrics(nn.Module):
         lost = [self.label_names.index(f.clip.label) for f in batch.failed if f.clip.label is not None]
         labels = torch.tensor(lost, dtype=torch.int64)
         pred = torch.full((len(lost),), UNDECIDED)
+        # Uniform probabilities keep the NLL of an unreadable clip finite.
         probs = scaled = torch.full((len(lost), len(self.label_names)), 1 / len(self.label_names))
         if decisions is not None:
             labelled = batch.labels.cpu() >= 0

@@ -101,6 +101,7 @@ class ResumeFit(L.Callback):
         _check_learnt_clips(saved, trainer)
         self._resumed = FitProgress(**saved["progress"])
         self._resumed.write_into(checkpoint["loops"]["fit_loop"])
+        # With another number of ranks, the states do not belong to these processes.
         if len(saved["random"]) == trainer.world_size:
             self._random_state = saved["random"][trainer.global_rank]
 

@@ -33,6 +33,7 @@ def random_state() -> State:
     kind, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(numbers), gauss],
+        # A tensor, since torch.load(..., weights_only=True) rejects NumPy arrays.
         "numpy": [kind, torch.tensor(np.asarray(keys, dtype=np.int64)), place, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],

@@ -177,6 +177,7 @@ class RunCheckpoint(CheckpointWriter):
         if stage is None or path.resolve().parent != Path(self.dirpath).resolve():
             return
         folder = _adapter_folder(path)
+        # Compared after a round trip through JSON, which turns tuples into lists.
         if read_info(folder) != json.loads(json.dumps(stage.lineage(folder).info())):
             _write_adapter(trainer, path)
             rank_zero_info(f"{folder}: written again, a kill had come before it (step {trainer.global_step})")
@@ -192,7 +193,7 @@ def _write_adapter(trainer: L.Trainer, checkpoint: Path) -> None:
     stage = _stage_with_adapter(trainer)
     if stage is not None:
         saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-        state = {name.removeprefix("model."): value for name, value in saved.items()}
+        state = {name.removeprefix("model."): value for name, value in saved.items()}  # names within VLMModule.model
         stage.export_adapter(_adapter_folder(checkpoint), state)
 
 

@@ -57,6 +57,7 @@ class OptimOptions:
         warmup = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+        # Automatic optimisation steps the schedule by the interval; in manual optimisation the stage does.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -56,6 +56,7 @@ def loss_normalizer(loss_type: LossType, counts: StepCounts, max_completion_leng
     if loss_type == "dr_grpo":
         if max_completion_length is None or max_completion_length < 1:
             raise ValueError(f"dr_grpo needs a positive max_completion_length, got {max_completion_length}")
+        # A constant length: dividing by each completion's own length favours long wrong answers.
         return count_or_one(counts.completions) * max_completion_length
     if loss_type in ("grpo", "gspo"):
         return count_or_one(counts.completions)
@@ -83,6 +84,7 @@ def summed_terms(terms: Tensor, mask: Tensor, loss_type: LossType) -> Tensor:
     if loss_type in ("grpo", "gspo"):
         return (torch.where(mask, terms, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)).sum()
     if loss_type == "bnpo":
+        # The mean of this micro-batch; ``loss_normalizer`` then averages over micro-batches.
         return masked_sum(terms, mask) / mask.sum().clamp(min=1)
     return masked_sum(terms, mask)
 
@@ -107,6 +109,7 @@ def log_ratio_at(level: RatioLevel, log_ratio: Tensor, mask: Tensor) -> Tensor:
     """
     if level == "token":
         return log_ratio
+    # The mean of logarithms: eq. 7 has the geometric mean of the ratios.
     mean = torch.where(mask, log_ratio, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
     return mean.expand_as(log_ratio)
 

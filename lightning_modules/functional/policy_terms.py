@@ -53,6 +53,7 @@ def clipped_terms(ratio: Tensor, advantage: Tensor, bounds: Bounds) -> Tensor:
         [N, L].
     """
     terms = -torch.minimum(ratio * advantage, ratio.clamp(bounds.lower, bounds.upper) * advantage)
+    # For A < 0 the clip above does not limit large ratios: the term -r A grows with r.
     if bounds.dual == math.inf:
         return terms
     return torch.where(advantage < 0, torch.minimum(terms, -bounds.dual * advantage), terms)

@@ -44,6 +44,7 @@ class RolloutTable:
             label_names: Class names that answers are matched to.
             sample_mask: [B] whether the clip of a group counts.
         """
+        # Every completion has the same rewards in the same order.
         names = tuple(groups[0].rollouts[0].score.parts)
         rows = [
             [
@@ -80,6 +81,7 @@ class RolloutTable:
 
     def total_rewards(self) -> Tensor:
         """Returns the total rewards [B, G]; NaN if the completion was not scored or its clip does not count."""
+        # NaN is ignored in means and deviations, so that such a clip does not change the advantages of others.
         return self.column("reward").masked_fill(self.column("valid") == 0, torch.nan)
 
 
@@ -232,5 +234,5 @@ def nan_std(values: Tensor, dim: int) -> Tensor:
     known = ~values.isnan()
     count = known.sum(dim, keepdim=True)
     squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
-    variance = squares / (count - 1).clamp(min=1)
+    variance = squares / (count - 1).clamp(min=1)  # 0 / 1 for one value
     return torch.where(count > 0, variance.sqrt(), torch.nan).squeeze(dim)

@@ -61,6 +61,7 @@ def make_micro_batches(
         start = rows.stop
         tokens = part.batch.texts.loss_mask
         samples = sample_mask[rows].to(tokens.device).repeat_interleave(advantages.shape[1])
+        # Clips that do not count stay in the micro-batch, since all ranks must run the same forwards.
         mask = tokens & samples[:, None]
         if mask_truncated:
             mask = mask & finished_mask(part.batch)[:, None]

@@ -126,6 +126,7 @@ class PolicyLoss:
             clip_eps_high=self.clip_eps_high,
             cispo_clip_max=self.cispo_clip_max,
             dual_clip=self.dual_clip,
+            # Without a cap, ``grpo_loss`` still measures the gap between sampler and trainer.
             importance_sampling=self.importance_cap is not None,
             importance_cap=self.importance_cap,
             kl_coef=self.kl_coef,

@@ -33,6 +33,7 @@ def add_reference(model: nn.Module) -> nn.Module | None:
     if isinstance(model, PeftModel):
         copy_adapter(model, POLICY, REFERENCE)
         return None
+    # eval mode also disables gradient checkpointing and dropout in the reference.
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 

@@ -85,6 +85,7 @@ def _reward_input(clip: Clip, completion: Completion, label_names: tuple[str, ..
 
 def reward_tensor(groups: Sequence[RolloutGroup]) -> Tensor:
     """Returns the total rewards [B, G] of B groups in float64; NaN for completions that could not be scored."""
+    # float64, since the mean of equal float32 rewards may differ from them by a rounding error.
     return torch.tensor([[r.score.total for r in group.rollouts] for group in groups], dtype=torch.float64)
 
 

@@ -127,6 +127,7 @@ class RolloutSampler:
             if not rows:
                 fresh.append(part)
                 continue
+            # The noise depends on seed, step and clip, so that only another seed gives other completions.
             old, seed = part.batch.take(self.vlm, rows), self.seed + _RESAMPLING_SEED * attempt
             again = self._score(self._generate(model, old.prompts, old.clips, seed, step))
             groups = list(part.groups)

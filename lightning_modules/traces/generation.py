@@ -103,6 +103,7 @@ class TraceGenerator:
         parsed = completion.parsed
         reasoning, reason = parsed.reasoning, None
         if self.view.kind == "describe":
+            # A description has no tags, so that all of it is the reasoning.
             reasoning = completion.text.strip() if parsed.reasoning is None else parsed.reasoning
             options = self.options
             cut = completion.finish_reason == "length"
@@ -193,6 +194,7 @@ class TraceFile:
                     warn_unreadable(batch, "no text written")
                     with torch.no_grad():
                         records = self.generator.records(model, batch.to(device), self.data.label_names)
+                    # A batch is generated as a whole, also if the file has some of its texts.
                     own_store.append([r for r in records if (r.video_id, r.sample) not in have])
                     bar.update(len(batch) + len(batch.failed))
         return store
@@ -261,6 +263,7 @@ def write_run_traces(
     """
     strategy = trainer.strategy
     device = strategy.root_device
+    # Lightning moves the module to the device only after configure_model.
     if next(model.parameters()).device != device:
         model.to(device)
     shard = RankShard(trainer.global_rank, trainer.world_size, partial(strategy.barrier, "write_traces"))

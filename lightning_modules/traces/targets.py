@@ -64,6 +64,7 @@ def trace_targets(
     Raises:
         ValueError: If the form has a confidence, for which there is no target.
     """
+    # Only rewards can teach confidences, since they depend on how often the policy is right.
     if form.confidence:
         raise ValueError("completion.confidence: there is no confidence to learn from; switch it on in GRPO only")
     make = _composed if compose == "describe" else _right

@@ -72,5 +72,6 @@ def trained_state(module: nn.Module, state: Mapping[str, Tensor], kept: str | No
     """
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     holders = {name.rpartition(".")[0] for name in trained}
+    # For example the running statistics of a trained BatchNorm.
     trained |= {name for name, _ in module.named_buffers() if name.rpartition(".")[0] in holders}
     return {name: value for name, value in state.items() if name in trained or (kept and f".{kept}." in name)}

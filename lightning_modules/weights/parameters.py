@@ -17,6 +17,7 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Returns the 2-norm of all gradients, []; norms of sharded gradients are gathered."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # full_tensor is a collective operation: all ranks have to call it.
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -88,6 +88,7 @@ def policy_reference(start: StartingWeights, folder: Path, run_dir: Path) -> str
         return None
     if folder == run_dir / ADAPTER_FOLDER and not start.full:
         return POLICY
+    # Relative, so that run folders can be moved together.
     return os.path.relpath(Path(start.path).resolve(), folder.resolve())
 
 

@@ -143,6 +143,7 @@ def load_base(
             dtype=precision,
             attn_implementation=attn_implementation,
             quantization_config=quantization,
+            # bitsandbytes quantises while weights are moved to the GPU.
             device_map={"": torch.cuda.current_device()} if nf4 and torch.cuda.is_available() else None,
         )
     assert isinstance(model, PreTrainedModel)
@@ -165,6 +166,7 @@ def checkpoint_sha(path: str) -> str:
         config = cached_file(path, "config.json")
     assert config is not None
     files = sorted(Path(config).parent.iterdir())
+    # vidreason.json describes the run, not the weights.
     return files_sha(file for file in files if file.suffix in CHECKPOINT_FILES and file.name != INFO_FILE)
 
 

@@ -118,6 +118,7 @@ def expand_texts(
     place = {-1 - b: b for b in range(len(prefix.start))}  # row of the cache; prompt b has the key -1 - b
     for depth in range(max(plan.depth, default=-1) + 1):
         rows = [row for row in range(len(plan)) if plan.depth[row] == depth and plan.widths[row]]
+        # No text of this depth has to be run, and therefore none below it.
         if not rows:
             break
         behind = torch.tensor([place[plan.above(row)] for row in rows], device=device)

@@ -151,6 +151,7 @@ class TinyVLMModel(TinyVLMPreTrainedModel):
                     f"video features and video tokens do not match: {seen.shape[0] * seen.shape[1]} features, "
                     f"{int(places.sum())} tokens"
                 )
+            # Row by row, in the order of placeholders; the features of a batch have the same order.
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], seen.to(inputs_embeds.dtype))
         outputs: BaseModelOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -213,6 +214,7 @@ class TinyVLMForConditionalGeneration(TinyVLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
+        # slice(-0, None) keeps all positions, as transformers defines 0.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept, :])
         loss = None

@@ -80,6 +80,7 @@ class TinyVLM(VLM):
         if adapter_path is not None or self.lora is not None:
             raise ValueError("vlm.path: scratch is for pretraining; adapters need a trained base")
         tokenizer = self.tokenizer
+        # The global generator of torch stays unchanged.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = TinyVLMForConditionalGeneration(

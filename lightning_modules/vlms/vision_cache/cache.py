@@ -179,6 +179,7 @@ class VisionCache:
                 if entry is None:
                     one = layout.repeat_prompts(given, torch.tensor([i], device=prompts.inputs["input_ids"].device))
                     call.arguments.update(one)
+                    # One video at a time: kernels may round differently in another batch.
                     with torch.no_grad():
                         entry = flatten(compute(*call.args, **call.kwargs))
                     self._keep(key, entry)
@@ -213,6 +214,7 @@ class VisionCache:
 
     def _remember(self, key: str, entry: Entry) -> None:
         most = int(self.options.memory_gb * GB)
+        # An entry above the limit would evict all others and then itself.
         if entry_bytes(entry) > most:
             return
         self._memory[key] = entry
