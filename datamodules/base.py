@@ -280,6 +280,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
             collate_fn=BatchCollator(self.encoder, self.label_names),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_signals_in_worker,
+            # Without it, the loader would draw its base seed from torch's global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
         if isinstance(loader, ResumableLoader):

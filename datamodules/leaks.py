@@ -64,6 +64,7 @@ def value_accuracy(clips: Sequence[Clip], field: str) -> float | None:
     right = seen = 0
     for labels in groups.values():
         for label, count in labels.items():
+            # Leave one out: Counter subtraction drops counts of 0.
             others = labels - Counter({label: 1})
             if others:
                 seen += count

@@ -142,6 +142,7 @@ class ManifestDataModule(VideoDataModule):
 
     def _check_against(self, task: Task, rows: Sequence[Row], columns: Sequence[str]) -> None:
         """Checks that the task has all labels and the manifest all metadata columns of the task."""
+        # Exact names only: a silently corrected label would hide errors in the manifest.
         names = task.label_names
         unknown = [row for row in rows if row.get("label") not in names]
         self._check_none(

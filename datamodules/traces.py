@@ -231,6 +231,7 @@ def _complete_lines(path: Path, repair: bool) -> list[str]:
         lines = whole.decode("utf-8").split("\n") if whole else []
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8: {error}") from error
+    # A last line without a newline: complete if an editor removed the newline, else truncated by a crash.
     if rest:
         if _is_json(rest):
             lines.append(rest.decode("utf-8"))
@@ -262,6 +263,7 @@ def _append(path: Path, lines: Sequence[str]) -> None:
         if before is None:
             path.unlink(missing_ok=True)
         else:
+            # A full disk must not leave half a line, to which a later run would append.
             os.truncate(path, before)
         raise
 

@@ -45,6 +45,7 @@ def _alike(items: Sequence[LoadedClip]) -> list[Example]:
     An encoder that accepts the other clips then accepts them as well.
     """
     examples = [item.content for item in items if item.content is not None]
+    # Some processors accept only clips of one shape in a batch.
     read = next((e.sample for e, item in zip(examples, items, strict=True) if item.failed is None), None)
     return [
         e if item.failed is None else replace(e, sample=blackened(e.sample, read))

@@ -136,5 +136,6 @@ def _context() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
+    # The server imports torch once, and every replaced worker starts from it.
     context.set_forkserver_preload([__name__])
     return context

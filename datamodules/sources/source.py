@@ -172,6 +172,7 @@ def _read_text_table(path: Path) -> tuple[Table, str]:
             encoding, remark = _FALLBACK_ENCODING, ", read as Windows-1252 since it is not UTF-8"
     try:
         header = content.decode(encoding).partition("\n")[0]
+        # More robust than csv.Sniffer, which guesses from all characters of the file.
         delimiter = max(_DELIMITERS, key=header.count)
         table = read_delimited(path, delimiter, encoding)
     except UnicodeDecodeError as error:
@@ -241,6 +242,7 @@ def _once_each(source: Source) -> Source:
 
 
 def _label(text: str) -> str:
+    # macOS may store names of folders in another normal form than editors write.
     return unicodedata.normalize("NFC", text.strip())
 
 
