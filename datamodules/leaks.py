@@ -15,7 +15,7 @@ from vidreason.datamodules.types import Clip
 NAMED = 0.1
 """Warn if at least this share of clips name their own label in the field."""
 ABOVE_MAJORITY = 0.3
-"""Warn if predicting from the field's value alone beats the most frequent label by this accuracy."""
+"""Warn if predicting from the field's value beats the most frequent label by this accuracy."""
 
 
 def find_leaks(clips: Sequence[Clip], fields: Sequence[str]) -> list[str]:

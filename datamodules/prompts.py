@@ -163,7 +163,7 @@ class LabelView(ClipView):
 
 
 class LabelScoringView(ClipView):
-    """Puts every label name as a text behind the prompt, in the order of ``task.label_names``."""
+    """Asks for the label, with every label name as a text, in the order of ``task.label_names``."""
 
     kind = "label"
 

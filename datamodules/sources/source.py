@@ -18,7 +18,7 @@ from vidreason.datamodules.sources.table_paths import absolute, locator, path_of
 from vidreason.datamodules.split_names import standard_split
 
 _DELIMITERS = (",", ";", "\t", "|")
-_FALLBACK_ENCODING = "cp1252"  # what a spreadsheet writes where it does not write UTF-8
+_FALLBACK_ENCODING = "cp1252"  # the encoding of spreadsheet programs that do not write UTF-8
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What the user specified about a source.
+    """Options of a source that the user specified.
 
     Args:
         columns: Names of columns.

@@ -131,10 +131,10 @@ class CheckpointWriter(ModelCheckpoint):
         return Path(self._last_checkpoint_saved)
 
     def after_save(self, trainer: L.Trainer, path: Path) -> None:
-        """Called on every rank after a checkpoint was written; does nothing by default."""
+        """Runs on every rank after a checkpoint was written; does nothing by default."""
 
     def after_remove(self, trainer: L.Trainer, path: Path) -> None:
-        """Called on every rank after a checkpoint was removed; does nothing by default."""
+        """Runs on every rank after a checkpoint was removed; does nothing by default."""
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         for logger in trainer.loggers:

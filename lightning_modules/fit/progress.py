@@ -49,7 +49,7 @@ class FitProgress:
 
     @property
     def at_epoch_end(self) -> bool:
-        """Whether the next batch is the first of an epoch."""
+        """True if the next batch is the first of an epoch."""
         return self.batches % self.per_epoch == 0
 
     def write_into(self, loops: dict[str, Any]) -> None:

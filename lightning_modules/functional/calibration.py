@@ -55,7 +55,7 @@ def fit_temperature(
     truth = exact.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
     def slope(inverse: float) -> float:
-        """Derivative of the mean NLL with respect to 1/temperature."""
+        """Returns the derivative of the mean NLL with respect to 1/temperature."""
         return float((((exact * inverse).softmax(-1) * exact).sum(-1) - truth).mean())
 
     def mean_nll(temperature: float) -> float:

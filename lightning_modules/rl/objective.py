@@ -95,12 +95,12 @@ class PolicyLoss:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss needs the log-probabilities of the policy at the start of the stage."""
+        """True if the loss needs the log-probabilities of the policy at the start of the stage."""
         return self.kl_coef != 0
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether the loss needs the entropies of the predicting distributions."""
+        """True if the loss needs the entropies of the predicting distributions."""
         return self.entropy_coef != 0
 
     @property

@@ -286,7 +286,7 @@ class VLM(ClipEncoder, ABC):
         return nullcontext() if cache is None else cache.feeding(self, model, prompts, route)
 
     def base_sha(self) -> str:
-        """SHA-256 of the base checkpoint's files."""
+        """Returns the SHA-256 of the base checkpoint's files."""
         return self._base_sha
 
     @cached_property

@@ -63,7 +63,7 @@ class Sampled(NamedTuple):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every module in eval mode and restores each module's mode afterwards."""
+    """Sets every module to eval mode and restores each module's mode afterwards."""
     # Modules are restored one by one: model.train() would put a frozen vision tower in train mode.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

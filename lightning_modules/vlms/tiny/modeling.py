@@ -104,7 +104,7 @@ class TinyVLMModel(TinyVLMPreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
-        """Token embeddings of the decoder."""
+        """Returns the token embeddings of the decoder."""
         embeddings: nn.Module = self.language_model.get_input_embeddings()
         return embeddings
 
@@ -113,7 +113,7 @@ class TinyVLMModel(TinyVLMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_video_features(self, pixel_values_videos: Tensor) -> Tensor:
-        """Frames [B, T, 3, H, W] to visual tokens [B, V, D]."""
+        """Encodes frames [B, T, 3, H, W] as visual tokens [B, V, D]."""
         b, t = pixel_values_videos.shape[:2]
         if t > self.config.max_frames:
             raise ValueError(
@@ -176,7 +176,7 @@ class TinyVLMForConditionalGeneration(TinyVLMPreTrainedModel, GenerationMixin):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
-        """Token embeddings of the decoder."""
+        """Returns the token embeddings of the decoder."""
         embeddings: nn.Module = self.model.get_input_embeddings()
         return embeddings
 
@@ -185,7 +185,7 @@ class TinyVLMForConditionalGeneration(TinyVLMPreTrainedModel, GenerationMixin):
         self.model.set_input_embeddings(value)
 
     def get_video_features(self, pixel_values_videos: Tensor) -> Tensor:
-        """Frames [B, T, 3, H, W] to visual tokens [B, V, D]."""
+        """Encodes frames [B, T, 3, H, W] as visual tokens [B, V, D]."""
         tokens: Tensor = self.model.get_video_features(pixel_values_videos)
         return tokens
 
