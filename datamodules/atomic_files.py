@@ -18,6 +18,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         OSError: If the file cannot be written; the message names ``path``, which stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic within one file system only.
     draft = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         with naming(path):
@@ -29,7 +30,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds ``path`` to every OSError of the block: Python names the file when opening fails, not when writing fails."""
+    """Adds ``path`` to every OSError of the block, since Python names a file only if opening it fails."""
     try:
         yield
     except OSError as error:
@@ -74,6 +75,7 @@ def replace_folder(draft: Path, folder: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchanges two paths atomically; returns False if the system does not support it."""
+    # Python has no binding of renameat2 (Linux 3.15 and later).
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

@@ -55,15 +55,15 @@ class VideoDataModule(L.LightningDataModule, ABC):
     """A data set of labelled videos; a subclass implements ``label_names`` and ``samples``.
 
     Args:
-        encoder: Turns examples into tensors; the command line hands in the ``vlm`` section.
-        frames: Which frames of a clip are taken, and how large.
+        encoder: Encodes examples as tensors; the command line passes the ``vlm`` section.
+        frames: Options of the frames that are taken from a clip.
         batch_size: Clips per training batch.
-        eval_batch_size: Clips per batch elsewhere; None takes ``batch_size``.
-        num_workers: Processes that decode; 0 decodes in the main one.
-        seed: Of shuffling and of the jitter of segment sampling; None takes ``seed_everything``'s.
-        predict_splits: What ``predict`` runs over.
-        test_splits: What ``test`` runs over; None takes every split but train, val and cal.
-        split_seed: Of the splits that have to be made; apart from ``seed``, so that seeds see the same splits.
+        eval_batch_size: Clips per batch in evaluation; null takes ``batch_size``.
+        num_workers: Number of processes that decode; 0 decodes in the main process.
+        seed: Seed of shuffling and of the jitter of segment sampling; null takes ``seed_everything``.
+        predict_splits: Splits of ``predict``.
+        test_splits: Splits of ``test``; null takes every split except train, val and cal.
+        split_seed: Seed of the splits that have to be made; separate from ``seed``, so that all seeds share splits.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
     @property
     @abstractmethod
     def label_names(self) -> tuple[str, ...]:
-        """[C] class names; a label's index is its place here."""
+        """[C] class names; the index of a label is its position."""
 
     @abstractmethod
     def samples(self, split: str) -> Sequence[Clip]:
@@ -171,12 +171,12 @@ class VideoDataModule(L.LightningDataModule, ABC):
         eval_view: ClipView | None = None,
         balance_classes: bool | None = None,
     ) -> None:
-        """Sets what a stage decides; call it before loaders are made. None leaves a setting as it is.
+        """Sets the options that a stage defines, before loaders are made; None leaves an option unchanged.
 
         Args:
             batch_size: Clips per training batch.
-            train_view: What is shown of a clip in training, and in evaluation as long as there is no ``eval_view``.
-            eval_view: What is shown of a clip in validation, test and prediction.
+            train_view: View of training, and of evaluation if there is no ``eval_view``.
+            eval_view: View of validation, test and prediction.
             balance_classes: Whether training clips are drawn so that all labels are equally frequent.
         """
         self.batch_size = self.batch_size if batch_size is None else batch_size
@@ -208,9 +208,9 @@ class VideoDataModule(L.LightningDataModule, ABC):
         """Returns a loader of one split with the given view.
 
         Args:
-            split: Its name.
-            view: What is shown of a clip.
-            batch_size: Clips per batch; None takes the configured one.
+            split: Name of the split.
+            view: Defines the prompt and texts of a clip.
+            batch_size: Clips per batch; None takes the configured number.
             train: If True, clips are shuffled and jittered, clips without a target are left out, and a clip that
                 cannot be read is a placeholder video that does not count. If False, the order is fixed and such a clip
                 is only in ``VideoBatch.failed``.
@@ -280,6 +280,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
             collate_fn=BatchCollator(self.encoder, self.label_names),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_signals_in_worker,
+            # Without it, the loader would draw its base seed from torch's global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
         if isinstance(loader, ResumableLoader):

@@ -28,7 +28,7 @@ class InferenceDataModule(VideoDataModule):
     Args:
         task: Classes and prompts.
         encoder: The model family.
-        frames: Which frames of a clip are taken; the same as in training.
+        frames: Options of the frames that are taken; the same as in training.
         seed: Seed of the run that trained the model.
         batch_size: Clips per batch.
     """
@@ -99,6 +99,7 @@ class _InferenceDataset(ClipDataset):
         """Returns a hash of the file, or of all frames of a clip in memory."""
         if clip.video_id not in self.in_memory:
             return super().content(clip)
+        # All frames and not only the sampled ones, as for a file.
         frames = self.in_memory[clip.video_id][0]
         return hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest()
 

@@ -15,7 +15,7 @@ from vidreason.datamodules.types import Clip
 NAMED = 0.1
 """Warn if at least this share of clips name their own label in the field."""
 ABOVE_MAJORITY = 0.3
-"""Warn if predicting from the field's value alone beats the most frequent label by this accuracy."""
+"""Warn if predicting from the field's value beats the most frequent label by this accuracy."""
 
 
 def find_leaks(clips: Sequence[Clip], fields: Sequence[str]) -> list[str]:
@@ -64,6 +64,7 @@ def value_accuracy(clips: Sequence[Clip], field: str) -> float | None:
     right = seen = 0
     for labels in groups.values():
         for label, count in labels.items():
+            # Leave one out: Counter subtraction drops counts of 0.
             others = labels - Counter({label: 1})
             if others:
                 seen += count

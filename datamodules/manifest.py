@@ -36,10 +36,10 @@ class ManifestDataModule(VideoDataModule):
 
     Args:
         manifest: A ``.csv`` or ``.jsonl`` file, or a folder.
-        task: The task file, from the current folder or else from the shipped configs; None takes the labels found.
-        root: What paths in the manifest are relative to; by default its folder.
+        task: The task file, from the current folder or the shipped configs; null takes the labels of the manifest.
+        root: Folder that paths in the manifest are relative to; by default that of the manifest.
         where: Keeps the rows whose columns have these values, such as ``{subset: weizmann_silhouettes}``.
-        limit: The most clips of a split, balanced over classes, such as ``{train: 64}``.
+        limit: Largest number of clips of a split, balanced over classes, such as ``{train: 64}``.
         split_fractions: Shares of the splits that have to be made; by default val 0.15, cal 0.15, test 0.2. A split
             that is taken from train gets this share of train.
     """
@@ -142,6 +142,7 @@ class ManifestDataModule(VideoDataModule):
 
     def _check_against(self, task: Task, rows: Sequence[Row], columns: Sequence[str]) -> None:
         """Checks that the task has all labels and the manifest all metadata columns of the task."""
+        # Exact names only: a silently corrected label would hide errors in the manifest.
         names = task.label_names
         unknown = [row for row in rows if row.get("label") not in names]
         self._check_none(

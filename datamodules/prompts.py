@@ -1,6 +1,6 @@
-"""Views: what a stage shows the model of a clip, as a prompt and the texts behind it.
+"""Views: the prompt about a clip and the texts behind it, as a stage needs them.
 
-The video always comes first and the question behind it, so that the part that differs between prompts is at the end.
+The video always comes before the question, so that the part that differs between prompts is at the end.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from vidreason.rewards.completion import (
 
 
 class ClipView:
-    """Defines what a stage shows the model of a clip, and the texts behind it.
+    """Defines the prompt about a clip and the texts behind it.
 
-    A subclass names its ``kind`` (the template it uses) and, where it has targets or candidates, overrides ``texts``.
+    A subclass sets ``kind``, the template that it uses, and overrides ``texts`` if it has targets or candidates.
 
     Args:
         task: Classes, question and templates.
@@ -30,7 +30,7 @@ class ClipView:
 
     kind: PromptKind
     shows_video: bool = True
-    """False shows the model a black video of the same length instead of the frames."""
+    """If False, the frames are replaced by a black video of the same length."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -71,12 +71,12 @@ class _TextsByVideo(ClipView):
 
 
 class DescribeView(_TextsByVideo):
-    """Asks for a description of what happens and which evidence bears on the classes.
+    """Asks for a description of the events and of the evidence for the classes.
 
     Args:
         task: Classes, question and templates.
-        texts: Target texts by video id (rationale SFT); None where descriptions are generated.
-        label_hint: Shows the true label in the prompt.
+        texts: Target texts by video id; None to generate descriptions.
+        label_hint: Whether the prompt contains the true label.
     """
 
     kind = "describe"
@@ -110,7 +110,7 @@ class ReasonView(_TextsByVideo):
     Args:
         task: Classes, question and templates.
         texts: Target completions by video id, or None.
-        form: Which blocks are asked for, in which order.
+        form: Blocks of the completion, in order.
     """
 
     kind: PromptKind = "reason"
@@ -140,11 +140,11 @@ class RewardedView(ReasonView):
 
 
 class LabelView(ClipView):
-    """Asks for the label alone.
+    """Asks for the label only.
 
     Args:
         task: Classes, question and templates.
-        with_targets: Puts the clip's label behind the prompt (training).
+        with_targets: Whether the clip's label follows the prompt as target text.
     """
 
     kind = "label"
@@ -163,7 +163,7 @@ class LabelView(ClipView):
 
 
 class LabelScoringView(ClipView):
-    """Puts every label name as a text behind the prompt, in the order of ``task.label_names``."""
+    """Asks for the label, with every label name as a text, in the order of ``task.label_names``."""
 
     kind = "label"
 
@@ -173,17 +173,16 @@ class LabelScoringView(ClipView):
 
 
 class ReviewView(ClipView):
-    """A reviewer's prompt: each trace stands behind the video, and the label names behind each trace.
+    """A reviewer's prompt: traces follow the video, and label names follow each trace.
 
-    With traces the texts of a clip stand as ``trace 0, its C labels, trace 1, its C labels, …``; the traces are context
-    in the user's open turn, the labels are answers. With ``input="video"`` there is no trace and the labels stand
-    directly behind a closed prompt.
+    The texts of a clip are ``trace 0, its C labels, trace 1, its C labels, …``; traces are context in the open user's
+    turn, labels are answers. With ``input="video"`` there are no traces, and the labels follow a closed prompt.
 
     Args:
         task: Classes, question and templates.
-        traces: Completions by video id, as they were generated; a clip without any has no texts.
-        labels: ``all`` puts every label name behind a trace (closed-set scoring), ``target`` the clip's own alone.
-        input: What the reviewer is given; ``trace`` blanks the video.
+        traces: Generated completions by video id; a clip without any has no texts.
+        labels: Labels behind each trace: ``all`` names (closed-set scoring) or the clip's own (``target``).
+        input: Inputs of the reviewer; ``trace`` uses a black video.
     """
 
     kind = "calibrate"
@@ -233,7 +232,7 @@ class ReviewView(ClipView):
 
 
 def render_review(trace: str) -> str:
-    """Returns a trace as the reviewer reads it: account and conclusion in words; unchanged if it cannot be parsed."""
+    """Returns a trace without tags, as ``Account: …`` and ``Conclusion: …``, for the reviewer's prompt."""
     parsed = parse_completion(trace, CompletionForm("no_think"))
     account = parsed.reasoning if parsed.reasoning is not None else trace.strip()
     if parsed.well_formed:  # an answer and nothing else

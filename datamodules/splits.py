@@ -62,11 +62,11 @@ def make_splits(clips: Sequence[Clip], fractions: Mapping[str, float], seed: int
 def complete_splits(
     given: Mapping[str, Sequence[Clip]], fractions: Mapping[str, float], seed: int
 ) -> tuple[dict[str, tuple[Clip, ...]], tuple[str, ...]]:
-    """Takes whole groups from train for ``val`` and ``cal`` where these are missing; never touches another split.
+    """Makes ``val`` and ``cal`` from groups of train if they are missing; all other splits stay unchanged.
 
     Args:
         given: Clips by split.
-        fractions: Shares of *train* that val and cal get.
+        fractions: Shares of the clips of train that val and cal get.
         seed: Decides between groups that fit equally well.
 
     Returns:
@@ -126,7 +126,7 @@ def limit_clips(clips: Sequence[Clip], limit: int, seed: int) -> tuple[Clip, ...
 
 
 def write_splits(path: Path, splits: Mapping[str, Sequence[Clip]]) -> None:
-    """Writes which clip lies in which split as CSV: video_id, split, group, label."""
+    """Writes the split of each clip as CSV with columns video_id, split, group, label."""
     with atomic_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("video_id", "split", "group", "label"))
@@ -153,12 +153,15 @@ def _deal(groups: Mapping[str, Sequence[Clip]], shares: Mapping[str, float], see
     counts = {key: Counter(clip.label or "" for clip in clips) for key, clips in groups.items()}
     total = sum(counts.values(), Counter[str]())
     rng = random.Random(f"splits/{seed}")
+    # Sorted first, so that the shuffle depends on the seed and not on the order of rows.
     order = sorted(counts)
     rng.shuffle(order)
     order.sort(key=lambda key: -counts[key].total())
     filled: dict[str, Counter[str]] = {split: Counter() for split in shares}
     split_of: dict[str, str] = {}
 
+    # Increase of the relative squared deviation from the wanted class counts:
+    # ((f + n - w)^2 - (f - w)^2) / w = n (2 (f - w) + n) / w for f clips filled, w wanted and n added.
     def cost(split: str, key: str) -> float:
         return sum(
             n * (2 * (filled[split][label] - shares[split] * total[label]) + n) / (shares[split] * total[label])
@@ -169,6 +172,7 @@ def _deal(groups: Mapping[str, Sequence[Clip]], shares: Mapping[str, float], see
         split_of[key] = split
         filled[split] += counts[key]
 
+    # Groups with all clips of a class, which could not be learnt if they were not in train.
     alone = {key for key in order if any(counts[key][label] == total[label] for label in counts[key])}
     for key in order:
         if key in alone:
@@ -176,6 +180,7 @@ def _deal(groups: Mapping[str, Sequence[Clip]], shares: Mapping[str, float], see
     for key in order:
         if key not in alone:
             place(key, min(shares, key=lambda split: (cost(split, key), -shares[split])))
+    # A split without a group gets the smallest group of the split with the most groups.
     for split in shares:
         if split not in split_of.values():
             giver = Counter(split_of.values()).most_common(1)[0][0]

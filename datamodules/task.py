@@ -25,7 +25,7 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 @dataclass(frozen=True)
 class ClassSpec:
-    """One class: the name that is the label, and what it means."""
+    """One class: its name, which is the label, and its definition."""
 
     name: str
     definition: str = ""
@@ -62,7 +62,7 @@ class Task:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """[C] class names; a label's index is its place here."""
+        """[C] class names; the index of a label is its position."""
         return tuple(spec.name for spec in self.classes)
 
     @classmethod

@@ -26,7 +26,7 @@ REASON_KINDS: Mapping[CompletionMode, PromptKind] = {
     "no_think": "answer",
     "answer_first": "answer_first",
 }
-"""The template that asks for each mode of a completion."""
+"""The template for each mode of a completion."""
 
 DEFAULT_TEMPLATES: Mapping[str, str] = {
     "describe": (

@@ -1,4 +1,4 @@
-"""Files of generated rationales and traces, with the identity of the weights, prompt and task that wrote them.
+"""Files of generated rationales and traces, with hashes of the weights, prompt and task that produced them.
 
 A file has one JSON object per line: a header, then one completion per line. Lines are only appended, so that an
 interrupted generation can continue; a last line that a crash has truncated is dropped.
@@ -25,7 +25,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """Identity of what wrote a trace file: weights, prompt, task and sampling."""
+    """Hashes of the weights, prompt and task that produced a trace file, and its sampling options."""
 
     external: bool
     """True if another model (a teacher) wrote the file; its weights are not compared with ours."""
@@ -42,7 +42,7 @@ class TraceRecord:
 
     video_id: str
     sample: int
-    """0 to K - 1"""
+    """Number of the completion of the clip, 0 to K - 1."""
     text: str
     reasoning: str | None
     answer: str | None
@@ -58,7 +58,7 @@ class TraceStore:
 
     Args:
         path: The file.
-        header: Its first line.
+        header: The header in its first line.
     """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
@@ -92,7 +92,7 @@ class TraceStore:
         """Opens a file for reading.
 
         Raises:
-            ValueError: If there is no such file, or its first line is no header.
+            ValueError: If there is no such file, or its first line is not a header.
         """
         path = Path(path)
         if not path.is_file():
@@ -140,7 +140,7 @@ class TraceStore:
             allow_external: Accept a teacher's traces, of which only task and prompt are compared.
 
         Raises:
-            ValueError: If something differs; the message says what, and what to do.
+            ValueError: If they differ; the message names the differences and the remedy.
         """
         if self.header.external and not allow_external:
             raise ValueError(
@@ -168,12 +168,12 @@ class TraceStore:
             )
 
     def check_sampling(self, expected: TraceHeader) -> None:
-        """Checks that traces were sampled as the stage samples at test; their number may differ.
+        """Checks that traces were sampled with the options of the stage, which also apply at test; numbers may differ.
 
         A header without sampling options is accepted.
 
         Raises:
-            ValueError: If something differs; the message says what, and what to do.
+            ValueError: If they differ; the message names the difference and the remedy.
         """
         found, wanted = _without_count(self.header.sampling), _without_count(expected.sampling)
         if found and found != wanted:
@@ -231,6 +231,7 @@ def _complete_lines(path: Path, repair: bool) -> list[str]:
         lines = whole.decode("utf-8").split("\n") if whole else []
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8: {error}") from error
+    # A last line without a newline: complete if an editor removed the newline, else truncated by a crash.
     if rest:
         if _is_json(rest):
             lines.append(rest.decode("utf-8"))
@@ -262,6 +263,7 @@ def _append(path: Path, lines: Sequence[str]) -> None:
         if before is None:
             path.unlink(missing_ok=True)
         else:
+            # A full disk must not leave half a line, to which a later run would append.
             os.truncate(path, before)
         raise
 

@@ -32,12 +32,12 @@ class Clip:
 
 @dataclass(frozen=True)
 class FrameTiming:
-    """When the frames of a clip were taken."""
+    """The times of the frames that were taken from a clip."""
 
     fps: float
-    """Frames per second of the file, not of the sample; the highest where the rate varies."""
+    """Frames per second of the file, not of the sample; the highest rate if it varies."""
     total_frames: int
-    """Frames in the file; as many as it would have at a constant ``fps`` where the rate varies."""
+    """Frames in the file; if the rate varies, the number at a constant rate ``fps``."""
     indices: tuple[int, ...]
     """[T] positions of the sampled frames at that rate: seconds x fps."""
 
@@ -59,7 +59,7 @@ class VideoSample:
     clip: Clip
     identity: str = ""
     """Equal for equal frames: a hash of the file's content and of the frames taken; empty if frames are drawn at random
-    or the source is unknown"""
+    or the source is unknown."""
 
     def __post_init__(self) -> None:
         if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[1] != 3:
@@ -73,7 +73,7 @@ class VideoSample:
 
 @dataclass(frozen=True)
 class FailedClip:
-    """A clip that could not be read: reported, never replaced by another, counted as wrong in evaluation."""
+    """A clip that could not be read; it is reported, never replaced, and counts as wrong in evaluation."""
 
     clip: Clip
     error: str
@@ -81,11 +81,11 @@ class FailedClip:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is shown: the video, then this text, in one user turn."""
+    """The text of the user's turn, which follows the video."""
 
     text: str
     open: bool = False
-    """True leaves the user's turn open, so that context texts may continue it (calibration: one review per trace)."""
+    """Whether the user's turn stays open, so that context texts can continue it (in calibration, one per trace)."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +116,15 @@ class TextBatch:
     ids: Tensor
     """[N, L] int64"""
     mask: Tensor
-    """[N, L] bool, real tokens (not padding)"""
+    """[N, L] bool, tokens that are not padding."""
     loss_mask: Tensor
-    """[N, L] bool, tokens that count in a loss or a score; a subset of ``mask``"""
+    """[N, L] bool, tokens that count in a loss or a score; a subset of ``mask``."""
     answer_mask: Tensor
-    """[N, L] bool, tokens from ``<answer>`` to the end of turn; a subset of ``loss_mask``"""
+    """[N, L] bool, tokens from ``<answer>`` to the end of turn; a subset of ``loss_mask``."""
     owner: Tensor
-    """[N] int64, index of the prompt"""
+    """[N] int64, index of the prompt."""
     parent: Tensor
-    """[N] int64, row it continues, -1 = the prompt; a parent stands before its children"""
+    """[N] int64, row that each row continues, -1 for the prompt; a parent stands before its children."""
 
     def __post_init__(self) -> None:
         n, length = self.ids.shape
@@ -141,7 +141,7 @@ class TextBatch:
         return self.ids.shape[0]
 
     def behind(self, start: int, stop: int) -> TextBatch:
-        """Returns the texts behind the prompts ``start`` to ``stop`` - 1, as rows of a batch of these prompts alone."""
+        """Returns the texts behind the prompts ``start`` to ``stop`` - 1, for a batch of these prompts only."""
         rows = (self.owner >= start) & (self.owner < stop)
         place = rows.cumsum(0) - 1  # New row of each row that stays.
         length = int(self.mask[rows].sum(dim=1).max()) if bool(rows.any()) else 0
@@ -167,14 +167,14 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Processor outputs of B prompts, left-padded; opaque to stages, read by the VLM family that made them."""
+    """Processor outputs of B prompts, left-padded; only the VLM family that made them interprets them."""
 
     inputs: Mapping[str, Tensor]
     batch_size: int
     turn_end: Tensor
-    """[K] int64, tokens that close an open user turn and open the assistant's (empty where prompts are closed)"""
+    """[K] int64, tokens that close an open user turn and open the assistant's; empty if prompts are closed."""
     videos: tuple[str, ...] = ()
-    """[B] ``VideoSample.identity`` of each prompt's video; empty if unknown"""
+    """[B] ``VideoSample.identity`` of each prompt's video; empty if unknown."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> EncodedPrompts:
         """Returns a copy on ``device``."""
@@ -184,7 +184,7 @@ class EncodedPrompts:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a BatchEncoder returns: B prompts and the N texts behind them."""
+    """B encoded prompts and the N texts behind them."""
 
     prompts: EncodedPrompts
     texts: TextBatch
@@ -206,22 +206,22 @@ class BatchEncoder(Protocol):
 class VideoBatch:
     """A collated batch of B clips, and the clips that could not be read.
 
-    In training a clip that could not be read is among the B as well: a placeholder video whose ``sample_mask`` is
-    False. In evaluation it is in ``failed`` only, so that B is 0 where no clip of the batch could be read.
+    In training, an unreadable clip is one of the B clips too: a placeholder video whose ``sample_mask`` is False. In
+    evaluation it is only in ``failed``, so that B is 0 if no clip of the batch could be read.
     """
 
     encoded: Encoded | None
-    """None where B is 0"""
+    """None if B is 0."""
     labels: Tensor
-    """[B] int64, index into the data module's ``label_names``; -1 where unlabelled"""
+    """[B] int64, index into the data module's ``label_names``; -1 without a label."""
     sample_mask: Tensor
-    """[B] bool, True where the clip counts. It does not count if it could not be read, or if it only gives a rank as
-    many clips as the other ranks have. All clips have to be run, so that all ranks do the same."""
+    """[B] bool, True where the clip counts. A clip does not count if it could not be read, or only gives a rank as many
+    clips as the others have. All clips have to be forwarded, since ranks must run the same forwards."""
     clips: tuple[Clip, ...]
     """[B]"""
     failed: tuple[FailedClip, ...] = ()
     decode_ms: float = 0.0
-    """Mean milliseconds spent decoding one clip of this batch"""
+    """Mean milliseconds spent decoding one clip of this batch."""
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -240,7 +240,7 @@ class VideoBatch:
 
     @property
     def valid_texts(self) -> TextBatch:
-        """The texts with ``loss_mask`` and ``answer_mask`` False behind clips that do not count; the same rows."""
+        """All N texts, with ``loss_mask`` and ``answer_mask`` False behind clips that do not count."""
         rows = self.sample_mask[self.texts.owner][:, None]
         return replace(self.texts, loss_mask=self.texts.loss_mask & rows, answer_mask=self.texts.answer_mask & rows)
 

@@ -8,11 +8,11 @@ from vidreason.datamodules.types import VideoBatch
 
 
 def warn_unreadable(batch: VideoBatch, consequence: str) -> None:
-    """Warns about each clip of a batch that could not be read, on every rank: each rank has other clips.
+    """Warns about each unreadable clip of a batch, on every rank, since ranks have different clips.
 
     Args:
         batch: The batch.
-        consequence: What follows, for example ``counted wrong in val``.
+        consequence: Consequence for the message, for example ``counted wrong in val``.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always")  # Python shows the same text only once otherwise.

@@ -1,1 +1,1 @@
-"""Everything with weights: the stages, the model families and the functions they are made of."""
+"""The stages, the model families, and the functions and callbacks that they consist of."""

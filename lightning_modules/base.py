@@ -1,9 +1,9 @@
-"""The base of every stage: a vision-language model under a trainer, which decides about clips and writes about them.
+"""The base class of all stages: a vision-language model under a trainer, which classifies clips and describes them.
 
-``VLMModule`` keeps what Lightning asks of a module. Everything else is an object that it has (a decider, a trace
-generator) or a callback that it attaches (resuming, unreadable clips). It is complete by itself: ``vidreason test``
-runs it as zero-shot classifier (or, with ``adapter_path``, as the model of any stage but calibration), and ``vidreason
-predict`` lets it write descriptions or traces. A training stage subclasses it and adds ``training_step``.
+``VLMModule`` implements Lightning's hooks and delegates to objects (a decider, a trace generator) and callbacks
+(resuming, unreadable clips). It can be used directly: ``vidreason test`` runs it as zero-shot classifier or, with
+``adapter_path``, as the model of any stage except calibration, and ``vidreason predict`` generates descriptions or
+traces with it. A training stage subclasses it and adds ``training_step``.
 
 Shape letters: B clips, C classes, K samples per clip.
 """
@@ -55,31 +55,30 @@ T = TypeVar("T")
 
 
 class VLMModule(L.LightningModule):
-    """A vision-language model that decides about clips and writes about them.
+    """A vision-language model that decides about clips and generates texts about them.
 
     Args:
         vlm: The model family and checkpoint (the top-level ``vlm`` section).
-        adapter_path: ``adapter/`` or ``weights/`` of an earlier stage; null starts from the base.
+        adapter_path: The ``adapter/`` or ``weights/`` of an earlier stage; null starts from the base.
         optim: The optimizer and its learning rate.
-        updates: How an optimizer step is made.
-        decide: How clips are decided.
-        traces: Which texts ``vidreason predict``, or a stage that has no ``traces_file``, writes.
-        batch_size: Clips per optimizer step and rank; null takes the data section's.
-        seed: Seed of all sampling; null takes ``seed_everything``'s.
-        completion: Which blocks a completion has: ``mode`` think, no_think or answer_first; ``confidence`` at the end.
+        updates: Options of an optimizer step.
+        decide: Options of decisions about clips.
+        traces: Options of the texts that ``vidreason predict``, or a stage without ``traces_file``, writes.
+        batch_size: Clips per optimizer step and rank; null takes ``batch_size`` of the data section.
+        seed: Seed of all sampling; null takes ``seed_everything``.
+        completion: Blocks of a completion: ``mode`` think, no_think or answer_first; ``confidence`` at the end.
     """
 
     stage: ClassVar[str]
-    """Name of the stage; a subclass that sets none is called by its class's name."""
+    """Name of the stage; a subclass without it is named after its class."""
     supports_masked_samples: ClassVar[bool] = False
-    """Whether ``training_step`` leaves out what ``VideoBatch.sample_mask`` excludes, so that unreadable clips may be
-    skipped; otherwise the fit ends at such a clip."""
+    """Whether ``training_step`` leaves out clips that ``sample_mask`` excludes; needed to skip unreadable clips."""
     trained_adapter: ClassVar[str] = POLICY
-    """Name in memory of the adapter that is trained."""
+    """Name in memory of the trained adapter."""
     also_saved_adapter: ClassVar[str | None] = None
-    """Name of an adapter that checkpoints hold although it is not trained."""
+    """Name of an adapter that checkpoints store although it is not trained."""
     scales_probabilities: ClassVar[bool] = False
-    """Whether decisions carry probabilities from before and after temperature scaling."""
+    """Whether decisions have probabilities from before and after temperature scaling."""
 
     def __init__(
         self,
@@ -116,28 +115,27 @@ class VLMModule(L.LightningModule):
 
     @property
     def stage_name(self) -> str:
-        """Name of the stage, for lineage and to keep checkpoints of different stages apart."""
+        """Name of the stage in ``vidreason.json`` and in checkpoints."""
         return "zero_shot" if type(self) is VLMModule else str(getattr(type(self), "stage", type(self).__name__))
 
     @property
     def policy(self) -> nn.Module:
-        """The weights, which ``configure_model`` builds."""
+        """The model that ``configure_model`` has built."""
         assert self.model is not None, "configure_model has not run yet"
         return self.model
 
     @property
     def data(self) -> VideoDataModule:
-        """The data module that the trainer runs on."""
+        """The data module of the trainer."""
         data: object = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, VideoDataModule):
             raise ValueError(f"the stages read clips from a VideoDataModule, got {type(data).__name__}")
         return data
 
     def configure_callbacks(self) -> list[Callback]:
-        """Returns the callbacks that every fit needs, unless the YAML names one of the same class.
+        """Returns the callbacks that every fit needs, except where the trainer has one of the same class.
 
-        Lightning calls this first of all hooks, for every fit, validate, test and predict. The same objects are
-        returned each time, as new ones would have lost their state.
+        Lightning calls this first in every run. The objects are always the same, since new ones would have no state.
         """
         if not self.automatic_optimization and self.trainer.state.fn == TrainerFn.FITTING:
             check_trainer_options(self.trainer, self.stage_name)
@@ -147,7 +145,7 @@ class VLMModule(L.LightningModule):
     # ------------------------------------------------------------------ what a clip shows
 
     def setup(self, stage: str) -> None:
-        """Connects the data module; the data are ready here, the weights are not."""
+        """Connects the data module; the data are set up already, the weights are not built yet."""
         check_attached(self.trainer, self._fit_callbacks, type(self).__name__)
         data, task = self.data, self.data.task
         self.read_artefacts(task)
@@ -162,10 +160,10 @@ class VLMModule(L.LightningModule):
         self.metrics = nn.ModuleDict({_metric_key(s): SplitMetrics(data.label_names, scaled) for s in splits})
 
     def read_artefacts(self, task: Task) -> None:
-        """Reads what folders of earlier stages say, before weights are built; does nothing by default."""
+        """Reads ``vidreason.json`` of earlier stages before weights are built; does nothing by default."""
 
     def train_view(self, task: Task) -> ClipView:
-        """Returns what a clip shows in training."""
+        """Returns the prompts and target texts of training."""
         return self.decider(task).view
 
     def decider(self, task: Task) -> Decider:
@@ -175,7 +173,7 @@ class VLMModule(L.LightningModule):
         return AnswerDecider(task, self.decide.samples, self.decide.sampling, self.seed, self.completion)
 
     def trace_generator(self, task: Task, kind: str | None = None) -> TraceGenerator:
-        """Returns the object that lets the starting weights write texts of a kind; None is ``traces.kind``."""
+        """Returns the generator of texts of a kind by the starting weights; None is ``traces.kind``."""
         describe = (kind or self.traces.kind) == "describe"
         hint, form = self.traces.label_hint, self.completion
         view = DescribeView(task, label_hint=hint) if describe else ReasonView(task, form=form)
@@ -185,13 +183,13 @@ class VLMModule(L.LightningModule):
 
     @property
     def start(self) -> StartingWeights:
-        """The weights that the stage starts from, read once: the folder may hold its own weights later."""
+        """The weights that the stage starts from; read once, since the stage may later write to the same folder."""
         if self._start is None or self._start.path != self.adapter_path:
             self._start = StartingWeights.read(self.adapter_path)
         return self._start
 
     def configure_model(self) -> None:
-        """Builds the weights once, and lets the stage complete its views with texts that only weights can write."""
+        """Builds the weights once, completes the views with generated texts, and shards the weights."""
         if self.model is None:
             self.model = self.build_model()
             set_train_mode(self.model)  # Frozen parts (a tower's BatchNorm) stay in eval mode.
@@ -207,7 +205,7 @@ class VLMModule(L.LightningModule):
         """Returns the weights that the stage starts from.
 
         Raises:
-            ValueError: ``adapter_path`` is of another base or size, or reviews another model's traces.
+            ValueError: If ``adapter_path`` belongs to another base, has other LoRA options, or is a calibrator.
         """
         if self.adapter_path is not None and REVIEWED in (info := read_info(self.adapter_path)):
             raise ValueError(
@@ -217,23 +215,23 @@ class VLMModule(L.LightningModule):
         return self.vlm.build(self.adapter_path)
 
     def models(self) -> Sequence[nn.Module]:
-        """Returns the models that a sharding strategy shards, the trained one first."""
+        """Returns the models that a sharding strategy shards, the trained model first."""
         return [self.policy]
 
     def prepare_views(self) -> None:
-        """Completes the views with texts that the weights have to write; called before the loaders are made."""
+        """Completes the views with texts that the weights generate; called before loaders are made."""
 
     # ------------------------------------------------------------------ optimisation
 
     def configure_optimizers(self) -> Any:
-        """Returns the optimizer of all trainable parameters, and its schedule."""
+        """Returns the optimizer of all trainable parameters and its schedule."""
         batches = len(self.data.train_dataloader())
         return self.optim.build(self, count_steps(self.trainer, batches, self.updates.per_batch))
 
     def optimizer_step_on(
         self, micro_batches: Sequence[T], loss: Callable[[T], Tensor], has_samples: bool = True
     ) -> StepResult:
-        """Makes one optimizer step (manual optimisation); see :class:`OptimizerStep`."""
+        """Runs one optimizer step on micro-batches; :class:`OptimizerStep` documents the arguments."""
         parameters, norm = trainable(self), self.updates.max_grad_norm
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
@@ -249,12 +247,12 @@ class VLMModule(L.LightningModule):
         return metrics
 
     def evaluate(self, batch: VideoBatch, split: str) -> dict[str, tuple[Prediction, ...]]:
-        """Decides about a batch; the predictions go to callbacks."""
+        """Decides about a batch and returns the predictions for callbacks."""
         decider, metrics = self.decider(self.data.task), self.metrics_of(split)
         return {"predictions": evaluate_batch(decider, self.vlm, self.policy, batch, split, metrics)}
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> Any:
-        """Decides about a batch of ``val``; after a signal to one of several ranks it passes over the rest."""
+        """Decides about a batch of ``val``; a rank of several that has received a signal skips it."""
         nothing: dict[str, tuple[Prediction, ...]] = {"predictions": ()}
         return run_unless_stopped(self.trainer.strategy, partial(self.evaluate, batch, "val"), nothing)
 
@@ -263,16 +261,16 @@ class VLMModule(L.LightningModule):
         return self.evaluate(batch, self.data.test_split_names[dataloader_idx])
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/*``."""
+        """Logs the metrics of ``val``."""
         self.log_dict(self.metrics_of("val").compute("val"))
 
     def on_test_epoch_end(self) -> None:
-        """Logs ``<split>/*`` of every test split."""
+        """Logs the metrics of every test split."""
         for split in self.data.test_split_names:
             self.log_dict(self.metrics_of(split).compute(split))
 
     def predict_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Writes texts about a batch; the records go to ``callbacks/trace_writer.py``."""
+        """Generates texts about a batch and returns the records for ``callbacks/trace_writer.py``."""
         warn_unreadable(batch, "no text written")
         if not bool(batch.sample_mask.any()) or self._written.issuperset(batch.video_ids):
             return {"traces": ()}
@@ -282,15 +280,16 @@ class VLMModule(L.LightningModule):
     # ------------------------------------------------------------------ checkpoints and artefacts
 
     def stateful(self) -> Mapping[str, Stateful]:
-        """Returns the objects whose state belongs into checkpoints, by name; they are the same on every rank."""
+        """Returns the objects whose state checkpoints store, by name; their state must be equal on every rank."""
         return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the trained weights only: the base is identified by its hash."""
+        """Removes all weights that are not trained; the base is identified by its hash."""
         checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"], self.also_saved_adapter)
 
     def lineage(self, folder: Path) -> Lineage:
-        """Returns where the weights come from that are written into ``folder``."""
+        """Returns the origin of the weights that are written to ``folder``."""
+        # A new adapter on full weights of an earlier stage has these weights as its base.
         on_weights = isinstance(self.policy, PeftModel) and self.start.full
         return Lineage(
             stage=self.stage_name,
@@ -311,10 +310,10 @@ class VLMModule(L.LightningModule):
         return export_weights(self.policy, run_dir, self.lineage(run_dir).info(), self.vlm.processor)
 
     def export_adapter(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes the trained adapter, with the weights ``state`` if given, as a folder that ``adapter_path`` takes."""
+        """Writes the trained adapter to ``folder`` for ``adapter_path``, with the weights ``state`` if given."""
         save_adapter(self.policy, folder, self.trained_adapter, self.lineage(folder).info(), state=state)
 
 
 def _metric_key(split: str) -> str:
-    """Returns the name under which the metrics of a split are a submodule, which may not hold a dot."""
+    """Returns the name of the submodule of a split's metrics, which may not contain a dot."""
     return split.replace(".", "_")

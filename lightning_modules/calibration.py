@@ -1,13 +1,13 @@
 """Intuitive calibration, DeepIntuit's last stage (arXiv 2603.10300): a reviewer that reads the policy's traces.
 
-The policy samples K traces per clip, all kept, right or wrong. A second adapter on the same base, the *calibrator*, is
-shown video and trace and learns the label; at test its probabilities are averaged over K traces, then
+The policy samples K traces per clip, which are all kept, right or wrong. A second adapter on the same base, the
+*calibrator*, learns the label from video and trace; at test, its probabilities are averaged over K traces and then
 temperature-scaled.
 
 Deviations from the paper:
-    1. One base in memory with two adapters; the calibrator starts as a copy of the policy's adapter (after full
-       fine-tuning: a fresh adapter on the policy's weights).
-    2. K traces at test as in training, at the same temperature, and a temperature fitted on ``cal``.
+    1. One base in memory has two adapters; the calibrator starts as a copy of the policy's adapter (after full
+       fine-tuning: as a new adapter on the policy's weights).
+    2. Test uses K traces, sampled as in training, and a temperature for the probabilities fitted on ``cal``.
 
 Shape letters: B clips, K traces per clip, C classes, N texts, L tokens.
 """
@@ -56,15 +56,14 @@ class CalibrationModule(VLMModule):
 
     Args:
         vlm: The model family and checkpoint (the top-level ``vlm`` section).
-        calibrator_path: A calibrator's ``adapter/``, to test it or to train it on. It names its policy, so that
-            ``adapter_path`` may then be null.
-        traces_file: Trace file of the policy; the traces that it lacks, and all if it is null, are sampled into the run
-            folder.
-        input: What the calibrator is shown; ``trace`` and ``video`` are ablations.
-        objective: ``tokens``: cross-entropy on the tokens of the true label; ``classes``: on the softmax over the
-            sequence likelihoods of all labels.
-        lora: Size of the calibrator's adapter where the policy has none (full fine-tuning).
-        traces: How the policy's traces are sampled, in training and at test alike.
+        calibrator_path: The ``adapter/`` of a calibrator to test or to continue training. It contains the path of its
+            policy, so that ``adapter_path`` may be null.
+        traces_file: Trace file of the policy; missing traces (all, if null) are sampled to the run folder.
+        input: Inputs of the calibrator; ``trace`` and ``video`` are ablations.
+        objective: ``tokens`` is the cross-entropy of the tokens of the true label; ``classes`` that of the softmax over
+            the sequence likelihoods of all labels.
+        lora: Options of the calibrator's adapter if the policy has none (full fine-tuning).
+        traces: Sampling options of the policy's traces, in training and at test.
     """
 
     stage: ClassVar[str] = "calibration"
@@ -100,7 +99,7 @@ class CalibrationModule(VLMModule):
         """Connects the data module.
 
         Raises:
-            ValueError: There is no calibrator to test.
+            ValueError: If there is no calibrator to test.
         """
         if self.calibrator_path is None and stage in ("test", "validate"):
             raise ValueError(
@@ -109,10 +108,10 @@ class CalibrationModule(VLMModule):
         super().setup(stage)
 
     def read_artefacts(self, task: Task) -> None:
-        """Takes policy and temperature from the calibrator's folder.
+        """Reads the path of the policy and the temperature from the calibrator's folder.
 
         Raises:
-            ValueError: It is no calibrator, or is of another policy, input or class list.
+            ValueError: If the folder is not a calibrator, or belongs to another policy, input or class list.
         """
         if self.calibrator_path is None:
             return
@@ -131,11 +130,11 @@ class CalibrationModule(VLMModule):
         self.scaling.temperature = found.temperature
 
     def build_model(self) -> nn.Module:
-        """Builds the policy, and beside it the calibrator, which is active except where the policy samples."""
+        """Builds the policy and attaches the calibrator, which is active except while the policy samples."""
         return self.reviewer.attach(super().build_model(), self.calibrator_path)
 
     def trace_generator(self, task: Task, kind: str | None = None) -> TraceGenerator:
-        """Returns the object that lets the policy, not the calibrator, write."""
+        """Returns a generator that activates the policy instead of the calibrator."""
         return replace(super().trace_generator(task, kind), writer_active=self.reviewer.policy_active)
 
     # ------------------------------------------------------------------ traces and views
@@ -145,11 +144,11 @@ class CalibrationModule(VLMModule):
         return ReviewDecider(task, self.input, self.scaling.temperature, self._policy_traces)
 
     def train_view(self, task: Task) -> ClipView:
-        """Returns traces with the true label behind each, or with all labels."""
+        """Returns the view with the true label (objective ``tokens``) or all labels behind each trace."""
         return self.decider(task).review("target" if self.objective == "tokens" else "all")
 
     def prepare_views(self) -> None:
-        """Collects the policy's traces of every split that this run looks at."""
+        """Collects the policy's traces of all splits of this run and connects the views."""
         data, task = self.data, self.data.task
         splits = {
             TrainerFn.FITTING: [split for split in ("train", "val", "cal") if data.clips(split)],
@@ -161,10 +160,10 @@ class CalibrationModule(VLMModule):
         data.connect(train_view=self.train_view(task), eval_view=self.decider(task).view)
 
     def collect_traces(self, splits: Sequence[str]) -> dict[str, tuple[TraceRecord, ...]]:
-        """Returns the traces by video id; those that the trace file lacks are sampled now.
+        """Returns the traces by video id; traces that are missing in the trace file are sampled.
 
         Raises:
-            ValueError: The file is of another policy, task, prompt or sampling.
+            ValueError: If the file belongs to another policy, task, prompt or sampling.
         """
         generator = self.trace_generator(self.data.task, "reason")
         samples, found = self.traces.samples, dict[str, tuple[TraceRecord, ...]]()
@@ -185,9 +184,9 @@ class CalibrationModule(VLMModule):
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> None:
-        """Makes one optimizer step on the cross-entropy of the label behind video and trace."""
+        """Runs one optimizer step on the cross-entropy of the label behind video and trace."""
         texts, names = batch.valid_texts, len(self.data.label_names)
-        # Per token of the true labels, or per closed-set question.
+        # The divisor of the loss: tokens of the true labels, or closed-set questions.
         own = texts.loss_mask.sum() if self.objective == "tokens" else texts.loss_mask.any(dim=1).sum() // names
         count = mean_over_ranks(self.trainer, own)
         losses: list[Tensor] = []
@@ -205,7 +204,7 @@ class CalibrationModule(VLMModule):
             self.log_dict({"train/grad_norm": step.grad_norm, "train/learning_rate": step.learning_rate})
 
     def review_loss(self, logprobs: Tensor, batch: VideoBatch, count: Tensor) -> Tensor:
-        """Returns the cross-entropy of some clips, divided by the count of the whole optimizer step."""
+        """Returns the summed cross-entropy of a micro-batch, divided by the count of the whole optimizer step."""
         texts = batch.valid_texts
         if self.objective == "tokens":
             return weighted_text_loss(
@@ -223,12 +222,12 @@ class CalibrationModule(VLMModule):
     # ------------------------------------------------------------------ temperature
 
     def on_validation_epoch_start(self) -> None:
-        """Fits the temperature of the weights as they are, before they are validated."""
+        """Fits the temperature to the current weights, so that validation uses it."""
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.fit_temperature()
 
     def fit_temperature(self) -> None:
-        """Fits the temperature on ``cal``, which serves nothing else."""
+        """Fits the temperature on split ``cal``, which has no other use."""
         data = self.data
         if not data.clips("cal"):
             rank_zero_warn("calibration: there is no split cal, so the temperature stays 1")
@@ -238,30 +237,30 @@ class CalibrationModule(VLMModule):
             self.scaling.fit(self.vlm, self.policy, batches, data.label_names, self.trainer.global_step)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/*`` and the temperature."""
+        """Logs the metrics of ``val`` and the temperature."""
         super().on_validation_epoch_end()
         self.log("val/temperature", self.scaling.temperature)
 
     def on_test_epoch_end(self) -> None:
-        """Logs ``<split>/*`` and the temperature of every test split."""
+        """Logs the metrics and the temperature of every test split."""
         super().on_test_epoch_end()
         self.log_dict({f"{split}/temperature": self.scaling.temperature for split in self.data.test_split_names})
 
     def stateful(self) -> Mapping[str, Stateful]:
-        """Returns the temperature."""
+        """Returns the temperature scaling, which checkpoints store."""
         return {"temperature": self.scaling}
 
-    # ------------------------------------------------------------------ what it hands on
+    # ------------------------------------------------------------------ artefacts
 
     def lineage(self, folder: Path) -> Lineage:
-        """Returns where the calibrator comes from, with what is needed to run it."""
+        """Returns the origin of the calibrator, with the entries that are needed to run it."""
         policy = policy_reference(self.start, folder, Path(self.trainer.default_root_dir))
         extra = calibrator_entries(self.scaling.temperature, self.input, self.objective, policy, self.traces)
         return replace(super().lineage(folder), extra=extra)
 
     def export(self, run_dir: Path) -> Path:
-        """Writes the calibrator to ``run_dir/adapter``, and its policy inside."""
+        """Writes the calibrator, with a copy of its policy's adapter inside, to ``run_dir/adapter``."""
         stale = self.scaling.fitted_at != self.trainer.global_step
-        if stale and self.trainer.state.status != TrainerStatus.INTERRUPTED:  # An interrupted fit has to end soon.
+        if stale and self.trainer.state.status != TrainerStatus.INTERRUPTED:  # An interrupted fit has to end quickly.
             self.fit_temperature()
         return export_reviewer(self.policy, self.start, run_dir, self.lineage(run_dir / "adapter").info())

@@ -1,14 +1,15 @@
 """GRPO on rule rewards, DeepIntuit's second stage (arXiv 2603.10300).
 
-A training step reads as the paper: sample rollouts, gather their rewards, advantages, micro-batches, log-probs of the
-policies that are not trained, then an optimizer step on each minibatch. ``docs/grpo.md`` has every option.
+A training step samples rollouts, gathers their rewards over ranks, computes advantages, splits the rollouts into
+micro-batches, scores them with the old and the reference policy, and runs an optimizer step on each minibatch.
+``docs/grpo.md`` describes every option.
 
 Shape letters: B prompts of a step (``batch_size``), G completions per prompt, N = B·G rows, L tokens.
 
 Deviations from the paper:
-    1. With one optimizer step per rollout batch the old log-probs are those of the same forward, without gradient.
-    2. Log-probs are those under the sampling temperature, as the sampler's are.
-    3. Dead groups (equal rewards) may be sampled again, ``rollouts.resample`` times; off by default.
+    1. With one optimizer step per rollout batch, the old log-probs are those of the same forward, without gradient.
+    2. Log-probs are computed at the sampling temperature, like those of the sampler.
+    3. Groups with equal rewards may be sampled again, ``rollouts.resample`` times; off by default.
 """
 
 from __future__ import annotations
@@ -71,12 +72,12 @@ from vidreason.rewards.format import FormatReward
 
 @dataclass(frozen=True)
 class PolicyUpdateOptions(UpdateOptions):
-    """How the optimizer steps on a rollout batch are made.
+    """Options of the optimizer steps on a rollout batch.
 
     Args:
-        clips_per_forward: Prompts that go through the model at once, each with its completions; null is a whole
-            minibatch. It bounds the memory and, but for loss type bnpo, changes neither loss nor gradient.
-        max_grad_norm: Largest norm of the gradient; a larger one is scaled down to it. 0 does not clip.
+        clips_per_forward: Prompts per micro-batch, each with all its completions; null is a whole minibatch. It limits
+            memory and, except for loss type bnpo, changes neither loss nor gradient.
+        max_grad_norm: Norm to which larger gradients are scaled down; 0 disables clipping.
         inner_epochs: Passes over each rollout batch.
         minibatches: Optimizer steps per pass.
     """
@@ -94,27 +95,27 @@ class PolicyUpdateOptions(UpdateOptions):
 
     @property
     def per_batch(self) -> int:
-        """Optimizer steps on each rollout batch."""
+        """Number of optimizer steps per rollout batch."""
         return self.inner_epochs * self.minibatches
 
     def prompts_per_forward(self, prompts: int) -> int:
-        """Returns how many of the prompts of a step go through the model at once: at most those of a minibatch."""
+        """Returns the number of prompts per forward pass, which is at most that of a minibatch."""
         minibatch = max(1, prompts // self.minibatches)
         return min(minibatch, self.clips_per_forward or minibatch)
 
 
 class GRPOModule(VLMModule):
-    """Refines a policy that reasons before it answers on the rewards of its own completions.
+    """Trains a policy that reasons before it answers on the rewards of its own completions.
 
     Args:
         vlm: The model family and checkpoint (the top-level ``vlm`` section).
         rewards: Reward functions, each with its weight; null is accuracy and format, weight 1 each.
-        rollouts: How completions are sampled.
-        loss: The policy loss and its coefficients; ``class_path`` names one of your own.
-        updates: How the optimizer steps on a rollout batch are made.
+        rollouts: Options of the rollouts.
+        loss: The policy loss and its coefficients; ``class_path`` may name a subclass of ``PolicyLoss``.
+        updates: Options of the optimizer steps on a rollout batch.
         optim: The optimizer and its learning rate.
-        decide: How ``val`` is decided.
-        traces: What ``predict`` writes.
+        decide: Options of decisions about clips.
+        traces: Options of the texts that ``vidreason predict`` writes.
     """
 
     stage: ClassVar[str] = "grpo"
@@ -156,28 +157,28 @@ class GRPOModule(VLMModule):
             self.print("grpo: no adapter_path given, the policy starts from the base")
 
     def train_view(self, task: Task) -> ClipView:
-        """Returns the reasoning prompt, without targets, of the clips that have a label."""
+        """Returns the reasoning prompt without target texts, for clips with a label."""
         return RewardedView(task, form=self.completion)
 
     def build_model(self) -> nn.Module:
-        """Builds the policy and, if the loss needs it, keeps a copy of it as it starts."""
+        """Builds the policy and, if the loss needs it, a frozen copy as reference."""
         model = super().build_model()
         if self.loss.needs_reference:
             self.reference = add_reference(model)
         return model
 
     def models(self) -> Sequence[nn.Module]:
-        """Returns the policy, and the reference where it is a model of its own."""
+        """Returns the policy and, with full fine-tuning, the reference model."""
         return [self.policy] if self.reference is None else [self.policy, self.reference]
 
     def stateful(self) -> Mapping[str, Stateful]:
-        """Returns what is counted over the whole fit."""
+        """Returns the counters of rollouts, which checkpoints store."""
         return {"rollouts": self.counters}
 
     # ------------------------------------------------------------------ the step
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> dict[str, RolloutOutput]:
-        """Samples a rollout batch and makes the optimizer steps on it."""
+        """Samples a rollout batch and runs the optimizer steps on it."""
         clock = Stopwatch()
         rollouts = self.sample(batch, clock)
         groups = tuple(group for part in rollouts for group in part.groups)
@@ -186,6 +187,7 @@ class GRPOModule(VLMModule):
             table = own.gathered(partial(all_gather_rows, self))
             self.counters.add(table.valid())
             self.counters.check_parsed(self.rollouts.max_unparsed_steps, groups[0].rollouts[0].completion.text)
+            # Scale "batch" needs the rewards of all ranks; this rank's rows follow those of the ranks before it.
             everyone = group_relative_advantages(table.total_rewards(), scale=self.loss.scale)
             advantages = everyone[self.global_rank * len(groups) :][: len(groups)]
         micro_batches = make_micro_batches(rollouts, advantages, batch.sample_mask, self.loss.mask_truncated)
@@ -198,7 +200,7 @@ class GRPOModule(VLMModule):
         return {"rollouts": RolloutOutput(groups, advantages, batch.sample_mask)}
 
     def sample(self, batch: VideoBatch, clock: Stopwatch) -> list[ScoredRollouts]:
-        """Samples and rewards a batch on unsharded weights: ranks may write unequal lengths."""
+        """Samples and scores a batch on unsharded weights, since ranks may sample different lengths."""
         assert self._sampler is not None
         size = self.policy_updates.prompts_per_forward(len(batch))
         work = partial(self._sampler.sample, self.policy, batch, size, self.global_step, clock)
@@ -208,7 +210,7 @@ class GRPOModule(VLMModule):
         return rollouts
 
     def with_frozen_logprobs(self, micro_batches: Sequence[MicroBatch], clock: Stopwatch) -> list[MicroBatch]:
-        """Adds the log-probs of the policy before its updates (if there are several) and of the reference."""
+        """Adds the log-probs of the policy before several updates, and those of the reference policy."""
         policy, temperature, found = self.policy, self.rollouts.sampling.temperature, list(micro_batches)
         if self.policy_updates.per_batch > 1:
             with clock("old_log_prob"):
@@ -220,7 +222,7 @@ class GRPOModule(VLMModule):
         return found
 
     def update(self, minibatch: Sequence[MicroBatch]) -> None:
-        """Makes one optimizer step on micro-batches, divided by the counts of all of them on all ranks."""
+        """Runs one optimizer step on micro-batches, with losses divided by the counts of the step on all ranks."""
         counts = StepCounts(*mean_over_ranks(self.trainer, torch.stack(count_step(minibatch))).unbind())
         losses: list[PolicyLossOutput] = []
         gaps: list[Tensor] = []
@@ -248,7 +250,7 @@ class GRPOModule(VLMModule):
 
         has_samples = bool(counts.completions)
         step = self.optimizer_step_on(minibatch, loss, has_samples)
-        # The two reductions run on every rank, whether it has samples or not.
+        # The two reductions are collective operations, so that they run with or without samples.
         values = update_statistics(losses)
         reduce = self.trainer.strategy.reduce
         means = reduce(torch.stack(list(values.values())), reduce_op="mean")
@@ -261,7 +263,7 @@ class GRPOModule(VLMModule):
     def log_rollouts(
         self, table: RolloutTable, own: RolloutTable, rollouts: Sequence[ScoredRollouts], clock: Stopwatch
     ) -> None:
-        """Logs what all ranks sampled, and where the time of this rank went."""
+        """Logs statistics of the rollouts of all ranks, and times of this rank in seconds."""
         valid, size = table.valid(), len(own.values)
         prompts = torch.cat([prompt_tokens(part.batch.prompts) for part in rollouts])
         shared = self.vlm.route != "naive"

@@ -1,12 +1,12 @@
 """Supervised fine-tuning on texts: captions, the model's own rationales, traces, or labels.
 
-RB-FT (arXiv 2511.15923) is rationale, then label; DeepIntuit (arXiv 2603.10300) begins with traces (*cold start*).
-Deviations from the papers:
-    1. The cold start may compose its traces from the model's own descriptions and the training labels; no teacher.
+RB-FT (arXiv 2511.15923) trains on rationales, then on labels; DeepIntuit (arXiv 2603.10300) begins with traces (its
+*cold start*). Deviations from the papers:
+    1. The cold start can compose traces from the model's own descriptions and the training labels, without a teacher.
     2. Reasoning and answer tokens are averaged separately (``targets.answer_weight``), see ``functional/losses.py``.
-    3. K texts of a clip stand behind one encoding of its video.
+    3. The K texts of a clip share one encoding of its video.
 
-The loss is a mean over the target tokens of the whole optimizer step, whatever the micro-batches and ranks.
+The loss is a mean over the target tokens of the whole optimizer step, for any micro-batches and number of ranks.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from vidreason.run_folder import TRACES_FILE
 
 
 class RationaleSFTModule(VLMModule):
-    """Learns texts about videos by next-token prediction, including the end of turn.
+    """Trains on texts about videos by next-token prediction, including the end of turn.
 
     Args:
         vlm: The model family and checkpoint (the top-level ``vlm`` section).
-        targets: Which texts are learnt.
-        traces_file: Trace file with the texts for ``rationale`` and ``trace``; null lets the starting weights write one
-            into the run folder, as ``traces`` says.
+        targets: Options of the target texts.
+        traces_file: Trace file with the texts for ``rationale`` and ``trace``; if null, the starting weights write one
+            to the run folder with the options ``traces``.
     """
 
     supports_masked_samples: ClassVar[bool] = True
@@ -61,24 +61,24 @@ class RationaleSFTModule(VLMModule):
 
     @property
     def stage_name(self) -> str:
-        """``sft_caption``, ``sft_rationale``, ``sft_trace`` or ``sft_label``."""
+        """Name of the stage: ``sft_caption``, ``sft_rationale``, ``sft_trace`` or ``sft_label``."""
         return f"sft_{self.targets.kind}"
 
     # ------------------------------------------------------------------ targets
 
     def setup(self, stage: str) -> None:
-        """Connects the data module; a fit on captions is validated by the loss on the captions of ``val``."""
+        """Connects the data module; a fit on captions gets those of ``val`` for its validation loss."""
         super().setup(stage)
         if self.targets.kind == "caption" and stage == "fit" and not self.data.brings_texts:
             captions = caption_targets(self.data.clips("val"), self.targets.caption_field)
             self.data.connect(eval_view=DescribeView(self.data.task, texts=captions))
 
     def train_view(self, task: Task) -> ClipView:
-        """Returns the labels, which are known at once; ``prepare_views`` replaces them by other targets."""
+        """Returns the view with labels as targets; ``prepare_views`` replaces it for other targets."""
         return LabelView(task)
 
     def prepare_views(self) -> None:
-        """Looks the target texts up; the starting weights write them if no file is given."""
+        """Connects the view with the target texts, which the starting weights write if no file is given."""
         if self.targets.kind == "label" or self.data.brings_texts or self.trainer.state.fn != "fit":
             return
         texts, clips, task = self.target_texts(), self.data.clips("train"), self.data.task
@@ -103,7 +103,7 @@ class RationaleSFTModule(VLMModule):
         """Returns the target texts of the training clips by video id.
 
         Raises:
-            ValueError: The trace file is of other weights, another prompt or another task.
+            ValueError: If the trace file belongs to other weights, another prompt or another task.
         """
         clips, targets = self.data.clips("train"), self.targets
         if targets.kind == "caption":
@@ -127,9 +127,10 @@ class RationaleSFTModule(VLMModule):
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> None:
-        """Makes one optimizer step on the mean negative log-likelihood of the target tokens."""
+        """Runs one optimizer step on the mean negative log-likelihood of the target tokens."""
         texts = batch.valid_texts
         own = count_tokens(texts.loss_mask, texts.answer_mask)
+        # Every micro-batch is divided by these counts of the whole step (see functional/losses.py).
         means = (mean_over_ranks(self.trainer, count) for count in (own.reasoning, own.answer))
         counts = TokenCounts(*means)
         losses: list[TextLoss] = []
@@ -169,7 +170,7 @@ class RationaleSFTModule(VLMModule):
     # ------------------------------------------------------------------ validation
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> Any:
-        """Decides about a batch of ``val``; a fit on captions computes the loss on its captions."""
+        """Decides about a batch of ``val``; for captions as targets, computes their loss instead."""
         if self.targets.kind != "caption":
             return super().validation_step(batch, batch_idx)
         loss, right, tokens = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
@@ -178,13 +179,13 @@ class RationaleSFTModule(VLMModule):
             loss = self.text_loss(scores.logprobs, texts, count_tokens(texts.loss_mask, texts.answer_mask)).loss
             tokens = int(texts.loss_mask.sum())
             right = greedy_tokens(scores, texts) / max(tokens, 1)
-        # Every rank logs, also one without a caption: what is logged is summed over ranks.
+        # Every rank logs, also without a caption, since sync_dist is a collective operation.
         self.log("val/loss", loss, prog_bar=True, batch_size=tokens, sync_dist=True)
         self.log("val/mean_token_accuracy", right, batch_size=tokens, sync_dist=True)
         return {"predictions": ()}
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/*``, and prints how many completions parse."""
+        """Logs the metrics of ``val`` and prints the share of completions that parse."""
         clips = self.metrics_of("val").clips()
         if self.targets.kind == "caption":
             return
@@ -195,5 +196,5 @@ class RationaleSFTModule(VLMModule):
 
 
 def greedy_tokens(scores: Scores, texts: TextBatch) -> Tensor:
-    """Counts the target tokens that greedy decoding would write after the target so far, a scalar."""
+    """Returns the number of target tokens, [], that greedy decoding would choose after the preceding target tokens."""
     return scores.greedy[texts.loss_mask].sum()

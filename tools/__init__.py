@@ -1,1 +1,1 @@
-"""Tools for working on the package itself; not installed."""
+"""Tools for the development of the package, which are not installed."""

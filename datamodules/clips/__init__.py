@@ -1,1 +1,1 @@
-"""From a clip's file to a batch: decoding, frame sampling, order and collation."""
+"""Reading of clips: decoding, sampling of frames, order of clips, and collation into batches."""

@@ -16,8 +16,8 @@ class BatchCollator:
     """Encodes the clips of a batch and lists those that could not be read.
 
     Args:
-        encoder: The model family's.
-        label_names: Index of a label is its place here.
+        encoder: The encoder of the model family.
+        label_names: Class names; the index of a label is its position.
     """
 
     def __init__(self, encoder: BatchEncoder, label_names: Sequence[str]) -> None:
@@ -45,6 +45,7 @@ def _alike(items: Sequence[LoadedClip]) -> list[Example]:
     An encoder that accepts the other clips then accepts them as well.
     """
     examples = [item.content for item in items if item.content is not None]
+    # Some processors accept only clips of one shape in a batch.
     read = next((e.sample for e, item in zip(examples, items, strict=True) if item.failed is None), None)
     return [
         e if item.failed is None else replace(e, sample=blackened(e.sample, read))

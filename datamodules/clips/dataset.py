@@ -28,7 +28,7 @@ class ClipKey(NamedTuple):
     position: int
     epoch: int
     valid: bool = True
-    """False for a clip that only gives this rank as many clips as the others have; it does not count"""
+    """False for a clip that only gives this rank as many clips as the others have; it does not count."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class LoadedClip:
     """One item of the dataset, or the reason why the clip could not be read."""
 
     content: Example | None
-    """None if the clip could not be read in evaluation; in training it is a placeholder video then"""
+    """None if the clip could not be read in evaluation; in training it is a placeholder video then."""
     decode_ms: float
     valid: bool = True
-    """As in ``ClipKey``"""
+    """False for a clip that only gives this rank as many clips as the others have."""
     failed: FailedClip | None = None
-    """Why the clip could not be read"""
+    """Why the clip could not be read."""
 
 
 def ignore_signals_in_worker(worker: int) -> None:
-    """Lets a worker ignore Ctrl-C and SIGTERM sent to the whole process group; only its parent process ends it.
+    """Makes a worker ignore Ctrl-C and SIGTERM to the process group, so that only its parent process ends it.
 
     Args:
-        worker: Number of the worker; a ``worker_init_fn`` gets it.
+        worker: Number of the worker, which a ``worker_init_fn`` receives.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
@@ -67,10 +67,10 @@ class ClipDataset(Dataset[LoadedClip]):
     """A dataset of decoded clips with the prompts and texts of a view.
 
     Args:
-        clips: What to read.
-        view: Prompt and texts of a clip.
-        frames: Which frames to take.
-        seed: Of the jitter in training.
+        clips: The clips.
+        view: Defines the prompt and texts of a clip.
+        frames: Options of the sampled frames.
+        seed: Seed of the jitter in training.
         train: If True, segment sampling is jittered, and a clip that cannot be read becomes a placeholder video that
             does not count, since every rank has to run its part of a batch.
     """
@@ -124,7 +124,7 @@ class ClipDataset(Dataset[LoadedClip]):
             found = clip.path.stat()
         except OSError:
             return ""
-        key = (str(clip.path), found.st_mtime_ns, found.st_size)
+        key = (str(clip.path), found.st_mtime_ns, found.st_size)  # a file that was replaced is hashed again
         if key not in self._contents:
             self._contents[key] = content_sha(clip.path)
         return self._contents[key]

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as vision
 from vidreason.datamodules.types import FrameTiming
 
 NOMINAL_FPS = 25.0
-"""Assumed frames per second where there are no times: pictures in an archive, placeholder videos"""
+"""Assumed frames per second of videos without times: pictures in an archive, placeholder videos."""
 
 
 class DecodeError(ValueError):
@@ -27,13 +27,13 @@ class DecodedVideo:
     timing: FrameTiming
     frames_in_file: int
     reader: str
-    """decord, pyav, zip or memory"""
+    """``decord``, ``pyav``, ``zip`` or ``memory``."""
     partial: bool = False
-    """True where parts of the file could not be read."""
+    """True if parts of the file could not be read."""
 
 
 def fit_size(height: int, width: int, max_pixels: int | None) -> tuple[int, int]:
-    """Returns the size reduced to a pixel budget, with the same aspect ratio; unchanged if it fits.
+    """Returns the size, reduced to ``max_pixels`` with the same aspect ratio if it is larger.
 
     Example:
         >>> fit_size(480, 640, 76_800)

@@ -37,14 +37,14 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FrameOptions:
-    """Which frames of a clip are taken, and how large they may be.
+    """Options of the frames that are taken from a clip.
 
     Args:
-        num_frames: Frames per clip; the most that ``fps`` sampling takes.
-        sampling: uniform (middles of equal stretches), segment (one of each stretch, at random in training) or fps.
-        fps: Frames per second that ``fps`` sampling takes.
-        max_pixels: Height x width that no frame exceeds; larger ones shrink, none grows.
-        reader: auto takes decord where it is installed and PyAV where decord fails.
+        num_frames: Frames per clip; for ``fps`` sampling, the largest number.
+        sampling: uniform (middles of equal segments), segment (one frame per segment, random in training) or fps.
+        fps: Frames per second of ``fps`` sampling.
+        max_pixels: Largest height x width of a frame; larger frames are shrunk, smaller ones stay.
+        reader: auto uses decord if it is installed, and PyAV for files that decord cannot read.
 
     Raises:
         ValueError: If a number is not positive, or fps sampling has no rate.
@@ -70,11 +70,11 @@ def read_frames(path: Path, options: FrameOptions, generator: torch.Generator | 
 
     Args:
         path: A video file, or a zip archive of pictures.
-        options: How many frames, which, how large, and by which reader.
-        generator: Jitters ``segment`` sampling; None takes the middle of each stretch.
+        options: Options of the frames.
+        generator: Source of the jitter of ``segment`` sampling; None takes the middle of each segment.
 
     Raises:
-        DecodeError: If no reader gets a single frame out of the file.
+        DecodeError: If no reader can read any frame of the file.
     """
     if not path.is_file():
         raise DecodeError(f"{path}: no such file")
@@ -106,8 +106,8 @@ def take_frames(frames: Tensor, fps: float, options: FrameOptions) -> DecodedVid
 
     Args:
         frames: [T, 3, H, W] uint8, all frames of the video.
-        fps: Their frames per second.
-        options: How many frames, which, and how large.
+        fps: Frames per second of the video.
+        options: Options of the frames.
     """
     indices = _chooser(options, None)(len(frames), fps)
     chosen = resize(frames[list(indices)], fit_size(frames.shape[2], frames.shape[3], options.max_pixels))
@@ -150,6 +150,7 @@ def _read_decord(decord: Any, path: Path, choose: FrameChooser, max_pixels: int 
         total, fps = len(reader), float(reader.get_avg_fps())
         if total == 0 or not (math.isfinite(fps) and fps > 0):
             raise DecodeError(f"{path}: decord: {total} frames at {fps} frames per second")
+        # Timestamps are [total, 2]: start and end of each frame in seconds.
         times = reader.get_frame_timestamp(list(range(total)))[:, 0].tolist()
         shown = choose_by_time(choose, times, fps)
         pixels = reader.get_batch(list(shown.frames)).asnumpy()

@@ -24,12 +24,12 @@ class Pictures:
     """The sampled pictures of an archive."""
 
     pictures: tuple[Tensor, ...]
-    """[T] of uint8 [3, H, W]; sizes may differ"""
+    """[T] of uint8 [3, H, W]; sizes may differ."""
     indices: tuple[int, ...]
-    """[T] indices among the readable pictures"""
+    """[T] indices among the readable pictures."""
     total: int
     partial: bool
-    """True if some pictures could not be read and were skipped"""
+    """True if some pictures could not be read and were skipped."""
 
 
 def read_pictures(path: Path, choose: Callable[[int], tuple[int, ...]]) -> Pictures:

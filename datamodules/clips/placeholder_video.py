@@ -11,7 +11,7 @@ from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.types import Clip, FrameTiming, VideoSample
 
 _SIDE = 224
-"""Height and width in pixels; every processor accepts this size"""
+"""Height and width in pixels; every processor accepts this size."""
 
 
 def blackened(sample: VideoSample, like: VideoSample | None = None) -> VideoSample:

@@ -30,7 +30,7 @@ def read_with_pyav(path: Path, choose: FrameChooser, max_pixels: int | None) -> 
     times, fps = _survey(path)
     shown = choose_by_time(choose, times, fps)
     scan = _scan(path, frozenset(shown.frames), max_pixels)
-    if len(scan.times) not in (len(times), 0):  # a damaged file has fewer frames than packets: choose among the frames
+    if len(scan.times) not in (len(times), 0):  # a damaged file has fewer frames than packets
         shown = choose_by_time(choose, scan.times, fps)
         scan = _scan(path, frozenset(shown.frames), max_pixels)
     missing = [index for index in shown.frames if index not in scan.frames]
@@ -46,7 +46,7 @@ class _Scan:
     """Result of one pass over a file."""
 
     times: list[float]
-    """Time of each decoded frame in seconds; NaN if the file has none"""
+    """Time of each decoded frame in seconds; NaN if the file has none."""
     frames: dict[int, Tensor]
     partial: bool
 

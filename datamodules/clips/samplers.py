@@ -23,7 +23,7 @@ class ResumableSampler(DistributedSampler[Any]):
     """A sampler that can start in the middle of an epoch."""
 
     consumed: tuple[int, int] = (0, 0)
-    """(epoch, clips of it that this rank had seen when the run was interrupted)"""
+    """Epoch in which the run was interrupted, and the number of its clips that this rank had seen."""
 
     @property
     def seen(self) -> int:
@@ -40,10 +40,10 @@ class ResumableLoader(DataLoader[Any]):
     """
 
     trainer: L.Trainer | None = None
-    """None outside of a fit"""
+    """None outside of a fit."""
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the epoch of the next batch and how many of its clips all ranks together have been trained on."""
+        """Returns the epoch of the next batch and the number of its clips that all ranks have been trained on."""
         sampler = self._sampler()
         assert self.trainer is not None
         assert self.batch_size is not None
@@ -52,7 +52,7 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": epoch, "clips": batches * self.batch_size * sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Lets the sampler continue after those clips."""
+        """Sets the sampler to continue after the clips of a saved state."""
         sampler = self._sampler()
         sampler.set_epoch(state["epoch"])
         sampler.consumed = (state["epoch"], state["clips"] // sampler.num_replicas)
@@ -63,14 +63,14 @@ class ResumableLoader(DataLoader[Any]):
 
 
 class SeededDistributedSampler(ResumableSampler):
-    """Shuffles by seed and epoch alone, on one process or many; Lightning calls its ``set_epoch``.
+    """Shuffles by seed and epoch only, for any number of processes; Lightning calls its ``set_epoch``.
 
     The epoch is part of each index, since persistent workers would not see it change on the dataset. If the number of
     clips is not divisible by the number of ranks, the first clips are repeated at the end, with ``valid=False``.
     """
 
     def __iter__(self) -> Iterator[ClipKey]:
-        """Yields this rank's clips of this epoch; in an epoch that was interrupted, those not seen yet."""
+        """Yields this rank's clips of the epoch; in an interrupted epoch, the clips that were not seen yet."""
         places = range(self.rank, self.total_size, self.num_replicas)  # in the order of all ranks together
         rest = islice(zip(places, self.order(), strict=True), self.seen, None)
         clips = len(self.dataset)  # type: ignore[arg-type]
@@ -82,12 +82,11 @@ class SeededDistributedSampler(ResumableSampler):
 
 
 class NonRepeatingDistributedSampler(DistributedSampler[Any]):
-    """Divides clips over ranks in their order without repeating any, for metrics.
+    """Distributes clips over ranks in order and without repetition, for metrics.
 
-    ``DistributedSampler`` repeats clips so that all ranks have equally many; metrics would count those twice.
-
-    A rank that would get no clip gets one with ``valid=False``: without a batch it would skip the validation in which
-    the other ranks wait for it.
+    ``DistributedSampler`` repeats clips so that all ranks have the same number; metrics would count these twice. A rank
+    without a clip gets one with ``valid=False``: without a batch it would skip the validation, in which the other ranks
+    would wait for it.
     """
 
     def __init__(self, dataset: ClipDataset, num_replicas: int, rank: int) -> None:
@@ -102,10 +101,10 @@ class NonRepeatingDistributedSampler(DistributedSampler[Any]):
 
 
 class BalancedSampler(SeededDistributedSampler):
-    """Draws as many clips as there are, with all labels equally frequent: every run of C draws has all C labels.
+    """Draws as many clips as there are, with all C labels equally frequent: each group of C draws has every label once.
 
-    Clips of a rare label come several times in an epoch, those of a frequent one not in every epoch; the clips of a
-    label take turns. An epoch depends on seed and epoch alone, so ranks share it.
+    Clips of a rare label occur several times in an epoch, and clips of a frequent label not in every epoch. The order
+    depends on seed and epoch only, so that all ranks have the same one.
     """
 
     def order(self) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """Sampling of frames and of balanced training clips, as pure functions of indices.
 
-The functions for frames return ascending positions in ``range(total)``. A clip with fewer frames than asked repeats
-some of them instead of failing.
+The functions for frames return ascending positions in ``range(total)``. If a clip has too few frames, some of them are
+repeated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 
 FrameChooser = Callable[[int, float], tuple[int, ...]]
-"""Maps (frames in the file, frames per second) to the positions to take, as if frames were evenly spaced"""
+"""Maps (frames in the file, frames per second) to the positions to take, as if frames were evenly spaced."""
 
 
 def uniform_indices(total: int, n: int) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ def fps_indices(total: int, file_fps: float, fps: float, max_frames: int) -> tup
     _check(total, max_frames)
     if not (file_fps > 0 and fps > 0):
         raise ValueError(f"frame rates must be positive, got {file_fps} for the file and {fps} for the sample")
-    count = max(int(total / file_fps * fps + 1e-3), 1)
+    count = max(int(total / file_fps * fps + 1e-3), 1)  # 1e-3 against rounding down of exact multiples
     if count > max_frames:
         return uniform_indices(total, max_frames)
     return tuple(min(int(i * file_fps / fps + 1e-3), total - 1) for i in range(count))
@@ -107,11 +107,11 @@ class ShownFrames:
     """Frames shown at chosen moments of a clip, expressed as for a clip of constant frame rate."""
 
     frames: tuple[int, ...]
-    """[T] positions in the file"""
+    """[T] positions in the file."""
     moments: tuple[int, ...]
-    """[T] in units of 1 / fps from the first frame on"""
+    """[T] times from the first frame on, in units of 1 / fps."""
     total: int
-    """length of the clip in those units"""
+    """Length of the clip in those units."""
     fps: float
 
 
@@ -121,10 +121,10 @@ def choose_by_time(choose: FrameChooser, times: Sequence[float], header_fps: flo
     At a constant frame rate, moments are frame positions. Otherwise a moment is as long as the shortest frame.
 
     Args:
-        choose: Which moments to take.
-        times: When each frame of the file is shown, ascending, in seconds; any origin. Times that make no sense (not
-            finite, not ascending) are passed over, and the frames taken for evenly spaced.
-        header_fps: What the file says its rate is; believed within 1 %.
+        choose: Chooses the moments.
+        times: Time of each frame of the file in seconds, ascending, with any origin. If times are invalid (not finite
+            or not ascending), frames are assumed to be evenly spaced.
+        header_fps: Frame rate in the file's header, which is used if it is within 1 % of that of the times.
 
     Example:
         >>> choose_by_time(lambda total, fps: uniform_indices(total, 2), (9.0, 9.1, 9.2, 9.3, 9.4, 14.0), 1.0).frames
@@ -132,7 +132,7 @@ def choose_by_time(choose: FrameChooser, times: Sequence[float], header_fps: flo
     """
     total = len(times)
     gaps = [later - earlier for earlier, later in pairwise(times)]
-    # a file that keeps no times answers with the smallest integers
+    # decord returns the smallest integers for a file without times
     if not gaps or not min(gaps) > 0 or not math.isfinite(sum(gaps)) or abs(times[0]) > 1e9:
         moments = choose(total, header_fps)
         return ShownFrames(moments, moments, total, header_fps)
@@ -144,7 +144,7 @@ def choose_by_time(choose: FrameChooser, times: Sequence[float], header_fps: flo
     unit = max(min(gaps), mean / 100)
     total = round((times[-1] - times[0]) / unit) + 1
     moments = choose(total, 1 / unit)
-    # containers round times to a clock of their own: a quarter late is in time
+    # containers round times to their own clock, so that a frame may start a quarter of a unit late
     frames = tuple(bisect_right(times, times[0] + (moment + 0.25) * unit) - 1 for moment in moments)
     return ShownFrames(frames, moments, total, 1 / unit)
 
@@ -153,13 +153,13 @@ def balanced_order(labels: Sequence[str | None], n: int, seed: int, epoch: int) 
     """Draws ``n`` clips so that all labels are equally frequent; an epoch continues where the last one ended.
 
     Args:
-        labels: Of every clip.
-        n: Clips to draw; the same in every epoch.
-        seed: Of the order.
-        epoch: Counted from 0.
+        labels: Label of every clip.
+        n: Number of clips to draw; the same in every epoch.
+        seed: Seed of the order.
+        epoch: Epoch, counted from 0.
 
     Returns:
-        [n] positions in ``labels``; the clips of a label are gone through in an order drawn anew for each lap.
+        [n] positions in ``labels``; each pass over the clips of a label has a new random order.
 
     Example:
         >>> labels = ["a", "a", "a", "b"]

@@ -1,1 +1,1 @@
-"""The embedded world of the demo: a porch seen by a doorbell camera, rendered in NumPy."""
+"""The embedded data set of the demo: a porch in the view of a doorbell camera, rendered in NumPy."""

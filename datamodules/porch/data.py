@@ -1,9 +1,9 @@
-"""PorchDataModule: the embedded open-instance world as a data set like any other.
+"""PorchDataModule: the embedded world with open instances as a data set.
 
-Clips are rendered to mp4 files with a manifest on first use and read back through the path that a user's own clips
-take. Train, val and cal are L0; ``test_L0`` to ``test_L4`` hold twin pairs (the same scene with one event edited so
-that the label flips), which share a group. What happened in each clip stands in ``facts.jsonl``, for scoring alone: it
-is no column of the manifest and cannot enter a prompt.
+Clips are rendered to mp4 files with a manifest on first use, and then read like a user's own clips. Splits train, val
+and cal have level L0; ``test_L0`` to ``test_L4`` contain twin pairs (the same scene with one event edited so that the
+label changes), which share a group. The facts of each clip are in ``facts.jsonl`` for scoring only: they are not in the
+manifest and cannot enter a prompt.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from vidreason.rewards.completion import render_completion
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 4
-"""Raised when the pictures or draws change, so that clips of an older version are not taken for current ones."""
+"""Incremented when pictures or draws change, so that clips of an older version are not used."""
 
 
 @dataclass(frozen=True)
 class _Item:
     split: str
-    """as in the manifest (``test_L0``)"""
+    """Name in the manifest, for example ``test_L0``."""
     stream: str
+    """Name in the random streams, a key of ``SPLIT_CODES``; all test levels share ``test``."""
     level: int
     index: int
     facts: Facts
@@ -51,22 +52,22 @@ class _Item:
 
 
 class PorchDataModule(ManifestDataModule):
-    """Doorbell-camera clips in which a fixed label set meets ever more open instances.
+    """Clips of a doorbell camera with a fixed label set and increasingly unseen instances per test level.
 
     Args:
-        data_dir: Where clips are rendered to, in a sub-folder named after what they depend on.
+        data_dir: Folder of rendered clips; each combination of settings has a sub-folder.
         train_clips: Clips of split train (L0, with the shortcut).
         val_clips: Clips of split val (L0).
         cal_clips: Clips of split cal (L0).
-        test_clips: Clips per test level; an even number, since they come as twin pairs.
+        test_clips: Clips per test level; an even number, since they are twin pairs.
         levels: Test levels, 0 to 4.
-        camera: ``mono`` shows the same world through a monochrome camera, which the embedded base has never seen.
-        policy: Two labels, normal and abnormal, in place of eight.
-        shortcut: How often, at L0, night goes with abnormal labels and the clothing with the label.
-        label_noise: Share of the training labels replaced by another one.
+        camera: ``mono`` renders for a monochrome camera, which the pretraining of the embedded base excludes.
+        policy: Use two labels, normal and abnormal, instead of eight.
+        shortcut: Share of L0 clips in which night correlates with abnormal labels and clothing with the label.
+        label_noise: Share of training labels that are replaced by another one.
         world_seed: Seed of the clips; null takes ``seed``.
-        teacher_traces: Where to write a teacher's traces about split train, for a cold start that is to learn from them
-            in place of the model's own; null writes none.
+        teacher_traces: File for a teacher's traces about split train, which a cold start may learn instead of the
+            model's own; null writes none.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class PorchDataModule(ManifestDataModule):
         return f"seed{self.world_seed}-{self.camera}-{digest}"
 
     def prepare_data(self) -> None:
-        """Renders the clips if they are not there, and writes the teacher's traces where they are asked for."""
+        """Renders the clips if they do not exist, and writes the teacher's traces if they are configured."""
         if not self.manifest.is_file():
             self._render()
         if self.teacher_traces is not None and not self._teacher_wrote:
@@ -117,10 +118,10 @@ class PorchDataModule(ManifestDataModule):
             self._teacher_wrote = True
 
     def write_teacher_traces(self, path: Path) -> None:
-        """Writes the rationales behind the clips of split train, rule and label included, as another model's traces.
+        """Writes rationales about the clips of split train, with rule and label, as traces of another model.
 
         Args:
-            path: The file; one that is there already is replaced.
+            path: The file; an existing file is replaced.
         """
         task = Task.from_yaml("tasks/porch_policy.yaml" if self.policy else "tasks/porch.yaml")
         draft = path.with_name(f"{path.name}.part{os.getpid()}")
@@ -135,7 +136,7 @@ class PorchDataModule(ManifestDataModule):
         draft.replace(path)
 
     def _render(self) -> None:
-        """The manifest is written last, so half a folder is never used."""
+        """Renders all clips to a temporary folder, which is then renamed, so that no incomplete folder is used."""
         items = self._items()
         _LOG.info("rendering %d clips into %s", len(items), self.folder)
         draft = self.folder.with_name(f"{self.folder.name}.part{os.getpid()}")
@@ -144,10 +145,10 @@ class PorchDataModule(ManifestDataModule):
                 self._write_clip(draft / "clips" / f"{item.name}.mp4", item)
             self._write_facts(draft / "facts.jsonl", items)
             self._write_manifest(draft / "manifest.csv", items)
-            if not self.manifest.is_file():  # no other process was faster
+            if not self.manifest.is_file():  # another process may have been faster
                 draft.rename(self.folder)
         finally:
-            shutil.rmtree(draft, ignore_errors=True)  # what was interrupted, or came second
+            shutil.rmtree(draft, ignore_errors=True)  # left by an interruption, or by the slower process
 
     def _read(self) -> None:
         self.prepare_data()
@@ -157,6 +158,7 @@ class PorchDataModule(ManifestDataModule):
         items = []
         for split, count in self.sizes.items():
             for i in range(count):
+                # Labels in turn, so that all classes of a split are about equally frequent.
                 facts = draw_facts(stream(self.world_seed, split, 0, i, "facts"), LABELS[i % len(LABELS)])
                 name = f"{split}/{i:05d}"
                 items.append(_Item(split, split, 0, i, facts, name, name))
@@ -210,7 +212,7 @@ class PorchDataModule(ManifestDataModule):
         return stream(self.world_seed, item.stream, item.level, item.index, "texts")
 
     def facts(self) -> dict[str, dict[str, str]]:
-        """What happened in each clip, by video id; for scoring descriptions, never for training."""
+        """Returns the facts of each clip by video id; for scoring descriptions, never for training."""
         self.prepare_data()
         lines = (self.folder / "facts.jsonl").read_text(encoding="utf-8").splitlines()
         return {row["video_id"]: row["facts"] for row in map(json.loads, lines)}

@@ -1,6 +1,7 @@
-"""Porch, the renderer: a scene to uint8 frames, in plain NumPy.
+"""The renderer of porch: draws a scene as uint8 frames in NumPy.
 
-Colours are hue, saturation and value in 0..1; images are float32 [HEIGHT, WIDTH, 3] in 0..255 until the last step.
+Colours are given as hue, saturation and value in 0..1; images are float32 [HEIGHT, WIDTH, 3] in 0..255 until the last
+step. Lengths are in pixels.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ Image = NDArray[np.float32]
 Frames = NDArray[np.uint8]
 Colour = NDArray[np.float32]
 _ENCODER = {"crf": "14", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
-"""One thread and no macroblock tree: on pictures this small x264's look-ahead reads memory that nobody has written, and
-the same frames then give other bytes now and then."""
+"""One thread and no macroblock tree: on pictures this small, the look-ahead of x264 reads uninitialised memory, so that
+equal frames sometimes give different bytes."""
 DOOR_HALF, DOOR_HEIGHT = 9, 33
 PARCEL_HALF, PARCEL_HEIGHT = 4, 7
 
 
 def render(scene: Scene, grain_rng: np.random.Generator, clutter_rng: np.random.Generator) -> Frames:
-    """Renders a clip, [FRAMES, HEIGHT, WIDTH, 3] uint8."""
+    """Renders a clip as [FRAMES, HEIGHT, WIDTH, 3] uint8."""
     backdrop = _backdrop(scene.looks, grain_rng)
     clutter = clutter_rng.random(16)
     frames = np.empty((FRAMES, HEIGHT, WIDTH, 3), np.float32)
@@ -37,7 +38,7 @@ def render(scene: Scene, grain_rng: np.random.Generator, clutter_rng: np.random.
 
 
 def to_mono(frames: Frames) -> Frames:
-    """What a monochrome camera sees of the same scene: BT.601 luma in all three channels."""
+    """Converts frames to those of a monochrome camera: BT.601 luma in all three channels."""
     luma = frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     grey: Frames = np.repeat(luma.round().astype(np.uint8)[..., None], 3, axis=-1)
     return grey
@@ -91,8 +92,9 @@ def _backdrop(looks: Looks, rng: np.random.Generator) -> Image:
 def _draw_frame(image: Image, scene: Scene, t: int, clutter: NDArray[np.float64]) -> None:
     looks, x = scene.looks, scene.x[t]
     if looks.night:
-        image *= np.array([0.42, 0.45, 0.58], np.float32)
+        image *= np.array([0.42, 0.45, 0.58], np.float32)  # darker and bluish
     light = np.float32(0.62 if looks.night else 1.0)
+    # The door is open once the person has gone inside, and in the frame before.
     if scene.facts.exits == "door" and (np.isnan(x) or t + 1 < FRAMES and np.isnan(scene.x[t + 1])):
         left, right, top = looks.door_x - DOOR_HALF, looks.door_x + DOOR_HALF, looks.ground - DOOR_HEIGHT
         _fill(image, left, top, right, looks.ground, _rgb(0.1, 0.3, 0.08))
@@ -175,13 +177,14 @@ def _sense(frames: Image, scene: Scene, rng: np.random.Generator, clutter: NDArr
         shifts = rng.integers(-sensor.jitter, sensor.jitter + 1, size=(FRAMES, 2))
         for t, (dy, dx) in enumerate(shifts):
             frames[t] = np.roll(frames[t], (int(dy), int(dx)), axis=(0, 1))
+    # Uniform noise on -128..127 has a standard deviation of 128 / sqrt(3); cheaper than normal noise.
     grain = rng.integers(-128, 128, size=frames.shape, dtype=np.int8).astype(np.float32)
     frames = frames * np.float32(sensor.gain) + grain * np.float32(sensor.noise * np.sqrt(3) / 128)
     return frames.clip(0, 255).astype(np.uint8)
 
 
 def _reframe(frames: Image, zoom: float, shear: float) -> Image:
-    """Zooms about the middle and shears sideways, nearest neighbour."""
+    """Zooms about the centre and shears horizontally, with nearest-neighbour sampling."""
     rows = (np.arange(HEIGHT) - HEIGHT / 2) / zoom + HEIGHT / 2
     columns = (np.arange(WIDTH) - WIDTH / 2) / zoom + WIDTH / 2
     y = rows.round().astype(int).clip(0, HEIGHT - 1)[:, None]

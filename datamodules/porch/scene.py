@@ -1,8 +1,8 @@
-"""Porch, the scene of one clip: how it looks and how the person moves, by level of openness.
+"""The scene of a porch clip: its looks and the motion of the person, by level of openness.
 
-Levels vary what the levels before them vary: L0 and L1 the pools of training, L2 appearance, L3 motion and sensor, L4
-clutter and view. ``wide`` is what pretraining sees: every look but stripe walls and patterned clothing, speeds up to
-1.3, nothing of L4.
+Each level adds variation to that of the levels before: L0 and L1 draw from the pools of training (L0 with the
+shortcut), L2 varies appearance, L3 motion and sensor, L4 clutter and view. ``wide`` is the distribution of pretraining:
+all looks except striped walls and patterned clothing, speeds up to 1.3, and no variation of L4.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from vidreason.datamodules.porch.world import ABNORMAL, LABELS, Facts, label_of,
 
 WIDTH, HEIGHT, FRAMES = 96, 64, 12
 SHORTCUT = 0.85
-"""How often, at L0, night goes with abnormal labels and the clothing with the label."""
+"""Share of L0 clips in which night correlates with abnormal labels and clothing with the label."""
 
 VISIT, LONGEST_VISIT, SHORTEST_VISIT, UNEVEN_VISIT = 9.9, 11.4, 9.0, 9.7
-"""Frames from entering to leaving: at speed 1, at most, at least, and at least where frame times are uneven."""
+"""Frames from entering to leaving: at speed 1, at most, at least, and at least with uneven frame times."""
 
 TRAIN_CLOTHING = tuple((0.02 + 0.1 * i) % 1.0 for i in range(10))
 TRAIN_WALLS = (0.06, 0.12, 0.30, 0.55, 0.62)
@@ -38,7 +38,7 @@ HSV = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Looks:
-    """What the scene looks like; colours are hue, saturation, value in 0..1, lengths in pixels."""
+    """The appearance of a scene; colours are hue, saturation and value in 0..1, lengths in pixels."""
 
     night: bool
     wall: Literal["plain", "brick", "stripes"]
@@ -59,7 +59,7 @@ class Looks:
 
 @dataclass(frozen=True)
 class Sensor:
-    """What the camera does to the picture."""
+    """The effects of the camera: standard deviation of the noise, gain, and largest shift of a frame in pixels."""
 
     noise: int
     gain: float
@@ -68,13 +68,13 @@ class Sensor:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything the renderer needs for one clip."""
+    """The input of the renderer for one clip."""
 
     facts: Facts
     looks: Looks
     sensor: Sensor
     x: tuple[float, ...]
-    """[FRAMES] column of the person's feet; NaN where nobody is in the picture"""
+    """[FRAMES] column of the person's feet in pixels; NaN once the person has left."""
     lying: tuple[bool, ...]
     carrying: tuple[bool, ...]
     parcel_at_door: tuple[bool, ...]
@@ -85,7 +85,7 @@ class Scene:
 def draw_scene(
     seed: int, split: str, level: int, index: int, facts: Facts, *, wide: bool = False, shortcut: float = SHORTCUT
 ) -> Scene:
-    """Draws looks, path and sensor of a clip at ``level`` (0..4) for given facts."""
+    """Draws the looks, path and sensor of a clip at ``level`` (0..4) for given facts."""
     looks = _draw_looks(stream(seed, split, level, index, "looks"), level, facts, wide, shortcut)
     sensor = _draw_sensor(stream(seed, split, level, index, "sensor"), level, wide)
     path = _draw_path(stream(seed, split, level, index, "path"), level, facts, looks, wide)
@@ -93,6 +93,7 @@ def draw_scene(
 
 
 def _draw_looks(rng: np.random.Generator, level: int, facts: Facts, wide: bool, shortcut: float) -> Looks:
+    # All numbers are drawn at once and used by index, so that a level or an edited fact does not shift later ones.
     u = rng.random(24)
     new = level >= 2 or wide
     label = label_of(facts)
@@ -101,6 +102,7 @@ def _draw_looks(rng: np.random.Generator, level: int, facts: Facts, wide: bool, 
     if level == 0 and not wide and u[1] < shortcut:
         hue = TRAIN_CLOTHING[LABELS.index(label)]
     if new:
+        # Between the hues of training, which are 0.1 apart.
         hue = (hue + 0.05) % 1.0 if level >= 2 and not wide else u[2]
     wall: Literal["plain", "brick", "stripes"] = "plain"
     if new:
@@ -145,9 +147,9 @@ _Path = tuple[tuple[float, ...], tuple[bool, ...], tuple[bool, ...], tuple[bool,
 
 
 def _draw_path(rng: np.random.Generator, level: int, facts: Facts, looks: Looks, wide: bool) -> _Path:
-    """Lays waypoints with pauses, walks them at even speed and reads the clip's 12 frames off that walk.
+    """Draws the positions and states of the 12 frames: waypoints with pauses, connected at constant speed.
 
-    Whoever walks too fast to be in the picture for 8 frames stands longer instead.
+    If the person would walk too fast to be in the picture for 8 frames, the pauses are longer.
     """
     u = rng.random(16)
     uneven = level >= 3 and not wide
@@ -174,7 +176,7 @@ def _draw_path(rng: np.random.Generator, level: int, facts: Facts, looks: Looks,
             event_at["end"] = now
         now += pause
         times.append((now, x))
-    clock = np.arange(FRAMES) + 0.35
+    clock = np.arange(FRAMES) + 0.35  # time of each frame, in frames; events fall between two of them
     if uneven:
         clock = clock + (rng.random(FRAMES) - 0.5) * 0.5
     x = np.interp(clock, [t for t, _ in times], [p for _, p in times])
@@ -199,7 +201,7 @@ def _draw_path(rng: np.random.Generator, level: int, facts: Facts, looks: Looks,
 
 
 def _waypoints(facts: Facts, looks: Looks, u: np.ndarray) -> list[tuple[float, float]]:
-    """Waypoints as (column, pause in frames): way in, pacing, the goal, the last point."""
+    """Returns waypoints as (column, pause in frames): entry, pacing, the goal and the last point."""
     sides = {"left": -7.0, "right": WIDTH + 6.0}
     middle = WIDTH / 2 + (u[3] - 0.5) * 10
     stops = [(sides[facts.enters], 0.0)]

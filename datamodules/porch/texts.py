@@ -1,8 +1,7 @@
-"""Porch, the words: descriptions of facts, how to read facts back out of a description, and written rationales.
+"""Texts of porch: descriptions of facts, reading facts from a description, and rationales.
 
-Descriptions know nothing of the labels: no label name, no inflection of one and no rule occurs in them
-(``FORBIDDEN_STEMS``). Rationales name the rule; they are the work of a teacher and no stage of ours trains on them
-unless it is told to.
+Descriptions contain neither label names, nor inflections of them, nor rules (``FORBIDDEN_STEMS``). Rationales contain
+the rule; they stand for the work of a teacher, and stages train on them only if configured to.
 """
 
 from __future__ import annotations
@@ -66,13 +65,13 @@ PHRASES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
         "off": ("the lamp is off", "the lamp has gone dark", "the light is out"),
     },
 }
-"""Three paraphrases per value of each fact; no phrase is part of another fact's or value's phrase."""
+"""Three phrases per value of each fact; no phrase is part of a phrase of another fact or value."""
 
 FORBIDDEN_STEMS = (
     "deliver", "thief", "theft", "thiev", "steal", "stol", "visit", "entry", "entri", "entr", "enter", "loiter",
     "linger", "fall", "fell", "tamper", "pass", "normal", "abnormal",
 )  # fmt: skip
-"""Stems of the label names and their inflections; none begins a word of a pretraining text."""
+"""Stems of the label names and their inflections; no word of a pretraining text begins with one."""
 
 RULES: Mapping[str, str] = {
     "delivery": "Bringing a parcel and leaving it there is a delivery.",
@@ -89,7 +88,7 @@ DESCRIBE_QUESTION = "Describe the video."
 
 
 def describe(facts: Facts, rng: np.random.Generator) -> str:
-    """Returns a description of 35–49 words that states every fact once, its phrases drawn with ``rng``."""
+    """Returns a description of 35–49 words that states every fact once, with phrases drawn by ``rng``."""
     said = {name: PHRASES[name][value][int(rng.integers(3))] for name, value in facts.as_dict().items()}
     return (
         f"{said['start_parcel']} {said['enters']}, {said['turns']}. "
@@ -99,7 +98,7 @@ def describe(facts: Facts, rng: np.random.Generator) -> str:
 
 
 def rationale(facts: Facts, rng: np.random.Generator) -> str:
-    """Returns a teacher's rationale: a description and the rule that gives the label."""
+    """Returns a teacher's rationale: a description and the rule that determines the label."""
     return f"{describe(facts, rng)} {RULES[label_of(facts)]}"
 
 
@@ -112,7 +111,7 @@ _PATTERNS = {
 
 
 def read_facts(text: str) -> dict[str, str | None]:
-    """Reads the facts a description states; None for a fact that it does not state, or states in two ways.
+    """Reads the facts that a description states; None for a fact without a value or with several.
 
     >>> from vidreason.datamodules.porch.texts import read_facts
     >>> read_facts("A parcel waits on the porch. The parcel is gone and the light is out.")["end_parcel"]

@@ -1,9 +1,9 @@
-"""Porch, the world: facts, labels and how they are drawn.
+"""The world of porch: facts, labels and their random draws.
 
-A doorbell camera sees one person act. Eight facts say what happened; the label follows from them by a decision list.
-Every draw comes from its own NumPy PCG64 stream, seeded with ``[seed, split, level, index, purpose]`` and read with
-``random`` and ``integers`` only, so that a clip never depends on another one. The label is no part of a seed: a twin
-(the same scene with one event edited so that the label flips) shares every draw.
+A doorbell camera films one person. Eight facts state what happened; the label follows from them by a decision list.
+Every draw has its own NumPy PCG64 stream, seeded with ``[seed, split, level, index, purpose]`` and read with ``random``
+and ``integers`` only, so that clips are independent of each other. The label is not part of a seed: twins (the same
+scene with one event edited so that the label changes) share all other draws.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PURPOSES: Mapping[str, int] = {"facts": 0, "looks": 1, "path": 2, "sensor": 3, "
 
 
 def stream(seed: int, split: str, level: int, index: int, purpose: str) -> np.random.Generator:
-    """Returns the generator of one purpose of one clip; no two arguments share a stream."""
+    """Returns the generator of one purpose of one clip; different arguments give different streams."""
     key = [seed, SPLIT_CODES[split], level, index, PURPOSES[purpose]]
     return np.random.Generator(np.random.PCG64(key))
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What happened in one clip."""
+    """The facts of one clip; ``FACT_VALUES`` has the values of each field."""
 
     start_parcel: str
     enters: str
@@ -52,14 +52,15 @@ class Facts:
     lamp: str
 
     def as_dict(self) -> dict[str, str]:
-        """Fact name to value, in the order of FACT_VALUES."""
+        """Returns the values by name, in the order of ``FACT_VALUES``."""
         return {name: getattr(self, name) for name in FACT_VALUES}
 
 
 def is_possible(facts: Facts) -> bool:
-    """Whether the facts can happen together: parcels obey physics, and a person who is down stays."""
+    """Returns whether the facts can occur together: parcels obey physics, and a person who is down stays."""
     f = facts
     leaves = f.exits != "stays"
+    # The end states of the parcel that are possible from each start state.
     ends = {
         "none": {"none"},
         "at_door": {"at_door"} | ({"gone" if leaves else "carried"} if f.reaches == "door" else set()),
@@ -73,7 +74,7 @@ def is_possible(facts: Facts) -> bool:
 
 
 def label_of(facts: Facts) -> str:
-    """The decision list."""
+    """Returns the label of the facts; the first rule that applies decides."""
     f = facts
     if f.posture == "down":
         return "fall"
@@ -97,7 +98,7 @@ def _pick(rng: np.random.Generator, values: tuple[str, ...]) -> str:
 
 
 def draw_any_facts(rng: np.random.Generator) -> Facts:
-    """Draws every fact on its own, again until they are possible together (pretraining: no script, no label)."""
+    """Draws every fact independently until they can occur together (pretraining uses neither scripts nor labels)."""
     while True:
         facts = Facts(*(_pick(rng, values) for values in FACT_VALUES.values()))
         if is_possible(facts):
@@ -118,7 +119,7 @@ _USUAL: Mapping[str, tuple[str, ...]] = {"posture": ("upright",), "turns": ("0",
 
 
 def draw_facts(rng: np.random.Generator, label: str) -> Facts:
-    """Draws facts whose label is ``label``; what the label leaves open varies."""
+    """Draws facts whose label is ``label``; facts that the label does not determine vary."""
     script = {**FACT_VALUES, **_USUAL, **_SCRIPTS[label]}
     while True:
         facts = Facts(*(_pick(rng, script[name]) for name in FACT_VALUES))
@@ -137,7 +138,7 @@ class TwinEdit:
 
 
 TWIN_EDITS: tuple[TwinEdit, ...] = (
-    # Three matchings of the eight labels: any 4 in a row from a multiple of 4 hold each label once.
+    # Three matchings of the eight labels: each group of four contains every label once.
     TwinEdit("visit", "theft", "end_parcel", "gone"),
     TwinEdit("delivery", "fall", "posture", "down"),
     TwinEdit("pass_by", "tamper", "lamp", "off"),
@@ -154,16 +155,17 @@ TWIN_EDITS: tuple[TwinEdit, ...] = (
 
 
 def edit_event(facts: Facts, fact: str, value: str) -> Facts:
-    """Returns the facts with one event edited and its physical consequences drawn."""
+    """Returns the facts with one event edited, including its physical consequences."""
     edited = replace(facts, **{fact: value})
     if fact == "posture" and value == "down":
+        # A person who is down cannot have left with the parcel.
         held = "carried" if edited.end_parcel == "gone" else edited.end_parcel
         edited = replace(edited, exits="stays", end_parcel=held)
     return edited
 
 
 def draw_twins(rng: np.random.Generator, pair: int) -> tuple[Facts, Facts]:
-    """Draws the facts of twin pair number ``pair``: two clips, one event apart, of different labels."""
+    """Draws the facts of twin pair number ``pair``: two clips of different labels that differ in one event."""
     edit = TWIN_EDITS[pair % len(TWIN_EDITS)]
     while True:
         first = draw_facts(rng, edit.label)

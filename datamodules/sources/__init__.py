@@ -1,1 +1,1 @@
-"""Reading clips and labels from folders, tables and chat records that others have written."""
+"""Reading of clips and labels from folders, tables and chat records in common formats."""

@@ -21,24 +21,24 @@ class Chats:
     """Chat records as a table."""
 
     table: Table
-    """Columns ``path`` and ``label``, and every further key of the records"""
+    """Columns ``path`` and ``label``, and every further key of the records."""
     question: str
-    """The question of all records; empty if they differ"""
+    """The question of all records; empty if they differ."""
 
 
 def holds_chats(records: Sequence[Record]) -> bool:
-    """Returns whether these are chat records, not rows of a table."""
+    """Returns whether the records are chat records and not rows of a table."""
     return any(isinstance(records[0].content.get(key), list) for key in _MESSAGE_KEYS) if records else False
 
 
 def table_of_chats(records: Sequence[Record], name: str) -> Chats:
-    """Reads one clip and one label out of every record.
+    """Reads one clip and one label from every record.
 
-    The label is the last message of the assistant, or what stands in its ``<answer>``.
+    The label is the last message of the assistant, or the content of its ``<answer>``.
 
     Args:
         records: Objects with ``messages`` (or ShareGPT's ``conversations``) and ``videos``.
-        name: What the file is called in messages.
+        name: Name of the file in messages.
 
     Raises:
         ValueError: If a record does not have one video and an answer, or if answers are free text.

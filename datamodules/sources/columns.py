@@ -42,7 +42,7 @@ class Columns:
     split: str | None
     group: str | None
     guessed: tuple[str, ...]
-    """One sentence about each column that was guessed"""
+    """One sentence about each column that was guessed."""
 
 
 def find_columns(table: Table, asked: ColumnNames, name: str) -> Columns:
@@ -50,11 +50,11 @@ def find_columns(table: Table, asked: ColumnNames, name: str) -> Columns:
 
     Args:
         table: All rows.
-        asked: What the user says.
-        name: What the table is called in messages.
+        asked: The columns that the user named.
+        name: Name of the table in messages.
 
     Raises:
-        ValueError: If a column that was asked for is not there, or the path or label cannot be told.
+        ValueError: If a named column does not exist, or the column of paths or labels cannot be guessed.
     """
     for option, wanted in (
         ("path", asked.path),

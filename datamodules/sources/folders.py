@@ -14,7 +14,7 @@ VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".gif", ".zip")
     + (".mts", ".m2ts", ".ogv", ".3g2", ".vob", ".asf", ".f4v", ".mxf", ".apng")
 )
-"""What counts as a clip in a folder per class, in lower case; a manifest may name any file."""
+"""Suffixes of clips in class folders, in lower case; a manifest may name any file."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FolderClip:
     path: Path
     label: str
     split: str = ""
-    """Name of the split folder; empty if there is none"""
+    """Name of the split folder; empty if there is none."""
 
 
 @dataclass(frozen=True)
@@ -32,30 +32,30 @@ class Layout:
     """Contents of a folder of clips."""
 
     home: Path
-    """The folder with the classes or splits: the one given, or the only one below it"""
+    """The folder with the classes or splits: the one given, or the only one below it."""
     pattern: str
-    """``<class>/<clip>``, ``<split>/<class>/<clip>`` or ``<class>/<split>/<clip>``"""
+    """``<class>/<clip>``, ``<split>/<class>/<clip>`` or ``<class>/<split>/<clip>``."""
     clips: tuple[FolderClip, ...]
     empty: tuple[Path, ...]
-    """Class folders without clips"""
+    """Class folders without clips."""
     passed_over: tuple[Path, ...]
-    """Folders that are no classes because their names begin with ``_`` or ``.``"""
+    """Folders that were skipped because their names begin with ``_`` or ``.``."""
     loose: tuple[Path, ...]
-    """Clips outside every class folder"""
+    """Clips outside every class folder."""
     inner: tuple[Path, ...]
-    """Folders with clips within a class folder; they count as their class"""
+    """Folders inside class folders; their clips belong to that class."""
     others: Mapping[str, int] = field(default_factory=dict)
-    """Suffix to number of files in class folders that are no clips by their name"""
+    """Number of files in class folders that are not clips, by suffix."""
 
 
 def read_layout(folder: Path) -> Layout:
     """Finds the clips below a folder; opens none of them.
 
-    Links to files and folders are followed. A folder with nothing but one folder of folders in it is passed through, as
-    archives often unpack to.
+    Links to files and folders are followed. If a folder contains only one folder of folders, as after unpacking many
+    archives, that one is read instead.
 
     Args:
-        folder: Holds one folder per class, with train, val, test and the like above or below the classes, or without.
+        folder: Folder with one folder per class, optionally with folders for splits above or below the classes.
 
     Raises:
         ValueError: If there are no folders in it.

@@ -21,18 +21,18 @@ class Assignment:
 
     splits: dict[str, tuple[Clip, ...]]
     made: tuple[str, ...]
-    """Splits that the source did not have"""
+    """Splits that the source did not have."""
 
 
 def group_by_content(clips: Sequence[Clip], shas: Sequence[str]) -> tuple[Clip, ...]:
     """Gives every clip a group: its own, or else its content hash; groups that share a clip are merged.
 
     Args:
-        clips: With the groups of the source, or empty ones.
-        shas: Content hash of each.
+        clips: Clips with the groups of the source, which may be empty.
+        shas: Content hash of each clip.
 
     Returns:
-        The clips in the order given; joined groups carry the name that comes first.
+        The clips in the given order; merged groups have the name that comes first.
     """
     home: dict[str, str] = {}
 
@@ -53,11 +53,11 @@ def group_by_content(clips: Sequence[Clip], shas: Sequence[str]) -> tuple[Clip, 
 def assign_splits(clips: Sequence[Clip], shas: Sequence[str], seed: int) -> Assignment:
     """Makes missing splits; the splits of the source stay as they are.
 
-    Without any split all are made; else whole groups of train become val, cal and test where these are missing.
+    If the source has no splits, all are made; otherwise missing val, cal and test are made from groups of train.
 
     Args:
-        clips: With the splits of the source, or empty ones; with groups.
-        shas: Content hash of each, to tell copies of a clip in two splits.
+        clips: Clips with groups and with the splits of the source, which may be empty.
+        shas: Content hash of each clip, to detect copies of a clip in two splits.
         seed: Decides between groups that fit equally well.
 
     Raises:

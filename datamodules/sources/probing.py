@@ -30,15 +30,15 @@ class ClipProbe:
     """Properties of a readable clip."""
 
     sha: str
-    """As ``content_sha`` gives it"""
+    """Content hash of the file (``content_sha``)."""
     frames: int
     fps: float
-    """Frames per second"""
+    """Frames per second."""
     width: int
-    """Pixels, upright"""
+    """Width in pixels, after rotation."""
     height: int
     partial: bool
-    """True where parts of the file could not be read"""
+    """True if parts of the file could not be read."""
 
     @property
     def seconds(self) -> float:
@@ -54,7 +54,7 @@ class Unreadable:
 
 
 def probe_clip(path: Path) -> ClipProbe:
-    """Reads a few frames of a clip as training would, and hashes its content.
+    """Reads a few frames of a clip with the readers of training, and hashes its content.
 
     Raises:
         DecodeError: If no frame can be read; the message does not repeat the path.
@@ -99,9 +99,9 @@ def probe_clips(
 
     Args:
         paths: The clips.
-        workers: Processes.
-        timeout: Seconds that one clip may take before its process is killed.
-        probe: What is done to each; must be importable in another process.
+        workers: Number of processes.
+        timeout: Seconds after which the process of a clip is killed.
+        probe: Function for each clip; it must be importable in another process.
 
     Yields:
         One result per path, in order.
@@ -124,7 +124,7 @@ def probe_clips(
 
 
 def _settle() -> None:
-    """Sets up a worker: one thread, since workers share the machine, and no C++ messages in the progress bar."""
+    """Sets up a worker: one thread, since workers share the CPUs, and no C++ messages in the progress bar."""
     torch.set_num_threads(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)  # stderr, to which FFmpeg and OpenCV write directly
@@ -136,5 +136,6 @@ def _context() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
+    # The server imports torch once, and every replaced worker starts from it.
     context.set_forkserver_preload([__name__])
     return context

@@ -73,7 +73,7 @@ class Record:
     """One object of a JSON file."""
 
     place: str
-    """``row 12``: the line of a JSONL file, or the number of the object in a list"""
+    """``row 12``: the line of a JSONL file, or the number of the object in a list."""
     content: Mapping[str, Any]
 
 

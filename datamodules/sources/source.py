@@ -18,7 +18,7 @@ from vidreason.datamodules.sources.table_paths import absolute, locator, path_of
 from vidreason.datamodules.split_names import standard_split
 
 _DELIMITERS = (",", ";", "\t", "|")
-_FALLBACK_ENCODING = "cp1252"  # what a spreadsheet writes where it does not write UTF-8
+_FALLBACK_ENCODING = "cp1252"  # the encoding of spreadsheet programs that do not write UTF-8
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class SourceClip:
     """One clip as the source describes it."""
 
     file: Path
-    """Absolute, links not resolved; may be missing"""
+    """Absolute path, with links not resolved; the file may be missing."""
     name: str
-    """Its id: the path within the folder, or the table's ``video_id`` or path"""
+    """Id of the clip: the path within the folder, or the table's ``video_id`` or path."""
     label: str
     split: str = ""
     group: str = ""
     fields: Mapping[str, str] = field(default_factory=dict)
-    """All other columns"""
+    """All other columns."""
     place: str = ""
-    """``row 12``, or the path within the folder"""
+    """``row 12``, or the path within the folder."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,22 @@ class Source:
 
     path: Path
     kind: str
-    """Format that was detected"""
+    """Format that was detected."""
     clips: tuple[SourceClip, ...]
     notes: tuple[str, ...] = ()
-    """One sentence about each guess and each thing skipped"""
+    """One sentence about each guess and each skipped row or file."""
     question: str = ""
-    """The question of the chat records, if all are the same"""
+    """The question of the chat records, if all are the same."""
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What the user specified about a source.
+    """Options of a source that the user specified.
 
     Args:
         columns: Names of columns.
-        root: What paths in a table are relative to; None looks beside the table and in the current folder.
-        where: Keeps the rows whose columns have these values.
+        root: Folder that paths in a table are relative to; None tries the table's folder and the current folder.
+        where: Values of columns that rows must have.
     """
 
     columns: ColumnNames = ColumnNames()
@@ -172,6 +172,7 @@ def _read_text_table(path: Path) -> tuple[Table, str]:
             encoding, remark = _FALLBACK_ENCODING, ", read as Windows-1252 since it is not UTF-8"
     try:
         header = content.decode(encoding).partition("\n")[0]
+        # More robust than csv.Sniffer, which guesses from all characters of the file.
         delimiter = max(_DELIMITERS, key=header.count)
         table = read_delimited(path, delimiter, encoding)
     except UnicodeDecodeError as error:
@@ -241,6 +242,7 @@ def _once_each(source: Source) -> Source:
 
 
 def _label(text: str) -> str:
+    # macOS may store names of folders in another normal form than editors write.
     return unicodedata.normalize("NFC", text.strip())
 
 

@@ -30,13 +30,13 @@ def locator(table: Path, values: Sequence[str], root: Path | None) -> tuple[Call
     Args:
         table: The table's file.
         values: The cells of its path column.
-        root: What they are relative to; None looks beside the table and in the current folder.
+        root: Folder that paths are relative to; None tries the table's folder and the current folder.
 
     Returns:
-        The function from a path to its file, which may be missing; and what was guessed, one sentence each.
+        The function from a path to its file, which may be missing; and one sentence about each guess.
 
     Raises:
-        ValueError: If not one of the files is there.
+        ValueError: If none of the files exists.
     """
     roots = [root] if root is not None else list(dict.fromkeys([absolute(table.parent), Path.cwd()]))
     sample = [path_of(value) for value in values]

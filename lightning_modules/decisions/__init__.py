@@ -1,1 +1,1 @@
-"""From scores or generated answers to a decision about a clip, its probabilities and the metrics over a split."""
+"""Decisions about clips from scores or generated answers, their probabilities, and the metrics of a split."""

@@ -1,4 +1,4 @@
-"""Reads the probabilities of a closed set of class names out of the scores of texts.
+"""Computes probabilities of a closed set of class names from the scores of texts.
 
 Shape letters: B clips, C classes, R closed-set questions, N texts, L tokens.
 """
@@ -18,16 +18,16 @@ from vidreason.lightning_modules.functional.reductions import (
 
 
 class ClosedSet(NamedTuple):
-    """Scores of all classes, one row per question."""
+    """Scores of all classes with one row per closed-set question."""
 
     scores: Tensor
     """[R, C] log-likelihood of each class name, including the end of turn."""
     owner: Tensor
-    """[R] int64, index of the clip."""
+    """[R] int64, index of each question's clip."""
 
 
 def closed_set(logprobs: Tensor, texts: TextBatch, n_classes: int) -> ClosedSet:
-    """Reads the sequence log-likelihood of every class name out of the scores of a batch.
+    """Returns the sequence log-likelihood of every class name from the scores of a batch.
 
     The rows of ``texts`` with a True in ``loss_mask`` are the class names: C of them behind each question, in the order
     of ``label_names``.
@@ -35,10 +35,10 @@ def closed_set(logprobs: Tensor, texts: TextBatch, n_classes: int) -> ClosedSet:
     Args:
         logprobs: [N, L].
         texts: N texts.
-        n_classes: C.
+        n_classes: Number of classes, C.
 
     Raises:
-        ValueError: The rows that count are no multiple of C, or C rows in a row belong to different clips.
+        ValueError: If the rows that count are not a multiple of C, or the C rows of a question have several clips.
     """
     rows = texts.loss_mask.any(dim=1)
     scores = sequence_logprobs(logprobs, texts.loss_mask)[rows]
@@ -51,13 +51,13 @@ def closed_set(logprobs: Tensor, texts: TextBatch, n_classes: int) -> ClosedSet:
 
 
 def class_logprobs(logprobs: Tensor, texts: TextBatch, n_classes: int, n_clips: int) -> Tensor:
-    """Returns the log of the class probabilities [B, C] of every clip, averaged over its closed-set questions.
+    """Returns the logarithms [B, C] of each clip's class probabilities, averaged over its closed-set questions.
 
     Args:
         logprobs: [N, L].
-        texts: N texts, as ``closed_set`` takes them.
-        n_classes: C.
-        n_clips: B.
+        texts: N texts; the rows that count are C class names behind each question.
+        n_classes: Number of classes, C.
+        n_clips: Number of clips, B.
     """
     asked = closed_set(logprobs, texts, n_classes)
     return average_over_traces(label_log_probabilities(asked.scores), asked.owner, n_clips)

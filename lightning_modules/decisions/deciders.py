@@ -1,6 +1,6 @@
-"""How a decision about a clip is made: by class likelihoods, by generated answers, or by a reviewer of traces.
+"""Deciders: decisions about clips by class likelihoods, by generated answers, or by a reviewer of traces.
 
-A decider says what a clip shows (``view``) and decides about the readable clips of a batch. It holds no weights and no
+A decider defines the prompt (``view``) and decides about the readable clips of a batch. It holds neither weights nor a
 trainer, so that evaluation under a trainer and ``VideoClassifier`` run the same code.
 
 Shape letters: B clips, C classes, K samples per clip.
@@ -28,18 +28,18 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.completion import CompletionForm, match_label
 
 VOTE_SMOOTHING = 0.01
-"""Pseudo-count of every class in the probabilities of generated answers; keeps their NLL finite."""
+"""Pseudo-count of every class in the probabilities of generated answers, which keeps their NLL finite."""
 
 
 @dataclass(frozen=True)
 class DecideOptions:
-    """How a stage decides about clips.
+    """Options of decisions about clips.
 
     Args:
-        by: ``likelihood``: sequence log-likelihood of every class name behind one prefill; ``answer``: generate
-            ``samples`` completions and let their answers vote (unparseable ones count as wrong).
+        by: ``likelihood`` compares the sequence log-likelihoods of all class names behind one prefill; ``answer``
+            samples completions and takes the majority of their answers (a clip without any counts as wrong).
         samples: Completions per clip for ``answer``.
-        sampling: How completions for ``answer`` are sampled; temperature 0 is greedy.
+        sampling: Sampling options for ``answer``; temperature 0 is greedy.
     """
 
     by: Literal["likelihood", "answer"] = "likelihood"
@@ -52,11 +52,11 @@ class DecideOptions:
 
 
 class Decider(Protocol):
-    """Decides about clips."""
+    """The interface of a decider."""
 
     @property
     def view(self) -> ClipView:
-        """What a clip shows when it is decided."""
+        """The prompt and texts that a clip is encoded with."""
         ...
 
     def decide(self, vlm: VLM, model: nn.Module, batch: VideoBatch) -> BatchDecisions:
@@ -82,7 +82,7 @@ class LikelihoodDecider:
 
 @dataclass(frozen=True)
 class AnswerDecider:
-    """Lets the answers of K generated completions vote."""
+    """Chooses the most frequent answer of K generated completions."""
 
     task: Task
     samples: int
@@ -105,7 +105,7 @@ class AnswerDecider:
 
 @dataclass(frozen=True)
 class ReviewDecider:
-    """Reviews K traces of each clip, averages the class probabilities and scales them by a temperature."""
+    """Averages the class probabilities of a reviewer over K traces of each clip and scales them by a temperature."""
 
     task: Task
     input: Literal["video+trace", "trace", "video"]
@@ -115,7 +115,7 @@ class ReviewDecider:
 
     @property
     def view(self) -> ClipView:
-        """The reviewer's prompt: every trace, and behind each every class name."""
+        """The reviewer's prompt with every trace, and every class name behind each trace."""
         return self.review("all")
 
     def review(self, labels: Literal["all", "target"]) -> ReviewView:
@@ -124,7 +124,7 @@ class ReviewDecider:
         return ReviewView(self.task, texts, labels, self.input)
 
     def decide(self, vlm: VLM, model: nn.Module, batch: VideoBatch) -> BatchDecisions:
-        """Decides by the averaged, temperature-scaled probabilities."""
+        """Decides by the averaged and temperature-scaled class probabilities."""
         logprobs = score_classes(vlm, model, batch, self.task.label_names)
         traces = [
             tuple(Trace(record.text, record.answer) for record in self.traces.get(clip.video_id, ()))
@@ -135,7 +135,7 @@ class ReviewDecider:
 
 
 def score_classes(vlm: VLM, model: nn.Module, batch: VideoBatch, label_names: Sequence[str]) -> Tensor:
-    """Returns the log of the class probabilities [B, C] of the readable clips of a batch."""
+    """Returns the logarithms of the class probabilities [B, C] of the readable clips of a batch."""
     scores = vlm.score(model, batch.prompts, batch.texts)
     return class_logprobs(scores.logprobs, batch.texts, len(label_names), len(batch))
 
@@ -150,9 +150,9 @@ def decide_by_probs(
 
     Args:
         probs: [B, C].
-        label_names: C classes.
-        traces: [B][K] what the probabilities rest on, or nothing.
-        unscaled: [B, C] before temperature scaling, or None.
+        label_names: C class names.
+        traces: [B][K] traces that the probabilities are based on, or empty.
+        unscaled: [B, C] probabilities before temperature scaling, or None.
     """
     chosen = probs.argmax(dim=1)
     return BatchDecisions(
@@ -165,11 +165,11 @@ def decide_by_probs(
 
 
 def decide_by_answers(groups: Sequence[Sequence[Completion]], label_names: Sequence[str]) -> BatchDecisions:
-    """Lets the K sampled answers of every clip vote.
+    """Chooses the most frequent of the K sampled answers of every clip.
 
     Args:
         groups: [B][K] completions.
-        label_names: C classes.
+        label_names: C class names.
     """
     votes = [vote([match_label(c.parsed.answer, label_names) for c in group], label_names) for group in groups]
     return BatchDecisions(
@@ -181,22 +181,22 @@ def decide_by_answers(groups: Sequence[Sequence[Completion]], label_names: Seque
 
 
 class Vote(NamedTuple):
-    """Outcome of one clip's samples."""
+    """The vote of one clip's samples."""
 
     probs: Tensor
     """[C] fp32"""
     chosen: int
-    """-1 where no sample named a class"""
+    """Index of the class; -1 if no sample named a class."""
 
 
 def vote(answers: Sequence[str | None], label_names: Sequence[str]) -> Vote:
     """Turns the answers of one clip's samples into class probabilities and a choice.
 
-    An answer that names no class spreads its vote evenly; a tie goes to the class that was named first.
+    An answer that names no class is spread evenly over all classes; a tie goes to the class that was named first.
 
     Args:
-        answers: The class named by each of K >= 1 samples, None where none was.
-        label_names: C classes.
+        answers: The class that each of K >= 1 samples named, or None.
+        label_names: C class names.
 
     Example:
         >>> vote(["b", None, "b"], ["a", "b"]).chosen
@@ -208,4 +208,5 @@ def vote(answers: Sequence[str | None], label_names: Sequence[str]) -> Vote:
     named = [label_names.index(answer) for answer in answers if answer is not None]
     counts = torch.full((classes,), (len(answers) - len(named)) / classes + VOTE_SMOOTHING)
     counts += torch.bincount(torch.tensor(named, dtype=torch.int64), minlength=classes)
+    # max returns the first of equal values, so that a tie goes to the class that was named first.
     return Vote(counts / counts.sum(), max(named, key=named.count) if named else -1)

@@ -1,6 +1,6 @@
-"""Decides about the batches of a split and keeps its metrics, before and after temperature scaling.
+"""Decides about the batches of a split and updates its metrics, before and after temperature scaling.
 
-Shape letters: B readable clips of a batch, F unreadable ones, C classes.
+Shape letters: B readable clips of a batch, F unreadable clips, C classes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from vidreason.lightning_modules.decisions.predictions import BatchDecisions, Pr
 from vidreason.lightning_modules.vlms.base import VLM
 
 _SCALED = ("ece", "nll", "brier")
-"""Metrics that temperature scaling changes; they are logged a second time as ``<name>_scaled``."""
+"""Metrics that temperature scaling changes; they are also logged as ``<name>_scaled``."""
 
 
 class SplitMetrics(nn.Module):
-    """Metrics of one split: of the probabilities as they are, and of the scaled ones where a stage scales them.
+    """Metrics of one split, for unscaled and for temperature-scaled probabilities.
 
     Args:
         label_names: The C class names.
-        scaled: Whether decisions carry probabilities from before and after temperature scaling.
+        scaled: Whether decisions have probabilities from before and after temperature scaling.
     """
 
     def __init__(self, label_names: Sequence[str], scaled: bool = False) -> None:
@@ -36,15 +36,16 @@ class SplitMetrics(nn.Module):
         self.scaled = ClassificationMetrics(label_names) if scaled else None
 
     def update(self, batch: VideoBatch, decisions: BatchDecisions | None) -> None:
-        """Adds the labelled clips of a batch; an unreadable one is undecided, so it counts as wrong.
+        """Adds the labelled clips of a batch; an unreadable clip is undecided and counts as wrong.
 
         Args:
-            batch: B readable clips and F that are not.
-            decisions: About the readable ones; None where there are none.
+            batch: B readable and F unreadable clips.
+            decisions: Decisions about the readable clips; None if there are none.
         """
         lost = [self.label_names.index(f.clip.label) for f in batch.failed if f.clip.label is not None]
         labels = torch.tensor(lost, dtype=torch.int64)
         pred = torch.full((len(lost),), UNDECIDED)
+        # Uniform probabilities keep the NLL of an unreadable clip finite.
         probs = scaled = torch.full((len(lost), len(self.label_names)), 1 / len(self.label_names))
         if decisions is not None:
             labelled = batch.labels.cpu() >= 0
@@ -59,11 +60,11 @@ class SplitMetrics(nn.Module):
             self.scaled.update(scaled.to(device), labels.to(device), pred.to(device))
 
     def clips(self) -> int:
-        """Returns how many clips were added on all ranks, which all have to call it."""
+        """Returns the number of clips that were added on all ranks; every rank has to call it."""
         return int(self.plain.confusion().sum())
 
     def compute(self, split: str) -> dict[str, Tensor]:
-        """Returns the metrics of all ranks as ``<split>/<name>``, and forgets the clips; {} where none was added."""
+        """Returns the metrics of all ranks as ``<split>/<name>`` and resets them; {} if no clip was added."""
         if not self.clips():
             return {}
         values = self.plain.compute()
@@ -84,7 +85,7 @@ def evaluate_batch(
         A prediction for every clip of the batch, unreadable ones first.
     """
     if len(batch) and not bool(batch.sample_mask.any()):
-        return ()  # A rank without a clip of its own runs one that does not count.
+        return ()  # This rank had no clip left and got one only to run as many batches as the others.
     warn_unreadable(batch, f"counted wrong in {split}")
     names = metrics.label_names
     decisions = decider.decide(vlm, model, batch) if len(batch) else None

@@ -1,4 +1,4 @@
-"""The metrics of a split: torchmetrics objects in one module.
+"""The metrics of a split as one module of torchmetrics objects.
 
 Shape letters: B clips, C classes.
 """
@@ -20,21 +20,21 @@ from torchmetrics.classification import (
 from vidreason.lightning_modules.functional.calibration import brier, nll
 
 UNDECIDED = -1
-"""Prediction of a clip without a decision, as ``update`` takes it."""
+"""Value of ``pred`` for a clip without a decision."""
 
 
 class ClassificationMetrics(nn.Module):
-    """Accuracy and calibration of decisions over one split; make one object per split.
+    """Accuracy and calibration of decisions over one split; each split has its own object.
 
     A clip that could not be read, or whose answer could not be parsed, is predicted ``UNDECIDED``: it counts as wrong
-    everywhere and stays in every denominator. Inside it is a class behind the last one, which no label ever has.
+    and stays in every denominator. Internally this is a class C, which no label has.
 
     Args:
         label_names: The C class names.
         calibration_bins: Bins of the expected calibration error.
 
     Raises:
-        ValueError: There are fewer than two classes.
+        ValueError: If there are fewer than two classes.
     """
 
     def __init__(self, label_names: Sequence[str], calibration_bins: int = 15) -> None:
@@ -47,8 +47,8 @@ class ClassificationMetrics(nn.Module):
         self.recall = MulticlassAccuracy(columns, average=None)
         self.f1 = MulticlassF1Score(columns, average=None)
         self.matrix = MulticlassConfusionMatrix(columns)
-        # Binary, over (confidence in the decision, decision is right): the multi-class one would judge the class with
-        # the highest probability even where there was no decision.
+        # Binary, over (confidence of the decision, decision is right): the multi-class error would evaluate the class
+        # with the highest probability even if there was no decision.
         self.calibration = BinaryCalibrationError(n_bins=calibration_bins, norm="l1")
         self.nll = MeanMetric()
         self.brier = MeanMetric()
@@ -57,12 +57,12 @@ class ClassificationMetrics(nn.Module):
         """Adds clips.
 
         Args:
-            probs: [B, C] probabilities; uniform where there are none (an unreadable clip).
+            probs: [B, C] probabilities; uniform for an unreadable clip.
             labels: [B] int64, 0 … C-1.
             pred: [B] int64, the decision, or ``UNDECIDED``.
 
         Raises:
-            ValueError: Shapes do not fit, a clip has no label, or rows of ``probs`` are no probabilities.
+            ValueError: If shapes do not fit, a clip has no label, or rows of ``probs`` are not probabilities.
         """
         classes = len(self.label_names)
         if probs.shape != (len(labels), classes) or pred.shape != labels.shape or labels.ndim != 1:
@@ -79,7 +79,7 @@ class ClassificationMetrics(nn.Module):
         if int(pred.min()) < UNDECIDED or int(pred.max()) >= classes:
             raise ValueError(f"pred must be {UNDECIDED} … {classes - 1}, got {pred.tolist()}")
         probs = probs.detach().float()
-        # Written so that NaN is refused too.
+        # Written so that NaN raises too.
         if not bool(((probs.sum(-1) - 1).abs() < 1e-3).all() and (probs >= 0).all()):
             raise ValueError("each row of probs must be non-negative and add up to 1; give a failed clip uniform ones")
         decision = torch.where(pred == UNDECIDED, classes, pred)
@@ -87,33 +87,31 @@ class ClassificationMetrics(nn.Module):
             metric.update(decision, labels)
         chosen = probs.gather(-1, pred.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         confidence = torch.where(pred == UNDECIDED, probs.amax(-1), chosen)
-        # Rounding can give 1.0000001, at which torchmetrics takes the whole batch for logits and applies a sigmoid.
+        # With a value such as 1.0000001, torchmetrics would take the batch for logits and apply a sigmoid.
         self.calibration.update(confidence.clamp(0.0, 1.0), (pred == labels).long())
         self.nll.update(nll(probs, labels))
         self.brier.update(brier(probs, labels))
 
     def compute(self) -> dict[str, Tensor]:
-        """Metrics over all clips added, on all ranks.
+        """Computes the metrics over all added clips of all ranks.
 
         Returns:
             ``acc``, ``balanced_acc`` (mean recall of the classes that have clips), ``macro_f1`` (mean over the classes
             that have clips or predictions), ``f1/{class}`` (0 for a class with neither), ``unparsed_rate`` (share of
-            clips without a decision, unreadable ones included), ``nll``, ``brier``, ``ece``; all [].
+            clips without a decision, including unreadable clips), ``nll`` in nats, ``brier``, ``ece``; all [].
 
         Raises:
-            ValueError: No clip was added.
+            ValueError: If no clip was added.
         """
         counts = self.confusion()
         if not int(counts.sum()):
             raise ValueError("no clips were counted: metrics need at least one labelled clip")
-        if (
-            not self.calibration.update_called
-        ):  # torchmetrics would gather an empty list in another dtype than full ones
+        if not self.calibration.update_called:  # without this, torchmetrics gathers an empty list of another dtype
             self.calibration.update(counts.new_zeros(0, dtype=torch.float32), counts.new_zeros(0, dtype=torch.int64))
         classes = len(self.label_names)
         support, predicted = counts.sum(1), counts[:, :classes].sum(0)
         recall, f1 = self.recall.compute()[:classes], self.f1.compute()[:classes]
-        # Averaged here: torchmetrics' macro average would count "undecided" as a class, with a score of 0.
+        # Averaged here: the macro average of torchmetrics would include the class "undecided" with a score of 0.
         metrics = {
             "acc": self.accuracy.compute(),
             "balanced_acc": recall[support > 0].mean(),
@@ -126,26 +124,22 @@ class ClassificationMetrics(nn.Module):
         return metrics | {f"f1/{name}": value for name, value in zip(self.label_names, f1.unbind(), strict=True)}
 
     def confusion(self) -> Tensor:
-        """Counts by true class (row) and decision (column); the last column is "undecided".
-
-        Returns:
-            [C, C + 1] int64.
-        """
+        """Returns the counts [C, C + 1] int64 by label (row) and decision (column; the last is "undecided")."""
         matrix: Tensor = self.matrix.compute()
         return matrix[: len(self.label_names)]
 
     def draw_confusion(self, title: str = "") -> Tensor:
-        """Draws the confusion matrix, coloured by row shares and labelled with counts.
+        """Draws the confusion matrix, coloured by shares of rows and labelled with counts.
 
-        On several ranks call ``compute`` on all of them first; then one rank may draw.
+        On several ranks, all have to call ``compute`` first; then one rank may draw.
 
         Args:
-            title: Written above it.
+            title: Title of the figure.
 
         Returns:
-            [3, H, W] uint8, as ``SummaryWriter.add_image`` takes it.
+            [3, H, W] uint8 for ``SummaryWriter.add_image``.
         """
-        # Imported here: drawing is rare, the import is slow. No pyplot, which would keep global state.
+        # Imported here, since drawing is rare and the import slow. Without pyplot, which keeps global state.
         import numpy as np
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -170,6 +164,6 @@ class ClassificationMetrics(nn.Module):
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def reset(self) -> None:
-        """Forgets all clips."""
+        """Removes all clips from the metrics."""
         for metric in (self.accuracy, self.recall, self.f1, self.matrix, self.calibration, self.nll, self.brier):
             metric.reset()

@@ -1,4 +1,4 @@
-"""Decisions about clips, and the line that is written about each.
+"""Decisions about clips, and the lines of ``predictions.jsonl``.
 
 Shape letters: B clips, C classes, K samples per clip.
 """
@@ -15,7 +15,7 @@ from vidreason.datamodules.types import Clip, FailedClip
 
 @dataclass(frozen=True)
 class Trace:
-    """A completion that a decision rests on."""
+    """A completion that a decision is based on."""
 
     text: str
     answer: str | None
@@ -23,14 +23,14 @@ class Trace:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One line of ``predictions.jsonl``; field names are those of the file."""
+    """One line of ``predictions.jsonl``; the fields are named as in the file."""
 
     video_id: str
     split: str
     group: str
     label: str | None
     pred: str | None
-    """None if no answer could be parsed or the clip could not be read: counted as wrong."""
+    """Chosen class; None if no answer could be parsed or the clip could not be read, which counts as wrong."""
     probs: Mapping[str, float]
     answer: str | None
     unparsed: bool
@@ -40,21 +40,21 @@ class Prediction:
 
 @dataclass(frozen=True)
 class BatchDecisions:
-    """What was decided about B clips."""
+    """Decisions about B clips."""
 
     probs: Tensor
     """[B, C] fp32, rows sum to 1."""
     pred: Tensor
-    """[B] int64, -1 where no answer could be parsed."""
+    """[B] int64, -1 if no answer could be parsed."""
     answers: tuple[str | None, ...]
     """[B]"""
     traces: tuple[tuple[Trace, ...], ...]
     """[B][K], K may be 0."""
     unscaled: Tensor | None = None
-    """[B, C] fp32 before temperature scaling; None where ``probs`` are not scaled."""
+    """[B, C] fp32 before temperature scaling; None if ``probs`` are not scaled."""
 
     def prediction(self, row: int, clip: Clip, split: str, label_names: Sequence[str]) -> Prediction:
-        """Returns the prediction line of clip ``row`` of the batch."""
+        """Returns the prediction about clip ``row`` of the batch."""
         pred = int(self.pred[row])
         return Prediction(
             video_id=clip.video_id,
@@ -71,7 +71,7 @@ class BatchDecisions:
 
 
 def failed_prediction(failed: FailedClip, split: str, label_names: Sequence[str]) -> Prediction:
-    """Returns the prediction line of a clip that could not be read: no choice, uniform probabilities, counted wrong."""
+    """Returns the prediction about an unreadable clip, with uniform probabilities and no chosen class."""
     clip = failed.clip
     probs = dict.fromkeys(label_names, 1 / len(label_names))
     return Prediction(clip.video_id, split, clip.group, clip.label, None, probs, None, unparsed=False, failed=True)

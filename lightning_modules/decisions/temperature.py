@@ -1,4 +1,4 @@
-"""Temperature scaling of class probabilities (Guo et al., arXiv 1706.04599), fitted on split ``cal`` alone."""
+"""Temperature scaling of class probabilities (Guo et al., arXiv 1706.04599), fitted on split ``cal``."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from vidreason.lightning_modules.vlms.generation import evaluating
 
 @dataclass
 class TemperatureScaling:
-    """A temperature, and the optimizer step of the weights that it was fitted to; checkpoints store both."""
+    """A temperature with the optimizer step of the weights that it was fitted to; checkpoints store both."""
 
     temperature: float = 1.0
     fitted_at: int = -1
-    """-1: not fitted in this run."""
+    """Optimizer step; -1 if the temperature was not fitted in this run."""
 
     @torch.no_grad()
     def fit(
         self, vlm: VLM, model: nn.Module, batches: Iterable[VideoBatch], label_names: tuple[str, ...], step: int
     ) -> None:
-        """Fits the temperature to the weights as they are.
+        """Fits the temperature to the current weights.
 
         Args:
             vlm: The model family.
-            model: The weights; put into eval mode meanwhile.
+            model: The model; it runs in eval mode, and its modes are restored.
             batches: Clips of split ``cal``, encoded for closed-set scoring.
-            label_names: The classes.
+            label_names: The class names.
             step: Optimizer step of the weights.
 
         Raises:
-            ValueError: No clip can be read and has a label.
+            ValueError: If no readable clip has a label.
         """
         logprobs, labels = [], []
         device = next(model.parameters()).device
@@ -61,7 +61,7 @@ class TemperatureScaling:
         self.temperature, self.fitted_at = found.temperature, step
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the temperature, and the step that it was fitted at."""
+        """Returns the temperature and its optimizer step."""
         return {"temperature": self.temperature, "fitted_at": self.fitted_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

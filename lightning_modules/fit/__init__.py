@@ -1,1 +1,1 @@
-"""Training loops around a stage: optimizer steps, resuming, checkpoints, signals and unreadable clips."""
+"""The training loop of all stages: optimizer steps, resuming, checkpoints, signals and unreadable clips."""

@@ -1,4 +1,4 @@
-"""Checkpoints on disk."""
+"""Atomic writing of checkpoints."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Writes a checkpoint.
 
         Args:
-            checkpoint: What to write.
-            path: Where to.
+            checkpoint: The content.
+            path: The file.
             storage_options: Not used.
 
         Raises:
-            OSError: Naming ``path``, where it cannot be written.
+            OSError: If the file cannot be written; the message names it.
         """
         path = Path(path)
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        for left in path.parent.glob(f".*.{path.name}"):  # by a process that was killed while it wrote
+        for left in path.parent.glob(f".*.{path.name}"):  # drafts of processes that were killed while writing
             left.unlink(missing_ok=True)
         with atomic_file(path) as draft:
             draft.write_bytes(content.getbuffer())

@@ -1,4 +1,4 @@
-"""Fully sharded data parallel training (FSDP2): the strategy that YAML names, and the sharding of a stage's models."""
+"""Fully sharded data parallel training (FSDP2): the strategy for YAML files, and the sharding of a stage's models."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 class FSDP2(ModelParallelStrategy):
     """Shards parameters, gradients and optimizer state over all processes; a checkpoint is one file.
 
-    It runs on CPUs as well (gloo). ``vlms/loading/sharding.py`` says which modules are sharded. Validation, test and
-    prediction run on gathered weights, because ranks may have unequal numbers of batches there.
+    It also runs on CPUs (gloo). ``vlms/loading/sharding.py`` defines which modules are sharded. Validation, test and
+    prediction run on gathered weights, because ranks may have different numbers of batches there.
 
     Args:
-        timeout_s: Seconds after which a rank that waits for another gives up.
+        timeout_s: Seconds that a rank waits for another one before it fails.
     """
 
     def __init__(self, timeout_s: float = 1800.0) -> None:
@@ -47,14 +47,14 @@ class FSDP2(ModelParallelStrategy):
         self._gathered = ExitStack()
 
     def setup_environment(self) -> None:
-        """Shards over all processes of all nodes."""
+        """Sets the size of the device mesh to all processes of all nodes, then builds it."""
         shard_over_all_processes(self)
         super().setup_environment()
 
     # ------------------------------------------------------------------ evaluation on gathered weights
 
     def on_validation_start(self) -> None:
-        """Gathers the sharded weights; hooks of callbacks and of the module run before this one."""
+        """Gathers the sharded weights; Lightning runs the hooks of callbacks and module before this one."""
         module: Any = self.lightning_module
         self._gathered.enter_context(unsharded(getattr(module, "policy", module)))
 
@@ -70,15 +70,15 @@ class FSDP2(ModelParallelStrategy):
     # ------------------------------------------------------------------ checkpoints
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Returns the full state on the first rank, numbered as in one process: by trained parameters alone."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        """Returns the full state on rank 0, with trained parameters numbered as by a strategy that does not shard."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a collective: every rank takes part
         assert self.model is not None
         state = get_optimizer_state_dict(self.model, torch_optimizer(optimizer), options=options)
         numbers = {name: number for number, name in enumerate(_trained_names(self.model))}
         return _renamed(state, numbers) if self.global_rank == 0 else {}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads weights and optimizer from a checkpoint of any strategy; returns the rest."""
+        """Loads weights and optimizer state from a checkpoint of any strategy, and returns the rest."""
         path = Path(self.broadcast(checkpoint_path))
         checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
         assert self.model is not None
@@ -93,12 +93,12 @@ class FSDP2(ModelParallelStrategy):
 
 
 def shard_weights(strategy: Strategy, models: Sequence[nn.Module], frozen: Sequence[str]) -> None:
-    """Shards models over the ranks in place, under a strategy that shards; does nothing under others.
+    """Shards models over the ranks in place if the strategy shards; otherwise does nothing.
 
     Args:
-        strategy: The trainer's.
-        models: The models of a stage, each sharded on its own.
-        frozen: Dotted names of modules that stay whole on every rank.
+        strategy: The trainer's strategy.
+        models: The models of a stage; each is sharded separately.
+        frozen: Dotted names of modules that are not sharded.
     """
     if not isinstance(strategy, ModelParallelStrategy):
         return
@@ -112,7 +112,7 @@ def _trained_names(module: nn.Module) -> list[str]:
 
 
 def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """Returns an optimizer's state with other names of its parameters, in the order of ``names``."""
+    """Returns an optimizer state whose parameters are renamed by ``names`` and stand in its order."""
     place = {name: number for number, name in enumerate(names)}
     return {
         "state": {names[name]: values for name, values in state["state"].items()},

@@ -1,7 +1,7 @@
-"""Every use of Lightning's private API, read from the source of lightning 2.6.6.
+"""Every use of Lightning's private API, as of lightning 2.6.6.
 
-A new Lightning version is checked here: ``tests/lightning_modules/fit/test_lightning_internals.py`` names each
-attribute that this file relies on.
+A new version of Lightning has to be checked against this file only;
+``tests/lightning_modules/fit/test_lightning_internals.py`` tests each attribute that it relies on.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from torch.optim import Optimizer
 
 
 def batches_done(trainer: L.Trainer) -> int:
-    """Returns how many batches the fit has finished, over all epochs."""
+    """Returns the number of batches that the fit has finished, over all epochs."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
 
 def batches_per_epoch(trainer: L.Trainer) -> int:
-    """Returns how many batches an epoch has; 2**53 where the loader has no length."""
+    """Returns the number of batches of an epoch; 2**53 if the loader has no length."""
     return int(min(trainer.num_training_batches, 2**53))
 
 
 def set_logged_steps(trainer: L.Trainer, steps: int) -> None:
-    """Sets the step that loggers write next; on some restarts Lightning's own counter is one too high."""
+    """Sets the step of the next log entry; after some restarts, Lightning's own counter is one too high."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = steps
 
 
 def write_loop_state(
     loops: dict[str, Any], batches: int, per_epoch: int, validation_due: bool, logged_steps: int
 ) -> None:
-    """Rewrites the state of the fit loop in a loaded checkpoint, in place, so that the fit goes on after ``batches``.
+    """Rewrites the state of the fit loop in a loaded checkpoint, in place, so that the fit continues after ``batches``.
 
-    Lightning saves its loops as they stand: in the middle of a batch, at an epoch's end, or in a validation. On restart
-    it draws a different conclusion from each. The counters written here are those of one well-defined place, between
-    two batches (or before a validation that is due), whatever the moment of saving.
+    Lightning saves the counters of its loops as they are: in the middle of a batch, at the end of an epoch, or during
+    a validation, and restarts differently from each. The counters written here are always those between two batches,
+    or before a validation that is due.
 
     Args:
         loops: ``checkpoint["loops"]["fit_loop"]``.
         batches: Finished batches since the fit began.
         per_epoch: Batches per epoch.
-        validation_due: Whether the validation after the last batch is still to be made.
-        logged_steps: Steps as loggers count them.
+        validation_due: Whether the validation after the last batch has yet to run.
+        logged_steps: Number of steps as loggers count them.
     """
     epoch, batch = divmod(max(batches - 1, 0), per_epoch)
     in_epoch = min(batches, batch + 1)
     begun = int(batches > 0)
     loops["epoch_progress"] = _total_and_current(_counters(epoch + begun, processed=epoch, completed=epoch))
-    # At the end of a batch Lightning's own hooks run before the batch counts as completed.
+    # Lightning saves in hooks at the end of a batch, before it counts the batch as completed.
     open_batch = begun and not validation_due
     loops["epoch_loop.batch_progress"] = {
         "total": _counters(batches, completed=batches - open_batch),
@@ -93,7 +93,7 @@ def _total_and_current(counters: dict[str, int]) -> dict[str, Any]:
 class _ForwardSigterm(_SignalConnector):
     """Forwards SIGTERM to the ranks that this process launched.
 
-    Lightning's own handler exchanges tensors with the other ranks, whatever they are exchanging at that moment.
+    Lightning's own handler runs a collective operation, which may meet a different one on another rank and hang.
     """
 
     def _sigterm_notifier_fn(self, signum: int | signal.Signals, _: FrameType) -> None:
@@ -103,7 +103,7 @@ class _ForwardSigterm(_SignalConnector):
 
 
 def forward_sigterm(trainer: L.Trainer) -> None:
-    """Makes a trainer forward SIGTERM to the ranks that it launched, and do nothing else about it."""
+    """Makes a trainer forward SIGTERM to the ranks that it launched and do nothing else on it."""
     trainer._signal_connector = _ForwardSigterm(trainer)
 
 
@@ -111,14 +111,14 @@ def forward_sigterm(trainer: L.Trainer) -> None:
 
 
 class CheckpointWriter(ModelCheckpoint):
-    """Lightning's checkpoint callback, with its private methods under public names for a subclass."""
+    """Lightning's checkpoint callback with public names for the private methods that a subclass needs."""
 
     def candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
-        """Returns the metrics that a checkpoint written now would be judged by."""
+        """Returns the metrics by which a checkpoint written now would be ranked."""
         return self._monitor_candidates(trainer)
 
     def write_best(self, trainer: L.Trainer, metrics: Mapping[str, Tensor]) -> None:
-        """Writes a checkpoint if ``metrics`` are among the best so far."""
+        """Writes a checkpoint if its monitored metric is among the best so far."""
         self._save_topk_checkpoint(trainer, dict(metrics))
 
     def write_last(self, trainer: L.Trainer) -> None:
@@ -131,14 +131,14 @@ class CheckpointWriter(ModelCheckpoint):
         return Path(self._last_checkpoint_saved)
 
     def after_save(self, trainer: L.Trainer, path: Path) -> None:
-        """Called on every rank after a checkpoint was written; does nothing by default."""
+        """Runs on every rank after a checkpoint was written; does nothing by default."""
 
     def after_remove(self, trainer: L.Trainer, path: Path) -> None:
-        """Called on every rank after a checkpoint was removed; does nothing by default."""
+        """Runs on every rank after a checkpoint was removed; does nothing by default."""
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         for logger in trainer.loggers:
-            logger.save()  # What was logged before a checkpoint is not logged again after it.
+            logger.save()  # A resumed fit does not log again what came before the checkpoint.
         super()._save_checkpoint(trainer, filepath)
         self.after_save(trainer, Path(filepath))
 

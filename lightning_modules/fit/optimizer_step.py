@@ -1,8 +1,8 @@
-"""One optimizer step of any stage: micro-batches forward and backward, clip, step, schedule (manual optimisation).
+"""The optimizer step of all stages: forward and backward per micro-batch, clipping, step, schedule.
 
-Gradients of micro-batches add up, so every loss is divided by counts of the *whole* step, never of its micro-batch: the
-step is then the same for any cut. All three stages use it; Lightning's automatic optimisation cannot, because its
-closure calls ``zero_grad`` after ``training_step`` and drops every micro-batch but the last.
+Gradients of micro-batches accumulate, so that every loss is divided by counts of the whole step, not of its
+micro-batch: the step does not depend on the micro-batches. This needs manual optimisation: the closure of Lightning's
+automatic optimisation calls ``zero_grad`` after ``training_step``, which would drop all micro-batches but the last.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """How an optimizer step is made.
+    """Options of an optimizer step.
 
     Args:
-        clips_per_forward: Clips that go through the model at once; null is all of them. It bounds the memory and
-            changes neither loss nor gradient.
-        max_grad_norm: Largest norm of the gradient; a larger one is scaled down to it. 0 does not clip.
+        clips_per_forward: Clips per micro-batch; null is all of them. It limits memory and changes neither loss nor
+            gradient.
+        max_grad_norm: Norm to which larger gradients are scaled down; 0 disables clipping.
     """
 
     clips_per_forward: int | None = None
@@ -48,29 +48,29 @@ class UpdateOptions:
 
     @property
     def per_batch(self) -> int:
-        """Optimizer steps on each batch."""
+        """Number of optimizer steps per batch."""
         return 1
 
 
 class StepResult(NamedTuple):
-    """What an optimizer step did."""
+    """Statistics of an optimizer step."""
 
     grad_norm: Tensor
-    """[] norm of the gradient before clipping."""
+    """[] 2-norm of the gradient before clipping."""
     learning_rate: float
-    """Rate of the first parameter group in this step."""
+    """Learning rate of the first parameter group in this step."""
 
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """Makes optimizer steps on the parameters that are trained.
+    """Runs optimizer steps on the trained parameters.
 
     Args:
-        strategy: The trainer's; it runs the backward pass and synchronises gradients.
-        optimizer: Lightning's wrapper around the optimizer, which counts the steps.
-        scheduler: Stepped after every optimizer step.
+        strategy: The trainer's strategy, which runs the backward pass and synchronises gradients.
+        optimizer: Lightning's wrapper of the optimizer, which counts the steps.
+        scheduler: Learning-rate schedule, stepped after every optimizer step.
         parameters: The trained parameters.
-        max_grad_norm: As in :class:`UpdateOptions`.
+        max_grad_norm: Norm to which larger gradients are scaled down; 0 disables clipping.
     """
 
     strategy: Strategy
@@ -80,13 +80,13 @@ class OptimizerStep:
     max_grad_norm: float
 
     def __call__(self, micro_batches: Sequence[T], loss: Callable[[T], Tensor], has_samples: bool = True) -> StepResult:
-        """Makes one step.
+        """Runs one optimizer step.
 
         Args:
-            micro_batches: What goes through the model one after the other; at least one, and as many on every rank.
+            micro_batches: The micro-batches; at least one, and the same number on every rank.
             loss: Runs the forward pass of a micro-batch and returns its share of the step's loss.
-            has_samples: Whether anything counts in this step on any rank. Without samples the gradient is dropped:
-                momentum and weight decay would otherwise move the weights.
+            has_samples: Whether anything counts in this step on any rank. If not, no parameter gets a gradient, so that
+                momentum and weight decay leave the weights unchanged.
         """
         self.optimizer.zero_grad()
         for number, micro_batch in enumerate(micro_batches, start=1):
@@ -96,14 +96,14 @@ class OptimizerStep:
         if self.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        if not has_samples:
+        if not has_samples:  # the step below still runs, since Lightning and the schedule count it
             self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.step()
         self.scheduler.step()
         return StepResult(norm, learning_rate)
 
     def _synchronise(self, last: bool) -> AbstractContextManager[object]:
-        """Lets ranks exchange gradients in the last backward pass only."""
+        """Returns the context of a backward pass, in which only the last one exchanges gradients between ranks."""
         if last or not isinstance(self.strategy, ParallelStrategy):
             return nullcontext()
         context: AbstractContextManager[object] = self.strategy.block_backward_sync()
@@ -111,7 +111,7 @@ class OptimizerStep:
 
 
 def split_clips(vlm: VLM, batch: VideoBatch, clips_per_forward: int | None) -> list[VideoBatch]:
-    """Cuts a batch into micro-batches of at most ``clips_per_forward`` clips, each with its texts."""
+    """Splits a batch into micro-batches of at most ``clips_per_forward`` clips with their texts."""
     size = clips_per_forward or len(batch)
     if size >= len(batch):
         return [batch]
@@ -125,10 +125,10 @@ def split_clips(vlm: VLM, batch: VideoBatch, clips_per_forward: int | None) -> l
 
 
 def check_trainer_options(trainer: L.Trainer, stage: str) -> None:
-    """Refuses options of the trainer that manual optimisation would ignore or that it cannot serve.
+    """Checks the trainer for options that manual optimisation ignores or does not support.
 
     Raises:
-        ValueError: Naming the option and the one to use instead.
+        ValueError: If one is set; the message names the option to use instead.
     """
     if trainer.gradient_clip_val:
         raise ValueError(
@@ -140,7 +140,7 @@ def check_trainer_options(trainer: L.Trainer, stage: str) -> None:
             "clips of one optimizer step, and model.init_args.updates.clips_per_forward to those that fit into memory"
         )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        # The scaler would have to unscale the gradients before they are clipped, and Lightning unscales them again.
+        # Clipping needs unscaled gradients, and Lightning would unscale them a second time.
         raise ValueError(
             f"trainer.precision is {trainer.precision}, whose loss scaling stage {stage} does not support: use "
             "bf16-mixed, or 32-true"

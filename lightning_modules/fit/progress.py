@@ -1,4 +1,4 @@
-"""How far a fit has come, in whole batches; ``lightning_internals.py`` writes it into Lightning's loops."""
+"""The progress of a fit in finished batches, and how it is restored into Lightning's loops."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from vidreason.lightning_modules.fit.lightning_internals import (
 
 @dataclass(frozen=True)
 class FitProgress:
-    """What a fit has been trained on."""
+    """The finished batches of a fit."""
 
     batches: int
-    """Finished batches since the fit began; an interrupted one does not count."""
+    """Finished batches since the fit began; an interrupted batch does not count."""
     per_epoch: int
     """Batches per epoch."""
     accumulated: int
     """Batches per optimizer step (``accumulate_grad_batches``)."""
     validation_due: bool
-    """Whether the validation after the last batch was interrupted."""
+    """Whether the validation after the last batch was interrupted and has to run again."""
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> FitProgress:
@@ -42,19 +42,20 @@ class FitProgress:
 
     @property
     def logged_steps(self) -> int:
-        """Steps as loggers count them: several updates on one GRPO batch are one step."""
+        """Number of steps as loggers count them: several updates on one GRPO batch are one step."""
+        # An epoch whose batches do not divide evenly ends with a shorter accumulation.
         epochs, rest = divmod(self.batches, self.per_epoch)
         return epochs * math.ceil(self.per_epoch / self.accumulated) + rest // self.accumulated
 
     @property
     def at_epoch_end(self) -> bool:
-        """Whether the next batch is the first of an epoch."""
+        """True if the next batch is the first of an epoch."""
         return self.batches % self.per_epoch == 0
 
     def write_into(self, loops: dict[str, Any]) -> None:
-        """Makes Lightning's fit loop go on from here; ``loops`` is ``checkpoint["loops"]["fit_loop"]``."""
+        """Makes Lightning's fit loop continue from here; ``loops`` is ``checkpoint["loops"]["fit_loop"]``."""
         write_loop_state(loops, self.batches, self.per_epoch, self.validation_due, self.logged_steps)
 
     def state(self) -> dict[str, Any]:
-        """Returns the fields as a checkpoint stores them."""
+        """Returns the fields as plain values for a checkpoint."""
         return asdict(self)

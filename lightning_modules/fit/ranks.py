@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def gather_objects(own: T) -> list[T]:
-    """Returns the object of every rank, in rank order; all ranks have to call it together."""
+    """Returns the objects of all ranks in rank order; all ranks have to call it together."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [own]
     found: list[Any] = [None] * distributed.get_world_size()
@@ -21,7 +21,7 @@ def gather_objects(own: T) -> list[T]:
 
 
 def all_gather_rows(module: L.LightningModule, values: Tensor) -> Tensor:
-    """Returns the rows [B, ...] of all ranks, rank after rank, on the CPU; every rank has as many."""
+    """Returns the rows [B, ...] of all ranks in rank order on the CPU; every rank must have the same number."""
     if not isinstance(module.trainer.strategy, ParallelStrategy):
         return values
     gathered = module.all_gather(values.to(module.device))
@@ -32,7 +32,8 @@ def all_gather_rows(module: L.LightningModule, values: Tensor) -> Tensor:
 def mean_over_ranks(trainer: L.Trainer, counts: Tensor) -> Tensor:
     """Returns the mean of counts over the ranks.
 
-    Strategies average gradients over the ranks, so a sum of one rank is divided by the mean count of all.
+    Strategies average gradients over ranks. Dividing each rank's sum by the mean count therefore gives the gradient of
+    the sum over all ranks divided by the count of all ranks.
     """
     mean: Tensor = trainer.strategy.reduce(counts.float(), reduce_op="mean")
     return mean

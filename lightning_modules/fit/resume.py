@@ -1,17 +1,18 @@
-"""What a checkpoint says about its fit, and how a fit is resumed from it.
+"""The entry of a fit in its checkpoints, and how a fit is resumed from it.
 
-A resumed fit ends as the uninterrupted one. Randomness depends on the seed, the batch number, the clip and the sample,
-so little has to be stored. Under the key ``vidreason`` a checkpoint holds tensors and plain containers only
-(``torch.load(..., weights_only=True)`` reads it):
+A resumed fit gives the same result as an uninterrupted one. Randomness depends on the seed, the batch number, the clip
+and the sample, so that little has to be stored. The key ``vidreason`` of a checkpoint holds tensors and plain
+containers, so that ``torch.load(..., weights_only=True)`` reads it:
 
 - ``format``: 2;
-- ``stage`` and ``parent_sha``: the stage, and the hash of the weights that it started from;
-- ``progress``: finished batches (``progress.py``), and ``clips_per_batch`` of all ranks together;
-- ``seed``: of the order of clips;
-- ``train_clips``: number and hash of the ids of split train, in order; ``learnt_clips``: of those with a target;
-- ``traces``: how many texts the run folder held;
+- ``stage`` and ``parent_sha``: name of the stage, and hash of the weights that it started from;
+- ``progress``: the finished batches (``progress.py``); ``clips_per_batch``: clips per batch over all ranks;
+- ``seed``: the seed of the order of clips;
+- ``train_clips``: number and hash of the ids of split train, in order; ``learnt_clips``: the same for clips with a
+  target;
+- ``traces``: number of texts in the run folder's trace file;
 - ``random``: state of the random number generators, one entry per rank;
-- ``stateful``: what ``VLMModule.stateful()`` names, by name.
+- ``stateful``: states of the objects of ``VLMModule.stateful()``, by name.
 """
 
 from __future__ import annotations
@@ -42,22 +43,22 @@ _START_AGAIN = "start the stage again without --ckpt_path"
 
 
 class ResumableStage(Protocol):
-    """What :class:`ResumeFit` asks of a stage."""
+    """The attributes of a stage that :class:`ResumeFit` needs."""
 
     seed: int
     stage_name: str
     start: StartingWeights
 
     def stateful(self) -> Mapping[str, Stateful]:
-        """Returns the objects whose state belongs into a checkpoint."""
+        """Returns the objects whose state a checkpoint stores, by name."""
         ...
 
 
 class ResumeFit(L.Callback):
-    """Stores where a fit stands in its checkpoints, and resumes it from there.
+    """Stores the progress of a fit in its checkpoints and resumes the fit from it.
 
-    ``VLMModule`` attaches it. Any other module may return one from ``configure_callbacks``; for it the progress, the
-    random states and the stage's name are stored.
+    ``VLMModule`` attaches this callback. Any other module may return one from ``configure_callbacks``; its checkpoints
+    store the progress, the random states and the name of the stage.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class ResumeFit(L.Callback):
     # ------------------------------------------------------------------ saving
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the entry ``vidreason``; all ranks call it together."""
+        """Adds the entry ``vidreason``; all ranks have to call it together."""
         stage = _stage(pl_module)
         checkpoint[KEY] = {
             "format": FORMAT,
@@ -81,14 +82,14 @@ class ResumeFit(L.Callback):
     # ------------------------------------------------------------------ resuming
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forgets an earlier fit of this process; a checkpoint is restored after this hook."""
+        """Resets the state of an earlier fit of this process; Lightning restores a checkpoint after this hook."""
         self._resumed = self._random_state = None
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint continues this fit, and tells Lightning's loops where to go on.
+        """Checks that the checkpoint belongs to this fit, and sets Lightning's loops to its progress.
 
         Raises:
-            ValueError: Naming what differs and what to do.
+            ValueError: If it does not; the message names the difference and the remedy.
         """
         saved = checked_entry(checkpoint, pl_module)
         if (stage := _stage(pl_module)) is not None:
@@ -100,18 +101,19 @@ class ResumeFit(L.Callback):
         _check_learnt_clips(saved, trainer)
         self._resumed = FitProgress(**saved["progress"])
         self._resumed.write_into(checkpoint["loops"]["fit_loop"])
+        # With another number of ranks, the states do not belong to these processes.
         if len(saved["random"]) == trainer.world_size:
             self._random_state = saved["random"][trainer.global_rank]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restores the random number generators, if there are as many ranks as before."""
+        """Restores the random number generators if the number of ranks is the same as before."""
         if self._random_state is not None:
             set_random_state(self._random_state)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seeds what dropout draws from, and lets loggers continue their count after a restart."""
+        """Seeds the generators that dropout uses; after a restart, also continues the step count of loggers."""
         done = batches_done(trainer)
         seed_batch(getattr(pl_module, "seed", 0), done, trainer.global_rank)
         if self._resumed is not None and self._resumed.batches == done:
@@ -120,10 +122,10 @@ class ResumeFit(L.Callback):
 
 
 def check_attached(trainer: L.Trainer, callbacks: Sequence[L.Callback], name: str) -> None:
-    """Checks that the callbacks of a stage, or subclasses of theirs, are attached to the trainer.
+    """Checks that the callbacks of a stage, or subclasses of them, are attached to the trainer.
 
     Raises:
-        ValueError: The stage overrides ``configure_callbacks`` without those of its base.
+        ValueError: If the stage overrides ``configure_callbacks`` and leaves one out.
     """
     for callback in callbacks:
         if not any(isinstance(other, type(callback)) for other in trainer.callbacks):  # type: ignore[attr-defined]
@@ -134,20 +136,20 @@ def check_attached(trainer: L.Trainer, callbacks: Sequence[L.Callback], name: st
 
 
 def stage_name(module: L.LightningModule) -> str:
-    """Returns the stage's name, for any module."""
+    """Returns the attribute ``stage_name`` of a module, or the name of its class."""
     return str(getattr(module, "stage_name", type(module).__name__))
 
 
 def check_checkpoint_file(path: str | Path, module: L.LightningModule, trainer: L.Trainer | None = None) -> None:
-    """Looks into the checkpoint that is to be resumed, before hours are spent on what precedes its loading.
+    """Checks the checkpoint to resume from before a stage writes traces, which may take hours.
 
     Args:
-        path: The checkpoint; anything that is no file is left to Lightning.
-        module: The stage that is to run.
-        trainer: The trainer; with it the data and the starting weights are compared, too.
+        path: The checkpoint; Lightning reports a path that is not a file.
+        module: The stage to run.
+        trainer: The trainer; if given, data and starting weights are compared too.
 
     Raises:
-        ValueError: The checkpoint does not continue this fit.
+        ValueError: If the checkpoint does not belong to this fit.
     """
     if not Path(path).is_file():
         return
@@ -160,7 +162,7 @@ def checked_entry(checkpoint: Mapping[str, Any], module: L.LightningModule) -> d
     """Returns the entry ``vidreason`` of a checkpoint of the stage ``module``.
 
     Raises:
-        ValueError: The checkpoint has another format or is of another stage.
+        ValueError: If the checkpoint has another format or belongs to another stage.
     """
     saved = checkpoint.get(KEY)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
@@ -178,10 +180,10 @@ def checked_entry(checkpoint: Mapping[str, Any], module: L.LightningModule) -> d
 
 
 def check_same_fit(saved: Mapping[str, Any], trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Checks that the fit of a checkpoint is the one that ``trainer`` runs.
+    """Checks that a checkpoint belongs to the fit that ``trainer`` runs.
 
     Raises:
-        ValueError: Starting weights, batch size, seed, training clips or texts differ.
+        ValueError: If starting weights, batch size, seed, training clips or texts differ.
     """
     data = _data(trainer)
     if _stage(module) is None or data is None:
@@ -218,7 +220,7 @@ def _check_batches(saved: Mapping[str, Any], now: Mapping[str, Any], trainer: L.
 
 
 def _check_train_clips(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Between two epochs clips may have been exchanged for as many others; within one nothing may differ."""
+    """Checks the training clips: between two epochs others may have replaced them if their number is the same."""
     before, after = saved["train_clips"], now["train_clips"]
     if before == after:
         return
@@ -234,7 +236,7 @@ def _check_train_clips(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None
 
 
 def _check_learnt_clips(saved: Mapping[str, Any], trainer: L.Trainer) -> None:
-    """A clip that has been repaired since may have been written about only now, which shifts the order."""
+    """Checks the clips with a target; a repaired clip may have got a text since, which would shift the order."""
     data = _data(trainer)
     if data is None or "learnt_clips" not in saved:
         return
@@ -248,7 +250,7 @@ def _check_learnt_clips(saved: Mapping[str, Any], trainer: L.Trainer) -> None:
 
 
 def _identity(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-    """Returns what has to be the same in a resumed fit; nothing for a module or data of another kind."""
+    """Returns the values that must be equal in a resumed fit; {} if module or data are not of this package."""
     stage, data = _stage(module), _data(trainer)
     if stage is None or data is None:
         return {}
@@ -286,5 +288,5 @@ def _traces_path(trainer: L.Trainer) -> Path:
 
 
 def _count_texts(path: Path) -> int:
-    """Counts the texts in a trace file without reading them: its lines but for the header."""
+    """Returns the number of texts in a trace file: its lines without the header."""
     return max(path.read_bytes().count(b"\n") - 1, 0) if path.is_file() else 0

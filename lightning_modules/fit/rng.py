@@ -1,4 +1,4 @@
-"""State of the random number generators of a process as plain containers, and seeding per batch."""
+"""States of the random number generators of a process as plain containers, and seeding per batch."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ State = dict[str, Any]
 
 
 def seed_batch(seed: int, batches: int, rank: int) -> None:
-    """Seeds Python, NumPy and torch for a batch, so that dropout hangs on nothing that came before.
+    """Seeds Python, NumPy and torch for a batch, so that dropout does not depend on earlier batches.
 
     Args:
-        seed: The run's.
-        batches: How many the fit has been trained on before.
-        rank: Of this process.
+        seed: The run's seed.
+        batches: Number of finished batches of the fit.
+        rank: Rank of this process.
     """
     digest = hashlib.sha256(f"{seed}/{batches}/{rank}".encode()).digest()
     number = int.from_bytes(digest[:8], "big")
     torch.manual_seed(number >> 1)
-    np.random.seed(number % 2**32)
+    np.random.seed(number % 2**32)  # NumPy accepts 32 bits only
     random.seed(number)
 
 
 def random_state() -> State:
-    """The state of this process's generators."""
+    """Returns the states of this process's random number generators."""
     version, numbers, gauss = random.getstate()
     kind, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(numbers), gauss],
+        # A tensor, since torch.load(..., weights_only=True) rejects NumPy arrays.
         "numpy": [kind, torch.tensor(np.asarray(keys, dtype=np.int64)), place, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -40,7 +41,7 @@ def random_state() -> State:
 
 
 def set_random_state(state: State) -> None:
-    """Puts this process's generators back."""
+    """Restores the states of this process's random number generators."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, place, has_gauss, cached = state["numpy"]

@@ -1,8 +1,7 @@
-"""When a fit writes checkpoints: every so many batches, after a validation, at an epoch's end, and where it stops.
+"""Writes checkpoints during a fit: every n batches, after a validation, at the end of an epoch, and when it stops.
 
-Always between two batches, after the validation and the logging of the first: GRPO makes several optimizer steps on a
-batch, so a count of steps (Lightning's ``every_n_train_steps``) would not fit, and within a batch there is no state to
-resume from.
+A checkpoint is always written between two batches, after the validation and the logging of the first. Lightning's
+``every_n_train_steps`` does not fit: GRPO makes several optimizer steps per batch and cannot resume within a batch.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from vidreason.signals import StopNow
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Which checkpoints a fit leaves in ``RUN/checkpoints``, beside ``last.ckpt``.
+    """Options of the checkpoints in ``RUN/checkpoints``; ``last.ckpt`` is always there.
 
     Args:
-        every_n_batches: Batches between two checkpoints; one also follows every validation and every epoch.
-        monitor: Metric that chooses the best, for example ``val/acc``; null keeps only the last.
-        mode: Whether more or less of it is better.
-        top_k: How many of the best are kept; -1 keeps all.
+        every_n_batches: Batches between two checkpoints; one is also written after every validation and epoch.
+        monitor: Metric that ranks checkpoints, for example ``val/acc``; null keeps only the last.
+        mode: Whether larger (``max``) or smaller (``min``) values are better.
+        top_k: Number of best checkpoints to keep; -1 keeps all.
     """
 
     every_n_batches: int = 10
@@ -52,16 +51,16 @@ class CheckpointOptions:
 
 
 class ExportsAdapter(Protocol):
-    """What :class:`RunCheckpoint` asks of a stage to write its adapter beside a checkpoint."""
+    """The attributes of a stage that :class:`RunCheckpoint` needs to write an adapter beside a checkpoint."""
 
     policy: nn.Module
 
     def lineage(self, folder: Path) -> Lineage:
-        """Returns where the weights in ``folder`` come from."""
+        """Returns the origin of the weights in ``folder``."""
         ...
 
     def export_adapter(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes the trained adapter, with the weights ``state`` by the model's own names, into ``folder``."""
+        """Writes the trained adapter to ``folder``; ``state`` holds its weights by their names in the model."""
         ...
 
 
@@ -69,8 +68,8 @@ class RunCheckpoint(CheckpointWriter):
     """Writes ``last.ckpt`` and the best checkpoints, each with its adapter in a folder beside it (``last_adapter/``).
 
     Args:
-        options: When, and by which metric.
-        dirpath: Where to; null is ``checkpoints`` in the run folder.
+        options: Frequency and ranking of checkpoints.
+        dirpath: Folder of the checkpoints; null is ``checkpoints`` in the run folder.
     """
 
     def __init__(self, options: CheckpointOptions = CheckpointOptions(), dirpath: str | None = None) -> None:
@@ -92,11 +91,11 @@ class RunCheckpoint(CheckpointWriter):
     # ------------------------------------------------------------------ when
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forgets an earlier fit of this process."""
+        """Resets the state of an earlier fit of this process."""
         self._adapter_checked = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts counting from where the fit stands: a resumed fit has just been saved."""
+        """Starts the count of batches since the last checkpoint, at which a resumed fit begins."""
         super().on_train_start(trainer, pl_module)
         self._saved_at, self._validated, self._within_batch = batches_done(trainer), {}, False
         self._restore_adapter_folder(trainer)
@@ -104,7 +103,7 @@ class RunCheckpoint(CheckpointWriter):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Saves if it is time, before the batch is trained on."""
+        """Saves before the batch is trained on, if a checkpoint is due."""
         done = batches_done(trainer)
         in_epoch = done % batches_per_epoch(trainer)
         between_steps = in_epoch % trainer.accumulate_grad_batches == 0
@@ -114,31 +113,32 @@ class RunCheckpoint(CheckpointWriter):
         self._within_batch = True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Marks the batch as finished; the checkpoint waits for the validation and the logging behind it."""
+        """Marks the batch as finished; its checkpoint is written after validation and logging."""
         self._within_batch = False
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Does nothing: the checkpoint of an epoch is written before the next batch, or at the end."""
+        """Does nothing: the checkpoint of an epoch is written before the next batch or at the end of training."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remembers the metrics by which the next checkpoint, which follows at once, is judged."""
+        """Stores the metrics that rank the next checkpoint, which is written before the next batch."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._validated = self.candidates(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the end of the fit, after the stage's weights were exported."""
+        """Saves the end of the fit, after the stage has exported its weights."""
         if self._validated or batches_done(trainer) > self._saved_at:
             self._save(trainer)
             self._report(trainer, "end of training")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Covers a resumed fit that was already at its end and did not begin to train."""
+        """Handles a resumed fit that had already ended, for which ``on_train_start`` does not run."""
         self._restore_adapter_folder(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Saves where the fit stops in a state that can be resumed; several ranks only where all stop together."""
+        """Saves if the fit stops in a state that can be resumed; on several ranks, only if all stop together."""
         if isinstance(exception, StopNow):
             return
+        # Saving is a collective operation, and an OSError may come from a full disk, on which it would fail again.
         together = stopped_consistently(trainer, exception) or isinstance(exception, TooManyUnreadableError)
         alone = trainer.world_size == 1 and not isinstance(exception, OSError)
         started = trainer.global_step > 0 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
@@ -168,7 +168,7 @@ class RunCheckpoint(CheckpointWriter):
         trainer.strategy.remove_checkpoint(_adapter_folder(path))
 
     def _restore_adapter_folder(self, trainer: L.Trainer) -> None:
-        """Writes the adapter of the restored checkpoint if a kill came between the two."""
+        """Writes the adapter of the restored checkpoint if the process was killed between writing the two."""
         path, checked = trainer.ckpt_path, self._adapter_checked
         self._adapter_checked = True
         if checked or not path or not trainer.is_global_zero or self.dirpath is None:
@@ -177,6 +177,7 @@ class RunCheckpoint(CheckpointWriter):
         if stage is None or path.resolve().parent != Path(self.dirpath).resolve():
             return
         folder = _adapter_folder(path)
+        # Compared after a round trip through JSON, which turns tuples into lists.
         if read_info(folder) != json.loads(json.dumps(stage.lineage(folder).info())):
             _write_adapter(trainer, path)
             rank_zero_info(f"{folder}: written again, a kill had come before it (step {trainer.global_step})")
@@ -188,11 +189,11 @@ class RunCheckpoint(CheckpointWriter):
 
 
 def _write_adapter(trainer: L.Trainer, checkpoint: Path) -> None:
-    """Writes the adapter that a checkpoint holds, which is whole there whatever the strategy."""
+    """Writes the adapter of a checkpoint, which holds it unsharded under every strategy."""
     stage = _stage_with_adapter(trainer)
     if stage is not None:
         saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-        state = {name.removeprefix("model."): value for name, value in saved.items()}
+        state = {name.removeprefix("model."): value for name, value in saved.items()}  # names within VLMModule.model
         stage.export_adapter(_adapter_folder(checkpoint), state)
 
 

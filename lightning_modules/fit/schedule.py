@@ -1,4 +1,4 @@
-"""How many optimizer steps a fit takes, and the learning rate over them."""
+"""The optimizer, its learning-rate schedule, and the number of optimizer steps of a fit."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vidreason.lightning_modules.weights.parameters import trainable
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """The optimizer and its learning rate.
+    """Options of the optimizer and its learning rate.
 
     Args:
         optimizer: The optimizer, without its parameters.
-        schedule: Learning rate over the optimizer steps, after the warm-up.
-        warmup: Warm-up, as a share of all optimizer steps (below 1) or as a number of them (1 and above).
+        schedule: Learning-rate schedule over optimizer steps, after the warm-up.
+        warmup: Length of the warm-up: a share of all optimizer steps (below 1), or a number of them (1 and above).
     """
 
     optimizer: OptimizerCallable = torch.optim.AdamW
@@ -43,7 +43,7 @@ class OptimOptions:
             total_steps: Optimizer steps of the fit.
 
         Raises:
-            ValueError: Nothing is trainable, or the optimizer cannot step sharded weights.
+            ValueError: If nothing is trainable, or the optimizer does not support sharded weights.
         """
         parameters = trainable(module)
         if not parameters:
@@ -57,22 +57,23 @@ class OptimOptions:
         warmup = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+        # Automatic optimisation steps the schedule by the interval; in manual optimisation the stage does.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def count_steps(trainer: L.Trainer, batches: int, updates_per_batch: int = 1) -> int:
-    """Returns the optimizer steps of a fit.
+    """Returns the number of optimizer steps of a fit.
 
     ``Trainer.estimated_stepping_batches`` is not used: it starts the loaders before a checkpoint is restored, and their
     workers would fetch the clips of the first epoch.
 
     Args:
-        trainer: As configured.
-        batches: Batches of the training loader.
-        updates_per_batch: Optimizer steps on each batch.
+        trainer: The configured trainer.
+        batches: Number of batches of the training loader.
+        updates_per_batch: Optimizer steps per batch.
 
     Raises:
-        ValueError: The trainer runs without end, and a schedule needs one.
+        ValueError: If the trainer has neither ``max_epochs`` nor ``max_steps``, since a schedule needs an end.
     """
     limits = [] if trainer.max_steps == -1 else [trainer.max_steps]
     if trainer.max_epochs is not None and trainer.max_epochs != -1:

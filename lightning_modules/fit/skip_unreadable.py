@@ -1,8 +1,8 @@
-"""Trains without the clips that cannot be read, reports them, and stops where too many cannot.
+"""Trains without clips that cannot be read, reports them, and stops the fit if there are too many.
 
-In its batch an unreadable clip is a placeholder video that has no weight (``VideoBatch.sample_mask``), so that every
-rank runs the same forward passes. A disk that has gone away must not cost a night of steps on nothing: the fit stops
-when a given share of the training clips turned out to be unreadable.
+An unreadable clip becomes a placeholder video without weight in the loss (``VideoBatch.sample_mask``), so that every
+rank runs the same forward passes. The fit stops when more than a given share of the training clips is unreadable, for
+example because a disk was unmounted.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _SHOWN_REASONS = 3
 
 
 class TooManyUnreadableError(DecodeError):
-    """More training clips cannot be read than ``max_fraction`` allows; all ranks raise it together."""
+    """Raised on all ranks if more training clips are unreadable than ``max_fraction`` allows."""
 
 
 class SkipUnreadable(L.Callback):
-    """Counts the training clips that cannot be read, over all ranks, and stops the fit where they are too many.
+    """Counts the unreadable training clips of all ranks, and stops the fit if there are too many.
 
-    A stage says with ``supports_masked_samples`` that its loss leaves out what ``VideoBatch.sample_mask`` excludes;
-    otherwise the first unreadable clip ends the fit.
+    The stage must set ``supports_masked_samples``, which declares that its loss leaves out what
+    ``VideoBatch.sample_mask`` excludes; otherwise the first unreadable clip ends the fit.
 
     Args:
         max_fraction: Largest share of the training clips that may be unreadable.
@@ -48,36 +48,37 @@ class SkipUnreadable(L.Callback):
             raise ValueError(f"SkipUnreadable.max_fraction must be between 0 and 1, got {max_fraction}")
         self.max_fraction = max_fraction
         self._reads: Counter[str] = Counter()
-        """Failed reads by video id, of all ranks and finished batches."""
+        """Number of failed reads by video id, over all ranks and finished batches."""
         self._in_this_batch: tuple[str, ...] = ()
         self._step_has_samples = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the failed reads so far."""
+        """Returns the numbers of failed reads."""
         return {"reads": dict(self._reads)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues the counts of the interrupted fit."""
+        """Restores the numbers of failed reads of an interrupted fit."""
         self._reads = Counter(state_dict["reads"])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forgets an earlier fit of this process; a checkpoint is restored after this hook."""
+        """Resets the counts of an earlier fit of this process; Lightning restores a checkpoint after this hook."""
         self._reads.clear()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Names the clips of the batch that could not be read.
+        """Warns about the unreadable clips of the batch and checks their number.
 
         Raises:
-            TooManyUnreadableError: On all ranks, where more clips are unreadable than ``max_fraction`` allows.
-            DecodeError: On all ranks, where a clip is unreadable and the stage does not support masked samples.
+            TooManyUnreadableError: On all ranks, if more clips are unreadable than ``max_fraction`` allows.
+            DecodeError: On all ranks, if a clip is unreadable and the stage does not support masked samples.
         """
         if not isinstance(batch, VideoBatch):
             return
         warn_unreadable(batch, "no weight in this step")
         strategy = trainer.strategy
         counts = torch.tensor([int(batch.sample_mask.sum()), len(batch.failed)], dtype=torch.float32)
+        # Every rank takes part, also one without an unreadable clip, so that all decide the same.
         valid, failed = strategy.reduce(counts.to(strategy.root_device), reduce_op="sum").tolist()
         self._step_has_samples, self._in_this_batch = bool(valid), ()
         if not failed:
@@ -96,20 +97,20 @@ class SkipUnreadable(L.Callback):
             )
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Drops the gradient of an automatically optimised step without samples: weight decay would move the weights.
+        """Drops the gradients of a step without samples in automatic optimisation, so that weights do not change.
 
-        A gradient scaler needs gradients, so it keeps them.
+        With a gradient scaler, which fails without gradients, they stay.
         """
         if not self._step_has_samples and getattr(trainer.precision_plugin, "scaler", None) is None:
             optimizer.zero_grad(set_to_none=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Counts the failed reads of the batch; those of an interrupted batch are read again on resume."""
+        """Counts the failed reads of the finished batch; a resumed fit repeats an interrupted batch."""
         self._reads.update(self._in_this_batch)
         self._in_this_batch = ()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes ``unreadable.csv`` and says how many clips the fit went without."""
+        """Writes ``unreadable.csv`` and warns about the number of unreadable clips."""
         if trainer.is_global_zero:
             _write(Path(trainer.default_root_dir) / UNREADABLE_FILE, self._reads)
         if self._reads:

@@ -1,6 +1,6 @@
-"""Stops a fit at a safe point after Ctrl-C or SIGTERM, on all ranks together.
+"""Stops a fit after Ctrl-C or SIGTERM at a point from which it can be resumed, on all ranks together.
 
-A rank that left alone would make the others wait for it in their next exchange.
+If one rank stopped alone, the others would wait for it in their next collective operation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def raise_if_any_rank_stopped(strategy: Strategy) -> None:
-    """Stops all ranks if any of them received a signal; every rank has to call it.
+    """Stops all ranks if any rank has received a signal; every rank has to call it.
 
     Raises:
         StopRequested: On every rank.
@@ -32,34 +32,34 @@ def raise_if_any_rank_stopped(strategy: Strategy) -> None:
 
 
 def run_unless_stopped(strategy: Strategy, work: Callable[[], T], default: T) -> T:
-    """Runs work that concerns this rank alone and may be interrupted by a signal.
+    """Runs work without collective operations, which a signal may interrupt on this rank.
 
     Args:
         strategy: The trainer's strategy.
         work: Called once; it may call ``check_stop``.
-        default: Returned where several ranks run and this one was stopped: the caller goes on with it until
+        default: Result if this rank of several was stopped; the caller continues with it until
             :func:`raise_if_any_rank_stopped` stops all ranks.
 
     Raises:
-        StopRequested: In a single process, or where no fit defers signals.
+        StopRequested: In a single process, or if signals are not deferred.
     """
     try:
         check_stop()
         return work()
     except StopRequested:
-        # Without deferral nobody would ask later, so the exception has to pass.
+        # Without deferral, no later call would raise again, so the exception has to pass.
         if not stop_received() or not isinstance(strategy, ParallelStrategy):
             raise
         return default
 
 
 def stopped_consistently(trainer: L.Trainer, exception: BaseException) -> bool:
-    """Returns whether a fit was stopped where its state is consistent on all ranks, so that it can be saved."""
+    """Returns whether a signal stopped the fit with the same state on all ranks, so that it can be saved."""
     return isinstance(exception, StopRequested) and (trainer.world_size == 1 or exception.on_all_ranks)
 
 
 class StopOnSignal(L.Callback):
-    """Lets Ctrl-C and SIGTERM wait for the next point from which the fit can be resumed."""
+    """Defers Ctrl-C and SIGTERM to the next point from which the fit can be resumed."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Defers signals from here on."""
@@ -72,7 +72,7 @@ class StopOnSignal(L.Callback):
         raise_if_any_rank_stopped(trainer.strategy)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Stops within a validation, which is repeated on resume; several ranks finish it first."""
+        """Stops within a validation, which a resumed fit repeats; several ranks finish the validation first."""
         if trainer.world_size == 1:
             check_stop()
 
@@ -81,7 +81,7 @@ class StopOnSignal(L.Callback):
         raise_if_any_rank_stopped(trainer.strategy)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Ends the deferral: what follows is the export, which is repeated if it is interrupted."""
+        """Ends the deferral before the export, which is repeated if it is interrupted."""
         defer_signals(False)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -1,1 +1,1 @@
-"""Pure tensor functions; nothing here imports anything but torch."""
+"""Pure functions on tensors; this package imports torch only."""

@@ -19,21 +19,21 @@ from torch import Tensor
 def group_relative_advantages(
     rewards: Tensor, *, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-6
 ) -> Tensor:
-    """How much better each completion is than its siblings.
+    """Returns the advantage of each completion over the other completions of its group.
 
-    ``A = (R - mean of the group) / (std + eps)``, in float64, standard deviations with ddof 1.
+    ``A = (R - mean of the group) / (std + eps)``, computed in float64, with standard deviations of ddof 1.
 
     Args:
         rewards: [B, G]; NaN where a completion could not be scored.
-        scale: Whose standard deviation divides: that of the ``group``, that of all B x G rewards given (``batch``), or
-            ``none``.
+        scale: The standard deviation that divides: ``group`` is that of the completion's group, ``batch`` that of all
+            B x G rewards, ``none`` does not divide (Dr. GRPO, arXiv 2503.20783).
         eps: Added to the standard deviation.
 
     Returns:
-        [B, G] in the type of the rewards (float32 for integers); exactly 0 in dead groups and where the reward is NaN.
+        [B, G] in the dtype of the rewards (float32 for integers); exactly 0 in dead groups and where the reward is NaN.
 
     Raises:
-        ValueError: The rewards are not [B, G], one is infinite, or the scale is unknown.
+        ValueError: If the rewards are not [B, G], one is infinite, or the scale is unknown.
     """
     dead = dead_groups(rewards)
     if bool(torch.isinf(rewards).any()):
@@ -55,19 +55,20 @@ def group_relative_advantages(
 
 
 def dead_groups(rewards: Tensor) -> Tensor:
-    """Which groups teach the policy nothing because all their rewards are equal.
+    """Returns which groups have no learning signal because all their rewards are equal.
 
     Args:
         rewards: [B, G]; NaN where a completion could not be scored.
 
     Returns:
-        [B] bool; True also for groups of which one completion or none was scored.
+        [B] bool; True also for groups in which at most one completion was scored.
 
     Raises:
-        ValueError: The rewards are not [B, G] with G >= 1.
+        ValueError: If the rewards are not [B, G] with G >= 1.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 1:
         raise ValueError(f"rewards must be [B, G] with G >= 1, got {tuple(rewards.shape)}")
     values = rewards.detach().double()
     unknown = torch.isnan(values)
+    # Largest <= smallest, each ignoring NaN. A group without any score compares -inf with inf, so it is dead too.
     return values.masked_fill(unknown, -torch.inf).amax(dim=1) <= values.masked_fill(unknown, torch.inf).amin(dim=1)

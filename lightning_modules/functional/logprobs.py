@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens, with and without the full logits in memory.
+"""Log-probabilities and entropies of tokens, from logits or from hidden states in chunks.
 
 Shape letters: V vocabulary, H hidden size; leading dimensions are free.
 """
@@ -14,31 +14,31 @@ from torch.utils.checkpoint import checkpoint
 
 
 class TokenScores(NamedTuple):
-    """What the model thought of each given token."""
+    """Scores of given tokens under the model."""
 
     logprobs: Tensor
-    """[...] at least float32"""
+    """[...] At least float32."""
     greedy: Tensor
-    """[...] 1 where the token is the likeliest, else 0; no gradient"""
+    """[...] 1 where the token is the likeliest, else 0; no gradient."""
     entropy: Tensor | None
-    """[...] entropy of the distribution the token was drawn from, None where it was not asked for"""
+    """[...] Entropy in nats of the distribution that predicts the token; None if it was not requested."""
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0, suppressed: Tensor | None = None) -> Tensor:
-    """Log-probability of each given token.
+    """Returns the log-probability of each given token.
 
     Args:
         logits: [..., V]; any float type.
         ids: [...] int64, the tokens.
         temperature: Logits are divided by it, as in sampling.
-        suppressed: [S] int64, tokens that cannot be sampled: they get probability 0, the others share the rest. A
-            given token that is suppressed has log-probability -inf.
+        suppressed: [S] int64, tokens that cannot be sampled: they get probability 0 before normalisation, so that a
+            given token among them has log-probability -inf.
 
     Returns:
         [...] float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: The temperature is not positive or the shapes do not fit.
+        ValueError: If the temperature is not positive or the shapes do not fit.
     """
     _check_shapes(logits, ids)
     scaled = _scale(logits, temperature, suppressed)
@@ -57,29 +57,29 @@ def chunked_token_logprobs(
     with_entropy: bool = False,
     state: Tensor | None = None,
 ) -> TokenScores:
-    """Scores tokens from hidden states without ever holding all logits.
+    """Scores tokens from hidden states while holding the logits of one chunk only.
 
-    The head runs on ``chunk_size`` states at a time. Where that makes more than one chunk it runs again in the backward
-    pass, so the peak is one chunk of logits for any number of tokens. Values and gradients are those of
+    The head runs on ``chunk_size`` states at a time. If there are several chunks, it runs again in the backward pass,
+    so that peak memory is one chunk of logits for any number of tokens. Values and gradients equal those of
     ``token_logprobs(head(hidden), ids)``.
 
     Args:
         hidden: [..., H] states from which the tokens were predicted.
         ids: [...] int64, the tokens; [K] with ``state``.
-        head: [states, H] -> [states, V], the family's own head with everything that belongs to it, such as
-            soft-capping. It is called inside the caller's forward pass.
-        chunk_size: States at a time.
+        head: [states, H] -> [states, V], the head of the model family, including soft-capping. It is called inside the
+            caller's forward pass.
+        chunk_size: States per chunk.
         temperature: Logits are divided by it.
         suppressed: [S] int64, tokens that cannot be sampled.
-        with_entropy: Whether to compute entropies, in the same pass.
-        state: [K] int64 on the CPU, non-decreasing: which of the states, [M, H], predicts each token. So the head runs
-            once for several tokens that are predicted from one state. None: one state per token.
+        with_entropy: Whether to compute entropies too, in the same pass.
+        state: [K] int64 on the CPU, non-decreasing: the index of the state [M, H] that predicts each token. Tokens
+            may share a state, for which the head then runs once. None: one state per token.
 
     Returns:
         Scores in the shape of ``ids``.
 
     Raises:
-        ValueError: The chunk size or the temperature is not positive, or the shapes do not fit.
+        ValueError: If the chunk size or the temperature is not positive, or the shapes do not fit.
     """
     if state is None:
         _check_shapes(hidden, ids)
@@ -91,7 +91,7 @@ def chunked_token_logprobs(
     def score(states: Tensor, tokens: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         scaled = _scale(head(states), temperature, suppressed)
         chosen = _chosen(scaled, tokens, place)
-        greedy = (chosen >= _at(scaled.amax(-1), place)).to(scaled.dtype)
+        greedy = (chosen >= _at(scaled.amax(-1), place)).to(scaled.dtype)  # a tie counts as greedy
         if not with_entropy:
             return chosen - _at(scaled.logsumexp(-1), place), greedy, scaled.new_zeros(tokens.shape)
         logprobs = scaled.log_softmax(-1)
@@ -110,7 +110,7 @@ def chunked_token_logprobs(
 def _per_chunk(
     ids: Tensor, state: Tensor | None, chunks: int, chunk_size: int
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-    """Cuts tokens, and the place of each one's state in its chunk, where the states are cut."""
+    """Splits the tokens where the states are split, and returns the index of each token's state in its chunk."""
     if state is None:
         return torch.split(ids, chunk_size), [None] * chunks
     ends = torch.searchsorted(state, torch.arange(1, chunks + 1) * chunk_size).tolist()
@@ -128,7 +128,7 @@ def _at(values: Tensor, place: Tensor | None) -> Tensor:
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
-    # 0 * log 0 = 0: without this a suppressed token makes the entropy, or its gradient, NaN.
+    # 0 * log 0 = 0: without this, a suppressed token would make the entropy or its gradient NaN.
     finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)
     return -(logprobs.exp() * finite).sum(-1)
 

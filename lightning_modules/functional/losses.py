@@ -1,16 +1,16 @@
 """The losses of all stages.
 
-Shape letters: N texts, L tokens. Masks are True where tokens count. Every loss is a sum over the tokens it is given,
-divided by a count it is given: a mean over the whole optimizer step, whatever the micro-batches and ranks. On several
-ranks, whose gradients are averaged, the count is that of all ranks divided by their number.
+Shape letters: N texts, L tokens. Masks are True where tokens count. Every loss is the sum over a micro-batch divided by
+a count of the whole optimizer step, so that accumulated gradients do not depend on the micro-batches. Gradients are
+averaged over ranks, so on several ranks the count is that of all ranks divided by the number of ranks.
 
-GRPO follows DeepIntuit (arXiv 2603.10300), the other loss types the papers that ``functional/aggregation.py`` names.
+GRPO follows DeepIntuit (arXiv 2603.10300); the other loss types follow the papers in ``functional/aggregation.py``.
 Deviations from the papers:
-    1. The log-ratios of the KL term and of the importance weights are clamped like that of the policy term.
+    1. The log-ratios of the policy term, the KL term and the importance weights are clamped (``log_ratio_clamp``).
 
 Text fine-tuning follows RB-FT (arXiv 2511.15923) and DeepIntuit's cold start. Deviations from the papers:
-    1. Reasoning and answer are averaged apart, then added: behind a long trace a mean over all tokens leaves the few
-       tokens of the answer untrained. ``answer_weight=None`` gives the papers' mean.
+    1. Reasoning and answer are averaged separately, then added: in one mean over all tokens, the few tokens of an
+       answer would have almost no weight behind a long trace. ``answer_weight=None`` gives the papers' mean.
 """
 
 from __future__ import annotations
@@ -41,42 +41,41 @@ from vidreason.lightning_modules.functional.reductions import count_or_one, mask
 
 
 class PolicyLossOutput(NamedTuple):
-    """Loss and statistics of one micro-batch.
+    """Loss and statistics of one micro-batch, all of shape []; only ``loss`` has a gradient.
 
-    Every field is a sum divided by a count of the optimizer step: added up over its micro-batches, ``loss`` and
-    ``policy`` are what the loss type says and the others means over the step's tokens. All are [] and, but for
-    ``loss``, without gradient.
+    Every field is divided by a count of the whole optimizer step, so that fields are added over its micro-batches.
+    ``loss`` and ``policy`` are aggregated by the loss type; all other fields are means over the tokens of the step.
     """
 
     loss: Tensor
-    """policy + kl_coef * KL - entropy_coef * entropy; the KL is aggregated as the policy term is"""
+    """``policy`` + kl_coef * KL - entropy_coef * entropy; the KL is aggregated like the policy term."""
     policy: Tensor
     kl: Tensor
-    """k3 estimate of KL(policy, reference), token mean; 0 without a reference"""
+    """Token mean of the k3 estimate of KL(policy, reference); 0 without a reference."""
     entropy: Tensor
-    """Token mean; 0 without entropies"""
+    """Token mean in nats; 0 without entropies."""
     clip_low: Tensor
-    """Share of tokens with a negative advantage whose ratio fell below 1 - clip_eps_low; 0 for cispo"""
+    """Share of tokens with a negative advantage whose ratio fell below 1 - clip_eps_low; 0 for cispo."""
     clip_high: Tensor
-    """Share of tokens with a positive advantage whose ratio rose above 1 + clip_eps_high (cispo: cispo_clip_max)"""
+    """Share of tokens with a positive advantage whose ratio rose above 1 + clip_eps_high (cispo: cispo_clip_max)."""
     clip_region: Tensor
-    """clip_low + clip_high: tokens whose policy gradient is clipped away (cispo: bounded)"""
+    """clip_low + clip_high: share of tokens whose policy gradient is clipped to 0 (cispo: bounded)."""
     dual_clip: Tensor
-    """Share of tokens with a negative advantage whose ratio rose above dual_clip; 0 for cispo"""
+    """Share of tokens with a negative advantage whose ratio rose above dual_clip; 0 for cispo."""
     importance: Tensor
-    """Mean truncated importance weight; 1 without importance sampling"""
+    """Mean truncated importance weight; 1 without importance sampling."""
     rollout_gap: Tensor
-    """Mean |old_logprobs - rollout_logprobs|, how far trainer and sampler disagree; 0 without rollout_logprobs"""
+    """Mean |old_logprobs - rollout_logprobs| (trainer against sampler); 0 without rollout_logprobs."""
 
 
 class TextLoss(NamedTuple):
-    """Loss of one micro-batch of texts; fields add up over micro-batches. All [], only ``loss`` has a gradient."""
+    """Loss of one micro-batch of texts, to be added over micro-batches; all [], only ``loss`` has a gradient."""
 
     loss: Tensor
     reasoning: Tensor
-    """Mean negative log-probability of the tokens outside the answer; 0 where there are none"""
+    """Mean negative log-probability of the tokens outside the answer; 0 if there are none."""
     answer: Tensor
-    """Mean negative log-probability of the answer's tokens; 0 where there are none"""
+    """Mean negative log-probability of the tokens of the answer; 0 if there are none."""
 
 
 def grpo_loss(
@@ -103,45 +102,44 @@ def grpo_loss(
     entropy_coef: float = 0.0,
     log_ratio_clamp: float = 20.0,
 ) -> PolicyLossOutput:
-    """The policy objective, its KL term and its entropy term.
+    """Computes the policy loss with its KL and entropy terms.
 
-    With r = policy / old, the policy term is ``-min(r A, clip(r, 1 - low, 1 + high) A)``, for A < 0 at most
+    With r = policy / old, the policy term of a token is ``-min(r A, clip(r, 1 - low, 1 + high) A)``, for A < 0 at most
     ``-dual_clip A``; for ``cispo`` it is ``-min(r, cispo_clip_max) A log policy`` with the gradient through the
-    logarithm alone. It is multiplied by ``min(old / rollout, importance_cap)``. The KL term is ``rho - log rho - 1``
-    with rho = reference / policy, times r with ``kl_bias_correction``. ``functional/aggregation.py`` says how the
-    terms are added up.
+    logarithm only. It is multiplied by ``min(old / rollout, importance_cap)``. The KL term is ``rho - log rho - 1``
+    with rho = reference / policy, times r with ``kl_bias_correction``. The terms are aggregated as described in
+    ``functional/aggregation.py``.
 
     Args:
-        logprobs: [N, L] of the policy that is trained.
-        advantages: [N], one for all tokens of a completion.
-        completion_mask: [N, L] bool. What it leaves out may hold anything.
-        normalizer: ``loss_normalizer`` of the optimizer step, not of this micro-batch: for ``dapo`` and ``cispo`` its
-            tokens.
-        token_count: Tokens of the optimizer step, over which entropy and statistics are means. None: ``normalizer``.
+        logprobs: [N, L] log-probabilities of the trained policy.
+        advantages: [N] advantage of each completion, shared by its tokens.
+        completion_mask: [N, L] bool; values of other tensors outside it may be anything.
+        normalizer: ``loss_normalizer`` of the whole optimizer step; for ``dapo`` and ``cispo`` its number of tokens.
+        token_count: Tokens of the optimizer step, the divisor of entropy and statistics. None: ``normalizer``.
         old_logprobs: [N, L] of the trainer at the time of the rollout. None: ``logprobs`` without gradient, which is
-            the same thing where each rollout batch makes one optimizer step.
-        rollout_logprobs: [N, L] as the sampler saw them, for truncated importance sampling. None: no correction.
-        ref_logprobs: [N, L] of the policy at the start of the stage. None: no KL.
-        entropy: [N, L]. None: no entropy.
-        loss_type: How the terms are added up, and for ``cispo`` which they are.
-        ratio_level: ``sequence`` takes one ratio per completion, the geometric mean of its tokens'. None: sequence for
-            ``gspo``, token for all others.
-        clip_eps_low: The ratio is clipped below 1 - this.
-        clip_eps_high: The ratio is clipped above 1 + this.
-        cispo_clip_max: Largest ratio of ``cispo``, an absolute bound.
-        dual_clip: Largest ratio that counts against a token with a negative advantage. None: unlimited.
-        importance_sampling: False only measures the gap to ``rollout_logprobs``.
-        importance_cap: Largest importance weight. None: unlimited.
+            equal if each rollout batch is used for one optimizer step.
+        rollout_logprobs: [N, L] of the sampler, for truncated importance sampling. None: no correction.
+        ref_logprobs: [N, L] of the policy at the start of the stage. None: no KL term.
+        entropy: [N, L] entropies in nats. None: no entropy term.
+        loss_type: Aggregation of the terms; ``cispo`` also has a policy term of its own.
+        ratio_level: ``sequence`` uses one ratio per completion, the geometric mean over its tokens. None: ``sequence``
+            for ``gspo``, ``token`` for all others.
+        clip_eps_low: Ratios are clipped below 1 - clip_eps_low.
+        clip_eps_high: Ratios are clipped above 1 + clip_eps_high.
+        cispo_clip_max: Upper bound of the ratio in ``cispo``.
+        dual_clip: Upper bound of the ratio for tokens with a negative advantage. None: unlimited.
+        importance_sampling: If False, the gap to ``rollout_logprobs`` is measured but not corrected.
+        importance_cap: Upper bound of the importance weight. None: unlimited.
         kl_coef: Weight of the KL term.
-        kl_bias_correction: Multiplies the KL term by the ratio, so that off the policy it still estimates the KL.
-        entropy_coef: Weight of the entropy, which is rewarded.
-        log_ratio_clamp: Log-ratios are clamped to plus or minus this before they are exponentiated.
+        kl_bias_correction: Whether to multiply the KL term by the ratio, which keeps the estimate unbiased off-policy.
+        entropy_coef: Weight of the entropy bonus.
+        log_ratio_clamp: Largest absolute value of a log-ratio before it is exponentiated.
 
     Returns:
         The loss, ready for ``backward``, and statistics.
 
     Raises:
-        ValueError: Shapes do not fit, a coefficient makes no sense, or one is set without the tensor it needs.
+        ValueError: If shapes do not fit, a coefficient is out of range, or a coefficient is set without its tensor.
     """
     _check_shapes(completion_mask, logprobs, old_logprobs, rollout_logprobs, ref_logprobs, entropy)
     _check_grpo(advantages, completion_mask, normalizer, dual_clip, importance_cap, cispo_clip_max)
@@ -149,7 +147,7 @@ def grpo_loss(
     tokens = _token_count(loss_type, normalizer, token_count)
 
     def log_ratio(upper: Tensor, lower: Tensor) -> Tensor:
-        # Masked here as well as in the sums, so that no padding reaches exp: its gradient at infinity is NaN.
+        # Masked here as well as in the sums, so that no padding reaches exp: the gradient of exp at infinity is NaN.
         return torch.where(completion_mask, upper - lower, 0.0)
 
     def clamped(values: Tensor) -> Tensor:
@@ -161,6 +159,7 @@ def grpo_loss(
     def mean(values: Tensor) -> Tensor:
         return masked_sum(values, completion_mask) / tokens
 
+    # Without old log-probs the ratio is 1 in value, but it still carries the policy gradient.
     old = logprobs.detach() if old_logprobs is None else old_logprobs.detach()
     advantage = advantages.detach().to(logprobs.dtype).unsqueeze(-1)
     level = level_of(loss_type, ratio_level)
@@ -210,24 +209,24 @@ def weighted_text_loss(
     reasoning_count: float | Tensor,
     answer_count: float | Tensor,
 ) -> TextLoss:
-    """Negative log-likelihood of target texts.
+    """Computes the negative log-likelihood of target texts.
 
-    ``mean over reasoning tokens + answer_weight * mean over answer tokens``. A step without any answer block (labels,
-    rationales) has the first mean only.
+    The loss is ``mean over reasoning tokens + answer_weight * mean over answer tokens``. For targets without an answer
+    block (labels, rationales), only the first mean remains.
 
     Args:
-        logprobs: [N, L].
-        loss_mask: [N, L] bool, tokens that count. What it leaves out may hold anything.
+        logprobs: [N, L]; values outside ``loss_mask`` may be anything.
+        loss_mask: [N, L] bool, tokens that count.
         answer_mask: [N, L] bool, tokens from ``<answer>`` to the end of turn.
-        answer_weight: Weight of the answer's mean; None: one plain mean over all tokens.
-        reasoning_count: Tokens outside answers in the whole optimizer step; 0 where there are none.
-        answer_count: Tokens in answers in the whole optimizer step; 0 where there are none.
+        answer_weight: Weight of the answer's mean. None: one mean over all tokens.
+        reasoning_count: Tokens outside answers in the whole optimizer step; may be 0.
+        answer_count: Tokens in answers in the whole optimizer step; may be 0.
 
     Returns:
         The loss, ready for ``backward``, and its two means.
 
     Raises:
-        ValueError: Shapes do not fit.
+        ValueError: If shapes do not fit.
     """
     _check_shapes(loss_mask, logprobs, answer_mask)
     reasoning_sum = -masked_sum(logprobs, loss_mask & ~answer_mask)
@@ -242,7 +241,7 @@ def weighted_text_loss(
 
 
 def _nonzero(count: float | Tensor, like: Tensor) -> Tensor:
-    """The count in the type of another tensor, or 1 where it is 0."""
+    """Returns the count in the dtype and on the device of ``like``, or 1 if it is 0."""
     return count_or_one(torch.as_tensor(count, dtype=like.dtype, device=like.device))
 
 

@@ -1,4 +1,4 @@
-"""What every token contributes to a policy objective, before anything is added up.
+"""Per-token terms of policy objectives, before aggregation.
 
 Shape letters: N completions, L tokens. A ratio is policy / old, an advantage is [N, 1] or [N, L].
 """
@@ -13,59 +13,60 @@ from torch import Tensor
 
 
 class Bounds(NamedTuple):
-    """Where ratios stop counting."""
+    """Bounds beyond which a ratio is clipped."""
 
     lower: float
     upper: float
     dual: float
-    """Against a token with a negative advantage; infinite where there is no dual clip"""
+    """Upper bound for tokens with a negative advantage; infinite without dual clip."""
 
     @classmethod
     def of(
         cls, loss_type: str, clip_eps_low: float, clip_eps_high: float, cispo_clip_max: float, dual_clip: float | None
     ) -> Bounds:
-        """Returns the bounds of a loss type; ``cispo`` has an upper one only."""
+        """Returns the bounds of a loss type; ``cispo`` has only an upper bound."""
         if loss_type == "cispo":
             return cls(-math.inf, cispo_clip_max, math.inf)
         return cls(1 - clip_eps_low, 1 + clip_eps_high, math.inf if dual_clip is None else dual_clip)
 
 
 class ClipMasks(NamedTuple):
-    """Which tokens lie beyond a bound, on the side where it matters."""
+    """Tokens whose ratio is beyond a bound that clips them, given the sign of their advantage."""
 
     low: Tensor
-    """[N, L] negative advantage, ratio below the lower bound"""
+    """[N, L] Negative advantage and a ratio below the lower bound."""
     high: Tensor
-    """[N, L] positive advantage, ratio above the upper bound"""
+    """[N, L] Positive advantage and a ratio above the upper bound."""
     dual: Tensor
-    """[N, L] negative advantage, ratio above the dual bound"""
+    """[N, L] Negative advantage and a ratio above the dual bound."""
 
 
 def clipped_terms(ratio: Tensor, advantage: Tensor, bounds: Bounds) -> Tensor:
-    """``-min(r A, clip(r) A)`` (PPO, arXiv 1707.06347), for A < 0 at most ``-dual A`` (dual clip, arXiv 1912.09729).
+    """Returns ``-min(r A, clip(r) A)`` (PPO, arXiv 1707.06347), for A < 0 at most ``-dual A`` (arXiv 1912.09729).
 
     Args:
         ratio: [N, L].
         advantage: [N, 1].
-        bounds: Of the ratio.
+        bounds: Bounds of the ratio.
 
     Returns:
         [N, L].
     """
     terms = -torch.minimum(ratio * advantage, ratio.clamp(bounds.lower, bounds.upper) * advantage)
+    # For A < 0 the clip above does not limit large ratios: the term -r A grows with r.
     if bounds.dual == math.inf:
         return terms
     return torch.where(advantage < 0, torch.minimum(terms, -bounds.dual * advantage), terms)
 
 
 def cispo_terms(ratio: Tensor, advantage: Tensor, logprobs: Tensor, bounds: Bounds) -> Tensor:
-    """``-min(r, upper) A log policy``, the gradient through the logarithm alone (CISPO, arXiv 2506.13585).
+    """Returns ``-min(r, upper) A log policy`` with gradient through the logarithm only (CISPO, arXiv 2506.13585).
 
     Args:
         ratio: [N, L].
         advantage: [N, 1].
-        logprobs: [N, L] of the policy.
-        bounds: Of the ratio.
+        logprobs: [N, L] log-probabilities of the policy.
+        bounds: Bounds of the ratio.
 
     Returns:
         [N, L].
@@ -74,10 +75,10 @@ def cispo_terms(ratio: Tensor, advantage: Tensor, logprobs: Tensor, bounds: Boun
 
 
 def k3_terms(log_rho: Tensor) -> Tensor:
-    """``rho - log rho - 1`` with rho = reference / policy: an estimate of KL(policy, reference) that is never negative.
+    """Returns ``rho - log rho - 1``, the non-negative k3 estimate of KL(policy, reference) (arXiv 2402.03300, eq. 4).
 
     Args:
-        log_rho: [N, L].
+        log_rho: [N, L] log(reference / policy).
 
     Returns:
         [N, L].
@@ -86,12 +87,12 @@ def k3_terms(log_rho: Tensor) -> Tensor:
 
 
 def clip_masks(ratio: Tensor, advantage: Tensor, bounds: Bounds) -> ClipMasks:
-    """Says where the bounds are passed.
+    """Returns the tokens whose ratio is beyond a bound.
 
     Args:
         ratio: [N, L].
         advantage: [N, 1].
-        bounds: Of the ratio.
+        bounds: Bounds of the ratio.
     """
     negative = advantage < 0
     return ClipMasks(
@@ -102,11 +103,11 @@ def clip_masks(ratio: Tensor, advantage: Tensor, bounds: Bounds) -> ClipMasks:
 
 
 def largest_gap(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Returns the largest |old_logprobs - rollout_logprobs| of the tokens that count; 0 where there are none.
+    """Returns the largest |old_logprobs - rollout_logprobs| of the tokens that count; 0 if there are none.
 
     Args:
-        old_logprobs: [N, L] of the trainer.
-        rollout_logprobs: [N, L] of the sampler.
+        old_logprobs: [N, L] log-probabilities of the trainer.
+        rollout_logprobs: [N, L] log-probabilities of the sampler.
         mask: [N, L] bool.
     """
     if not mask.numel():

@@ -1,7 +1,7 @@
 """Sums, counts and averages: tokens to sequences, labels to probabilities, traces to one decision per clip.
 
-Shape letters: B clips, N texts, L tokens, C classes. Masks are True where things count, and what a mask leaves out may
-hold anything, NaN included.
+Shape letters: B clips, N texts, L tokens, C classes. Masks are True where things count; values outside a mask may be
+anything, including NaN. Sums therefore use ``torch.where``: multiplying by the mask would keep the NaN.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How many tokens a loss is a mean over; counts of micro-batches add up."""
+    """Numbers of tokens that a loss is averaged over; counts of micro-batches can be added."""
 
     reasoning: Tensor
-    """[] int64, tokens that count and lie outside the answer"""
+    """[] int64, tokens that count outside the answer."""
     answer: Tensor
-    """[] int64, tokens that count and lie in the answer"""
+    """[] int64, tokens that count inside the answer."""
 
     @property
     def total(self) -> Tensor:
-        """[] int64, all tokens that count."""
+        """[] int64, the number of all tokens that count."""
         return self.reasoning + self.answer
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
@@ -42,32 +42,29 @@ def count_tokens(loss_mask: Tensor, answer_mask: Tensor) -> TokenCounts:
 
 
 def count_or_one(count: Tensor) -> Tensor:
-    """Returns the count, or 1 where it is 0: nothing was summed there, so the mean is 0 and not NaN.
+    """Returns the count, or 1 where it is 0, so that the mean over nothing is 0 and not NaN.
 
-    Not at least 1: the mean over two ranks of which one has a single token is a half.
+    Counts below 1 are kept: the mean over two ranks, one of which has a single token, is 0.5.
     """
     return torch.where(count > 0, count, torch.ones_like(count))
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of the values that count.
+    """Returns the sum of the values that count, []; 0 if none does.
 
     Args:
         values: [...].
         mask: [...] bool.
-
-    Returns:
-        [] sum; 0 where nothing counts.
     """
     return torch.where(mask, values, 0.0).sum()
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Log-likelihood of each text.
+    """Returns the log-likelihood of each text.
 
     Args:
         logprobs: [N, L].
-        mask: [N, L] bool, tokens of the text, end of turn included.
+        mask: [N, L] bool, tokens of the text, including the end of turn.
 
     Returns:
         [N]; 0 for a text without tokens.
@@ -76,22 +73,22 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
 
 
 def label_log_probabilities(scores: Tensor) -> Tensor:
-    """Closed-set log-probabilities from the log-likelihood of each label's string.
+    """Returns closed-set log-probabilities from the log-likelihood of each label's string.
 
     Args:
-        scores: [..., C] sequence log-likelihoods. They are summed over tokens, not averaged: a label's probability is
-            that of its whole string, however many tokens it has.
+        scores: [..., C] log-likelihoods summed over tokens, not averaged: the probability of a label is that of its
+            whole string, for any number of tokens.
 
     Returns:
-        [..., C] at least float32; exponentials add up to 1.
+        [..., C] at least float32; the exponentials sum to 1.
     """
     return scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
 
 
 def average_over_traces(log_probabilities: Tensor, owner: Tensor, batch_size: int) -> Tensor:
-    """Averages the probabilities of a clip's traces, in log space.
+    """Averages the probabilities over the traces of each clip, in log space.
 
-    Probabilities are averaged, not their logarithms: one trace that misreads the video cannot veto a class.
+    Probabilities are averaged, not log-probabilities, so that one trace that misreads the video cannot veto a class.
 
     Args:
         log_probabilities: [N, C], one row per trace.
@@ -99,21 +96,21 @@ def average_over_traces(log_probabilities: Tensor, owner: Tensor, batch_size: in
         batch_size: Number of clips, B.
 
     Returns:
-        [B, C] logarithm of the mean probabilities.
+        [B, C] logarithms of the mean probabilities.
 
     Raises:
-        ValueError: A clip has no trace.
+        ValueError: If a clip has no trace.
     """
     traces = torch.zeros(batch_size, dtype=torch.int64, device=owner.device).index_add(0, owner, torch.ones_like(owner))
     if bool((traces == 0).any()):
         empty = (traces == 0).nonzero().flatten().tolist()
         raise ValueError(f"clips {empty} of the batch have no trace to average: sample at least one per clip")
     classes = log_probabilities.shape[-1]
-    # The maximum is subtracted before exp, as in logsumexp. It cancels, so it takes no part in the gradient.
+    # The maximum is subtracted before exp, as in logsumexp. It cancels, so that it needs no gradient.
     top = log_probabilities.new_full((batch_size, classes), -torch.inf)
     rows = owner.unsqueeze(-1).expand_as(log_probabilities)
     top = top.scatter_reduce(0, rows, log_probabilities.detach(), "amax")
-    top = top.masked_fill(top == -torch.inf, 0.0)
+    top = top.masked_fill(top == -torch.inf, 0.0)  # -inf - -inf would be NaN; such a class stays at probability 0
     scaled = (log_probabilities - top[owner]).exp()
     total = scaled.new_zeros(batch_size, classes).index_add(0, owner, scaled)
     return total.log() + top - traces.unsqueeze(-1).log()

@@ -1,1 +1,1 @@
-"""Reinforcement learning on rule rewards: rollouts, the policy loss, the reference policy and what is logged."""
+"""Reinforcement learning on rule rewards: rollouts, policy loss, reference policy and metrics."""

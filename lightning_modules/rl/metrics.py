@@ -1,4 +1,4 @@
-"""Metrics of a GRPO step, under the names that TRL's users know.
+"""Metrics of a GRPO step, named as in TRL.
 
 Shape letters: B prompts of a step, G completions per prompt, P rewards.
 """
@@ -24,12 +24,12 @@ _COLUMNS = ("reward", "length", "truncated", "parsed", "logprob_sum", "valid")
 
 @dataclass(frozen=True)
 class RolloutTable:
-    """One row of numbers per completion of a step, so that a single gather collects what all ranks sampled."""
+    """The numbers of all completions of a step in one tensor, so that one gather collects those of all ranks."""
 
     values: Tensor
-    """[B, G, 6 + P] float64: total reward, tokens, whether it was cut, whether its answer names a class, sum of the
-    sampler's log-probs, whether its clip counts, then the P rewards before their weights; NaN for a reward that
-    returned none."""
+    """[B, G, 6 + P] float64: total reward, number of tokens, whether the completion was truncated, whether its answer
+    names a class, sum of the sampler's log-probs, whether its clip counts, and the P unweighted rewards; NaN for a
+    reward that returned None."""
     reward_names: tuple[str, ...]
     """[P]"""
 
@@ -37,13 +37,14 @@ class RolloutTable:
     def of(
         cls, groups: Sequence[RolloutGroup], label_names: Sequence[str], sample_mask: Sequence[bool]
     ) -> RolloutTable:
-        """Reads the groups of one rank.
+        """Builds the table of the groups of one rank.
 
         Args:
             groups: [B] groups of G.
-            label_names: The classes that answers are matched to.
+            label_names: Class names that answers are matched to.
             sample_mask: [B] whether the clip of a group counts.
         """
+        # Every completion has the same rewards in the same order.
         names = tuple(groups[0].rollouts[0].score.parts)
         rows = [
             [
@@ -63,11 +64,11 @@ class RolloutTable:
         return cls(torch.tensor(rows, dtype=torch.float64), names)
 
     def gathered(self, gather: Callable[[Tensor], Tensor]) -> RolloutTable:
-        """Returns the table of all ranks, rank after rank."""
+        """Returns the table of all ranks, in rank order."""
         return replace(self, values=gather(self.values))
 
     def valid(self) -> RolloutTable:
-        """Returns the groups whose clips count."""
+        """Returns the table of the groups whose clips count."""
         return replace(self, values=self.values[self.column("valid").bool().all(dim=1)])
 
     def column(self, name: str) -> Tensor:
@@ -75,44 +76,45 @@ class RolloutTable:
         return self.values[..., _COLUMNS.index(name)]
 
     def reward(self, name: str) -> Tensor:
-        """Returns the column [B, G] of one reward before its weight."""
+        """Returns the column [B, G] of one unweighted reward."""
         return self.values[..., len(_COLUMNS) + self.reward_names.index(name)]
 
     def total_rewards(self) -> Tensor:
-        """Returns the total rewards [B, G]; NaN where the completion was not scored or its clip does not count."""
+        """Returns the total rewards [B, G]; NaN if the completion was not scored or its clip does not count."""
+        # NaN is ignored in means and deviations, so that such a clip does not change the advantages of others.
         return self.column("reward").masked_fill(self.column("valid") == 0, torch.nan)
 
 
 @dataclass
 class RolloutCounters:
-    """What is counted over a whole fit; all ranks hold the same numbers, and checkpoints store them."""
+    """Counts over a whole fit; they are equal on all ranks and stored in checkpoints."""
 
     steps: int = 0
     """Rollout steps with at least one clip that counts."""
     parsed: int = 0
-    """Completions whose answer named a class."""
+    """Number of completions whose answer names a class."""
     tokens: int = 0
-    """Sampled tokens."""
+    """Number of sampled tokens."""
 
     def add(self, table: RolloutTable) -> None:
         """Adds the completions of a step.
 
         Args:
-            table: Of all ranks, groups that count.
+            table: Groups of all ranks that count.
         """
         self.steps += bool(len(table.values))
         self.parsed += int(table.column("parsed").sum())
         self.tokens += int(table.column("length").sum())
 
     def check_parsed(self, max_steps: int, example: str) -> None:
-        """Stops a policy that no reward can teach.
+        """Checks that at least one completion has parsed, since otherwise the rewards give no signal.
 
         Args:
             max_steps: Steps without a parsed completion after which the stage stops.
-            example: A completion, for the message.
+            example: A completion for the message.
 
         Raises:
-            NoParsedCompletionsError: No completion of the first ``max_steps`` steps has parsed.
+            NoParsedCompletionsError: If no completion of the first ``max_steps`` steps has parsed.
         """
         if self.parsed == 0 and self.steps >= max_steps:
             raise NoParsedCompletionsError(
@@ -128,19 +130,19 @@ class RolloutCounters:
         return asdict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues the counts of an interrupted fit."""
+        """Restores the counts of an interrupted fit."""
         self.steps, self.parsed, self.tokens = state_dict["steps"], state_dict["parsed"], state_dict["tokens"]
 
 
 def rollout_statistics(table: RolloutTable) -> dict[str, Tensor]:
-    """Describes what was sampled and how it was rewarded; a reward that returned none is in no mean.
+    """Returns the statistics of sampled completions and rewards; missing rewards (NaN) are not averaged.
 
     Args:
-        table: Of all ranks, groups that count; at least one.
+        table: Groups of all ranks that count; at least one.
 
     Returns:
-        Scalars by log name. ``train/entropy`` is the mean of -log p over the sampled tokens, which estimates the
-        entropy without a second pass over the vocabulary.
+        Scalars by log name. ``train/entropy`` is the mean of -log p over the sampled tokens in nats, an estimate of the
+        entropy that needs no second pass over the vocabulary.
     """
     rewards, lengths = table.column("reward"), table.column("length")
     values = {
@@ -164,10 +166,10 @@ def rollout_statistics(table: RolloutTable) -> dict[str, Tensor]:
 
 
 def update_statistics(losses: Sequence[PolicyLossOutput]) -> dict[str, Tensor]:
-    """Describes one optimizer step; every field is divided by the counts of the step, so micro-batches add up.
+    """Returns the statistics of one optimizer step, the sums over its micro-batches.
 
     Args:
-        losses: Of the micro-batches of the step.
+        losses: Outputs of the micro-batches; every field is already divided by the counts of the whole step.
 
     Returns:
         Scalars by log name.
@@ -187,16 +189,16 @@ def update_statistics(losses: Sequence[PolicyLossOutput]) -> dict[str, Tensor]:
 
 
 def prefix_statistics(prompt_tokens: Tensor, completion_tokens: int, group_size: int, shared: bool) -> dict[str, float]:
-    """Describes what encoding each prompt once saves in a forward pass over all rollouts.
+    """Returns how many tokens a forward pass over all rollouts saves by encoding each prompt once.
 
     Args:
-        prompt_tokens: [B] tokens of each prompt, the video's included.
-        completion_tokens: Of all completions.
+        prompt_tokens: [B] tokens of each prompt, including those of the video.
+        completion_tokens: Tokens of all completions.
         group_size: G.
-        shared: Whether the prompts' encodings are shared.
+        shared: Whether completions share the encoding of their prompt.
 
     Returns:
-        ``prefix/dedup_ratio``, tokens of the route that repeats the prompts over tokens that are run, and
+        ``prefix/dedup_ratio``, the tokens with repeated prompts divided by the tokens that are run, and
         ``prefix/saved_tokens``, their difference.
     """
     once = int(prompt_tokens.sum())
@@ -206,7 +208,7 @@ def prefix_statistics(prompt_tokens: Tensor, completion_tokens: int, group_size:
 
 
 class Stopwatch:
-    """Measures seconds by name; ``step`` is the time since the stopwatch was made."""
+    """Measures times in seconds by name; ``step`` is the time since the stopwatch was created."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -218,7 +220,7 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # Kernels run asynchronously: wait, or their time counts for the next block.
+            torch.cuda.synchronize()  # Otherwise the time of running kernels would count for the next block.
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def logged(self) -> dict[str, float]:
@@ -228,9 +230,9 @@ class Stopwatch:
 
 
 def nan_std(values: Tensor, dim: int) -> Tensor:
-    """Returns the ddof-1 standard deviation of the values that are not NaN; 0 for one value, NaN for none."""
+    """Returns the standard deviation (ddof 1) of the values that are not NaN; 0 for one value, NaN for none."""
     known = ~values.isnan()
     count = known.sum(dim, keepdim=True)
     squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
-    variance = squares / (count - 1).clamp(min=1)
+    variance = squares / (count - 1).clamp(min=1)  # 0 / 1 for one value
     return torch.where(count > 0, variance.sqrt(), torch.nan).squeeze(dim)

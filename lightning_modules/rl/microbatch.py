@@ -1,4 +1,4 @@
-"""Micro-batches of a GRPO step: the rollouts of the prompts that go through the model at once.
+"""Micro-batches of a GRPO step: the rollouts of the prompts that share a forward pass.
 
 Shape letters: B prompts of a step, G completions per prompt, n completions of a micro-batch, L tokens.
 """
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ScoredRollouts:
-    """Completions of some prompts and their rewards."""
+    """Completions of some prompts with their rewards."""
 
     batch: CompletionBatch
     groups: tuple[RolloutGroup, ...]
@@ -33,13 +33,13 @@ class MicroBatch:
 
     batch: CompletionBatch
     advantages: Tensor
-    """[n] one per completion."""
+    """[n] advantage of each completion."""
     completion_mask: Tensor
     """[n, L] bool, tokens that count in the loss."""
     sample_mask: Tensor
-    """[n] bool, completions of clips that count, including those without a token that counts."""
+    """[n] bool, completions of clips that count, including completions without a token that counts."""
     old_logprobs: Tensor | None = None
-    """[n, L]; None where the forward pass of the update yields them."""
+    """[n, L]; None if the forward pass of the update computes them."""
     ref_logprobs: Tensor | None = None
     """[n, L]; None without a KL term."""
 
@@ -47,13 +47,13 @@ class MicroBatch:
 def make_micro_batches(
     rollouts: Sequence[ScoredRollouts], advantages: Tensor, sample_mask: Tensor, mask_truncated: bool = False
 ) -> list[MicroBatch]:
-    """Gives each part of a step its rows of the advantages and of the masks.
+    """Combines the parts of a step with their rows of advantages and masks.
 
     Args:
         rollouts: Completions of B prompts, in parts.
         advantages: [B, G].
         sample_mask: [B] bool, prompts whose clip counts.
-        mask_truncated: Leaves completions that were cut at their maximal length out of the loss.
+        mask_truncated: Whether completions that were truncated at the maximal length are left out of the loss.
     """
     micro_batches, start = [], 0
     for part in rollouts:
@@ -61,6 +61,7 @@ def make_micro_batches(
         start = rows.stop
         tokens = part.batch.texts.loss_mask
         samples = sample_mask[rows].to(tokens.device).repeat_interleave(advantages.shape[1])
+        # Clips that do not count stay in the micro-batch, since all ranks must run the same forwards.
         mask = tokens & samples[:, None]
         if mask_truncated:
             mask = mask & finished_mask(part.batch)[:, None]
@@ -70,13 +71,13 @@ def make_micro_batches(
 
 
 def finished_mask(batch: CompletionBatch) -> Tensor:
-    """Returns the mask [n] of the completions that ended by themselves."""
+    """Returns the mask [n] of completions that ended with a stop token."""
     ended = [completion.finish_reason == "stop" for group in batch.completions for completion in group]
     return torch.tensor(ended, device=batch.texts.ids.device)
 
 
 def count_step(micro_batches: Sequence[MicroBatch]) -> StepCounts:
-    """Counts what an optimizer step of this rank holds, as float32 scalars; clips that do not count are in no count."""
+    """Returns the counts of this rank's part of an optimizer step as float32 scalars."""
     tokens = torch.stack([m.completion_mask.sum() for m in micro_batches]).sum().float()
     completions = torch.stack([m.sample_mask.sum() for m in micro_batches]).sum().float()
     forwards = torch.stack([m.sample_mask.any() for m in micro_batches]).sum().float()
@@ -84,7 +85,7 @@ def count_step(micro_batches: Sequence[MicroBatch]) -> StepCounts:
 
 
 def split_evenly(items: Sequence[T], n: int) -> Iterator[list[T]]:
-    """Splits the micro-batches of a step into at most ``n`` minibatches of about equal size, none of them empty."""
+    """Splits the micro-batches of a step into at most ``n`` non-empty minibatches of about equal size."""
     for i in range(n):
         chunk = list(items[i * len(items) // n : (i + 1) * len(items) // n])
         if chunk:

@@ -1,7 +1,7 @@
-"""The policy loss as an object: its coefficients, and a record of inputs and of outputs.
+"""The policy loss as a configurable object: its coefficients and the record of its inputs.
 
-The mathematics is in ``functional/losses.py``. A loss of one's own is a subclass of :class:`PolicyLoss` that overrides
-``__call__`` (and adds coefficients), named in YAML by ``loss: {class_path: …}``; docs/extending.md has a complete file.
+The mathematics is in ``functional/losses.py``. For another loss, subclass :class:`PolicyLoss`, override ``__call__``
+(and add coefficients), and name the class in YAML by ``loss: {class_path: …}``; docs/extending.md has an example.
 
 Shape letters: N completions of a micro-batch, L tokens.
 """
@@ -28,46 +28,47 @@ AdvantageScale = Literal["group", "batch", "none"]
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a policy loss is computed from, for one micro-batch of an optimizer step."""
+    """The inputs of a policy loss for one micro-batch of an optimizer step."""
 
     logprobs: Tensor
-    """[N, L] log-probabilities of the policy that is trained; the only tensor with a gradient besides ``entropy``."""
+    """[N, L] log-probabilities of the trained policy; only this tensor and ``entropy`` have gradients."""
     advantages: Tensor
-    """[N] one per completion."""
+    """[N] advantage of each completion."""
     completion_mask: Tensor
-    """[N, L] bool, tokens that count; what it leaves out may hold anything."""
+    """[N, L] bool, tokens that count; values of other tensors outside it may be anything."""
     counts: StepCounts
-    """Tokens, completions and micro-batches of the whole optimizer step, as a mean over the ranks."""
+    """Tokens, completions and micro-batches of the whole optimizer step, as means over the ranks."""
     max_completion_length: int
     """Longest completion that can be sampled, in tokens."""
     rollout_logprobs: Tensor
     """[N, L] log-probabilities of the sampler."""
     old_logprobs: Tensor | None = None
-    """[N, L] of the trainer at the time of the rollout; None where ``logprobs`` without gradient are the same."""
+    """[N, L] of the trainer at the time of the rollout; None if ``logprobs`` without gradient are equal."""
     ref_logprobs: Tensor | None = None
-    """[N, L] of the policy at the start of the stage; None unless ``PolicyLoss.needs_reference``."""
+    """[N, L] log-probabilities of the policy at the start of the stage; None unless ``needs_reference``."""
     entropy: Tensor | None = None
-    """[N, L] of the predicting distributions; None unless ``PolicyLoss.needs_entropy``."""
+    """[N, L] entropies in nats of the predicting distributions; None unless ``needs_entropy``."""
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Policy, KL and entropy terms of GRPO and its relatives.
+    """The policy loss of GRPO and its variants, with KL and entropy terms.
 
     Args:
-        type: grpo, dr_grpo, dapo, bnpo, cispo or gspo: how the terms of the tokens are added up.
+        type: Aggregation of the terms of tokens: grpo, dr_grpo, dapo, bnpo, cispo or gspo.
         ratio_level: One ratio per ``token`` or per ``sequence``; null is sequence for gspo, token for all others.
-        clip_eps_low: The ratio is clipped below 1 - this.
-        clip_eps_high: The ratio is clipped above 1 + this.
-        cispo_clip_max: Largest ratio of cispo, an absolute bound.
-        dual_clip: Largest ratio that counts against a token with a negative advantage; null is unlimited.
-        importance_cap: Largest weight for the gap between sampler and trainer; null switches the correction off.
+        clip_eps_low: Ratios are clipped below 1 - clip_eps_low.
+        clip_eps_high: Ratios are clipped above 1 + clip_eps_high.
+        cispo_clip_max: Upper bound of the ratio in cispo.
+        dual_clip: Upper bound of the ratio for tokens with a negative advantage; null is unlimited.
+        importance_cap: Upper bound of the weight that corrects the gap between sampler and trainer; null disables the
+            correction.
         kl_coef: Weight of the KL to the policy at the start of the stage.
-        kl_bias_correction: Multiplies the KL term by the ratio.
-        entropy_coef: Weight of the entropy, which is rewarded.
-        advantage_scale: Whose standard deviation divides the advantages; null is none for dr_grpo, group for all
-            others.
-        mask_truncated: Leaves completions that were cut at ``max_new_tokens`` out of the loss.
+        kl_bias_correction: Multiply the KL term by the ratio, which keeps its estimate unbiased off-policy.
+        entropy_coef: Weight of the entropy bonus.
+        advantage_scale: Divide advantages by the standard deviation of the ``group``, the ``batch`` or ``none``; null
+            is none for dr_grpo, group for all others.
+        mask_truncated: Leave completions that were truncated at ``max_new_tokens`` out of the loss.
     """
 
     type: LossType = "dapo"
@@ -94,17 +95,17 @@ class PolicyLoss:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the log-probabilities of the policy at the start of the stage are needed."""
+        """True if the loss needs the log-probabilities of the policy at the start of the stage."""
         return self.kl_coef != 0
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether the entropies of the predicting distributions are needed."""
+        """True if the loss needs the entropies of the predicting distributions."""
         return self.entropy_coef != 0
 
     @property
     def scale(self) -> AdvantageScale:
-        """Whose standard deviation divides the advantages."""
+        """The option ``advantage_scale``, or its default for the loss type."""
         return self.advantage_scale or ("none" if self.type == "dr_grpo" else "group")
 
     def __call__(self, inputs: LossInputs) -> PolicyLossOutput:
@@ -125,6 +126,7 @@ class PolicyLoss:
             clip_eps_high=self.clip_eps_high,
             cispo_clip_max=self.cispo_clip_max,
             dual_clip=self.dual_clip,
+            # Without a cap, ``grpo_loss`` still measures the gap between sampler and trainer.
             importance_sampling=self.importance_cap is not None,
             importance_cap=self.importance_cap,
             kl_coef=self.kl_coef,

@@ -1,7 +1,7 @@
 """The reference policy of the KL term, and the log-probabilities of policies that are not trained.
 
-The reference is the policy at the start of the stage (DeepIntuit, arXiv 2603.10300), not the bare base: with LoRA a
-frozen copy of the adapter on the same base, after full fine-tuning a frozen copy of the model.
+The reference is the policy at the start of the stage (DeepIntuit, arXiv 2603.10300), not the base: with LoRA a frozen
+copy of the adapter on the same base, with full fine-tuning a frozen copy of the model.
 
 Shape letters: n completions of a micro-batch, L tokens.
 """
@@ -25,28 +25,29 @@ REFERENCE = "reference"
 
 
 def add_reference(model: nn.Module) -> nn.Module | None:
-    """Keeps a frozen copy of the policy as it is now.
+    """Makes a frozen copy of the current policy.
 
     Returns:
-        The copied model; None where it is an adapter within ``model``.
+        The copied model; None if the copy is an adapter in ``model``.
     """
     if isinstance(model, PeftModel):
         copy_adapter(model, POLICY, REFERENCE)
         return None
+    # eval mode also disables gradient checkpointing and dropout in the reference.
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def score_rollouts(
     vlm: VLM, model: nn.Module, micro_batch: MicroBatch, temperature: float, with_entropy: bool = False
 ) -> Scores:
-    """Returns the log-probabilities of the sampled tokens under the sampling temperature."""
+    """Scores the sampled tokens at the sampling temperature."""
     batch = micro_batch.batch
     return vlm.score(model, batch.prompts, batch.texts, temperature, with_entropy)
 
 
 @torch.no_grad()
 def policy_logprobs(vlm: VLM, model: nn.Module, micro_batch: MicroBatch, temperature: float) -> Tensor:
-    """Returns the log-probabilities [n, L] of the policy as it is, without gradient."""
+    """Returns the log-probabilities [n, L] of the current policy, without gradient."""
     return score_rollouts(vlm, model, micro_batch, temperature).logprobs
 
 
@@ -59,7 +60,7 @@ def reference_logprobs(
     Args:
         vlm: The model family.
         model: The policy.
-        copied: What :func:`add_reference` returned.
+        copied: The model that :func:`add_reference` returned, or None.
         micro_batch: The rollouts.
         temperature: The sampling temperature.
     """

@@ -1,4 +1,4 @@
-"""Completions with their rewards.
+"""Rollouts: completions with their rewards.
 
 Shape letters: B prompts, G completions per prompt.
 """
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class NoParsedCompletionsError(ValueError):
-    """The policy never writes a completion that parses, so no reward can teach it anything."""
+    """Raised if no completion of the policy parses, so that the rewards give no signal."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RolloutGroup:
 
 
 class RolloutOutput(NamedTuple):
-    """What a training step shows callbacks."""
+    """The output of a training step for callbacks."""
 
     groups: tuple[RolloutGroup, ...]
     """[B]"""
@@ -54,18 +54,18 @@ class RolloutOutput(NamedTuple):
 def score_completions(
     batch: CompletionBatch, rewards: Sequence[RewardFn], label_names: Sequence[str]
 ) -> tuple[RolloutGroup, ...]:
-    """Rewards every completion.
+    """Scores every completion with the reward functions.
 
     Args:
         batch: G completions for each of B labelled clips.
-        rewards: The reward functions, weighted by themselves.
+        rewards: The reward functions, each with its weight.
         label_names: Names of all classes.
 
     Returns:
         [B] groups.
 
     Raises:
-        ValueError: A clip has no label.
+        ValueError: If a clip has no label.
     """
     names = tuple(label_names)
     groups = []
@@ -84,19 +84,20 @@ def _reward_input(clip: Clip, completion: Completion, label_names: tuple[str, ..
 
 
 def reward_tensor(groups: Sequence[RolloutGroup]) -> Tensor:
-    """Returns the total rewards [B, G] of B groups in float64; NaN where a completion could not be scored."""
+    """Returns the total rewards [B, G] of B groups in float64; NaN for completions that could not be scored."""
+    # float64, since the mean of equal float32 rewards may differ from them by a rounding error.
     return torch.tensor([[r.score.total for r in group.rollouts] for group in groups], dtype=torch.float64)
 
 
 def warn_failed_rewards(groups: Sequence[RolloutGroup], named: Collection[str] = ()) -> frozenset[str]:
-    """Warns once about every reward that returned None or NaN, naming the first clip.
+    """Warns once about each reward that returned None or NaN, with the first such clip.
 
     Args:
         groups: Scored groups.
-        named: Rewards that were warned about before.
+        named: Names of rewards with an earlier warning.
 
     Returns:
-        The rewards that were warned about now.
+        Names of the rewards with a new warning.
     """
     fresh: set[str] = set()
     for group in groups:

@@ -1,4 +1,4 @@
-"""Samples and rewards the rollouts of a GRPO step.
+"""Samples the completions of a GRPO step and scores them.
 
 Shape letters: B prompts of a step, G completions per prompt.
 """
@@ -23,19 +23,19 @@ from vidreason.rewards.base import RewardFn
 from vidreason.rewards.completion import CompletionForm
 
 _RESAMPLING_SEED = 1_000_003
-"""Far from the seeds that users choose: a group that is sampled again differs from that group in another run."""
+"""Step between the seeds of resampling attempts; large, so that these are not seeds of other runs of the user."""
 
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """How many completions are sampled, how, and when the policy counts as unable to learn.
+    """Options of the rollouts.
 
     Args:
         group_size: Completions per prompt (G).
-        sampling: How each completion is sampled.
-        resample: How often groups with equal rewards, which teach the policy nothing, are sampled again.
+        sampling: Sampling options of the completions.
+        resample: Number of times that groups with equal rewards, which have no learning signal, are sampled again.
         balance_classes: Draw the prompts so that all classes are equally frequent.
-        max_unparsed_steps: Stop after this many steps in which no completion has parsed.
+        max_unparsed_steps: Stop if no completion has parsed in this many first steps.
     """
 
     group_size: int = 8
@@ -57,15 +57,15 @@ class RolloutOptions:
 
 @dataclass
 class RolloutSampler:
-    """Lets a policy write G completions per prompt, and rewards them.
+    """Samples G completions per prompt from a policy and scores them.
 
     Args:
         vlm: The model family.
-        options: How to sample.
+        options: Options of the rollouts.
         rewards: The reward functions.
         seed: The run's seed.
-        form: Which blocks the completions have.
-        label_names: The classes.
+        form: Blocks that a completion consists of.
+        label_names: The class names.
     """
 
     vlm: VLM
@@ -79,14 +79,14 @@ class RolloutSampler:
     def sample(
         self, model: nn.Module, batch: VideoBatch, clips_per_forward: int, step: int, clock: Stopwatch
     ) -> list[ScoredRollouts]:
-        """Samples and rewards the completions of a batch of B prompts.
+        """Samples and scores the completions of a batch of B prompts.
 
         Args:
-            model: The policy, unsharded: ranks may sample unequal numbers of tokens and groups.
+            model: The policy, unsharded, since ranks may sample different numbers of tokens and groups.
             batch: The prompts.
-            clips_per_forward: Prompts that go through the model at once.
-            step: Optimizer step; with the seed, the clip and the sample it fixes the noise.
-            clock: Measures ``gen`` and ``reward``.
+            clips_per_forward: Prompts per forward pass.
+            step: Optimizer step; the noise depends on it, the seed, the clip and the index of the completion.
+            clock: Stopwatch for ``gen`` and ``reward``.
         """
         parts = []
         for start in range(0, len(batch), clips_per_forward):
@@ -117,7 +117,7 @@ class RolloutSampler:
     def _resample_dead_groups(
         self, model: nn.Module, parts: Sequence[ScoredRollouts], counts: Sequence[bool], attempt: int, step: int
     ) -> list[ScoredRollouts]:
-        """Samples the groups with equal rewards again, with other noise, where their clip ``counts``."""
+        """Samples the groups with equal rewards again with other noise, if their clip ``counts`` [B]."""
         fresh: list[ScoredRollouts] = []
         start = 0
         for part in parts:
@@ -127,6 +127,7 @@ class RolloutSampler:
             if not rows:
                 fresh.append(part)
                 continue
+            # The noise depends on seed, step and clip, so that only another seed gives other completions.
             old, seed = part.batch.take(self.vlm, rows), self.seed + _RESAMPLING_SEED * attempt
             again = self._score(self._generate(model, old.prompts, old.clips, seed, step))
             groups = list(part.groups)

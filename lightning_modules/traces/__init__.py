@@ -1,1 +1,1 @@
-"""Texts that a model writes about clips: rationales, descriptions and reasoning traces."""
+"""Texts that a model generates about clips: rationales, descriptions and reasoning traces."""

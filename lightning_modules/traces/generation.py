@@ -1,6 +1,6 @@
-"""Lets a model write texts about clips: descriptions, or reasoning traces that end in an answer.
+"""Generates texts about clips: descriptions, or reasoning traces that end with an answer.
 
-``vidreason predict`` and a stage whose ``traces_file`` is null write the same records with the same lineage.
+``vidreason predict`` and stages whose ``traces_file`` is null write the same records and headers.
 
 Shape letters: B clips, K samples per clip.
 """
@@ -37,15 +37,14 @@ from vidreason.run_folder import TRACES_FILE
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """Which texts a model writes about clips, and how they are sampled.
+    """Options of generated texts.
 
     Args:
-        kind: What ``vidreason predict`` writes: ``describe`` for descriptions, ``reason`` for traces that end in an
-            answer.
+        kind: Texts of ``vidreason predict``: ``describe`` for descriptions, ``reason`` for traces with an answer.
         samples: Texts per clip (K).
-        sampling: How each is sampled; temperature 1 gives traces of training and test the same distribution.
-        label_hint: Show the true label to the writer of a description (RB-FT's released code does; off by default).
-        filter: Which descriptions are rejected. Traces that end in an answer are all kept, right or wrong.
+        sampling: Sampling options; at temperature 1, traces of training and test have the same distribution.
+        label_hint: Show the true label in the prompt of a description, as RB-FT's released code does.
+        filter: Rules that reject descriptions; traces with an answer are all kept, right or wrong.
     """
 
     kind: Literal["describe", "reason"] = "describe"
@@ -65,30 +64,30 @@ def _whole_model(model: nn.Module) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class TraceGenerator:
-    """Writes texts about clips, with the identity of the weights that wrote them."""
+    """Generates texts about clips and records which weights wrote them."""
 
     vlm: VLM
     view: ClipView
-    """What the model is shown of a clip."""
+    """The prompt about a clip."""
     options: TraceOptions
     form: CompletionForm
-    """Which blocks a trace has."""
+    """Blocks that a trace consists of."""
     seed: int
     adapter_sha: str
-    """Hash of the weights on top of the base; empty for the base."""
+    """SHA-256 of the weights that the stage started from; empty for the base."""
     task_sha: str
     writer_active: Callable[[nn.Module], AbstractContextManager[None]] = _whole_model
-    """Activates the weights that write, where the model holds several adapters."""
+    """Activates the weights that write if the model has several adapters."""
 
     @property
     def header(self) -> TraceHeader:
-        """Identity of the texts that this generator writes."""
+        """The header of trace files that this generator writes."""
         counts = {"samples": self.options.samples, "seed": self.seed}
         sampling: dict[str, object] = {**asdict(self.options.sampling), **counts}
         return TraceHeader(False, self.vlm.base_sha(), self.adapter_sha, self.view.sha(), self.task_sha, sampling)
 
     def records(self, model: nn.Module, batch: VideoBatch, label_names: Sequence[str]) -> list[TraceRecord]:
-        """Writes K texts about every readable clip of a batch."""
+        """Generates K texts about every readable clip of a batch."""
         if not len(batch):
             return []
         options = self.options
@@ -104,6 +103,7 @@ class TraceGenerator:
         parsed = completion.parsed
         reasoning, reason = parsed.reasoning, None
         if self.view.kind == "describe":
+            # A description has no tags, so that all of it is the reasoning.
             reasoning = completion.text.strip() if parsed.reasoning is None else parsed.reasoning
             options = self.options
             cut = completion.finish_reason == "length"
@@ -131,17 +131,17 @@ def sample_texts(
     seed: int,
     form: CompletionForm = THINK_FORM,
 ) -> tuple[tuple[Completion, ...], ...]:
-    """Samples texts about every clip of a batch, [B][K]; the noise depends on the seed, the clip and the sample."""
+    """Samples K texts about each of B clips, [B][K]; noise depends on seed, clip and index of the text only."""
     return generate_completions(vlm, model, batch.prompts, batch.clips, samples, sampling, seed, form=form).completions
 
 
 class RankShard(NamedTuple):
-    """The part of the writing that one of several ranks does."""
+    """The share of one rank in writing a trace file."""
 
     rank: int = 0
     ranks: int = 1
     barrier: Callable[[], object] = lambda: None
-    """Returns when all ranks have called it."""
+    """Blocks until all ranks have called it."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ class TraceFile:
     """A trace file that a generator completes for the clips of a data module.
 
     Args:
-        path: The file; created if it does not exist, and continued if it does.
-        generator: Who writes.
-        data: Where the clips are.
-        shard: What this rank writes; all ranks have to complete the file together.
+        path: The file; it is created if it does not exist and continued if it does.
+        generator: The generator of the texts.
+        data: The data module of the clips.
+        shard: Share of this rank; all ranks have to complete the file together.
     """
 
     path: Path
@@ -163,22 +163,21 @@ class TraceFile:
     def complete(
         self, model: nn.Module, splits: Sequence[str], device: torch.device, known: Collection[str] = ()
     ) -> TraceStore:
-        """Writes the texts that the file lacks about the clips of ``splits``.
+        """Writes the texts about the clips of ``splits`` that the file lacks.
 
-        Ranks write batches in turns, so that none waits long for another. A batch holds the same clips for any number
-        of ranks, and so do its texts.
+        Ranks take batches in turn. Batches do not depend on the number of ranks, so that the texts do not either.
 
         Args:
             model: The model that writes.
             splits: Names of the splits.
-            device: Where the model is.
-            known: Ids of clips that are passed over because their texts are elsewhere.
+            device: Device of the model.
+            known: Ids of clips to skip because another file has their texts.
 
         Returns:
-            The store, complete but for clips that could not be read (reported).
+            The store, complete except for unreadable clips, about which a warning is printed.
 
         Raises:
-            ValueError: The file was written by other weights or with another prompt.
+            ValueError: If other weights wrote the file, or it has another prompt.
         """
         shard, header = self.shard, self.generator.header
         with self._joined():
@@ -195,13 +194,14 @@ class TraceFile:
                     warn_unreadable(batch, "no text written")
                     with torch.no_grad():
                         records = self.generator.records(model, batch.to(device), self.data.label_names)
+                    # A batch is generated as a whole, also if the file has some of its texts.
                     own_store.append([r for r in records if (r.video_id, r.sample) not in have])
                     bar.update(len(batch) + len(batch.failed))
         return store
 
     @contextmanager
     def _joined(self) -> Iterator[None]:
-        """Joins the parts that ranks have written, before and after; all ranks enter and leave it together."""
+        """Joins the parts that ranks have written, before and after the block; all ranks enter and leave together."""
         if self.shard.rank == 0:
             TraceStore.create(self.path, self.generator.header)
             join_parts(self.path)
@@ -213,10 +213,10 @@ class TraceFile:
         self.shard.barrier()
 
     def _missing_batches(self, store: TraceStore, split: str, known: Collection[str]) -> list[list[int]]:
-        """Returns, as positions in ``data.clips(split)``, the batches that hold a clip with too few texts.
+        """Returns the batches with a clip that lacks texts, as positions in ``data.clips(split)``.
 
-        A batch that was interrupted is written as a whole again: beside other clips the numbers of a text would differ
-        in their last digits.
+        An interrupted batch is generated again as a whole: padding depends on all clips of a batch, so that scores of
+        the same text in another batch would differ in their last digits.
         """
         clips, size = self.data.clips(split), self.data.eval_batch_size
         asked = [i for i, clip in enumerate(clips) if clip.video_id not in known]
@@ -248,21 +248,22 @@ def write_run_traces(
     splits: Sequence[str],
     known: Collection[str] = (),
 ) -> TraceStore:
-    """Lets a stage's starting weights write the texts about ``splits`` that its run folder lacks.
+    """Completes the trace file of the run folder for ``splits`` with a stage's starting weights.
 
-    Call it in ``configure_model``, before a checkpoint is restored, so that all texts of a resumed run were written by
-    the same weights.
+    Call it in ``configure_model``, before a checkpoint is restored, so that the same weights write all texts of a
+    resumed run.
 
     Args:
-        trainer: The stage's; its ranks share the work.
+        trainer: The stage's trainer, whose ranks share the work.
         model: The starting weights.
-        generator: Who writes.
-        data: Where the clips are.
+        generator: The generator of the texts.
+        data: The data module of the clips.
         splits: Names of the splits.
-        known: Ids of clips that are passed over because their texts are elsewhere.
+        known: Ids of clips to skip because another file has their texts.
     """
     strategy = trainer.strategy
     device = strategy.root_device
+    # Lightning moves the module to the device only after configure_model.
     if next(model.parameters()).device != device:
         model.to(device)
     shard = RankShard(trainer.global_rank, trainer.world_size, partial(strategy.barrier, "write_traces"))
@@ -272,7 +273,7 @@ def write_run_traces(
 
 
 def complete_clips(trainer: L.Trainer, data: VideoDataModule, splits: Sequence[str], samples: int) -> frozenset[str]:
-    """Returns the ids of the clips about which the run folder holds all ``samples`` texts."""
+    """Returns the ids of the clips that have all ``samples`` texts in the run folder's trace file."""
     path = Path(trainer.default_root_dir) / TRACES_FILE
     if not path.exists():
         return frozenset()

@@ -1,4 +1,4 @@
-"""Which of the model's own rationales are worth learning from."""
+"""Rules that reject rationales of the model before it learns from them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _TOLD = re.compile(
 
 @dataclass(frozen=True)
 class RationaleFilter:
-    """Rules by which a rationale is rejected; rejected ones stay in the trace file with their reason.
+    """Rules that reject a rationale; rejected rationales stay in the trace file with the reason.
 
-    One that holds a tag of the grammar or a special token is always rejected: no target could be made of it.
+    A rationale with a tag of the grammar or a special token is always rejected, since it cannot be part of a target.
 
     Args:
-        min_words: Fewest words of the rationale; an empty one is always rejected.
-        max_words: Most words, or None.
-        agree: Reject where the text has an answer and that answer is not the clip's label.
-        complete: Reject what was cut at ``max_new_tokens``; it would teach to stop in the middle.
-        told: Reject where a text written with ``label_hint`` says that the label had been given.
+        min_words: Smallest number of words; an empty rationale is always rejected.
+        max_words: Largest number of words; null is unlimited.
+        agree: Reject a text whose answer is not the clip's label.
+        complete: Reject a text that was truncated at ``max_new_tokens``; it would teach the model to stop mid-sentence.
+        told: Reject a text written with ``label_hint`` that mentions that the label was given.
     """
 
     min_words: int = 1
@@ -38,14 +38,14 @@ class RationaleFilter:
     def reject_reason(
         self, text: str, label: str | None, label_names: tuple[str, ...], label_hint: bool = False, cut: bool = False
     ) -> str | None:
-        """Returns why ``text`` is rejected, or None where it is kept.
+        """Returns why ``text`` is rejected, or None if it is kept.
 
         Args:
             text: The completion.
-            label: The clip's label, where it has one.
-            label_names: All classes.
-            label_hint: Whether the label had been shown to the writer.
-            cut: Whether the completion was cut at ``max_new_tokens``.
+            label: The clip's label, or None.
+            label_names: All class names.
+            label_hint: Whether the prompt contained the label.
+            cut: Whether the completion was truncated at ``max_new_tokens``.
 
         Example:
             >>> RationaleFilter(min_words=3).reject_reason("A dog.", "walk", ("walk", "run"))

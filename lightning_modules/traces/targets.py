@@ -1,4 +1,4 @@
-"""The texts that supervised fine-tuning learns, by video id."""
+"""The target texts of supervised fine-tuning, by video id."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ Texts = dict[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """Which texts are learnt.
+    """Options of the target texts.
 
     Args:
         kind: ``caption``: a column of the manifest; ``rationale``: the model's own descriptions; ``trace``: reasoning
             and answer in the grammar of ``rewards/completion.py``; ``label``: the class name.
-        compose: How a ``trace`` is made: ``describe`` from a description and the training label, ``reason`` from the
-            model's own traces that end in the label.
-        caption_field: Manifest column for ``caption``.
-        answer_weight: Weight of the answer's mean loss beside the reasoning's; null is one mean over all tokens.
+        compose: Source of a ``trace``: ``describe`` joins a description and the training label, ``reason`` takes the
+            model's own traces whose answer is the label.
+        caption_field: Column of the manifest for ``caption``.
+        answer_weight: Weight of the mean loss of the answer, added to that of the reasoning; null is one mean over all
+            tokens.
     """
 
     kind: Literal["caption", "rationale", "trace", "label"] = "label"
@@ -34,12 +35,12 @@ class TargetOptions:
 
 
 def caption_targets(clips: Iterable[Clip], field: str) -> Texts:
-    """Returns the caption that each clip's manifest row holds in column ``field``; clips without one do not appear."""
+    """Returns the captions of clips in the manifest's column ``field``; clips without one are left out."""
     return {clip.video_id: (clip.fields[field].strip(),) for clip in clips if clip.fields.get(field, "").strip()}
 
 
 def rationale_targets(records: Mapping[str, Sequence[TraceRecord]]) -> Texts:
-    """Returns the kept rationales as they were written."""
+    """Returns the texts of the rationales that were not rejected."""
     return {video_id: tuple(r.text.strip() for r in group if r.kept) for video_id, group in records.items()}
 
 
@@ -50,19 +51,20 @@ def trace_targets(
     label_names: Sequence[str],
     form: CompletionForm = THINK_FORM,
 ) -> Texts:
-    """Returns traces that end in the training label.
+    """Returns traces whose answer is the training label.
 
     Args:
         clips: The training clips.
         records: Texts by video id.
-        compose: ``describe``: the model's own description is the reasoning and the training label the answer;
-            ``reason``: the model's own traces, those whose answer is the label.
-        label_names: All classes.
-        form: Which blocks a trace has. Without reasoning the traces of a clip are all the same, and one is returned.
+        compose: ``describe`` takes the model's description as reasoning and the training label as answer; ``reason``
+            takes the model's own traces whose answer is the label.
+        label_names: All class names.
+        form: Blocks that a trace consists of. Without reasoning, all traces of a clip are equal and one is returned.
 
     Raises:
-        ValueError: The form asks for a confidence, which no text of a training clip states.
+        ValueError: If the form has a confidence, for which there is no target.
     """
+    # Only rewards can teach confidences, since they depend on how often the policy is right.
     if form.confidence:
         raise ValueError("completion.confidence: there is no confidence to learn from; switch it on in GRPO only")
     make = _composed if compose == "describe" else _right
@@ -82,7 +84,7 @@ def _composed(record: TraceRecord, label: str, label_names: Sequence[str], form:
     reasoning = record.reasoning if record.reasoning is not None else record.text
     try:
         return render_completion(reasoning.strip(), label, form)
-    except ValueError:  # a tag inside the description: it cannot stand in a trace
+    except ValueError:  # a description that contains a tag cannot be part of a trace
         return None
 
 

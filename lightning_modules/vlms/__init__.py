@@ -1,4 +1,4 @@
-"""Model families. Importing this package registers TinyVLM with transformers' Auto classes."""
+"""Model families; importing this package registers TinyVLM with the Auto classes of transformers."""
 
 from transformers import (
     AutoConfig,

@@ -36,52 +36,52 @@ class Scores(NamedTuple):
     """Scores of the tokens of N texts."""
 
     logprobs: Tensor
-    """[N, L] fp32, 0 outside ``texts.loss_mask``"""
+    """[N, L] fp32 log-probabilities, 0 outside ``texts.loss_mask``."""
     greedy: Tensor
-    """[N, L] fp32, 1 where the token is the likeliest, else 0; no gradient"""
+    """[N, L] fp32, 1 where the token is the likeliest, else 0; no gradient."""
     entropy: Tensor | None
-    """[N, L] fp32 of the distribution that predicts each token, 0 outside ``texts.loss_mask``; None unless asked"""
+    """[N, L] fp32, in nats, 0 outside ``texts.loss_mask``; None if it was not requested."""
 
 
 class Generated(NamedTuple):
-    """N = B·G completions in the order b0g0, b0g1 and so on."""
+    """N = B·G completions in the order b0g0, b0g1, …, b1g0, …."""
 
     ids: Tensor
-    """[N, L] int64, right-padded, end of turn included"""
+    """[N, L] int64, right-padded, including the end of turn."""
     mask: Tensor
-    """[N, L] bool"""
+    """[N, L] bool, True on sampled tokens."""
     logprobs: Tensor
-    """[N, L] fp32 of the sampler under its temperature, before top-p and top-k (greedy: at temperature 1)"""
+    """[N, L] fp32 log-probs at the sampling temperature (greedy: at 1), before top-p and top-k."""
     finish_reason: tuple[Literal["stop", "length"], ...]
-    """[N] ``length``: cut at max_new_tokens"""
+    """[N] ``length``: truncated at max_new_tokens."""
     owner: Tensor
-    """[N] int64, index of the prompt"""
+    """[N] int64, index of the prompt."""
     texts: tuple[str, ...]
-    """[N] decoded without the end-of-turn token; other special tokens stay visible"""
+    """[N] decoded without the end-of-turn token; other special tokens stay visible."""
 
 
 class VLM(ClipEncoder, ABC):
     """A picklable description of a model and how to build it; it holds no weights.
 
-    A family names its vision modules, and overrides what differs from a decoder with one position per token.
+    A subclass names its vision modules and overrides what differs from a decoder with one position per token.
 
     Args:
         path: Folder of a model in the hub's format, or a hub id.
-        lora: LoRA adapter to train; null trains the weights themselves.
+        lora: LoRA adapter to train; null trains all weights (full fine-tuning).
         quantize: ``nf4`` holds the base in 4 bits (needs ``lora``).
-        freeze_vision: Keep the vision tower as it is.
-        dtype: Of the base's weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
-        attn_implementation: As transformers names it.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more work.
-        max_pixels: Most pixels of a frame, for families whose processor takes a budget.
-        route: ``expand`` runs each prompt once and hands its keys and values to the texts; ``packed`` runs prompts and
-            texts in one row; ``naive`` repeats the prompt for each text. ``auto`` packs where layers are recomputed or
-            sharded and, where it can, long texts and texts that continue texts; else it expands.
-        completion_chunk: Texts that go through the model at once; null is all of them. Memory no longer grows with
-            their number, but in training they are run twice.
-        text_memory_gb: Most memory, in GB, that the texts may take in a forward; where they are estimated to need more
-            they go through in chunks.
-        vision_cache: Where embeddings of a frozen vision path are kept; null keeps none.
+        freeze_vision: Do not train the vision tower.
+        dtype: Dtype of the base's weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+        attn_implementation: Name of the attention in transformers, for example ``sdpa``.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more compute.
+        max_pixels: Largest number of pixels of a frame, for families whose processor has such a limit.
+        route: ``expand`` runs each prompt once and shares its keys and values with the texts; ``packed`` runs prompts
+            and texts in one row; ``naive`` repeats the prompt for each text. ``auto`` packs if layers are recomputed or
+            sharded, and where possible for long texts and texts that continue texts; otherwise it expands.
+        completion_chunk: Texts per forward; null is all of them. With chunks, memory does not grow with the number of
+            texts, but in training the texts are run twice.
+        text_memory_gb: Memory limit in GB for the texts of a forward; if the estimate exceeds it, texts are run in
+            chunks.
+        vision_cache: Where embeddings of a frozen vision path are cached; null disables the cache.
     """
 
     def __init__(
@@ -118,12 +118,12 @@ class VLM(ClipEncoder, ABC):
         self.vision_cache_options = vision_cache
         self._announced: set[Choice] = set()
 
-    # -- what a family says ------------------------------------------------------------------------------------------
+    # -- what a family defines ---------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def vision_modules(self) -> tuple[str, ...]:
-        """Dotted names of the modules that ``freeze_vision`` freezes and leaves without adapters."""
+        """Dotted names of the modules that ``freeze_vision`` freezes and that get no adapter."""
 
     @property
     def unquantised(self) -> tuple[str, ...]:
@@ -132,20 +132,22 @@ class VLM(ClipEncoder, ABC):
 
     def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         """Returns positions of left-padded inputs, [B, P], or [A, B, P] for A rotary axes."""
+        # Padding gets -1, which the clamp makes 0: any valid position will do, since the mask hides it.
         return (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
 
     def text_position_ids(self, positions: Tensor) -> Tensor:
-        """Returns positions [n, L] of text tokens in the form that the decoder takes."""
+        """Returns positions [n, L] of text tokens in the shape that the decoder expects."""
         return positions
 
     def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-        """Returns the inputs of the prompts ``index`` [n]; the first axis of each input is the prompts."""
+        """Returns the inputs of the prompts ``index`` [n], if the first axis of every input is the prompt."""
         return {name: value.index_select(0, index) for name, value in inputs.items()}
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def texts_from(self, generated: Generated) -> TextBatch:
-        """Returns completions as texts behind their prompts, with exactly the sampled tokens."""
+        """Returns completions as texts behind their prompts, made of exactly the sampled tokens."""
+        # Never decode and encode again: another tokenisation of the same text has other log-probabilities.
         answers = torch.zeros_like(generated.mask)
         for row, length in enumerate(generated.mask.sum(1).tolist()):
             answers[row, :length] = chat.answer_tokens(self.processor, generated.ids[row, :length].tolist())
@@ -155,14 +157,14 @@ class VLM(ClipEncoder, ABC):
     # -- model -------------------------------------------------------------------------------------------------------
 
     def build(self, adapter_path: str | None = None) -> nn.Module:
-        """Loads the base, freezes, quantises and attaches the ``policy`` adapter.
+        """Loads the base, freezes and quantises it, and attaches the ``policy`` adapter.
 
         Args:
-            adapter_path: An adapter folder to go on from, or a folder of full weights that replaces the base (on which
-                ``lora``, where set, starts afresh).
+            adapter_path: Adapter folder to continue from, or a folder of full weights that replaces the base, on which
+                ``lora`` (if set) starts a new adapter.
 
         Raises:
-            ValueError: The path holds no model, or the adapter does not belong to this base or to ``lora``.
+            ValueError: If the path has no model, or the adapter does not belong to this base or to ``lora``.
         """
         if self.lora is not None and self.lora.dropout > 0:
             rank_zero_warn(
@@ -189,14 +191,14 @@ class VLM(ClipEncoder, ABC):
         temperature: float = 1.0,
         with_entropy: bool = False,
     ) -> Scores:
-        """Returns the log-probs of the tokens in ``texts.loss_mask``, with gradients.
+        """Scores the tokens in ``texts.loss_mask``, with gradients.
 
         Args:
-            model: What ``build`` returned.
+            model: The model that ``build`` returned.
             prompts: B prompts.
             texts: N texts behind them; each prompt, and each text that others continue, is forwarded once.
-            temperature: Divides the logits.
-            with_entropy: Also the entropy of the predicting distributions.
+            temperature: Divisor of the logits.
+            with_entropy: Whether to compute the entropies too.
         """
         banned = torch.tensor(sorted(self.suppressed_ids), dtype=torch.long, device=texts.ids.device)
         options = RouteOptions(self.route, self.completion_chunk, self.text_memory_gb)
@@ -223,18 +225,18 @@ class VLM(ClipEncoder, ABC):
         sampling: Sampling,
         seeds: Sequence[Sequence[int]] | None = None,
     ) -> Generated:
-        """Samples completions; each prompt is prefilled once.
+        """Samples completions with one prefill per prompt.
 
         Args:
-            model: What ``build`` returned; sampled in eval mode, its modes come back.
+            model: The model that ``build`` returned; it samples in eval mode, and its modes are restored.
             prompts: B closed prompts.
-            group_size: G.
-            sampling: How to draw.
-            seeds: [B][G] ints; a row's noise depends on its seed and the token's position only. None draws them from
-                torch's global generator.
+            group_size: G, completions per prompt.
+            sampling: Sampling options.
+            seeds: [B][G] ints; the noise of a completion depends only on its seed and the position of the token. None
+                draws seeds from torch's global generator.
 
         Raises:
-            ValueError: The prompts are open, or ``seeds`` is not [B][G].
+            ValueError: If the prompts are open, or ``seeds`` is not [B][G].
         """
         if prompts.turn_end.numel():
             raise ValueError("cannot generate behind an open prompt: the assistant's turn has not begun")
@@ -267,13 +269,13 @@ class VLM(ClipEncoder, ABC):
 
     @cached_property
     def vision_cache(self) -> VisionCache | None:
-        """The cache of vision embeddings; None if the argument ``vision_cache`` is None."""
+        """The cache of vision embeddings; None if the option ``vision_cache`` is null."""
         options = self.vision_cache_options
         return None if options is None else VisionCache(options, lambda: self._vision_recipe)
 
     @cached_property
     def _vision_recipe(self) -> str:
-        """Returns how frames are processed and weights are loaded; part of the cache key."""
+        """The processing of frames and loading of weights as JSON; part of the cache key."""
         parts = [getattr(self.processor, name, None) for name in ("video_processor", "image_processor")]
         frames = [[type(part).__name__, part.to_dict()] for part in parts if part is not None]
         loading = [self.dtype, self.attn_implementation, self.quantize]
@@ -284,7 +286,7 @@ class VLM(ClipEncoder, ABC):
         return nullcontext() if cache is None else cache.feeding(self, model, prompts, route)
 
     def base_sha(self) -> str:
-        """SHA-256 of the base checkpoint's files."""
+        """Returns the SHA-256 of the base checkpoint's files."""
         return self._base_sha
 
     @cached_property

@@ -1,6 +1,6 @@
-"""Completions sampled from a model: as tokens, as texts and as parsed answers.
+"""Completions sampled from a model, as tokens, texts and parsed answers.
 
-Shape letters: B prompts, G completions per prompt, N = B·G rows in the order b0g0, b0g1, …, L tokens of the longest.
+Shape letters: B prompts, G completions per prompt, N = B·G rows in the order b0g0, b0g1, …, L tokens of a row.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from vidreason.rewards.completion import THINK_FORM, CompletionForm, ParsedCompl
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled text."""
+    """One sampled completion."""
 
     text: str
     parsed: ParsedCompletion
     ids: Tensor
-    """[n] int64, the sampled tokens, including the end of turn if it was reached."""
+    """[n] int64, the sampled tokens, including the end of turn if it was sampled."""
     logprobs: Tensor
     """[n] fp32, log-probabilities of the sampler (``rollout_logprobs``)."""
     finish_reason: Literal["stop", "length"]
-    """``length``: cut at ``max_new_tokens``."""
+    """``length``: truncated at ``max_new_tokens``."""
 
     @property
     def n_tokens(self) -> int:
@@ -48,9 +48,9 @@ class CompletionBatch:
     """[B]"""
     prompts: EncodedPrompts
     texts: TextBatch
-    """N sampled rows; ``loss_mask`` counts every sampled token"""
+    """N sampled rows; ``loss_mask`` counts every sampled token."""
     logprobs: Tensor
-    """[N, L] fp32 log-probabilities of the sampler, 0 outside the mask"""
+    """[N, L] fp32 log-probabilities of the sampler, 0 outside the mask."""
     completions: tuple[tuple[Completion, ...], ...]
     """[B][G]"""
 
@@ -81,7 +81,7 @@ class CompletionBatch:
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.texts.ids.device)
         where = (index[:, None] * group_size + torch.arange(group_size, device=index.device)).flatten()
 
-        def merged(old: Tensor, new: Tensor) -> Tensor:
+        def merged(old: Tensor, new: Tensor) -> Tensor:  # pads with 0 or False; the mask hides what ids get
             wide = functional.pad(old, (0, length - old.shape[1]))
             return wide.index_copy(0, where, functional.pad(new, (0, length - new.shape[1])))
 
@@ -114,9 +114,9 @@ def take_prompts(vlm: VLM, prompts: EncodedPrompts, index: Tensor) -> EncodedPro
 
 
 def completion_seed(seed: int, step: int, video_id: str, sample: int) -> int:
-    """Returns the seed of one completion's noise, a 63-bit integer.
+    """Returns the seed of a completion's noise, a 63-bit integer that depends on the arguments only.
 
-    It depends on nothing else: neither on the batch that the clip happens to be in nor on the machine.
+    The composition of the batch and the machine have no influence.
     """
     digest = hashlib.sha256(f"{seed}/{step}/{video_id}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -133,25 +133,25 @@ def generate_completions(
     step: int = 0,
     form: CompletionForm = THINK_FORM,
 ) -> CompletionBatch:
-    """Samples ``group_size`` completions for every clip, in eval mode; each prompt is run once.
+    """Samples ``group_size`` completions for every clip in eval mode, with one prefill per prompt.
 
     Args:
         vlm: The family that encoded the prompts.
         model: The policy.
         prompts: B prompts.
-        clips: [B] whose prompts they are.
+        clips: [B] clips of the prompts.
         group_size: G, completions per clip.
-        sampling: How to sample.
-        seed: The run's seed. The noise of a completion depends on it, ``step``, the clip's id and the number of the
-            sample, and on nothing else.
+        sampling: Sampling options.
+        seed: The run's seed. The noise of a completion depends only on the seed, ``step``, the clip's id and the index
+            of the completion in its group.
         step: Optimizer step; 0 outside of training.
-        form: Which blocks the completions have.
+        form: Blocks that a completion consists of.
 
     Returns:
         The B·G completions, on the model's device.
 
     Raises:
-        ValueError: A clip's prompt leaves no room in the model's context for ``sampling.max_new_tokens``.
+        ValueError: If a prompt and ``sampling.max_new_tokens`` exceed the model's context.
     """
     names, room = [clip.video_id for clip in clips], [sampling.max_new_tokens] * len(clips)
     check_context_length(names, prompts, room, vlm.context_length, "max_new_tokens asks for")
@@ -163,7 +163,7 @@ def generate_completions(
 
 
 def completions_of(generated: Generated, form: CompletionForm = THINK_FORM) -> tuple[Completion, ...]:
-    """Returns the N rows of ``generated`` as parsed completions, their tokens on the CPU."""
+    """Returns the N rows of ``generated`` as parsed completions with tokens on the CPU."""
     ids, logprobs, mask = generated.ids.cpu(), generated.logprobs.float().cpu(), generated.mask.cpu()
     return tuple(
         Completion(

@@ -1,7 +1,4 @@
-"""The part of a model family that encodes clips, prompts and texts as token batches.
-
-Letters: B clips.
-"""
+"""The part of a model family that encodes clips, prompts and texts as token batches; B stands for clips."""
 
 from __future__ import annotations
 
@@ -28,17 +25,21 @@ class ClipEncoder:
 
     Args:
         path: Folder of a model in the hub's format, or a hub id.
-        max_pixels: Most pixels of a frame, for families whose processor takes a budget.
+        max_pixels: Largest number of pixels of a frame, for families whose processor has such a limit.
     """
 
     def __init__(self, path: str, max_pixels: int | None) -> None:
         self.path = path
         self.max_pixels = max_pixels
-        self.video_options()  # a budget the family cannot keep is refused here
+        self.video_options()  # raises here, not in a worker, if the family does not support max_pixels
         self._processor: Any = None
 
     def video_options(self) -> dict[str, Any]:
-        """Keyword arguments of the processor call that apply ``max_pixels``."""
+        """Returns the keyword arguments of the processor call that apply ``max_pixels``.
+
+        Raises:
+            ValueError: If the processor of the family has no such limit.
+        """
         if self.max_pixels is not None:
             raise ValueError(
                 f"vlm.max_pixels: the processor of {type(self).__name__} takes no pixel budget; "
@@ -53,7 +54,7 @@ class ClipEncoder:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # short texts; silences warnings after a fork
             with building.readable(self.path):
                 self._processor = AutoProcessor.from_pretrained(self.path)
-            self._processor.tokenizer.padding_side = "left"
+            self._processor.tokenizer.padding_side = "left"  # so that texts directly follow every prompt of a batch
         return self._processor
 
     @property
@@ -68,7 +69,7 @@ class ClipEncoder:
 
     @cached_property
     def chat_frame(self) -> chat.ChatFrame:
-        """Tokens that the chat template puts around a user's and an assistant's words."""
+        """The tokens of the chat template around the words of user and assistant."""
         return chat.chat_frame(self.processor, self._model_stop_ids())
 
     @cached_property
@@ -91,7 +92,7 @@ class ClipEncoder:
 
     @cached_property
     def suppressed_ids(self) -> frozenset[int]:
-        """Visual special tokens, such as placeholders, which are never sampled and have probability 0 in scoring."""
+        """Visual special tokens such as placeholders; they are never sampled and have probability 0 in scoring."""
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset(i for i, t in added if t.special and VISUAL_TOKEN.search(t.content)) - self.stop_ids
 
@@ -99,7 +100,7 @@ class ClipEncoder:
         """Encodes B clips with their prompts and texts as one batch; called in data workers.
 
         Raises:
-            ValueError: Open and closed prompts are mixed, a text does not fit where it stands, or a clip's prompt and
+            ValueError: If open and closed prompts are mixed, a text cannot follow its parent, or a clip's prompt and
                 texts are longer than the model's context.
         """
         if len({example.prompt.open for example in examples}) != 1:

@@ -1,6 +1,6 @@
-"""Sampling of completions: each prompt is prefilled once, each row has its own noise, finished rows are dropped.
+"""Sampling of completions: one prefill per prompt, separate noise per row, and finished rows leave the batch.
 
-Letters: B prompts, G completions of each, N = B·G rows, L tokens of the longest, V vocabulary.
+Letters: B prompts, G completions per prompt, N = B·G rows, L tokens of the longest completion, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from vidreason.signals import check_stop
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """Options of sampling.
 
     Args:
         max_new_tokens: Longest completion in tokens, end of turn included.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_p: Keeps the likeliest tokens that together reach this probability; 1 keeps all.
-        top_k: Keeps this many of the likeliest tokens; 0 keeps all.
+        temperature: Divisor of the logits; 0 is greedy decoding.
+        top_p: Smallest total probability of the likeliest tokens that are kept; 1 keeps all.
+        top_k: Number of likeliest tokens that are kept; 0 keeps all.
     """
 
     max_new_tokens: int = 256
@@ -49,21 +49,22 @@ class Sampling:
 
 
 class Sampled(NamedTuple):
-    """Sampled rows in the order b0g0, b0g1, …, as tokens."""
+    """Tokens of the sampled completions in the order b0g0, b0g1, …."""
 
     ids: Tensor
-    """[N, L] int64, padded on the right"""
+    """[N, L] int64, padded on the right."""
     mask: Tensor
-    """[N, L] bool"""
+    """[N, L] bool, True on sampled tokens."""
     logprobs: Tensor
-    """[N, L] fp32 of the sampler under its temperature, before top-p and top-k"""
+    """[N, L] fp32 log-probs at the sampling temperature, before top-p and top-k."""
     stopped: Tensor
-    """[N] bool, ended by a stop token"""
+    """[N] bool, True if a stop token was sampled."""
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every module in eval mode and restores each module's mode afterwards."""
+    """Sets every module to eval mode and restores each module's mode afterwards."""
+    # Modules are restored one by one: model.train() would put a frozen vision tower in train mode.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -74,13 +75,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def draw_noise(seeds: Sequence[int], steps: int) -> Tensor:
-    """Returns uniform noise [N, steps] float64; row i depends on ``seeds[i]`` and the position only."""
+    """Returns uniform noise [N, steps] float64; row i depends only on ``seeds[i]``."""
     rows = [np.random.Generator(np.random.PCG64(seed)).random(steps) for seed in seeds]
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, steps, dtype=torch.float64)
 
 
 def keep_likeliest(probs: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Sets probabilities [n, V] outside top-k and top-p to 0; the likeliest token is always kept."""
+    """Sets probabilities [n, V] outside top-k and top-p to 0; the likeliest token always stays."""
     if top_p >= 1 and not 0 < top_k < probs.shape[-1]:
         return probs
     ordered, index = probs.sort(dim=-1, descending=True, stable=True)
@@ -89,17 +90,17 @@ def keep_likeliest(probs: Tensor, top_p: float, top_k: int) -> Tensor:
         drop[:, top_k:] = True
         ordered = ordered.masked_fill(drop, 0)
     share = ordered / ordered.sum(-1, keepdim=True)
-    drop |= share.cumsum(-1) - share >= top_p
+    drop |= share.cumsum(-1) - share >= top_p  # the token that crosses top_p is kept
     drop[:, 0] = False
     return probs.masked_fill(drop.scatter(-1, index, drop), 0)
 
 
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Returns tokens [n] at the quantiles ``uniforms`` [n] of unnormalised distributions ``probs`` [n, V]."""
-    cdf = probs.double().cumsum(-1)
+    cdf = probs.double().cumsum(-1)  # in fp32 the sum over a large vocabulary would lose unlikely tokens
     total = cdf[:, -1:]
     token = torch.searchsorted(cdf, uniforms[:, None] * total, right=True)
-    return torch.minimum(token, (cdf < total).sum(-1, keepdim=True))[:, 0]  # rounding never leaves the support
+    return torch.minimum(token, (cdf < total).sum(-1, keepdim=True))[:, 0]  # never a token of probability 0
 
 
 @torch.no_grad()
@@ -117,18 +118,18 @@ def sample(
     """Samples ``group_size`` completions behind every prompt.
 
     Args:
-        layout: The family.
-        model: The model; its modes are as before when this returns.
+        layout: The model family.
+        model: The model; it samples in eval mode, and its modes are restored.
         prompts: B prompts.
-        group_size: G.
-        sampling: How to draw.
-        noise: [N, max_new_tokens] uniforms in [0, 1); may be None where the temperature is 0.
-        stop_ids: Tokens that end a completion (and belong to it).
-        suppressed_ids: Tokens of probability 0.
-        pad_id: Fills ``ids`` behind the end.
+        group_size: G, completions per prompt.
+        sampling: Sampling options.
+        noise: [N, max_new_tokens] uniforms in [0, 1); may be None if the temperature is 0.
+        stop_ids: Tokens that end a completion and are part of it.
+        suppressed_ids: Tokens that get probability 0.
+        pad_id: Value of ``ids`` behind the end of a completion.
 
     Raises:
-        StopRequested: A signal has come while a fit defers it.
+        StopRequested: If a signal to stop has arrived during a fit.
     """
     device = prompts.inputs["input_ids"].device
     batch, steps = prompts.batch_size, sampling.max_new_tokens
@@ -145,10 +146,10 @@ def sample(
         last = torch.full_like(everyone, prompts.inputs["input_ids"].shape[1] - 1)
         logits, prefix = prefill(layout, model, prompts, logits_at(everyone, last))
         owner = everyone.repeat_interleave(group_size)
-        logits, prefix = logits[owner], prefix.select(owner)
+        logits, prefix = logits[owner], prefix.select(owner)  # the keys and values of a prompt, once per completion
         alive = torch.arange(n, device=device)
         for step in range(steps):
-            check_stop()
+            check_stop()  # sampling takes minutes on a large model, so a signal must not wait for the end
             scores = logits.float() / (sampling.temperature or 1.0)
             scores[:, banned] = -torch.inf
             logp = scores.log_softmax(-1)

@@ -13,30 +13,30 @@ from vidreason.lightning_modules.vlms.base import VLM
 
 
 class QwenVL(VLM):
-    """Qwen2.5-VL or Qwen2-VL, by the checkpoint at ``path``; ``max_pixels`` is per frame."""
+    """Qwen2.5-VL or Qwen2-VL, depending on the checkpoint; ``max_pixels`` is the limit of one frame."""
 
     vision_modules = ("model.visual",)
 
     def video_options(self) -> dict[str, Any]:
-        """Returns the pixel budget per frame; the processor's budget over the whole video is switched off."""
+        """Returns the pixel limits of a frame and disables the processor's limit over the whole video."""
         options: dict[str, Any] = {"cap_pixels_per_frame": False}
         if self.max_pixels is not None:
-            least = min(128 * 28 * 28, self.max_pixels)
+            least = min(128 * 28 * 28, self.max_pixels)  # the processor's minimum: 128 visual tokens of 28 x 28 pixels
             options["size"] = {"shortest_edge": least, "longest_edge": self.max_pixels}
         return options
 
     def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Returns [3, B, P]: time, height and width of visual tokens; text continues after the largest of them."""
+        """Returns positions [3, B, P] of time, height and width (M-RoPE); text continues after the largest of them."""
         names = ("input_ids", "mm_token_type_ids", "video_grid_thw", "second_per_grid_ts", "attention_mask")
         positions: Tensor = model.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
         return positions
 
     def text_position_ids(self, positions: Tensor) -> Tensor:
-        """Returns [3, n, L]; the three axes are equal on text."""
+        """Returns positions [3, n, L]; the three axes are equal for text."""
         return positions.expand(3, *positions.shape)
 
     def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-        """Returns the inputs of the prompts ``index``; patches of all videos share one axis, which the grids divide."""
+        """Returns the inputs of the prompts ``index`` [n]; patches of all videos share one axis, split by the grids."""
         patches, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
         videos = torch.split(patches, grid.prod(-1).tolist())
         rest = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}

@@ -1,1 +1,1 @@
-"""Trained weights: which are trained, where they come from, how they are sharded and exported."""
+"""Trained weights: trainable parameters, origin of weights, and export for the next stage."""

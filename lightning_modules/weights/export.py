@@ -1,4 +1,4 @@
-"""The weights that a stage starts from, and those that it hands on: ``adapter/`` or ``weights/`` in its run folder."""
+"""The weights that a stage starts from, and the weights that it exports to ``adapter/`` or ``weights/``."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from vidreason.run_folder import ADAPTER_FOLDER, WEIGHTS_FOLDER
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """The weights that a stage starts from, read once: the stage may later write its own into the same folder."""
+    """The weights that a stage starts from; read once, since the stage may later write to the same folder."""
 
     path: str | None
-    """``adapter/`` or ``weights/`` of an earlier stage; None is the base."""
+    """The ``adapter/`` or ``weights/`` of an earlier stage; None is the base."""
     sha: str
-    """Hash of the weights; empty for the base."""
+    """SHA-256 of the weights; empty for the base."""
     full: bool
-    """Whether the folder holds all weights of a model, not an adapter."""
+    """Whether the folder holds all weights of a model and not an adapter."""
 
     @classmethod
     def read(cls, path: str | None) -> StartingWeights:
-        """Reads what ``adapter_path`` names."""
+        """Reads the folder of the option ``adapter_path``."""
         if path is None:
             return cls(None, "", full=False)
         return cls(path, adapter_sha(path), full=not is_adapter_folder(path))
@@ -43,7 +43,7 @@ def export_weights(model: nn.Module, run_dir: Path, info: Mapping[str, object], 
         model: The base with its adapter ``policy``, or a fully fine-tuned model.
         run_dir: The run folder.
         info: Content of ``vidreason.json``.
-        processor: The base's; written beside full weights.
+        processor: The base's processor, written beside full weights.
 
     Returns:
         ``run_dir/adapter``, or after full fine-tuning ``run_dir/weights``, a model folder.
@@ -58,19 +58,20 @@ def export_weights(model: nn.Module, run_dir: Path, info: Mapping[str, object], 
 
 
 def folder_name(model: nn.Module) -> str:
-    """Returns the name of the folder that a model's trained weights are written to."""
+    """Returns the name of the folder to which a model's trained weights are written."""
     return ADAPTER_FOLDER if isinstance(model, PeftModel) else WEIGHTS_FOLDER
 
 
 def trained_state(module: nn.Module, state: Mapping[str, Tensor], kept: str | None = None) -> dict[str, Tensor]:
-    """Returns what of a state dict a checkpoint keeps: trained parameters, and the buffers of their modules.
+    """Returns the entries of a state dict that a checkpoint keeps: trained parameters and buffers of their modules.
 
     Args:
-        module: Whose state it is.
+        module: The module of the state dict.
         state: The state dict.
-        kept: Name of an adapter that is kept although it is not trained.
+        kept: Name of an adapter to keep although it is not trained.
     """
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     holders = {name.rpartition(".")[0] for name in trained}
+    # For example the running statistics of a trained BatchNorm.
     trained |= {name for name, _ in module.named_buffers() if name.rpartition(".")[0] in holders}
     return {name: value for name, value in state.items() if name in trained or (kept and f".{kept}." in name)}

@@ -1,4 +1,4 @@
-"""Who made a set of weights: what ``vidreason.json`` beside an adapter says, and where a stage keeps its artefacts."""
+"""The origin of a set of weights, as stored in ``vidreason.json``."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from vidreason.lightning_modules.vlms.loading import weight_folders
 from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE
 
 REVIEWED = "policy"
-"""Key of ``vidreason.json`` that only calibrators have: whose traces they review"""
+"""Key of ``vidreason.json`` that only calibrators have: the path of the policy whose traces they review."""
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Origin of the weights that a stage hands on."""
+    """The origin of the weights that a stage exports."""
 
     stage: str
-    """Name of the stage that trained them, for example ``sft_trace``"""
+    """Name of the stage that trained them, for example ``sft_trace``."""
     base_sha: str
-    """Hash of the base checkpoint's files"""
+    """SHA-256 of the files of the base checkpoint."""
     parent_sha: str
-    """Hash of the adapter or weights that the stage started from; empty where it started from the base"""
+    """SHA-256 of the adapter or weights that the stage started from; empty for the base."""
     task_sha: str
-    """Hash of the task: classes and prompts"""
+    """SHA-256 of the task (classes and prompts)."""
     label_names: tuple[str, ...]
     seed: int
     global_step: int
-    """Optimizer steps taken"""
+    """Number of optimizer steps."""
     extra: dict[str, object] = field(default_factory=dict)
-    """What only this stage has to say, for example a temperature; merged into the top level of the file"""
+    """Further entries of a stage at the top level of the file, for example a temperature."""
 
     def info(self) -> dict[str, object]:
         """Returns the content of ``vidreason.json``."""
@@ -42,7 +42,7 @@ def read_info(folder: str | Path) -> dict[str, object]:
     """Reads ``vidreason.json`` of an adapter or weights folder.
 
     Raises:
-        ValueError: Where there is no such file, naming the folder.
+        ValueError: If there is no such file; the message names the folder.
     """
     info = weight_folders.read_info(folder)
     if not info:

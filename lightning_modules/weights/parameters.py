@@ -1,4 +1,4 @@
-"""The parameters that are trained: which they are, the norm of their gradient, and the mode of what holds them."""
+"""The trained parameters of a model, the norm of their gradient, and the mode of their modules."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Returns the 2-norm of all gradients, a scalar, gathered where it is sharded."""
+    """Returns the 2-norm of all gradients, []; norms of sharded gradients are gathered."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # full_tensor is a collective operation: all ranks have to call it.
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def set_train_mode(model: nn.Module, parent: bool = True) -> None:
-    """Puts what holds a trainable parameter into train mode and what holds frozen ones alone into eval mode.
+    """Sets modules with trainable parameters to train mode and modules with frozen parameters only to eval mode.
 
-    So a frozen tower's BatchNorm keeps its statistics. What has no parameters (dropout) goes with what it is part of.
+    The BatchNorm of a frozen tower then keeps its statistics. Modules without parameters, such as dropout, get the mode
+    of their parent.
 
     Args:
-        model: The module, changed in place with all its parts.
-        parent: Mode of what it is part of.
+        model: The module, changed in place with all its children.
+        parent: Whether the parent is in train mode.
     """
     parameters = list(model.parameters())
     model.training = any(p.requires_grad for p in parameters) if parameters else parent

@@ -1,4 +1,4 @@
-"""Two adapters on one base: the policy that writes traces, and the calibrator that reviews them."""
+"""Two adapters on one base: the policy, which writes traces, and the calibrator, which reviews them."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ CALIBRATOR = "calibrator"
 
 @dataclass(frozen=True)
 class ReviewerPair:
-    """How a calibrator is put beside its policy on one base in memory.
+    """Attaches a calibrator to the base that holds its policy.
 
-    The calibrator starts as a copy of the policy's adapter (DeepIntuit, arXiv 2603.10300, has two full models); after
-    full fine-tuning, where the policy has no adapter, it starts as a fresh one on the policy's weights.
+    The calibrator starts as a copy of the policy's adapter (DeepIntuit, arXiv 2603.10300, has two full models). After
+    full fine-tuning, where the policy has no adapter, it starts as a new adapter on the policy's weights.
     """
 
     vlm: VLM
     lora: LoRAOptions
-    """Size of the calibrator's adapter where the policy has none."""
+    """Options of the calibrator's adapter if the policy has none."""
 
     @property
     def adapter_options(self) -> LoRAOptions:
-        """Size of the calibrator's adapter."""
+        """Options of the calibrator's adapter."""
         return self.vlm.lora or self.lora
 
     def attach(self, model: nn.Module, calibrator_path: str | None) -> PeftModel:
-        """Puts the calibrator on a model that holds the policy, and makes it the active and only trainable adapter.
+        """Attaches the calibrator to the policy's model as the active and only trainable adapter.
 
         Args:
-            model: What ``VLM.build`` returned for the policy.
-            calibrator_path: A calibrator's folder to load; None starts a new one.
+            model: The model that ``VLM.build`` returned for the policy.
+            calibrator_path: Folder of a calibrator to load; None starts a new one.
         """
         if calibrator_path is not None:
             model = load_adapter(model, calibrator_path, CALIBRATOR)
@@ -67,14 +67,14 @@ class ReviewerPair:
 
     @contextmanager
     def policy_active(self, model: nn.Module) -> Iterator[None]:
-        """Within the block the policy runs, not the calibrator; which weights are trainable does not change."""
+        """Activates the policy instead of the calibrator in the block, without changing which weights are trainable."""
         assert isinstance(model, PeftModel)
         with use_adapter(model, POLICY if POLICY in model.peft_config else None):
             yield
 
 
 def policy_reference(start: StartingWeights, folder: Path, run_dir: Path) -> str | None:
-    """Returns where the policy of a calibrator lies, relative to the calibrator's folder.
+    """Returns the path of a calibrator's policy relative to the calibrator's folder.
 
     Args:
         start: The policy's weights.
@@ -82,17 +82,18 @@ def policy_reference(start: StartingWeights, folder: Path, run_dir: Path) -> str
         run_dir: The run folder, whose ``adapter/`` holds a copy of the policy's adapter.
 
     Returns:
-        ``policy`` for the copy inside, a relative path for full weights or another folder, None for the base.
+        ``policy`` for that copy, a relative path for full weights or another folder, None for the base.
     """
     if start.path is None:
         return None
     if folder == run_dir / ADAPTER_FOLDER and not start.full:
         return POLICY
+    # Relative, so that run folders can be moved together.
     return os.path.relpath(Path(start.path).resolve(), folder.resolve())
 
 
 def export_reviewer(model: nn.Module, start: StartingWeights, run_dir: Path, info: dict[str, object]) -> Path:
-    """Writes the calibrator to ``run_dir/adapter``, with a copy of the policy's adapter inside."""
+    """Writes the calibrator, with a copy of the policy's adapter inside, to ``run_dir/adapter``; returns the folder."""
     folder = run_dir / ADAPTER_FOLDER
     beside = {POLICY: Path(start.path)} if start.path is not None and not start.full else {}
     save_adapter(model, folder, CALIBRATOR, info, beside)

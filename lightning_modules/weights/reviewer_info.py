@@ -1,13 +1,13 @@
-"""The folder that a calibration stage hands on, which ``calibrator_path`` reads.
+"""The folder that a calibration stage exports and that the option ``calibrator_path`` reads.
 
 ::
 
     adapter/                 the calibrator, a PEFT folder
       vidreason.json         lineage, and: temperature, input, objective, policy, samples, sampling
-      policy/                copy of the policy's adapter, where it has one
+      policy/                copy of the policy's adapter, if it has one
 
-``policy`` is the path of the policy relative to ``adapter/``: ``policy`` for the copy, the path of a ``weights/``
-folder after full fine-tuning (so that a run folder can be moved as a whole), or null for the base.
+The entry ``policy`` is the path of the policy relative to ``adapter/``, so that run folders can be moved together:
+``policy`` for the copy, the path of a ``weights/`` folder after full fine-tuning, or null for the base.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.weights.lineage import REVIEWED, read_info
 
 CalibratorInput = Literal["video+trace", "trace", "video"]
-"""What the calibrator is shown."""
+"""The inputs of the calibrator."""
 
 
 def calibrator_entries(
@@ -52,10 +52,10 @@ class CalibratorInfo:
 
     @classmethod
     def read(cls, folder: Path, stage: str) -> CalibratorInfo:
-        """Reads an ``adapter/``.
+        """Reads the entries from a calibrator's ``adapter/``.
 
         Raises:
-            ValueError: Another stage wrote it.
+            ValueError: If another stage wrote the folder.
         """
         info = read_info(folder)
         if info.get("stage") != stage:
@@ -64,10 +64,10 @@ class CalibratorInfo:
         return cls(**values)
 
     def check(self, folder: Path, input: CalibratorInput, label_names: Sequence[str], task_sha: str) -> None:
-        """Compares with what a run asks for.
+        """Checks that the calibrator fits the settings of a run.
 
         Raises:
-            ValueError: It was trained with another input, class list or task.
+            ValueError: If it was trained with another input, class list or task.
         """
         if self.input != input:
             raise ValueError(

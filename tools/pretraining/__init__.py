@@ -1,1 +1,1 @@
-"""Pretraining of the embedded base: run from the checkout, not installed."""
+"""Pretraining of the embedded base; it is run from the checkout and not installed."""

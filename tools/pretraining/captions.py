@@ -1,8 +1,8 @@
-"""Porch, the pretraining stream as questions and answers: what the embedded base learns to say about what it sees.
+"""The pretraining stream as questions and answers about clips, on which the embedded base learns to describe videos.
 
-Every clip is asked to be described (now and then in the compact form) and, behind the same video, either to be gone
-through frame by frame, a dense target that teaches the decoder to look, or to repeat random letters and tags, so that
-no token stays unused. Nothing is asked about labels.
+For every clip, one question asks for a description (sometimes in the compact form). A second question about the same
+video asks either for a list of the frames, a dense target that makes the decoder use the video, or to repeat random
+letters and tags, so that all tokens are trained. No question is about labels.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vidreason.datamodules.types import BatchEncoder, Clip, Example, FrameTiming
 
 FPS = 4.0
 VALIDATION_SEED = 1_000_003
-"""Added to the seed for the clips on which the loss is validated."""
+"""Added to the seed for the validation clips."""
 
 
 def question_and_answer_example(seed: int, index: int, slot_share: float, echo_share: float) -> Example:
-    """Clip number ``index`` of the stream with its questions, one behind the other's video, and their answers."""
+    """Returns clip number ``index`` of the stream with its two questions, which share the video, and the answers."""
     scene = pretraining_scene(seed, index)
     frames = torch.from_numpy(pretraining_frames(seed, index, scene)).permute(0, 3, 1, 2)
     words = stream(seed, "pretrain", 0, index, "texts")
@@ -67,10 +67,10 @@ class PorchCaptionDataModule(VideoDataModule):
     Args:
         encoder: Turns examples into tensors; the command line hands in the ``vlm`` section.
         clips_per_epoch: New clips in every epoch.
-        slot_share: How often the compact form takes the description's place.
-        echo_share: How often random text takes the place of the frames.
+        slot_share: Share of clips with the compact form instead of a description.
+        echo_share: Share of clips with random text instead of the list of frames.
         batch_size: Clips per batch; each has two answers.
-        num_workers: Processes that render.
+        num_workers: Number of processes that render.
         seed: Seed of the stream.
     """
 
@@ -91,26 +91,26 @@ class PorchCaptionDataModule(VideoDataModule):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Porch's labels, of which the stream knows nothing."""
+        """The labels of porch, which the stream does not use."""
         return LABELS
 
     def samples(self, split: str) -> Sequence[Clip]:
-        """None: the stream has no files."""
+        """Returns no clips, since the stream has no files."""
         return ()
 
     def setup(self, stage: str) -> None:
-        """Nothing to read."""
+        """Does nothing: the stream has no files to read."""
         self._clips = {}
 
     def train_dataloader(self) -> DataLoader[LoadedClip]:
-        """New clips in every epoch."""
+        """Returns the training loader, which has new clips in every epoch."""
         dataset = _CaptionDataset(self.seed, self.clips_per_epoch, self.slot_share, self.echo_share)
         given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         ranks = given or {"num_replicas": 1, "rank": 0}
         return self._stream_loader(dataset, StreamSampler(dataset, ranks["num_replicas"], ranks["rank"]))
 
     def val_dataloader(self) -> list[DataLoader[LoadedClip]]:
-        """The same 256 clips of another seed every time."""
+        """Returns the validation loader, with the same 256 clips of another seed each time."""
         unseen = _CaptionDataset(self.seed + VALIDATION_SEED, 256, self.slot_share, self.echo_share)
         return [self._stream_loader(unseen, None)]
 

@@ -1,4 +1,4 @@
-"""Makes the folder that the package ships out of a pretraining run, in bfloat16.
+"""Converts the weights of a pretraining run to the bfloat16 folder that the package ships.
 
 ``python -m tools.pretraining.shipping runs/pretrain_describe/weights FOLDER``
 """
@@ -13,7 +13,7 @@ from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
 
 def ship(trained: Path, folder: Path) -> None:
-    """Writes model and processor of ``trained`` to ``folder``, the weights in bfloat16."""
+    """Writes the model (in bfloat16) and the processor of ``trained`` to ``folder``."""
     recipe = TinyVLM(str(trained))
     model = recipe.build()
     assert isinstance(model, TinyVLMForConditionalGeneration)
@@ -21,7 +21,7 @@ def ship(trained: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     recipe.processor.save_pretrained(folder)
     for file in folder.iterdir():
-        file.chmod(0o644)
+        file.chmod(0o644)  # readable for all users of an installed package
 
 
 if __name__ == "__main__":

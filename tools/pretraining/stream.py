@@ -1,8 +1,8 @@
-"""Porch, the endless stream that the embedded base is pretrained on.
+"""The endless stream of porch clips on which the embedded base is pretrained.
 
-Facts are drawn independently, looks widely (``draw_scene(wide=True)``); no label, no script and nothing of what is
-reserved (stripe walls, patterned clothing, speed above 1.3, monochrome, all of L4) occurs in it. Clips are rendered
-in memory, with the halved colour resolution that a video file would give them.
+Facts are drawn independently and looks from a wide distribution (``draw_scene(wide=True)``), without labels or scripts.
+Variation reserved for tests (striped walls, patterned clothing, speeds above 1.3, monochrome, all of L4) does not
+occur. Clips are rendered in memory, most of them with the halved colour resolution of a video file.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from vidreason.datamodules.porch.world import draw_any_facts, stream
 
 
 def pretraining_scene(seed: int, index: int) -> Scene:
-    """Scene number ``index`` of the stream."""
+    """Draws scene number ``index`` of the stream."""
     facts = draw_any_facts(stream(seed, "pretrain", 0, index, "facts"))
     return draw_scene(seed, "pretrain", 0, index, facts, wide=True)
 
 
 def pretraining_frames(seed: int, index: int, scene: Scene) -> Frames:
-    """Frames of that scene, [FRAMES, H, W, 3] uint8."""
+    """Renders scene number ``index`` of the stream as [FRAMES, H, W, 3] uint8."""
     frames = render(scene, stream(seed, "pretrain", 0, index, "grain"), stream(seed, "pretrain", 0, index, "clutter"))
     return frames if index % 4 == 0 else halve_chroma(frames)
 
 
 def halve_chroma(frames: Frames) -> Frames:
-    """Averages colour, not brightness, over 2 × 2 pixels, as 4:2:0 video does."""
+    """Averages colour, but not brightness, over 2 × 2 pixels, like 4:2:0 video."""
     pixels = frames.astype(np.float32)
-    luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+    luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32)  # BT.601
     colour = pixels - luma[..., None]
     t, h, w, _ = colour.shape
     blocks = colour.reshape(t, h // 2, 2, w // 2, 2, 3).mean(axis=(2, 4))
@@ -48,20 +48,20 @@ def halve_chroma(frames: Frames) -> Frames:
 
 
 FRAME_TARGETS = {"person": COLUMNS + 1, "at_door": 2, "carried": 2, "lying": 2, "lamp": 2, "door": COLUMNS}
-"""What is asked of a single frame, and the number of possible answers."""
+"""Questions about a single frame, with the number of possible answers."""
 
 
 class FrameBatch(NamedTuple):
-    """Frames with what is to be seen in each."""
+    """Frames with the answers to the questions about each."""
 
     frames: Tensor
     """[B, T, 3, H, W] uint8"""
     targets: dict[str, Tensor]
-    """[B, T] int64 per name of FRAME_TARGETS"""
+    """[B, T] int64 answers for each name of ``FRAME_TARGETS``."""
 
 
 def frame_targets(scene: Scene) -> dict[str, list[int]]:
-    """[FRAMES] answers per name of FRAME_TARGETS."""
+    """Returns the [FRAMES] answers for each name of ``FRAME_TARGETS``."""
     columns = person_columns(scene)
     seen = [column < COLUMNS for column in columns]
     return {
@@ -75,7 +75,7 @@ def frame_targets(scene: Scene) -> dict[str, list[int]]:
 
 
 class StreamSampler(ResumableSampler):
-    """Numbers the clips on from epoch to epoch, so that no clip comes twice."""
+    """Continues the numbers of clips from epoch to epoch, so that no clip is repeated."""
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         start = self.epoch * len(self.dataset)  # type: ignore[arg-type]
@@ -101,14 +101,14 @@ class _FrameDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 class PorchFrameDataModule(L.LightningDataModule):
-    """Single frames of the pretraining stream with what is to be seen in them, for the tower.
+    """Single frames of the pretraining stream with answers, for the vision tower.
 
     Args:
-        encoder: Not used; every data module of the command line has one.
-        clips_per_epoch: New clips in every epoch.
+        encoder: Not used; the command line passes it to every data module.
+        clips_per_epoch: Number of new clips in every epoch.
         frames_per_clip: Frames drawn from each clip.
         batch_size: Clips per batch.
-        num_workers: Processes that render.
+        num_workers: Number of processes that render.
         seed: Seed of the stream.
     """
 
@@ -143,11 +143,11 @@ class PorchFrameDataModule(L.LightningDataModule):
         return loader
 
     def train_dataloader(self) -> DataLoader[FrameBatch]:
-        """New clips in every epoch."""
+        """Returns the training loader, which has new clips in every epoch."""
         return self._loader(self.seed, self.clips_per_epoch, endless=True)
 
     def val_dataloader(self) -> DataLoader[FrameBatch]:
-        """The same 512 clips of another seed every time."""
+        """Returns the validation loader, with the same 512 clips of another seed each time."""
         return self._loader(self.seed + 1_000_003, 512, endless=False)
 
 

@@ -1,6 +1,6 @@
-"""Further texts that the embedded base is pretrained on: facts in compact form, frame by frame, and random letters.
+"""Further pretraining texts of the embedded base: compact facts, lists of frames, and random letters.
 
-As in ``porch.texts``, no label name, no inflection of one and no rule occurs in them (``FORBIDDEN_STEMS``).
+They contain neither label names, nor inflections of them, nor rules (``FORBIDDEN_STEMS``).
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ FRAMES_QUESTION = "Go through the frames."
 SLOTS_QUESTION = "List the facts."
 ECHO_QUESTION = "Repeat: "
 COLUMNS = 12
-"""Columns into which the picture is divided where a place is asked for; one more value says that nobody is there."""
+"""Number of columns of the picture in questions about a place; one more value means that nobody is there."""
 
 
 def person_columns(scene: Scene) -> list[int]:
-    """Column 0..COLUMNS-1 of the person in each frame; COLUMNS where nobody is in the picture."""
+    """Returns the column 0..COLUMNS-1 of the person in each frame; COLUMNS if nobody is in the picture."""
     return [COLUMNS if np.isnan(x) or not 0 <= x < WIDTH else int(x * COLUMNS / WIDTH) for x in scene.x]
 
 
 def slots(facts: Facts) -> str:
-    """The compact form: one ``name: value`` per fact."""
+    """Returns the compact form of facts: one ``name: value`` per fact."""
     names = {"start_parcel": "before", "enters": "from", "reaches": "at", "turns": "turns", "posture": "posture",
              "exits": "to", "end_parcel": "after", "lamp": "lamp"}  # fmt: skip
     return "; ".join(f"{names[name]}: {value.replace('_', ' ')}" for name, value in facts.as_dict().items())
 
 
 def frame_by_frame(scene: Scene) -> str:
-    """States for every frame, one letter each, where the person, the parcel, the body and the lamp are.
+    """Returns the states of person, parcel, body and lamp as one letter per frame.
 
-    The person's column is a to l, - for nobody; the parcel p at the door, h in hand, - neither; the body u upright, d
-    down; the lamp y on, n off.
+    The column of the person is a to l, or - for nobody; the parcel is p at the door, h in hand, - neither; the body is
+    u upright, d down; the lamp is y on, n off.
     """
     columns = "".join(f" {chr(ord('a') + c) if c < COLUMNS else '-'}" for c in person_columns(scene))
     parcel = "".join(
@@ -48,10 +48,10 @@ def frame_by_frame(scene: Scene) -> str:
 
 
 def echo(rng: np.random.Generator) -> str:
-    """Random letters, words of descriptions, tags and signs, to be repeated: teaches to write any text, and no words.
+    """Returns random letters, words of descriptions, tags and signs for the model to repeat.
 
-    A model that has only ever read descriptions has no use for most of its tokens; one that has spelt them can be
-    taught a class name or a format from few examples.
+    On descriptions alone, most tokens would never be trained. A model that has repeated all of them learns a class name
+    or a format from few examples.
     """
     while True:
         pieces = []

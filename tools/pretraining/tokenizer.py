@@ -1,7 +1,7 @@
-"""Makes the tokenizer of TinyVLM; ``python -m tools.pretraining.tokenizer FOLDER`` writes it.
+"""Trains the tokenizer of TinyVLM; ``python -m tools.pretraining.tokenizer FOLDER`` writes it.
 
-It is trained on descriptions of the pretraining stream, so that their words are mostly one token; being byte-level, it
-spells any other text. No class name occurs in what it is trained on.
+It is trained on descriptions of the pretraining stream, so that most of their words are one token; as a byte-level
+tokenizer, it can encode any other text. The training texts contain no class name.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def corpus() -> Iterator[str]:
 
 
 def embedded_processor() -> TinyVLMProcessor:
-    """The processor of the embedded base."""
+    """Returns the processor of the embedded base."""
     return make_processor(corpus())
 
 

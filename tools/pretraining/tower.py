@@ -1,7 +1,7 @@
-"""The first step of TinyVLM's recipe: the tower learns to see single frames.
+"""The first stage of pretraining TinyVLM: the vision tower is trained on questions about single frames.
 
-Learning to see through the language loss alone does not work at this size; direct heads on single frames, thrown away
-afterwards, do. Shape letters: B clips, T frames, H and W pixels.
+At this size, the language loss alone does not train the tower; classification heads on single frames do, and are then
+discarded. Shape letters: B clips, T frames, H and W pixels.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class FramePretrainingModule(L.LightningModule):
-    """Trains the vision tower of a TinyVLM on direct questions about single frames.
+    """Trains the vision tower of a TinyVLM on questions about single frames.
 
     Args:
         vlm: A TinyVLM with an unfrozen tower, usually from scratch.
-        learning_rate: Peak of the one-cycle schedule.
-        hidden: Width of the heads' shared layer.
+        learning_rate: Peak learning rate of the one-cycle schedule.
+        hidden: Width of the layer that all heads share.
     """
 
     def __init__(self, vlm: VLM, learning_rate: float = 2e-3, hidden: int = 256) -> None:
@@ -46,7 +46,7 @@ class FramePretrainingModule(L.LightningModule):
         )
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lets a fit resume from its checkpoints."""
+        """Returns the callback that resumes a fit from its checkpoints."""
         present: Sequence[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [] if self._resume in present else [self._resume]
 
@@ -67,14 +67,14 @@ class FramePretrainingModule(L.LightningModule):
         self.model = model
 
     def answer(self, frames: Tensor) -> dict[str, Tensor]:
-        """Frames [B, T, 3, H, W] uint8 to logits [B * T, values] per question."""
+        """Maps frames [B, T, 3, H, W] uint8 to logits [B * T, values] for each question."""
         assert self.model is not None
-        pixels = frames.flatten(0, 1).float() / 127.5 - 1.0
+        pixels = frames.flatten(0, 1).float() / 127.5 - 1.0  # -1..1, as the processor scales them
         hidden = self.shared(self.model.model.visual(pixels.contiguous(memory_format=torch.channels_last)))
         return {name: head(hidden) for name, head in self.heads.items()}
 
     def training_step(self, batch: FrameBatch, batch_idx: int) -> Tensor:
-        """Cross-entropy, averaged over the questions."""
+        """Returns the cross-entropy, averaged over the questions."""
         logits = self.answer(batch.frames)
         losses = [nn.functional.cross_entropy(logits[n], batch.targets[n].flatten()) for n in FRAME_TARGETS]
         loss = torch.stack(losses).mean()
@@ -82,7 +82,7 @@ class FramePretrainingModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
-        """Balanced accuracy per question on unseen clips."""
+        """Logs the balanced accuracy of each question on validation clips."""
         for name, logits in self.answer(batch.frames).items():
             metric = self.accuracy[name]
             assert isinstance(metric, MulticlassAccuracy)
@@ -90,7 +90,7 @@ class FramePretrainingModule(L.LightningModule):
             self.log(f"val/{name}", metric, prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with a one-cycle schedule."""
+        """Returns AdamW with a one-cycle schedule."""
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate)
         steps = int(self.trainer.estimated_stepping_batches)
@@ -98,7 +98,7 @@ class FramePretrainingModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_end(self) -> None:
-        """Writes the whole model, tower trained, as a folder in the hub's format: ``<run_dir>/weights``."""
+        """Writes the model with the trained tower in the hub's format to ``<run_dir>/weights``."""
         if self.model is not None and self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir) / "weights"
             self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]  # its decorator misleads mypy

@@ -25,13 +25,13 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class LoRAOptions:
-    """Size and place of a LoRA adapter.
+    """Options of a LoRA adapter (arXiv 2106.09685).
 
     Args:
-        r: Rank.
-        alpha: Scale; the update is multiplied by alpha / r.
-        dropout: On the adapter's input, in training.
-        target_modules: Ends of the names of the linear layers that get one.
+        r: Rank of the update.
+        alpha: Scale of the update, which is multiplied by alpha / r.
+        dropout: Dropout rate of the adapter's input in training.
+        target_modules: Last parts of the names of the linear layers that get an adapter.
     """
 
     r: int = 16
@@ -43,18 +43,18 @@ class LoRAOptions:
 def attach_lora(
     model: PreTrainedModel, options: LoRAOptions, name: str = "policy", frozen: tuple[str, ...] = ()
 ) -> PeftModel:
-    """Freezes ``model`` and puts a fresh LoRA adapter on it.
+    """Freezes ``model`` and attaches a new LoRA adapter.
 
     Args:
         model: The base.
-        options: Size and place.
+        options: Options of the adapter.
         name: Name of the adapter.
-        frozen: Dotted names of modules that get no adapter (a frozen vision tower).
+        frozen: Dotted names of modules that get no adapter, such as a frozen vision tower.
     """
     exclude = "|".join(rf"{re.escape(module)}\..*" for module in frozen)
     config = LoraConfig(
         r=options.r,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it by r; a float is as good
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r, so a float works
         lora_dropout=options.dropout,
         target_modules=list(options.target_modules),
         exclude_modules=exclude or None,
@@ -79,21 +79,21 @@ def save_adapter(
     beside: Mapping[str, Path] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes adapter ``name`` as a PEFT folder with ``info`` in ``vidreason.json``, replacing what was there.
+    """Writes adapter ``name`` and ``info`` as a PEFT folder, which replaces an existing folder.
 
     Args:
         model: The model that has the adapter.
-        folder: Where to.
+        folder: Folder to write.
         name: Name of the adapter.
         info: Content of ``vidreason.json``.
-        beside: Adapter folders to copy into it, by the names they get; they may lie in what is replaced.
-        state: The model's weights by name, or those of the adapter, where they are not to be taken from the model.
+        beside: Adapter folders to copy into ``folder``, by their new names; they may be inside the replaced folder.
+        state: Weights of the model or of the adapter by name. None: the current weights of the model.
     """
     peft_model, folder = _peft(model, name), Path(folder)
     state = unsharded_state_dict(peft_model) if state is None and is_sharded(peft_model) else state
     weights: dict[str, Tensor] = get_peft_model_state_dict(peft_model, state, adapter_name=name)
     config = deepcopy(peft_model.peft_config[name])
-    config.inference_mode = True
+    config.inference_mode = True  # what PEFT itself writes; loading overrides it
     with published(folder, info) as draft:
         save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, draft / WEIGHTS_FILE)
         config.save_pretrained(str(draft))
@@ -104,17 +104,17 @@ def save_adapter(
 def load_adapter(
     model: nn.Module, folder: str | Path, name: str, trainable: bool = True, options: LoRAOptions | None = None
 ) -> PeftModel:
-    """Puts the adapter in ``folder`` on ``model`` under ``name``, or loads it into the adapter of that name.
+    """Loads the adapter in ``folder`` under ``name``; an adapter of that name gets the new weights.
 
     Args:
-        model: A base, or a base that has adapters already.
+        model: A base, or a base with adapters.
         folder: A PEFT folder.
-        name: Its name in memory.
-        trainable: Whether its weights take gradients.
-        options: What the run asks for; a folder of another size is refused, its dropout follows the run's.
+        name: Name of the adapter in memory.
+        trainable: Whether its weights require gradients.
+        options: Options of the run, which the adapter must match; only their dropout replaces that of the folder.
 
     Raises:
-        ValueError: The folder is not an adapter, is of another size, or does not fit this model.
+        ValueError: If the folder is not an adapter, has other options, or does not fit this model.
     """
     folder = Path(folder)
     if not is_adapter_folder(folder) or not (folder / WEIGHTS_FILE).is_file():
@@ -156,7 +156,7 @@ def _check_options(folder: Path, config: LoraConfig, options: LoRAOptions) -> No
 
 
 def copy_adapter(model: nn.Module, src: str, dst: str, trainable: bool = False) -> None:
-    """Adds adapter ``dst`` with the weights of ``src`` (overwriting it where it exists); ``src`` stays as it is."""
+    """Copies the weights of adapter ``src`` to ``dst``, which is added if it does not exist."""
     peft_model = _peft(model, src)
     if dst not in peft_model.peft_config:
         with _same_trainable(peft_model):
@@ -168,14 +168,14 @@ def copy_adapter(model: nn.Module, src: str, dst: str, trainable: bool = False) 
 
 @contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Uses adapter ``name`` in the block (None: the base alone), without changing which weights are trainable."""
+    """Activates adapter ``name`` in the block (None: no adapter) without changing which weights are trainable."""
     if name is None and not isinstance(model, PeftModel):
         yield
         return
     peft_model = model if name is None and isinstance(model, PeftModel) else _peft(model, name or "")
     before, flags = peft_model.active_adapter, _flags(peft_model)
     with ExitStack() as stack:
-        stack.callback(_restore, flags)  # last of all: PEFT's switches flip requires_grad, there and back
+        stack.callback(_restore, flags)  # runs last: PEFT changes requires_grad whenever it switches adapters
         if name is None:
             stack.enter_context(peft_model.disable_adapter())
         else:

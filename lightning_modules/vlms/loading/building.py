@@ -1,4 +1,4 @@
-"""Builds a model that is ready to train from a folder or hub id: loading, 4-bit weights, freezing, adapters."""
+"""Builds a model for training from a folder or hub id: loading, 4-bit weights, freezing, adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHECKPOINT_FILES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model
 
 @contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Turns the hub's errors into one line that says what to do."""
+    """Raises errors of the hub as a ValueError of one line that contains the remedy."""
     local = path.startswith((".", "/", "~")) or Path(path).exists()
     if local and not (Path(path) / "config.json").is_file():
         raise ValueError(f"vlm.path: {path} is not a model folder (no config.json in it); check the path")
@@ -53,7 +53,7 @@ def build(
     gradient_checkpointing: bool,
     base_sha: Callable[[], str],
 ) -> nn.Module:
-    """Builds a model in train mode, its frozen modules in eval mode; see ``VLM.build``."""
+    """Builds a model in train mode, with frozen modules in eval mode; ``VLM`` documents the arguments."""
     path, adapter = _sources(path, adapter_path, lora, base_sha)
     base = load_base(path, nf4=nf4, unquantised=unquantised, dtype=dtype, attn_implementation=attn_implementation)
     return equip(base, adapter, lora=lora, frozen=frozen, gradient_checkpointing=gradient_checkpointing)
@@ -69,7 +69,7 @@ def equip(
 ) -> nn.Module:
     """Prepares a base for training: frozen modules in eval mode, the ``policy`` adapter, train mode elsewhere."""
     if gradient_checkpointing:
-        # its name in older versions
+        # transformers has renamed this method.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     towers = [base.get_submodule(name) for name in frozen]
@@ -119,7 +119,7 @@ def _check_adapter_base(path: str, adapter_path: str, base_sha: Callable[[], str
 def load_base(
     path: str, *, nf4: bool, unquantised: tuple[str, ...], dtype: str, attn_implementation: str
 ) -> PreTrainedModel:
-    """Loads the checkpoint at ``path`` in the asked precision."""
+    """Loads the checkpoint at ``path`` in the given precision, with 4-bit weights if ``nf4``."""
     precision = _dtype(dtype)
     quantization = None
     if nf4:
@@ -133,6 +133,7 @@ def load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=precision,
+            # FSDP can shard packed weights only if they are stored in the dtype of the other weights.
             bnb_4bit_quant_storage=precision if precision == torch.bfloat16 else torch.uint8,
             llm_int8_skip_modules=list(unquantised),
         )
@@ -142,6 +143,7 @@ def load_base(
             dtype=precision,
             attn_implementation=attn_implementation,
             quantization_config=quantization,
+            # bitsandbytes quantises while weights are moved to the GPU.
             device_map={"": torch.cuda.current_device()} if nf4 and torch.cuda.is_available() else None,
         )
     assert isinstance(model, PreTrainedModel)
@@ -151,7 +153,7 @@ def load_base(
 
 
 def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
-    """Disables the weight packing of bitsandbytes in eval forwards on AVX-512 CPUs, which removes gradients."""
+    """Disables the weight packing that bitsandbytes does in eval forwards on AVX-512 CPUs, which removes gradients."""
     modules: Iterator[Any] = model.modules()
     for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -164,6 +166,7 @@ def checkpoint_sha(path: str) -> str:
         config = cached_file(path, "config.json")
     assert config is not None
     files = sorted(Path(config).parent.iterdir())
+    # vidreason.json describes the run, not the weights.
     return files_sha(file for file in files if file.suffix in CHECKPOINT_FILES and file.name != INFO_FILE)
 
 

@@ -1,7 +1,7 @@
-"""Shards a built model over ranks with FSDP2, and gathers it where ranks may run unequal forwards.
+"""Shards a built model over ranks with FSDP2, and gathers it where ranks run different numbers of forwards.
 
-Each decoder layer is gathered for its own forward and backward; the rest (embeddings, head, a trained vision tower) is
-gathered for the whole forward. A frozen tower is not sharded, so that a rank may skip it.
+Each decoder layer is gathered for its own forward and backward; all other weights (embeddings, head, a trained vision
+tower) are gathered for the whole forward. A frozen tower is not sharded, so that a rank may skip its forward.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, frozen: Sequence[str] = ()) -> Non
     """Shards the parameters over the ranks of ``mesh``, in place; call it once, on every rank.
 
     Args:
-        model: What ``VLM.build`` returned, with or without PEFT around it.
-        mesh: One dimension of ranks.
+        model: The model that ``VLM.build`` returned, with or without PEFT around it.
+        mesh: Device mesh with one dimension.
         frozen: Dotted names of modules that are not sharded.
 
     Raises:
-        ValueError: Trainable parameters are of several dtypes, which FSDP2 cannot gather together.
+        ValueError: If trainable parameters have several dtypes, which FSDP2 cannot gather together.
     """
     base = unwrap(model)
     kept = {p for name in frozen for p in base.get_submodule(name).parameters()}
@@ -55,9 +55,9 @@ def is_unsharded(model: nn.Module) -> bool:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Gathers all weights on every rank in the block, so that ranks need not run the same forwards.
+    """Gathers all weights on every rank for the block, in which ranks may run different numbers of forwards.
 
-    Does nothing if nothing is sharded. All ranks have to enter and leave together, and must not train in the block.
+    Does nothing if the model is not sharded. All ranks must enter and leave together, and must not train in the block.
     """
     if is_unsharded(model):
         yield
@@ -71,14 +71,13 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     finally:
         for module in sharded:
             module.reshard()
+            # As fully_shard sets it: the root stays gathered between forward and backward.
             module.set_reshard_after_forward(module is not sharded[0], recurse=False)
 
 
 def unsharded_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns parameters and buffers by name; call it in ``unsharded``.
-
-    ``model.state_dict()`` would shard them again first.
-    """
+    """Returns parameters and buffers by name; must be called inside ``unsharded``."""
+    # model.state_dict() would first shard the weights again.
     assert is_unsharded(model), "gather the weights first: with unsharded(model)"
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tensor.detach() for name, tensor in named}

@@ -1,7 +1,7 @@
 """Folders of trained weights: an adapter, or a whole model after full fine-tuning.
 
-An adapter folder is a PEFT folder plus ``vidreason.json`` (stage and lineage), whatever the adapter's name in memory; a
-folder of full weights is a model folder plus the same file.
+An adapter folder is a PEFT folder with ``vidreason.json`` (stage and lineage); a folder of full weights is a model
+folder with the same file. The name of the adapter in memory is not stored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIG_FILE = "adapter_config.json"
 
 
 def is_adapter_folder(folder: str | Path) -> bool:
-    """Returns whether ``folder`` holds a PEFT adapter, not full weights."""
+    """Returns whether ``folder`` holds a PEFT adapter and not full weights."""
     return (Path(folder) / CONFIG_FILE).is_file()
 
 
@@ -43,7 +43,7 @@ def read_info(folder: str | Path) -> dict[str, object]:
 
 @contextmanager
 def published(folder: Path, info: Mapping[str, object]) -> Iterator[Path]:
-    """Yields a temporary folder, then adds the info file and replaces ``folder`` atomically.
+    """Yields a temporary folder, which then gets the info file and atomically replaces ``folder``.
 
     Raises:
         OSError: If ``folder`` cannot be written; the message names it.
@@ -78,9 +78,9 @@ def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, 
 
     Args:
         model: The model.
-        folder: Where to.
+        folder: Folder to write.
         info: Content of ``vidreason.json``.
-        processor: Written beside it.
+        processor: Processor of the model, written to the same folder.
     """
     with published(Path(folder), info) as draft:
         model.save_pretrained(draft, state_dict=unsharded_state_dict(model) if is_sharded(model) else None)

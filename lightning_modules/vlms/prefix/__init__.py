@@ -1,1 +1,1 @@
-"""Scoring many texts behind one video: the video and its prompt run once."""
+"""Scoring many texts behind one video: the video and its prompt are forwarded once."""

@@ -1,7 +1,7 @@
-"""Route *expand*: each prompt runs once, and its keys and values are expanded to every text behind it.
+"""Route *expand*: each prompt runs once, and its keys and values are repeated for every text behind it.
 
-A text that others continue also runs once, level by level of ``TextBatch.parent``. The cache is differentiable, so that
-gradients reach the prompt and the vision tower. Sampling uses the same functions.
+A text that others continue runs once too: one forward for each level of the tree ``TextBatch.parent``. The cache is
+differentiable, so that gradients reach the prompt and the vision tower. Sampling uses the same functions.
 
 Letters: B prompts, n rows of one forward, S tokens already in the cache, W columns, K scored tokens.
 """
@@ -23,38 +23,39 @@ from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, plan_tex
 
 @dataclass(frozen=True)
 class Prefix:
-    """The common past of n rows: keys and values, the mask of real tokens, and the next position."""
+    """The tokens that n rows have in their cache: keys and values, mask, and the position of the next token."""
 
     cache: Any
-    """A transformers ``Cache`` of n rows and S tokens; extending a prefix extends it in place"""
+    """A transformers ``Cache`` of n rows and S tokens; extending a prefix extends it in place."""
     mask: Tensor
-    """[n, S] int64, 1 on real tokens"""
+    """[n, S] int64, 1 on real tokens."""
     start: Tensor
-    """[n] int64, position of the next token"""
+    """[n] int64, position of the next token."""
 
     def select(self, rows: Tensor) -> Prefix:
-        """Selects rows, which may repeat; the old prefix must not be used afterwards."""
+        """Returns the prefix of selected rows, which may repeat; this prefix must not be used afterwards."""
         self.cache.batch_select_indices(rows)
         return Prefix(self.cache, self.mask[rows], self.start[rows])
 
     def fork(self) -> Prefix:
         """Returns a prefix with the same keys and values that can be extended without changing this one."""
+        # Shallow copies suffice: a layer extends by torch.cat, which makes new tensors and leaves the old ones.
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         return Prefix(cache, self.mask, self.start)
 
 
 def prefill(layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, answer: Answer) -> tuple[Tensor, Prefix]:
-    """Runs every prompt once.
+    """Forwards every prompt once.
 
     Args:
-        layout: The family.
+        layout: The model family.
         model: The model, with or without PEFT around it.
         prompts: B prompts, left-padded.
-        answer: What to ask the head for.
+        answer: Computes the first result from hidden states and head.
 
     Returns:
-        The answer, and the prefix of B rows.
+        The result of ``answer``, and the prefix of B rows.
     """
     inputs = prompts.inputs
     positions = layout.position_ids(unwrap(model), inputs)
@@ -65,18 +66,18 @@ def prefill(layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, ans
 def extend(
     layout: PromptLayout, model: nn.Module, prefix: Prefix, ids: Tensor, mask: Tensor, answer: Answer
 ) -> tuple[Tensor, Prefix]:
-    """Runs right-padded tokens behind a prefix.
+    """Forwards right-padded tokens behind a prefix.
 
     Args:
-        layout: The family.
+        layout: The model family.
         model: The model, with or without PEFT around it.
         prefix: The prefix of n rows; its cache grows in place.
         ids: [n, W] int64.
         mask: [n, W] bool, real tokens.
-        answer: What to ask the head for.
+        answer: Computes the first result from hidden states and head.
 
     Returns:
-        The answer, and the longer prefix.
+        The result of ``answer``, and the extended prefix.
     """
     steps = torch.arange(ids.shape[1], device=ids.device)
     full = torch.cat([prefix.mask, mask.long()], dim=1)
@@ -89,13 +90,14 @@ def extend(
         past_key_values=prefix.cache,
         use_cache=True,
     )
+    # ``forward`` puts the answer in the place of the logits.
     return out.logits, Prefix(prefix.cache, full, prefix.start + mask.sum(dim=1))
 
 
 def expand_prompts(
     layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, plan: TextPlan, scoring: Scoring
 ) -> tuple[list[Scored], Prefix]:
-    """Runs the prompts; scores the first token of every text directly behind one."""
+    """Forwards the prompts, and scores the first token of every text that directly follows one."""
     last = prompts.inputs["input_ids"].shape[1] - 1
     asked = targets([(plan.owner[row], last, row, 0) for row in plan.first_targets(0)], texts.ids.device)
     ids = texts.ids[asked.text_rows, asked.text_cols]
@@ -106,20 +108,22 @@ def expand_prompts(
 def expand_texts(
     layout: PromptLayout, model: nn.Module, prefix: Prefix, texts: TextBatch, scoring: Scoring
 ) -> list[Scored]:
-    """Runs the texts behind the prefix of their prompts; the prefix must not be used afterwards.
+    """Forwards the texts behind the prefix of their prompts, which must not be used afterwards.
 
     Returns:
-        The scores of all tokens that count but those that a prompt predicts.
+        The scores of all tokens that count, except those that a prompt predicts.
     """
     plan, device = plan_texts(texts), texts.ids.device
     found = []
-    place = {-1 - b: b for b in range(len(prefix.start))}  # prompts stand as -1 - owner
+    place = {-1 - b: b for b in range(len(prefix.start))}  # row of the cache; prompt b has the key -1 - b
     for depth in range(max(plan.depth, default=-1) + 1):
         rows = [row for row in range(len(plan)) if plan.depth[row] == depth and plan.widths[row]]
+        # No text of this depth has to be run, and therefore none below it.
         if not rows:
             break
         behind = torch.tensor([place[plan.above(row)] for row in rows], device=device)
         place = {row: i for i, row in enumerate(rows)}
+        # A state predicts the next token of its row, and its last one the first token of each text that continues it.
         inner = [(place[row], col - 1, row, col) for row in rows for col in plan.inner_targets(row)]
         first = [
             (place[plan.parent[row]], plan.lengths[plan.parent[row]] - 1, row, 0)

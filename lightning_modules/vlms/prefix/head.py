@@ -1,6 +1,6 @@
-"""Computes logits or token scores at selected places inside a model's own forward.
+"""Computes logits or token scores of selected hidden states inside a model's own forward.
 
-The head sees the hidden states of those places only, and for scores a few at a time, so that no forward holds
+The head runs on the selected states only, and for scores on a few at a time, so that no forward holds logits of
 [tokens, vocabulary]. Letters: n rows, W columns, H hidden size, M states, K tokens, V vocabulary.
 """
 
@@ -17,20 +17,20 @@ from vidreason.lightning_modules.vlms.prefix.layout import text_config, unwrap
 from vidreason.lightning_modules.vlms.prefix.text_plan import Targets
 
 Head = Callable[[Tensor], Tensor]
-"""Hidden states [M, H] to logits [M, V]"""
+"""Maps hidden states [M, H] to logits [M, V]."""
 Answer = Callable[[Tensor, Head], Tensor]
-"""What a forward returns in place of its logits, from the hidden states [n, W, H] and the head"""
+"""Computes what a forward returns instead of logits, from the hidden states [n, W, H] and the head."""
 
 STATES_AT_ONCE = 128
-"""Hidden states whose logits are held at once in scoring"""
+"""Number of hidden states whose logits are in memory at a time in scoring."""
 
 
 class Scoring(NamedTuple):
-    """How tokens are scored."""
+    """Options of scoring."""
 
     temperature: float
     suppressed: Tensor
-    """[S] int64, tokens of probability 0"""
+    """[S] int64, tokens that get probability 0."""
     with_entropy: bool
 
 
@@ -42,11 +42,11 @@ class Scored(NamedTuple):
     text_cols: Tensor
     """[K] int64"""
     scores: Tensor
-    """[2, K] log-probs and ``TokenScores.greedy``, or [3, K] with the entropies behind them; fp32"""
+    """[2, K] fp32 log-probs and ``TokenScores.greedy``, or [3, K] with the entropies as third row."""
 
 
 def logits_at(rows: Tensor, cols: Tensor) -> Answer:
-    """Returns an ``Answer`` that computes the logits [M, V] at (rows, cols), [M] each."""
+    """Returns an ``Answer`` that computes the logits [M, V] of the hidden states at (rows, cols), [M] each."""
     return lambda hidden, head: head(hidden[rows, cols])
 
 
@@ -71,19 +71,19 @@ def scores_of(targets: Targets, ids: Tensor, scoring: Scoring) -> Answer:
 
 
 def forward(model: nn.Module, answer: Answer, **inputs: Any) -> Any:
-    """Runs ``model`` and returns ``answer`` instead of its logits.
+    """Runs ``model`` and returns its output with the result of ``answer`` in the place of the logits.
 
-    Everything happens inside the model's own forward, where sharded weights are whole, and goes through its own head
-    module, adapters included.
+    Hooks on the head do this inside the model's own forward, where FSDP2 has gathered the weights of the head. They
+    call the head module itself, so that its adapters apply.
 
     Raises:
-        ValueError: The family does something to its logits behind the head that is not known here.
+        ValueError: If the model transforms its logits after the head in an unsupported way.
     """
     head, config = unwrap(model).get_output_embeddings(), text_config(model)
     assert head is not None, "the model has no language-model head"
     cap: float | None = getattr(config, "final_logit_softcapping", None)
     answered: list[Tensor] = []
-    inside = False
+    inside = False  # True while ``answer`` calls the head, which must not run the hooks again
 
     def logits(states: Tensor) -> Tensor:
         raw: Tensor = head(states)
@@ -98,7 +98,7 @@ def forward(model: nn.Module, answer: Answer, **inputs: Any) -> Any:
             answered.append(answer(args[0], logits))
         finally:
             inside = False
-        return (args[0][:0], *args[1:])  # the call itself has nothing left to do
+        return (args[0][:0], *args[1:])  # an empty input: the call itself has nothing left to compute
 
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         return None if inside else answered[-1]
@@ -113,6 +113,7 @@ def forward(model: nn.Module, answer: Answer, **inputs: Any) -> Any:
             config.final_logit_softcapping = cap
         for handle in handles:
             handle.remove()
+    # A transformation after the head would apply to scores as if they were logits.
     if out.logits is not answered[-1] and not torch.equal(out.logits, answered[-1]):
         raise ValueError(
             f"{type(unwrap(model)).__name__} changes its logits behind the head in a way that is not known here: "

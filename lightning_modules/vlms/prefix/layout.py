@@ -1,4 +1,4 @@
-"""What scoring behind a shared prefix needs to know of a model family and of a built model.
+"""Properties of model families and built models that scoring behind a shared prefix depends on.
 
 Letters: B prompts, P prompt tokens, n rows, L tokens of a row, A rotary axes.
 """
@@ -14,17 +14,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
-"""Prompt inputs beside ids and mask that have one entry per token; 0 stands for text."""
+"""Prompt inputs besides ids and mask with one entry per token; 0 stands for text."""
 
 
 class PromptLayout(Protocol):
-    """What differs between families in how prompts are laid out; implemented by ``VLM``."""
+    """The layout of a family's prompts; ``VLM`` implements it."""
 
     def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         """Returns positions of left-padded inputs, [B, P], or [A, B, P] for A rotary axes."""
 
     def text_position_ids(self, positions: Tensor) -> Tensor:
-        """Returns text positions [n, L] in the form that the decoder takes."""
+        """Returns text positions [n, L] in the shape that the decoder expects."""
 
     def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
         """Returns the inputs of the prompts ``index`` [n], including pixels."""
@@ -41,7 +41,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def would_checkpoint(model: nn.Module) -> bool:
-    """Returns whether decoder layers use gradient checkpointing, which silently drops the cache."""
+    """Returns whether decoder layers use gradient checkpointing, in which transformers silently drops the cache."""
     return any(
         isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training
         for layer in unwrap(model).get_decoder().modules()
@@ -49,7 +49,7 @@ def would_checkpoint(model: nn.Module) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether parameters are sharded over ranks (FSDP2), so that every forward gathers them."""
+    """Returns whether parameters are sharded over ranks by FSDP2, so that every forward gathers them."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 

@@ -1,6 +1,6 @@
-"""Route *naive*: prompt and pixels repeated for every path from a prompt to a leaf, and no cache.
+"""Route *naive*: forwards prompt and pixels again for every path from a prompt to a leaf of the text tree.
 
-It is the reference that the shared routes must equal in value and gradient.
+It is the reference that the other routes must equal in value and gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, targets
 def naive_scores(
     layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, plan: TextPlan, scoring: Scoring
 ) -> list[Scored]:
-    """Returns the scores of every token that counts."""
+    """Scores every token that counts in one forward of all paths."""
     device, base = texts.ids.device, prompts.inputs["input_ids"].shape[1]
     paths, lengths = plan.leaf_paths(), plan.lengths
     width = max(sum(lengths[row] for row in path) for path in paths)

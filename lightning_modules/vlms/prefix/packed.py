@@ -1,7 +1,7 @@
-"""Route *packed*: one forward over prompts and texts in one row without padding.
+"""Route *packed*: one forward over prompts and texts in a single row without padding.
 
-It needs no cache, which gradient checkpointing would drop, and few forwards, each of which gathers sharded weights. The
-attention is in ``packing.py``.
+It suits gradient checkpointing, which would drop a cache, and sharded weights, which every forward gathers. The
+attention over the row is in ``packing.py``.
 
 Letters: B prompts, P tokens of all prompts together, R tokens of all texts that are run, A rotary axes.
 """
@@ -27,18 +27,18 @@ class PackedPrompts:
     """Prompts as the beginning of a packed row."""
 
     inputs: Mapping[str, Tensor]
-    """What the model takes: per-token inputs [1, P], pixels as they came; neither mask nor positions"""
+    """Inputs of the model except mask and positions: per-token inputs [1, P] and unchanged pixels."""
     positions: Tensor
     """[1, P], or [A, 1, P]"""
     spans: tuple[Span, ...]
-    """[B] where each prompt stands"""
+    """[B] place of each prompt in the row."""
     start: Tensor
-    """[B] int64, position of the first token behind each prompt"""
+    """[B] int64, position of the first token behind each prompt."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Prompts that have been run: the keys and values of each layer, and the span of each prompt."""
+    """Prompts that have been forwarded: the keys and values of each layer, and the place of each prompt."""
 
     layers: Sequence[KeysValues]
     prompts: PackedPrompts
@@ -65,21 +65,21 @@ class PackedTexts:
     ids: Tensor
     """[1, R] int64"""
     positions: Tensor
-    """[1, R], as if there were one rotary axis"""
+    """[1, R] positions along one rotary axis."""
     groups: list[Group]
     begin: dict[int, int]
-    """Where each text that is run begins, counted with what stands before all of them"""
+    """First token of each text that is run, counted from the beginning of memory and row."""
 
 
 def pack_texts(texts: TextBatch, plan: TextPlan, prompts: PackedPrompts, before: int, memory: int) -> PackedTexts:
-    """Concatenates the texts.
+    """Concatenates the tokens of all texts that have to be run, parents before their children.
 
     Args:
         texts: N texts.
-        plan: Of these texts.
-        prompts: The prompts they stand behind.
-        before: Tokens of the packed row that stand before the texts.
-        memory: Tokens that stand before the row itself.
+        plan: The plan of these texts.
+        prompts: The prompts of the texts.
+        before: Number of tokens in the packed row before the texts.
+        memory: Number of tokens in the memory, which precede the row.
     """
     tokens: list[tuple[int, int, int, int]] = []  # row, column, prompt, tokens between the prompt and this one
     groups: list[Group] = []
@@ -101,10 +101,10 @@ def pack_texts(texts: TextBatch, plan: TextPlan, prompts: PackedPrompts, before:
 
 
 def run_packed(model: nn.Module, answer: Answer, packing: Packing, **inputs: Any) -> Tensor:
-    """Runs one forward over a packed row and returns the answer.
+    """Runs one forward over a packed row and returns the result of ``answer``.
 
     Raises:
-        ValueError: Some layer of the decoder did not attend as the packing says.
+        ValueError: If a layer of the decoder did not use the packed attention.
     """
     install(model)
     device = inputs["input_ids"].device
@@ -128,7 +128,7 @@ def run_packed(model: nn.Module, answer: Answer, packing: Packing, **inputs: Any
 def packed_scores(
     layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, plan: TextPlan, scoring: Scoring
 ) -> list[Scored]:
-    """Returns the scores of every token that counts, in one forward."""
+    """Scores every token that counts in one forward of prompts and texts."""
     head = pack_prompts(layout, model, prompts)
     length = head.spans[-1][1]
     tail = pack_texts(texts, plan, head, before=length, memory=0)
@@ -146,7 +146,7 @@ def packed_scores(
 def packed_prompts(
     layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, plan: TextPlan, scoring: Scoring
 ) -> tuple[list[Scored], Memory]:
-    """Runs the prompts; scores the first token of every text directly behind one."""
+    """Forwards the prompts, and scores the first token of every text that directly follows one."""
     head = pack_prompts(layout, model, prompts)
     packing = Packing(_alone(head), texts.ids.device, keep=True)
     found = _first_targets(plan, head)
@@ -157,10 +157,10 @@ def packed_prompts(
 def packed_texts(
     layout: PromptLayout, model: nn.Module, memory: Memory, texts: TextBatch, scoring: Scoring
 ) -> list[Scored]:
-    """Runs texts behind the memory of their prompts.
+    """Forwards texts behind the memory of their prompts.
 
     Returns:
-        The scores of all tokens that count but those that a prompt predicts.
+        The scores of all tokens that count, except those that a prompt predicts.
     """
     plan, length = plan_texts(texts), memory.prompts.spans[-1][1]
     if not any(plan.widths):
@@ -177,12 +177,12 @@ def _alone(prompts: PackedPrompts) -> list[Group]:
 
 
 def _first_targets(plan: TextPlan, prompts: PackedPrompts) -> list[tuple[int, int, int, int]]:
-    """Returns the first tokens of texts directly behind a prompt, which its last token predicts."""
+    """Returns the targets that the last token of a prompt predicts: first tokens of the texts directly behind it."""
     return [(0, prompts.spans[plan.owner[row]][1] - 1, row, 0) for row in plan.first_targets(0)]
 
 
 def _inner_targets(plan: TextPlan, texts: PackedTexts, memory: int) -> list[tuple[int, int, int, int]]:
-    """Returns the tokens that are predicted by a token of their own row or of their parent row."""
+    """Returns the targets that a token of their own text or of their parent text predicts."""
     found = []
     for row, parent in enumerate(plan.parent):
         if parent >= 0 and bool(plan.loss[row, 0]):

@@ -1,13 +1,13 @@
-"""Attention over one packed row in plain SDPA calls: one for each prompt, one for all texts behind the same tokens.
+"""Attention over one packed row by plain SDPA calls: one for each prompt, and one for all texts with the same context.
 
-The row holds prompts and texts one after another, without padding. A prompt attends to itself, causally; a text attends
-to the tokens that it continues (its context) and to itself, aligned at the bottom right. No mask over the whole row is
-ever made. The function stands in transformers' attention interface under ``NAME`` and is set on the text configuration
-alone. It gets the lengths as the keyword ``packing``, which every decoder hands down to its layers, also where gradient
-checkpointing runs a layer again. Without that keyword it is ``sdpa``.
+The row holds prompts and texts one after another, without padding. A prompt attends to itself causally; a text attends
+to the tokens that it continues (its context) and causally to itself. No mask over the whole row is made. The function
+is registered in the attention interface of transformers as ``NAME`` and set on the text configuration only. Decoders
+pass the keyword ``packing`` down to their layers, also when gradient checkpointing runs a layer again; without it, the
+function is the usual ``sdpa``.
 
-Letters: S tokens of the row, M tokens of the memory, Q query heads, K key heads, D head size, n texts, W tokens of the
-longest of them, T tokens of their context.
+Letters: S tokens of the row, M tokens of the memory, Q query heads, K key heads, D head size, n texts of a group, W
+tokens of the longest of them, T tokens of their context.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from vidreason.lightning_modules.vlms.prefix.layout import text_config, unwrap
 
 NAME = "sdpa_shared_prefix"
 Span = tuple[int, int]
-"""From the first token up to, not with, the last"""
+"""First token, and the one after the last."""
 BLOCK = 256
-"""Queries that attend at once where the mask is a tensor"""
+"""Number of queries per SDPA call if the mask is a tensor."""
 UNKNOWN = ("softcap", "s_aux", "sliding_window", "position_bias")
-"""What some decoders ask of their attention and this one does not do"""
+"""Keywords of some decoders that this attention does not support."""
 
 
 class Group(NamedTuple):
     """Texts with the same context."""
 
     context: tuple[Span, ...]
-    """Of the memory followed by the packed row"""
+    """Spans in the concatenation of memory and packed row."""
     rows: tuple[Span, ...]
-    """Of the packed row, one behind the other"""
+    """Adjacent spans in the packed row, one for each text."""
 
 
 class KeysValues(NamedTuple):
-    """Of one layer."""
+    """Keys and values of one layer."""
 
     keys: Tensor
     """[1, K, M, D]"""
@@ -57,10 +57,10 @@ class Packing:
     """Layout of a packed row, and the keys and values that precede it.
 
     Args:
-        groups: Prompts and texts in the order of the row, which they cover.
-        device: Where the row is.
-        memory: Keys and values of each layer that go before the row; none where the row holds its own prompts.
-        keep: Whether to collect the row's own keys and values, to be the memory of other rows.
+        groups: Prompts and texts in the order of the row; together they cover it.
+        device: Device of the row.
+        memory: Keys and values of each layer that precede the row; empty if the row holds its own prompts.
+        keep: Whether to collect the row's keys and values as the memory of later rows.
     """
 
     def __init__(
@@ -77,33 +77,33 @@ class Packing:
         self.masks = [_mask(group, device) for group in groups]
 
     def take_kept(self) -> list[KeysValues]:
-        """Returns the collected keys and values in the order of the layers; recomputed layers collect nothing."""
+        """Stops collecting and returns the keys and values in the order of the layers; recomputed layers add none."""
         self.keep = False
         kept, self.kept = self.kept, {}
         return [kept[layer] for layer in sorted(kept)]
 
 
 def _padded(rows: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Returns, for texts of unequal length, the [n·W] indices to gather and the indices of real tokens among them."""
+    """Returns the [n·W] indices that pad texts of unequal length, and the indices of real tokens among them."""
     lengths = [end - start for start, end in rows]
     if len(set(lengths)) == 1:
         return None
     steps = torch.arange(max(lengths))
     starts, sizes = (torch.tensor(x)[:, None] for x in ([start for start, _ in rows], lengths))
-    gather = starts + torch.minimum(steps, sizes - 1)  # filled with the last token, which no real query sees
+    gather = starts + torch.minimum(steps, sizes - 1)  # padded with the last token, which no real query attends to
     return gather.flatten().to(device), (steps < sizes).flatten().nonzero()[:, 0].to(device)
 
 
 def _mask(group: Group, device: torch.device) -> Tensor | None:
-    """Returns the causal mask of a text over its context and itself, aligned at the bottom right, [W, T + W]."""
+    """Returns the causal mask [W, T + W] of a text over its context and itself; None if no mask is needed."""
     width = max(end - start for start, end in group.rows)
     length = width + sum(end - start for start, end in group.context)
     if width in (1, length):
-        return None  # one token sees everything; without context plain causal attention will do
+        return None  # one token attends to everything; without context, is_causal suffices
     if device.type != "cuda":
         return torch.ones(width, length, dtype=torch.bool, device=device).tril(length - width)
     with _disable_current_modes():  # a FLOP counter around the forward must not see this tensor being made
-        bias: Tensor = causal_lower_right(width, length)  # makes no mask: the fused kernels know the alignment
+        bias: Tensor = causal_lower_right(width, length)  # no tensor: the fused kernels support this alignment
     return bias
 
 
@@ -131,17 +131,17 @@ def packed_attention(
         query: [1, Q, S, D].
         key: [1, K, S, D].
         value: [1, K, S, D].
-        attention_mask: Empty where ``packing`` is given.
-        dropout: Of attention weights.
-        scaling: Of queries times keys.
-        packing: Where what stands in the row; None leaves it to ``sdpa``.
-        kwargs: What else a decoder hands down.
+        attention_mask: Empty if ``packing`` is given.
+        dropout: Dropout rate of the attention weights.
+        scaling: Factor of the products of queries and keys.
+        packing: Layout of the row; None calls ``sdpa``.
+        kwargs: Other keywords of the decoder.
 
     Returns:
-        [1, S, Q, D].
+        [1, S, Q, D], and None instead of attention weights.
 
     Raises:
-        ValueError: A decoder asks for what only another attention does, or lost ``packing`` on the way.
+        ValueError: If the decoder needs an unsupported feature, or did not pass ``packing`` on.
     """
     if packing is None:
         if attention_mask is not None and attention_mask.numel() == 0:
@@ -173,14 +173,14 @@ def packed_attention(
 
 
 def _rows(states: Tensor, rows: Sequence[Span], padded: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Returns the texts of a group, [n, heads, W, D], from [1, heads, S, D]."""
+    """Returns the states [n, heads, W, D] of the texts of a group from those of the row, [1, heads, S, D]."""
     row = states[0]
     taken = row[:, rows[0][0] : rows[-1][1]] if padded is None else row.index_select(1, padded[0])
     return taken.reshape(taken.shape[0], len(rows), -1, taken.shape[2]).transpose(0, 1)
 
 
 def _context(states: Tensor, memory: Tensor | None, spans: Sequence[Span], n: int) -> Tensor:
-    """Returns the context of a group, repeated for its n texts, [n, K, T, D]."""
+    """Returns the states [n, K, T, D] of the context of a group, repeated for its n texts."""
     offset = 0 if memory is None else memory.shape[2]
     pieces = []
     for start, end in spans:
@@ -199,7 +199,7 @@ def _attend(
     """Returns the attention [n, Q, W, D] of queries over T + W keys."""
     width, before = query.shape[2], key.shape[2] - query.shape[2]
     if type(mask) is Tensor and width > BLOCK:
-        # A kernel reads a mask whole, also where it forbids: blocks of queries leave out what none of them may see.
+        # A kernel computes masked entries too. Blocks of queries skip keys that none of their queries may attend to.
         blocks = []
         for start in range(0, width, BLOCK):
             end = min(start + BLOCK, width)
@@ -208,7 +208,7 @@ def _attend(
             blocks.append(_attend(*inputs, dropout, scaling))
         return torch.cat(blocks, dim=2)
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.is_cuda and query.dtype == torch.float32:  # no fused kernel takes fewer key heads in fp32
+    if groups > 1 and query.is_cuda and query.dtype == torch.float32:  # no fused kernel supports GQA in fp32
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     result: Tensor = scaled_dot_product_attention(
         query,

@@ -1,14 +1,13 @@
 """Scores many texts behind few prompts: each prompt, and each text that others continue, runs once.
 
-Two routes share the prompt, both exact in value and gradient. *expand* (``expand.py``) hands every text its prompt's
-keys and values; *packed* (``packed.py``) puts prompts and texts in one row and attends group by group, in one forward.
-*naive* (``naive.py``) repeats the prompt for every text and is what the two must equal.
+Two routes share the prompt, both exact in value and gradient: *expand* (``expand.py``) repeats the keys and values of
+the prompt for every text; *packed* (``packed.py``) forwards prompts and texts in one row and attends group by group.
+The third, *naive* (``naive.py``), forwards the prompt again for every text and is the reference of the other two.
 
-With texts in chunks, the prompts run once and their keys and values stay; the texts then go through a few at a time,
-and once more in the backward pass, where each chunk's gradient is added to that of the keys and values before the
-prompts' own backward. So the memory is that of the prompts and one chunk, for any number of texts, at the price of one
-more forward of the texts. What a chunk's forward depends on (modes, the active adapter) must still be so in the
-backward pass, as with gradient checkpointing.
+With chunks of texts, the prompts run once and their keys and values are kept. Each chunk is forwarded, and forwarded
+again in the backward pass, where its gradient accumulates in the keys and values before the prompts' own backward.
+Memory is then that of the prompts and one chunk, for any number of texts, at the cost of one more forward of the texts.
+As with gradient checkpointing, the modes and the active adapter must be the same in the backward pass.
 """
 
 from __future__ import annotations
@@ -40,14 +39,11 @@ Route = Literal["expand", "packed", "naive"]
 
 
 LONG = 256
-"""Tokens of a text from which on a causal mask costs more than packing does (``benchmarks/long_completions.py``)"""
+"""Length of a text in tokens above which packing is faster than a causal mask (``benchmarks/long_completions.py``)."""
 
 
 class RouteOptions(NamedTuple):
-    """How prompts are shared.
-
-    ``VLM`` explains the three.
-    """
+    """The options ``route``, ``completion_chunk`` and ``text_memory_gb`` of ``VLM``."""
 
     route: Literal["auto", "expand", "packed", "naive"] = "auto"
     completion_chunk: int | None = None
@@ -55,20 +51,20 @@ class RouteOptions(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A route, and why it was chosen."""
+    """A route, and the reason why it was chosen."""
 
     route: Route
     reason: str
 
 
 def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, Tensor], texts: TextBatch) -> Choice:
-    """Returns the route that the options ask for, or the one that suits the model.
+    """Returns the route of the options; for ``auto``, the route that suits model and texts.
 
     Args:
-        options: What is asked for.
-        model: The model in the mode it will run in.
-        inputs: The prompts.
-        texts: What stands behind them.
+        options: The options.
+        model: The model in the mode in which it will run.
+        inputs: Inputs of the prompts.
+        texts: The texts behind the prompts.
 
     Raises:
         ValueError: If the route would not be exact for this model or these settings; the message says why.
@@ -93,7 +89,7 @@ def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, T
 
 
 def _refusal(route: Route, against: Mapping[str, str | None], recomputes: bool) -> str:
-    """Returns the error message about a route that cannot be used, with alternatives."""
+    """Returns the error message about a route that cannot be used, with the alternatives."""
     also, ways_out = "", "packed (or auto)"
     if route == "packed":
         expand = against["expand"]
@@ -127,7 +123,7 @@ def _not_expanded(recomputes: bool, sharded: bool) -> str | None:
 
 
 def not_packed(model: nn.Module, inputs: Mapping[str, Tensor]) -> str | None:
-    """Returns why the packed route cannot be used, or None; it needs a plain causal decoder with ``sdpa``."""
+    """Returns why the packed route cannot be used, or None; the route needs a causal decoder with ``sdpa``."""
     config, name = text_config(model), type(unwrap(model)).__name__
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
     if kinds:
@@ -157,14 +153,14 @@ def score_texts(
     """Scores every token in ``texts.loss_mask``; each prompt, and each text that others continue, runs once.
 
     Raises:
-        ValueError: A text row is empty or stands before its parent.
+        ValueError: If a text row is empty or stands before its parent.
     """
     plan = plan_texts(texts)
     if not bool(plan.loss.any()):
         return []
     if route == "naive":
         return naive_scores(layout, model, prompts, texts, plan, scoring)
-    joined = join_only_children(texts, plan)
+    joined = join_only_children(texts, plan)  # fewer rows; the scores are mapped back below
     if joined.rows is None or joined.cols is None:
         return _shared_scores(layout, model, prompts, texts, plan, scoring, route, options)
     found = _shared_scores(layout, model, prompts, joined.texts, plan_texts(joined.texts), scoring, route, options)
@@ -183,7 +179,7 @@ def _shared_scores(
     route: Route,
     options: RouteOptions,
 ) -> list[Scored]:
-    """Scores all texts at once, or in chunks."""
+    """Scores all texts by route *expand* or *packed*, at once or in chunks."""
     roots = plan.parent.count(-1)
     size = min(options.completion_chunk or roots, roots)
     if options.text_memory_gb is not None:
@@ -207,7 +203,7 @@ def _in_chunks(
     route: Route,
     size: int,
 ) -> list[Scored]:
-    """Runs the prompts once, then ``size`` texts (with all texts that continue them) at a time."""
+    """Forwards the prompts once, then chunks of ``size`` texts with all texts that continue them."""
     run: Callable[[TextBatch], list[Scored]]
     if route == "packed":
         scored, memory = packed_prompts(layout, model, prompts, texts, plan, scoring)
@@ -229,7 +225,7 @@ def _in_chunks(
         return torch.cat(rows), torch.cat(cols), torch.cat(scores, dim=1)
 
     for rows, part in split_texts(texts, plan, size):
-        # Autograd takes up the chunks one by one, the last first: one is run again, goes backward and is dropped.
+        # Autograd takes the chunks from the last to the first: it recomputes one, runs its backward and frees it.
         again = torch.is_grad_enabled()
         found = checkpoint(run_joined, part, use_reentrant=False) if again else run_joined(part)
         text_rows = torch.tensor(rows, device=texts.ids.device)[found[0]]

@@ -1,6 +1,6 @@
-"""Estimates how many texts fit through a decoder at once under a memory limit.
+"""Estimates how many texts a decoder can forward at once within a memory limit.
 
-The estimate covers what a forward of the texts holds in addition to weights and prompts, from the decoder's sizes.
+The estimate follows from the sizes of the decoder and covers the texts only, not weights or prompts.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ def texts_that_fit(model: nn.Module, plan: TextPlan, prompt_tokens: int, route: 
     """Returns how many texts behind the prompts, each with all texts that continue it, fit into the limit.
 
     Args:
-        model: The model in the mode it will run in.
-        plan: The texts.
-        prompt_tokens: Tokens of the longest prompt.
+        model: The model in the mode in which it will run.
+        plan: The plan of the texts.
+        prompt_tokens: Number of tokens of the longest prompt.
         route: ``expand`` or ``packed``.
-        limit_gb: In GB of 1e9 bytes.
+        limit_gb: Memory limit in GB of 1e9 bytes.
 
     Raises:
-        ValueError: Not even one text fits.
+        ValueError: If not even one text fits.
     """
     tokens = [0] * len(plan)
     context = [0] * len(plan)
@@ -43,11 +43,11 @@ def texts_that_fit(model: nn.Module, plan: TextPlan, prompt_tokens: int, route: 
 
 
 def text_bytes(model: nn.Module, tokens: int, context: int, route: str) -> int:
-    """Estimates the bytes that a text of ``tokens`` tokens behind ``context`` tokens holds in the decoder.
+    """Estimates the memory in bytes of a text of ``tokens`` tokens behind ``context`` tokens in the decoder.
 
-    In training a layer holds the states that its norms, projections and attention need in the backward pass, and the
-    context's keys and values once more for this text. Recomputed layers hold their input only, and one layer at a time
-    the rest; without gradient the same, but for the cache of the expanded prompt, which stands in every layer.
+    In training, a layer keeps the states that norms, projections and attention need in the backward pass, and a copy of
+    the keys and values of the context. With gradient checkpointing, all layers keep their input and one layer at a time
+    keeps its states. Without gradients, one layer at a time has states, and for ``expand`` all layers have a cache.
     """
     config, base = text_config(model), unwrap(model)
     layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
@@ -56,7 +56,7 @@ def text_bytes(model: nn.Module, tokens: int, context: int, route: str) -> int:
     queries, keys = heads * size, int(config.num_key_value_heads or heads) * size
     bytes_each: int = next(p.element_size() for p in base.get_input_embeddings().parameters())
     half = bytes_each < torch.float32.itemsize
-    norms = (18 if half else 6) * hidden  # in half precision the norms keep fp32 copies
+    norms = (18 if half else 6) * hidden  # in half precision, norms compute in fp32 and keep the copies
     states = tokens * (norms + 3 * queries + 3 * keys + 4 * int(config.intermediate_size))
     copies = 2 * keys * (context + tokens)
     layer, light = (states + copies) * bytes_each, tokens * hidden * bytes_each

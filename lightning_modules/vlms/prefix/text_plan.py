@@ -1,6 +1,6 @@
-"""Plans which tokens of a TextBatch have to be run, behind what, and which hidden state predicts each token.
+"""Plans which tokens of a TextBatch have to be run, behind which tokens, and which hidden state predicts each token.
 
-A plan lives on the CPU: the batch is read back from the device once. Letters: B prompts, N texts, L tokens of the
+A plan is on the CPU, so that the device is synchronised once per batch. Letters: B prompts, N texts, L tokens of the
 longest, K scored tokens.
 """
 
@@ -22,18 +22,18 @@ class TextPlan:
     """The tree of a TextBatch as lists over its N rows."""
 
     owner: list[int]
-    """Prompt of each row"""
+    """Index of each row's prompt."""
     parent: list[int]
-    """Row that it continues, -1 for its prompt"""
+    """Row that each row continues, -1 for its prompt."""
     lengths: list[int]
-    """Real tokens"""
+    """Number of tokens without padding."""
     loss: Tensor
-    """[N, L] bool on the CPU"""
+    """[N, L] bool on the CPU."""
     widths: list[int]
-    """Tokens to run: up to the last one where texts that count go on behind it, else up to the last one that predicts
-    a token that counts"""
+    """Number of tokens to run: all if a text that counts continues the row, else up to the last token that predicts a
+    token that counts."""
     depth: list[int]
-    """Number of texts between a row and its prompt"""
+    """Number of texts between each row and its prompt."""
 
     def __len__(self) -> int:
         return len(self.owner)
@@ -62,7 +62,7 @@ class TextPlan:
         return [self.path(leaf) for leaf in sorted(set(range(len(self))) - set(self.parent))]
 
     def families(self) -> list[tuple[int, list[int]]]:
-        """Returns the rows to run by what they continue (see ``above``); parents come before their children."""
+        """Returns the rows to run, grouped by the row or prompt that they continue (see ``above``), parents first."""
         found: dict[int, list[int]] = {}
         for row in sorted(range(len(self)), key=lambda r: self.depth[r]):
             if self.widths[row]:
@@ -71,10 +71,10 @@ class TextPlan:
 
 
 def plan_texts(texts: TextBatch) -> TextPlan:
-    """Reads the tree and finds how much of each row has to be run.
+    """Returns the plan of a batch, including how many tokens of each row have to be run.
 
     Raises:
-        ValueError: A row is empty or stands before its parent.
+        ValueError: If a row is empty or stands before its parent.
     """
     owner, parent, lengths, loss = (x.cpu() for x in (texts.owner, texts.parent, texts.mask.sum(1), texts.loss_mask))
     n, length = loss.shape
@@ -87,7 +87,7 @@ def plan_texts(texts: TextBatch) -> TextPlan:
     if n and int(lengths.min()) == 0:
         raise ValueError(f"text row {int(lengths.argmin())} has no token: leave out empty texts")
     last_target = torch.where(loss, torch.arange(length), -1).amax(1).tolist() if length else []
-    widths = [max(target, 0) for target in last_target]
+    widths = [max(target, 0) for target in last_target]  # the token before a target predicts it
     for row in range(n - 1, -1, -1):
         if parents[row] >= 0 and (last_target[row] >= 0 or widths[row] > 0):
             widths[parents[row]] = int(lengths[parents[row]])
@@ -98,19 +98,19 @@ class Targets(NamedTuple):
     """K tokens and the M hidden states that predict them."""
 
     rows: Tensor
-    """[M] int64, batch row of each state"""
+    """[M] int64, row of each state in the forward."""
     cols: Tensor
-    """[M] int64, its column"""
+    """[M] int64, column of each state in the forward."""
     state: Tensor
-    """[K] int64 on the CPU, non-decreasing: the state that predicts each token"""
+    """[K] int64 on the CPU, non-decreasing: index of the state that predicts each token."""
     text_rows: Tensor
-    """[K] int64, where the tokens stand in the TextBatch"""
+    """[K] int64, row of each token in the TextBatch."""
     text_cols: Tensor
-    """[K] int64"""
+    """[K] int64, column of each token in the TextBatch."""
 
 
 def targets(found: Sequence[tuple[int, int, int, int]], device: torch.device) -> Targets:
-    """Returns targets from (row of state, column of state, text row, text column); equal states are merged."""
+    """Builds targets from (row of state, column of state, text row, text column), merging equal states."""
     places = {place: i for i, place in enumerate(sorted({(row, col) for row, col, _, _ in found}))}
     ordered = sorted(found, key=lambda target: places[target[:2]])
     state = torch.tensor([places[target[:2]] for target in ordered], dtype=torch.long)
@@ -127,9 +127,9 @@ class Part(NamedTuple):
 
 
 def split_texts(texts: TextBatch, plan: TextPlan, size: int) -> list[Part]:
-    """Cuts a batch into parts of at most ``size`` texts behind the prompts, each with all that goes on behind it.
+    """Splits a batch into parts of at most ``size`` texts behind the prompts, each with all texts that continue it.
 
-    The first tokens of those texts no longer count: they are predicted by the prompt, not by a part.
+    The first tokens of these texts no longer count, since the prompt predicts them, which is not in the part.
     """
     roots = sorted((row for row in range(len(plan)) if plan.parent[row] < 0), key=lambda row: plan.owner[row])
     part_of = {root: i // size for i, root in enumerate(roots)}
@@ -152,17 +152,17 @@ def _take(texts: TextBatch, plan: TextPlan, rows: list[int]) -> TextBatch:
 
 
 class Joined(NamedTuple):
-    """A TextBatch in which a text and the only one that continues it are one row."""
+    """A TextBatch in which each text and its only child have become one row."""
 
     texts: TextBatch
     rows: Tensor | None
-    """[N', L'] int64, the row that each token stood in before; None where nothing was joined"""
+    """[N', L'] int64, the original row of each token; None if nothing was joined."""
     cols: Tensor | None
-    """[N', L'] int64, its column there"""
+    """[N', L'] int64, the original column of each token; None if nothing was joined."""
 
 
 def join_only_children(texts: TextBatch, plan: TextPlan) -> Joined:
-    """Joins each text with its only child: one row less to run, and the context is read once."""
+    """Joins each text with its only child, which saves a row and one pass over the context."""
     children = Counter(plan.parent)
     joins = [parent >= 0 and children[parent] == 1 for parent in plan.parent]
     if not any(joins):

@@ -1,6 +1,6 @@
 """Encodes clips, prompts and texts as tensors with any chat template.
 
-The template is rendered around a sentinel to find the tokens before and after a user's and an assistant's words; no
+To find the tokens before and after the words of user and assistant, the template is rendered around a sentinel; no
 particular template is assumed.
 """
 
@@ -22,14 +22,14 @@ SENTINEL = "VIDREASONSENTINEL"
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """Tokens that a chat template puts around a user's and an assistant's words."""
+    """The tokens of a chat template around the words of user and assistant."""
 
     turn_end: str
-    """closes the user's turn and opens the assistant's"""
+    """Closes the user's turn and opens the assistant's."""
     lead: str
-    """between the opened turn and the assistant's first word (a space in some families); the model writes it too"""
+    """Stands before the assistant's first word (a space in some families); the model samples it too."""
     end_of_turn: tuple[int, ...]
-    """tokens that end the assistant's turn; the last one is a stop token"""
+    """Tokens that end the assistant's turn; the last one is a stop token."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,22 @@ def tokens(processor: Any, text: str) -> list[int]:
 
 
 def _spelt(processor: Any, words: str) -> Any:
-    """Encodes a text; special tokens in it are encoded as plain characters, so that no text can close its turn."""
+    """Encodes a text, with special tokens in it as plain characters, so that no text can close its turn."""
     return processor.tokenizer(words, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
 
 
 def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
-    """Returns the tokens that the processor's chat template puts around words.
+    """Returns the tokens of the processor's chat template around the words of user and assistant.
 
     Args:
         processor: A processor with a chat template.
-        stop_ids: Tokens on which the model stops, as its generation config and tokenizer name them.
+        stop_ids: Stop tokens of the model's generation config and tokenizer.
 
     Raises:
-        ValueError: The template opens the assistant's turn in another way than it renders one, or ends it with no
-            special token.
+        ValueError: If the generation prompt is not how the template begins an assistant's turn, or the turn ends
+            without a special token.
     """
+    # Two sentinels for the assistant tell its words from the user's.
     opened = render(processor, SENTINEL)
     whole = render(processor, SENTINEL, assistant=SENTINEL * 2)
     before, _, after = whole.partition(SENTINEL * 2)
@@ -90,7 +91,7 @@ def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
 
 
 def prompt_text(processor: Any, prompt: Prompt) -> str:
-    """Returns the rendered prompt, up to the opened assistant's turn or, if open, up to the user's last word."""
+    """Returns the rendered prompt: through the opening of the assistant's turn or, if open, the user's last word."""
     if not prompt.open:
         return render(processor, prompt.text)
     return render(processor, prompt.text + SENTINEL).partition(SENTINEL)[0]
@@ -125,8 +126,8 @@ def encode_texts(processor: Any, frame: ChatFrame, examples: Sequence[Example], 
     """Returns the texts of all examples as one right-padded TextBatch.
 
     Raises:
-        ValueError: A text does not fit where it stands (a context behind a closed prompt or an answer, an answer behind
-            an answer), is empty, or holds a placeholder token such as the video's.
+        ValueError: If a text cannot follow its parent (a context after a closed prompt, anything after an answer), is
+            empty, or contains a placeholder token such as the video's.
     """
     rows: list[_Row] = []
     for owner, example in enumerate(examples):
@@ -159,13 +160,13 @@ def encode_texts(processor: Any, frame: ChatFrame, examples: Sequence[Example], 
 
 
 def pad_id(processor: Any) -> int:
-    """Returns the padding token, or the end token if the tokenizer has none."""
+    """Returns the id of the padding token, or of the end token if the tokenizer has no padding token."""
     tokenizer = processor.tokenizer
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def decode(processor: Any, ids: Sequence[int]) -> str:
-    """Returns the text of tokens, including special tokens."""
+    """Decodes tokens, including special tokens."""
     text: str = processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
 
@@ -174,7 +175,9 @@ def answer_tokens(processor: Any, ids: Sequence[int]) -> torch.Tensor:
     """Returns [L] bool, True from ``<answer>`` to the end of the sampled tokens; all False without an answer."""
     mask = torch.zeros(len(ids), dtype=torch.bool)
     start = answer_start(decode(processor, ids))
-    if start is not None:  # from the first token that ends behind the tag's first character
+    # From the first token that ends behind the tag's first character. The decoded text grows with the number of tokens,
+    # so that bisection needs log L decodings instead of L.
+    if start is not None:
         mask[bisect_right(range(len(ids)), start, key=lambda last: len(decode(processor, ids[: last + 1]))) :] = True
     return mask
 
@@ -198,6 +201,7 @@ def _encode_text(processor: Any, frame: ChatFrame, text: Text, opened: bool, own
     encoded = _spelt(processor, words)
     start = answer_start(text.text)
     first = len(words) if start is None else start + len(frame.lead)
+    # A token that straddles the tag's first character belongs to the answer, as in ``answer_tokens``.
     answers = [end > first for _, end in encoded["offset_mapping"]] + [start is not None] * len(frame.end_of_turn)
     head = tokens(processor, frame.turn_end) if opened else []
     ids = [*encoded["input_ids"], *frame.end_of_turn]

@@ -13,7 +13,7 @@ REMEDY = "lower data.init_args.frames.num_frames or data.init_args.frames.max_pi
 
 
 def max_position_embeddings(path: str) -> int | None:
-    """Returns the context length of a model's decoder; None if the configuration does not say.
+    """Returns the context length of a model's decoder in tokens; None if its configuration has none.
 
     Args:
         path: Folder of a model in the hub's format, or a hub id.
@@ -23,16 +23,16 @@ def max_position_embeddings(path: str) -> int | None:
 
 
 def prompt_tokens(prompts: EncodedPrompts) -> Tensor:
-    """Returns the number of tokens of each prompt, [B] int64, the video's included."""
+    """Returns the number of tokens of each prompt, including those of the video, [B] int64."""
     return prompts.inputs["attention_mask"].sum(dim=1)
 
 
 def longest_texts(texts: TextBatch, prompts: int) -> list[int]:
-    """Returns for each prompt the length in tokens of the longest path of texts behind it; 0 without texts.
+    """Returns the length in tokens of the longest path of texts behind each prompt; 0 without texts.
 
     Args:
         texts: N texts; a parent stands before its children.
-        prompts: B.
+        prompts: Number of prompts, B.
     """
     longest, ends = [0] * prompts, list(map(int, texts.mask.sum(1)))
     for row, (owner, parent) in enumerate(zip(texts.owner.tolist(), texts.parent.tolist(), strict=True)):
@@ -49,12 +49,12 @@ def check_context_length(
     Args:
         names: [B] ids of the clips.
         prompts: B prompts.
-        behind: [B] tokens behind them.
-        limit: Context length in tokens; None if unknown, which skips the check.
-        what: What stands behind the prompts, for the message.
+        behind: [B] numbers of tokens behind the prompts.
+        limit: Context length in tokens; None skips the check.
+        what: Name of the tokens behind the prompts, for the message.
 
     Raises:
-        ValueError: If a clip does not fit; the message names it, the numbers and the settings to change.
+        ValueError: If a clip does not fit; the message has its id, the numbers and the settings to change.
     """
     if limit is None:
         return

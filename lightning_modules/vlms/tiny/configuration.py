@@ -1,4 +1,4 @@
-"""The configuration of TinyVLM, in the hub's format."""
+"""The configuration of TinyVLM in the hub's format."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from transformers import LlamaConfig, PretrainedConfig
 
 
 class TinyVLMConfig(PretrainedConfig):
-    """Sizes of the tower and of the stock Llama decoder behind it.
+    """Sizes of the vision tower and of the Llama decoder behind it.
 
     Args:
-        text_config: A LlamaConfig or its fields.
+        text_config: Configuration of the decoder, or its fields.
         frame_height: Height of a frame in pixels; a multiple of 32.
         frame_width: Width of a frame in pixels; a multiple of 32.
-        max_frames: The most frames a clip may have.
+        max_frames: Largest number of frames of a clip.
         tower_channels: Channels of the four stride-2 convolutions.
-        video_token_id: Id of the placeholder that stands for one visual token.
+        video_token_id: Token id of the placeholder of one visual token.
     """
 
     model_type = "vidreason_tiny_vlm"
@@ -44,5 +44,5 @@ class TinyVLMConfig(PretrainedConfig):
 
     @property
     def cells_per_frame(self) -> int:
-        """Visual tokens of one frame: cells of 16 pixels, merged 2 by 2."""
+        """Visual tokens of one frame: cells of 16 x 16 pixels, merged 2 x 2."""
         return (self.frame_height // 32) * (self.frame_width // 32)

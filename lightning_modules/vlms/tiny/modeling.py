@@ -1,4 +1,4 @@
-"""TinyVLM: a convolutional tower, a projector and a stock Llama decoder.
+"""TinyVLM: a convolutional tower, a projector and the Llama decoder of transformers.
 
 Shape letters: B clips, T frames, H and W pixels, S tokens of a row, V visual tokens of a clip, D decoder width.
 """
@@ -25,7 +25,7 @@ def _conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1, kernel: i
 
 
 class TinyVisionTower(nn.Module):
-    """Frames to cells of 16 × 16 pixels; four stride-2 convolutions with batch normalisation."""
+    """Encodes frames as cells of 16 × 16 pixels by four stride-2 convolutions with batch normalisation."""
 
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -42,17 +42,17 @@ class TinyVisionTower(nn.Module):
         )
 
     def train(self, mode: bool = True) -> TinyVisionTower:
-        """A frozen tower stays in eval mode, or its running statistics would drift."""
+        """Sets the mode; a frozen tower stays in eval mode, since its running statistics would drift otherwise."""
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Frames [N, 3, H, W] to cells [N, C, H/16, W/16]."""
+        """Encodes frames [N, 3, H, W] as cells [N, C, H/16, W/16]."""
         cells: Tensor = self.stages(frames)
         return cells
 
 
 class TinyProjector(nn.Module):
-    """Merges 2 × 2 cells into one visual token and says where and when it was seen."""
+    """Merges 2 × 2 cells into one visual token and adds embeddings of its place and its frame."""
 
     def __init__(self, config: TinyVLMConfig) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class TinyProjector(nn.Module):
         self.frame_embedding = nn.Embedding(config.max_frames, width)
 
     def forward(self, cells: Tensor) -> Tensor:
-        """Cells [B, T, C, h, w] to visual tokens [B, T * h/2 * w/2, D]."""
+        """Maps cells [B, T, C, h, w] to visual tokens [B, T * h/2 * w/2, D]."""
         b, t, c, h, w = cells.shape
         merged = cells.view(b, t, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4, 6).reshape(b, t, -1, 4 * c)
         tokens: Tensor = self.linear(self.norm(merged))
@@ -72,7 +72,7 @@ class TinyProjector(nn.Module):
 
 
 class TinyVLMPreTrainedModel(PreTrainedModel):
-    """Initialisation shared by the models below."""
+    """Base class of the models below, with their initialisation."""
 
     config_class = TinyVLMConfig
     base_model_prefix = "model"
@@ -94,7 +94,7 @@ class TinyVLMPreTrainedModel(PreTrainedModel):
 
 
 class TinyVLMModel(TinyVLMPreTrainedModel):
-    """Tower, projector and decoder without a head."""
+    """The tower, the projector and the decoder, without the language-model head."""
 
     def __init__(self, config: TinyVLMConfig) -> None:
         super().__init__(config)
@@ -104,7 +104,7 @@ class TinyVLMModel(TinyVLMPreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
-        """Token embeddings of the decoder."""
+        """Returns the token embeddings of the decoder."""
         embeddings: nn.Module = self.language_model.get_input_embeddings()
         return embeddings
 
@@ -113,7 +113,7 @@ class TinyVLMModel(TinyVLMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_video_features(self, pixel_values_videos: Tensor) -> Tensor:
-        """Frames [B, T, 3, H, W] to visual tokens [B, V, D]."""
+        """Encodes frames [B, T, 3, H, W] as visual tokens [B, V, D]."""
         b, t = pixel_values_videos.shape[:2]
         if t > self.config.max_frames:
             raise ValueError(
@@ -136,7 +136,7 @@ class TinyVLMModel(TinyVLMPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Ids [B, S] and frames [B, T, 3, H, W] to hidden states [B, S, D]."""
+        """Maps ids [B, S] and frames [B, T, 3, H, W] to hidden states [B, S, D]."""
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("TinyVLM needs input_ids or inputs_embeds")
@@ -151,6 +151,7 @@ class TinyVLMModel(TinyVLMPreTrainedModel):
                     f"video features and video tokens do not match: {seen.shape[0] * seen.shape[1]} features, "
                     f"{int(places.sum())} tokens"
                 )
+            # Row by row, in the order of placeholders; the features of a batch have the same order.
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], seen.to(inputs_embeds.dtype))
         outputs: BaseModelOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -164,7 +165,7 @@ class TinyVLMModel(TinyVLMPreTrainedModel):
 
 
 class TinyVLMForConditionalGeneration(TinyVLMPreTrainedModel, GenerationMixin):
-    """TinyVLM with its language-model head (tied to the embeddings)."""
+    """TinyVLM with its language-model head, which is tied to the embeddings."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
@@ -175,7 +176,7 @@ class TinyVLMForConditionalGeneration(TinyVLMPreTrainedModel, GenerationMixin):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
-        """Token embeddings of the decoder."""
+        """Returns the token embeddings of the decoder."""
         embeddings: nn.Module = self.model.get_input_embeddings()
         return embeddings
 
@@ -184,7 +185,7 @@ class TinyVLMForConditionalGeneration(TinyVLMPreTrainedModel, GenerationMixin):
         self.model.set_input_embeddings(value)
 
     def get_video_features(self, pixel_values_videos: Tensor) -> Tensor:
-        """Frames [B, T, 3, H, W] to visual tokens [B, V, D]."""
+        """Encodes frames [B, T, 3, H, W] as visual tokens [B, V, D]."""
         tokens: Tensor = self.model.get_video_features(pixel_values_videos)
         return tokens
 
@@ -201,7 +202,7 @@ class TinyVLMForConditionalGeneration(TinyVLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Ids [B, S] and frames [B, T, 3, H, W] to logits [B, kept, vocabulary]; ``labels`` adds a mean token loss."""
+        """Maps ids [B, S] and frames [B, T, 3, H, W] to logits [B, kept, vocabulary]; ``labels`` adds a loss."""
         outputs = self.model(
             input_ids=input_ids,
             pixel_values_videos=pixel_values_videos,
@@ -213,6 +214,7 @@ class TinyVLMForConditionalGeneration(TinyVLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
+        # slice(-0, None) keeps all positions, as transformers defines 0.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept, :])
         loss = None
@@ -226,7 +228,7 @@ class TinyVLMForConditionalGeneration(TinyVLMPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]  # the keywords between are passed on
         self, input_ids: torch.LongTensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Drops the frames after the prefill: the cache holds what they said."""
+        """Drops the frames after the prefill, since the cache holds their keys and values."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]  # a mixin's self
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -236,7 +238,7 @@ class TinyVLMForConditionalGeneration(TinyVLMPreTrainedModel, GenerationMixin):
 
 
 def scratch_config(vocab_size: int, video_token_id: int, pad: int, end: int) -> TinyVLMConfig:
-    """The sizes of the shipped base: about 1.7 M parameters."""
+    """Returns the configuration of the shipped base, about 1.7 M parameters."""
     text = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=160,

@@ -1,4 +1,4 @@
-"""TinyVLM's processor: frames resized to one size, one placeholder per visual token, and a byte-level tokenizer."""
+"""TinyVLM's processor: frames of one size, one placeholder per visual token, and a byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 
 
 class TinyVLMVideoProcessor(BaseVideoProcessor):
-    """Resizes every frame to 96 × 64 pixels and scales it to -1..1."""
+    """Resizes every frame to 96 × 64 pixels and scales values to -1..1."""
 
     resample = PILImageResampling.BILINEAR
     image_mean = (0.5, 0.5, 0.5)
@@ -39,10 +39,10 @@ class TinyVLMVideoProcessor(BaseVideoProcessor):
 
 
 class TinyVLMProcessor(ProcessorMixin):
-    """Puts ``tokens_per_frame`` placeholders per frame in the place of each ``<|video|>`` of a text.
+    """Encodes texts and videos; each ``<|video|>`` of a text becomes ``tokens_per_frame`` placeholders per frame.
 
     Args:
-        video_processor: A TinyVLMVideoProcessor.
+        video_processor: Processor of the frames.
         tokenizer: The byte-level tokenizer.
         chat_template: Jinja template of a conversation.
         tokens_per_frame: Visual tokens of one frame.
@@ -73,15 +73,15 @@ class TinyVLMProcessor(ProcessorMixin):
         """Encodes texts and the videos in them.
 
         Args:
-            text: One or several texts with one ``<|video|>`` per video.
+            text: One or several texts with one ``<|video|>`` each, if there are videos.
             videos: Uint8 frames [T, 3, H, W] per video, all of the same T.
-            padding: Pad the token rows (on the left) to one length.
-            return_tensors: As transformers names it.
-            add_special_tokens: Passed to the tokenizer, which has none to add.
+            padding: Whether to pad the token rows to one length, on the left.
+            return_tensors: Type of the returned tensors, ``pt`` for torch.
+            add_special_tokens: Passed to the tokenizer, which adds none.
             **kwargs: Passed to the video processor (``video_metadata``, ``do_sample_frames``).
 
         Raises:
-            ValueError: The number of videos or of their frames does not fit.
+            ValueError: If the videos do not match the texts, or differ in their number of frames.
         """
         texts = [text] if isinstance(text, str) else list(text)
         data: dict[str, Any] = {}
@@ -107,7 +107,7 @@ class TinyVLMProcessor(ProcessorMixin):
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Trains the byte-level BPE of TinyVLM on ``texts``; it encodes any other text too, in more pieces."""
+    """Trains the byte-level BPE tokenizer of TinyVLM on ``texts``; it can encode any other text too."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -130,5 +130,5 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def make_processor(texts: Iterable[str]) -> TinyVLMProcessor:
-    """A processor whose tokenizer is trained on ``texts``."""
+    """Returns a processor whose tokenizer is trained on ``texts``."""
     return TinyVLMProcessor(TinyVLMVideoProcessor(), train_tokenizer(texts), chat_template=CHAT_TEMPLATE)

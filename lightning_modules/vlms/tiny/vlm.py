@@ -1,4 +1,4 @@
-"""TinyVLM as a model family: the embedded base, one from scratch, or a folder of another."""
+"""TinyVLM as a model family: the embedded base, one from scratch, or one from a folder."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from vidreason.lightning_modules.vlms.vision_cache.cache import IN_MEMORY, Visio
 
 
 def embedded_folder() -> Path:
-    """Folder of the base that comes with the package."""
+    """Returns the folder of the base that comes with the package."""
     return Path(str(files("vidreason.lightning_modules.vlms.tiny") / "weights"))
 
 
 class TinyVLM(VLM):
-    """A video VLM of 1.7 M parameters that runs anywhere; it describes what a doorbell camera sees.
+    """A video VLM of 1.7 M parameters that runs on any CPU; it describes clips of a doorbell camera.
 
     Args:
         path: ``embedded`` is the base that comes with the package, ``scratch`` the same with random weights (for
-            pretraining), anything else a folder.
-        lora: LoRA adapter to train; null trains the weights themselves.
+            pretraining), anything else a model folder.
+        lora: LoRA adapter to train; null trains all weights (full fine-tuning).
         quantize: ``nf4`` holds the base in 4 bits (needs ``lora``).
-        freeze_vision: Keep the vision tower as it is.
-        dtype: Of the base's weights.
-        attn_implementation: As transformers names it.
+        freeze_vision: Do not train the vision tower.
+        dtype: Dtype of the base's weights.
+        attn_implementation: Name of the attention in transformers, for example ``sdpa``.
         gradient_checkpointing: Recompute activations in the backward pass.
-        route: See VLM; so are the next two.
-        completion_chunk: Texts that go through the model at once.
-        text_memory_gb: Most memory that the texts may take in a forward.
-        vision_cache: Where embeddings of a frozen vision path are kept; null keeps none.
+        route: How texts share their prompt: ``expand``, ``packed``, ``naive``, or ``auto`` to choose.
+        completion_chunk: Texts per forward; null is all of them.
+        text_memory_gb: Memory limit in GB for the texts of a forward.
+        vision_cache: Where embeddings of a frozen vision path are cached; null disables the cache.
         seed: Seed of the random weights of ``scratch``.
     """
 
@@ -74,12 +74,13 @@ class TinyVLM(VLM):
         )
 
     def build(self, adapter_path: str | None = None) -> nn.Module:
-        """As VLM.build; from scratch there is nothing to load."""
+        """Loads the model and attaches ``adapter_path`` or a new adapter; ``scratch`` makes random weights instead."""
         if not self.scratch:
             return super().build(adapter_path)
         if adapter_path is not None or self.lora is not None:
             raise ValueError("vlm.path: scratch is for pretraining; adapters need a trained base")
         tokenizer = self.tokenizer
+        # The global generator of torch stays unchanged.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = TinyVLMForConditionalGeneration(

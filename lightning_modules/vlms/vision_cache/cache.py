@@ -1,13 +1,13 @@
-"""Caches the embeddings of videos that a frozen vision path computes, in memory for a run and on disk for several.
+"""Caches the embeddings of videos that a frozen vision path computes, in memory within a run or on disk across runs.
 
-The key of an entry contains all that it depends on: the file's content and which frames were taken of it
+The key of an entry contains everything that it depends on: the content of the file and the frames that were taken
 (``EncodedPrompts.videos``), the processor, precision, attention and quantisation, and every parameter and buffer
 between pixels and embeddings. If one of these is trained or has an adapter, or frames are sampled randomly, nothing
-is cached, and the log says why.
+is cached, and the reason is logged.
 
 Entries replace the results of the family's ``get_video_features`` and ``get_image_features``, so that its forward still
-handles masks, positions and DeepStack. A video that is not cached goes through the tower by itself, so that its entry
-does not depend on the batch.
+handles masks, positions and DeepStack. Videos that are not cached are encoded one by one, so that an entry does not
+depend on the batch.
 
 Letters: B prompts, one video each; V visual tokens of a video, H hidden size.
 """
@@ -37,20 +37,20 @@ from vidreason.lightning_modules.vlms.vision_cache.embedding_store import GB, Em
 from vidreason.lightning_modules.vlms.vision_cache.vision_path import Part, marks, path_parts, path_sha, why_not_fixed
 
 FORMAT = 1
-"""Of the files; part of the key"""
+"""Version of the files; part of the key."""
 FEATURES = ("get_video_features", "get_image_features")
 BARE, POOLED, LAYERS = "features", "pooler_output", "deepstack_features"
-"""Names in an entry: of a bare tensor, and of the two fields that a forward takes of its tower's output"""
+"""Names in an entry: of a bare tensor, and of the two fields of a tower's output that forwards use."""
 
 
 @dataclass(frozen=True)
 class VisionCacheOptions:
-    """Where embeddings of a frozen vision path are kept.
+    """Options of the cache of vision embeddings.
 
     Args:
-        folder: Where they outlast the run, for other runs and stages, which may use it at once; null is nowhere.
-        max_gb: Most GB of 1e9 bytes in the folder; the embeddings longest unused go first.
-        memory_gb: Most GB in memory, in each process that has the model; 0 keeps none there.
+        folder: Folder that several runs and stages may share, also at the same time; null keeps none on disk.
+        max_gb: Size limit of the folder in GB of 1e9 bytes; the least recently used embeddings are removed first.
+        memory_gb: Memory limit in GB in each process that has the model; 0 keeps none in memory.
     """
 
     folder: str | None = None
@@ -70,21 +70,21 @@ IN_MEMORY = VisionCacheOptions()
 
 @dataclass
 class VisionFeatures(ModelOutput):
-    """What a family's forward takes of its vision path's output."""
+    """The fields of a vision path's output that forwards use."""
 
     pooler_output: Any = None
-    """Tensor, or one [V, H] per video"""
+    """A tensor, or a tuple of [V, H] for each video."""
     deepstack_features: Any = None
-    """By layer, a tensor or one [V, H] per video; None in families without"""
+    """For each layer a tensor, or a tuple of [V, H] for each video; None in families without DeepStack."""
 
 
 class CacheStatistics(NamedTuple):
-    """Statistics of the cache since they were last read."""
+    """Statistics of the cache since the last reading."""
 
     hits: int
     lookups: int
     gb: float
-    """In the folder, or without one in memory"""
+    """Size in GB of the folder; without a folder, of the entries in memory."""
 
 
 class _Known(NamedTuple):
@@ -93,11 +93,11 @@ class _Known(NamedTuple):
 
 
 class VisionCache:
-    """Embeddings by video.
+    """A cache of vision embeddings by video.
 
     Args:
-        options: Where they are kept.
-        recipe: Says what is done to frames before the model, and how the model was loaded; part of the key.
+        options: Options of the cache.
+        recipe: Returns the processing of frames and the loading of the model as text; part of the key.
     """
 
     def __init__(self, options: VisionCacheOptions, recipe: Callable[[], str]) -> None:
@@ -112,13 +112,13 @@ class VisionCache:
 
     @contextmanager
     def feeding(self, layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, route: str) -> Iterator[None]:
-        """Lets the forward of ``model`` on ``prompts`` take embeddings from the cache in the block.
+        """Makes forwards of ``model`` on ``prompts`` use cached embeddings in the block.
 
         Args:
-            layout: The family.
+            layout: The model family.
             model: The model, with or without PEFT around it.
             prompts: B prompts.
-            route: How they are run; the naive one encodes every repetition, as its name says.
+            route: Route of the texts; ``naive`` encodes every repetition of a video and is not cached.
         """
         if not any(name.startswith("pixel") for name in prompts.inputs):
             yield
@@ -133,13 +133,13 @@ class VisionCache:
         base = unwrap(model).base_model
         with ExitStack() as stack:
             for name in FEATURES:
-                if hasattr(base, name):
+                if hasattr(base, name):  # an attribute of the instance hides the method until it is deleted
                     setattr(base, name, self._fed(getattr(base, name), layout, prompts, keys))
                     stack.callback(delattr, base, name)
             yield
 
     def take_statistics(self) -> CacheStatistics:
-        """Returns the statistics since the last call."""
+        """Returns the statistics since the last call and resets them."""
         taken = CacheStatistics(
             self._hits, self._lookups, (self.store.bytes if self.store is not None else self._memory_bytes) / GB
         )
@@ -148,6 +148,7 @@ class VisionCache:
 
     def _keys(self, model: nn.Module, parts: list[Part], prompts: EncodedPrompts) -> list[str]:
         """Returns one key per video, [B]."""
+        # Hashing all weights takes seconds: the hash is kept until a tensor of the path is written to.
         now = marks(parts)
         known = self._shas.get(model)
         if known is None or known.marks != now:
@@ -162,7 +163,7 @@ class VisionCache:
     def _fed(
         self, compute: Callable[..., Any], layout: PromptLayout, prompts: EncodedPrompts, keys: Sequence[str]
     ) -> Callable[..., Any]:
-        """Returns the family's function, with a look-up in the cache before it."""
+        """Returns the family's function ``compute`` with a look-up in the cache before it."""
         shape = signature(compute)
 
         def features(*args: Any, **kwargs: Any) -> Any:
@@ -170,7 +171,7 @@ class VisionCache:
             given = {name: value for name, value in call.arguments.items() if name in prompts.inputs}
             given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
             if not any(name.startswith("pixel") for name in given):
-                return compute(*args, **kwargs)  # one of the two calls the other
+                return compute(*args, **kwargs)  # one of the two functions calls the other
             entries: dict[str, Entry] = {}
             for i, key in enumerate(keys):
                 self._lookups += 1
@@ -178,6 +179,7 @@ class VisionCache:
                 if entry is None:
                     one = layout.repeat_prompts(given, torch.tensor([i], device=prompts.inputs["input_ids"].device))
                     call.arguments.update(one)
+                    # One video at a time: kernels may round differently in another batch.
                     with torch.no_grad():
                         entry = flatten(compute(*call.args, **call.kwargs))
                     self._keep(key, entry)
@@ -212,6 +214,7 @@ class VisionCache:
 
     def _remember(self, key: str, entry: Entry) -> None:
         most = int(self.options.memory_gb * GB)
+        # An entry above the limit would evict all others and then itself.
         if entry_bytes(entry) > most:
             return
         self._memory[key] = entry
@@ -234,10 +237,10 @@ def _why_not_known(prompts: EncodedPrompts, route: str) -> str | None:
 
 
 def flatten(features: Any) -> Entry:
-    """What a family's vision path returned for one video, as named tensors on the CPU that autograd may use.
+    """Converts a vision path's output for one video to named tensors on the CPU that autograd may use.
 
     Raises:
-        ValueError: It is neither a tensor nor an output with pooled features.
+        ValueError: If the output is neither a tensor nor has pooled features.
     """
     pooled = getattr(features, POOLED, None)
     if isinstance(features, Tensor):
@@ -252,7 +255,7 @@ def flatten(features: Any) -> Entry:
             f"{POOLED}; set vlm.vision_cache to null"
         )
     entry: dict[str, Tensor] = {}
-    with torch.inference_mode(False):  # validation runs in inference mode, and what it computes serves training too
+    with torch.inference_mode(False):  # autograd, which may read the entry later, rejects inference tensors
         for name, value in named.items():
             items = {name: value} if isinstance(value, Tensor) else {f"{name}/{i}": v for i, v in enumerate(value)}
             entry |= {key: tensor.detach().clone().cpu().contiguous() for key, tensor in items.items()}
@@ -260,7 +263,7 @@ def flatten(features: Any) -> Entry:
 
 
 def join(entries: Sequence[Mapping[str, Tensor]]) -> Any:
-    """Returns the entries of B videos in the form in which the family's function returns them for a batch."""
+    """Joins the entries of B videos to the output that the family's function returns for a batch."""
     if BARE in entries[0]:
         return torch.cat([entry[BARE] for entry in entries])
     names = sorted({name.partition("/")[0] for name in entries[0]})

@@ -1,7 +1,7 @@
-"""Stores embeddings on disk: one safetensors file per video, written atomically, checked when read, limited in size.
+"""Stores embeddings on disk: one safetensors file per video, checked when it is read, within a size limit.
 
-Several processes may use a folder at once: files are written atomically, equal keys mean equal content, and a file that
-another process removes is a cache miss.
+Several processes may use a folder at the same time: files are written atomically, equal keys mean equal content, and a
+file that another process has removed is a cache miss.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from vidreason.lightning_modules.vlms.vision_cache.vision_path import tensor_byt
 GB = 1e9
 SUFFIX = ".safetensors"
 STALE_S = 3600.0
-"""Age in seconds of an unfinished file whose writer must have died"""
+"""Age in seconds above which the writer of an unfinished file is assumed dead."""
 
 Entry = Mapping[str, Tensor]
-"""Tensors by name, on the CPU"""
+"""Tensors by name, on the CPU."""
 
 
 def entry_bytes(entry: Entry) -> int:
@@ -47,8 +47,8 @@ class EmbeddingStore:
     """A folder of embeddings.
 
     Args:
-        folder: Where; made on the first write.
-        max_gb: Most GB of 1e9 bytes that the files may take together; the ones longest unused go first.
+        folder: The folder; it is created by the first write.
+        max_gb: Size limit of all files in GB of 1e9 bytes; the least recently used files are removed first.
     """
 
     def __init__(self, folder: Path, max_gb: float) -> None:
@@ -60,17 +60,17 @@ class EmbeddingStore:
 
     @property
     def bytes(self) -> int:
-        """Size of the files in bytes when the folder was last listed."""
+        """Size of all files in bytes when the folder was last listed."""
         if self._bytes is None:
             self._bytes = sum(entry.size for entry in self._look())
         return self._bytes
 
     def path(self, key: str) -> Path:
-        """Returns the path of the entry of a key, which may not exist."""
+        """Returns the path of a key's entry, which may not exist."""
         return self.folder / f"{key}{SUFFIX}"
 
     def read(self, key: str) -> Entry | None:
-        """Returns the entry of a key; None if there is none or its file is damaged, which is reported and removed."""
+        """Returns the entry of a key, or None if there is none; a damaged file is removed with a warning."""
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as file:
@@ -84,12 +84,12 @@ class EmbeddingStore:
         if metadata.get("key") != key or metadata.get("sha256") != _sha(entry):
             self._damaged(path, "its content is not what was written")
             return None
-        with suppress(OSError):  # another run's bound has just removed it, or the folder is read-only
-            os.utime(path)  # now the one used last
+        with suppress(OSError):  # another process has just removed it, or the folder is read-only
+            os.utime(path)  # the modification time is the time of last use, for the size limit
         return entry
 
     def write(self, key: str, entry: Entry) -> None:
-        """Writes an entry within the size limit; if the disk fails, warns once and stops writing."""
+        """Writes an entry within the size limit; if writing fails, warns once and writes nothing from then on."""
         size = entry_bytes(entry)
         if self._writing_stopped:
             return
@@ -105,7 +105,7 @@ class EmbeddingStore:
             size = draft.stat().st_size
             self._make_room(size)
             os.replace(draft, self.path(key))
-        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk
+        except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
             self._stop_writing(str(error).splitlines()[0])
@@ -132,7 +132,7 @@ class EmbeddingStore:
         self._bytes = total
 
     def _look(self) -> list[_Found]:
-        """Lists the entries, and removes unfinished files of processes that have died."""
+        """Lists the entries and removes unfinished files of processes that have died."""
         found: list[_Found] = []
         if not self.folder.is_dir():
             return found

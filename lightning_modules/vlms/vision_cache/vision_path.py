@@ -1,4 +1,4 @@
-"""The vision path, from pixels to the decoder's input embeddings: its modules, its hash, and whether it is fixed.
+"""The vision path from pixels to input embeddings of the decoder: its modules, its hash, and whether it is fixed.
 
 It is every part of a model except decoder and head: tower, merger or projector, connector, ``image_newline``.
 """
@@ -22,18 +22,18 @@ from torch.nn.modules.dropout import _DropoutNd
 from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 
 VOLATILE = ("text_config", "_name_or_path", "transformers_version", "quantization_config", "dtype")
-"""Of a configuration: what no embedding depends on, or what is in the key by itself"""
+"""Keys of a configuration that embeddings do not depend on, or that are in the cache key separately."""
 
 
 class Part(NamedTuple):
-    """A module of the path, by its dotted name."""
+    """A module of the path with its dotted name."""
 
     name: str
     module: nn.Module
 
 
 def path_parts(model: nn.Module) -> list[Part]:
-    """Returns the modules between pixels and input embeddings, each without its children."""
+    """Returns all modules between pixels and input embeddings, at every depth."""
     base = unwrap(model)
     apart = [base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()]
     outside = {id(inner) for module in apart if module is not None for inner in module.modules()}
@@ -52,7 +52,7 @@ def why_not_fixed(parts: list[Part]) -> str | None:
     for name, module in parts:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             return f"{name} carries an adapter"
-        if name and isinstance(module, FSDPModule):  # the root runs on every rank in any case
+        if name and isinstance(module, FSDPModule):  # the root may be sharded: every rank runs it anyway
             return f"{name} is sharded, and ranks that skip its forward would keep the others waiting"
         if module.training and isinstance(module, _BatchNorm):
             return f"{name} normalises over the batch while it is in train mode"
@@ -74,12 +74,12 @@ def _drops(module: nn.Module) -> bool:
 
 
 def marks(parts: list[Part]) -> tuple[tuple[int, int], ...]:
-    """Returns version counters that change with every write to the path's tensors; cheap to compute."""
+    """Returns addresses and version counters, which change if a tensor of the path is replaced or written to."""
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in path_tensors(parts))
 
 
 def path_sha(model: nn.Module, parts: list[Part]) -> str:
-    """Returns the SHA-256 of what the path depends on: parameters, buffers, 4-bit quantisation state, configuration.
+    """Returns the SHA-256 of the path's parameters, buffers, 4-bit quantisation state and configuration.
 
     Args:
         model: The model.
@@ -92,8 +92,8 @@ def path_sha(model: nn.Module, parts: list[Part]) -> str:
     tensors = dict(path_tensors(parts))
     for name, module in parts:
         packed: Any = getattr(module, "weight", None)
-        if hasattr(packed, "quant_state"):  # what belongs to 4-bit weights is in no parameter and no buffer
-            # not module.state_dict(), which would shard again what has been gathered
+        if hasattr(packed, "quant_state"):  # 4-bit weights keep their scales outside parameters and buffers
+            # not module.state_dict(), which would shard gathered weights again
             state: dict[str, Any] = packed.quant_state.as_dict(packed=True)
             tensors |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     for name in sorted(tensors):
@@ -104,6 +104,6 @@ def path_sha(model: nn.Module, parts: list[Part]) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Returns a copy of the values of a tensor as bytes; a copy, since NumPy blocks resizing of shared storage."""
+    """Returns the values of a tensor as bytes; copied, since NumPy blocks resizing of shared storage."""
     flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
