@@ -33,12 +33,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from variants import cross_entropy, grpo
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
-from vidreason.lightning_modules.parameters import grad_norm, set_train_mode, trainable
 from vidreason.lightning_modules.vlms import generation
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.loading.sharding import shard, unsharded
+from vidreason.lightning_modules.weights.parameters import grad_norm, set_train_mode, trainable
 
 LORA = LoRAOptions(r=16, alpha=32)
 STRATEGIES = ("lora", "qlora", "fsdp", "fsdp_qlora")

@@ -19,8 +19,11 @@ from vidreason.datamodules.clips.dataset import ClipDataset
 from vidreason.datamodules.clips.decoded import DecodedVideo
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Encoded, EncodedPrompts, Example, FrameTiming, Prompt
+from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.grpo import GRPOModule
-from vidreason.lightning_modules.grpo_parts import Part
+from vidreason.lightning_modules.rl.microbatch import MicroBatch
+from vidreason.lightning_modules.rl.objective import PolicyLoss
+from vidreason.lightning_modules.rl.sampler import RolloutOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.qwen import QwenVL
 from vidreason.lightning_modules.vlms.text import chat
@@ -114,7 +117,7 @@ class Timed(GRPOModule):
         if batch_idx == 0:
             self.clock.watch(self.policy.model.visual)  # type: ignore[union-attr,arg-type]
 
-    def update(self, minibatch: Sequence[Part]) -> None:
+    def update(self, minibatch: Sequence[MicroBatch]) -> None:
         """As it is."""
         self.clock.begin_update()
         super().update(minibatch)
@@ -131,13 +134,13 @@ def run_ours(path: str, options: argparse.Namespace, video: bool) -> dict[str, A
     module = Timed(
         vlm,
         rewards=[HashReward()],
-        group_size=options.group_size,
-        train_sampling=Sampling(max_new_tokens=options.completion),
-        dual_clip=None,
-        importance_cap=None,
-        cold_steps=10**6,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0),
-        warmup=0,
+        rollouts=RolloutOptions(
+            group_size=options.group_size,
+            sampling=Sampling(max_new_tokens=options.completion),
+            max_unparsed_steps=10**6,
+        ),
+        loss=PolicyLoss(dual_clip=None, importance_cap=None),
+        optim=OptimOptions(lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)),
     )
     module.clock = Clock()
     data = Noise(encoder=vlm, batch_size=options.prompts)

@@ -1,4 +1,4 @@
-"""Real processes that run ``vidreason`` commands and are killed: forks of one that has imported all, or fresh."""
+"""Real processes that run ``vidreason`` commands and are killed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,21 +26,12 @@ class Ended(NamedTuple):
     """Seconds from the signal to the end"""
 
 
-def import_everything() -> None:
-    """Loads what a stage needs, so that a fork can begin at once; computes nothing, so that no thread is started."""
-    import torch
-    import transformers  # noqa: F401
-
-    torch.set_num_threads(1)
-
-
 def attempt(
     argv: Sequence[str],
     folder: Path,
     log: Path,
     kill: Callable[[float], bool] | None,
     number: signal.Signals,
-    fresh: bool,
     limit_s: float,
 ) -> Ended:
     """Runs ``vidreason ARGV`` in ``folder`` as a process of its own.
@@ -53,14 +43,13 @@ def attempt(
         kill: Is asked with the seconds since the start, all the time; True sends the process and all it has started a
             signal, once.
         number: Which signal.
-        fresh: Starts a new interpreter and not a fork.
         limit_s: Seconds after which it counts as hanging.
 
     Raises:
         TimeoutError: It hangs.
     """
     start = time.monotonic()
-    pid = _spawn(argv, folder, log) if fresh else _fork(argv, folder, log)
+    pid = _spawn(argv, folder, log)
     killed_at: float | None = None
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -78,36 +67,6 @@ def attempt(
             os.waitpid(pid, 0)
             raise TimeoutError(f"vidreason {' '.join(argv)}: has not ended after {limit_s:.0f} s, see {log}")
         time.sleep(POLL_S)
-
-
-def _fork(argv: Sequence[str], folder: Path, log: Path) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        _become(folder, log)
-        from vidreason.cli.main import main
-
-        status = main(list(argv))
-    finally:
-        if sys.exc_info()[0] is not None:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def _become(folder: Path, log: Path) -> None:
-    """Makes a fork what a new process would be: a session, files and signals of its own."""
-    os.setsid()
-    os.chdir(folder)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(out, number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _spawn(argv: Sequence[str], folder: Path, log: Path) -> int:

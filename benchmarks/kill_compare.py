@@ -86,11 +86,9 @@ def _weights(run: Path, unbroken: Path) -> list[str]:
         elif path.suffix == ".ckpt":
             one, other = (torch.load(file, weights_only=True) for file in (run / name, path))
             for saved in (one, other):
-                saved["progress"] = saved["vidreason"]["progress"]
-                saved["stage"] = [rank["stage"] for rank in saved["vidreason"]["ranks"]]
-            keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "progress", "stage")
-            own = [key for key in ("grpo", "temperature") if key in other]
-            out += [f"{name}: {key} differs" for key in (*keys, *own) if not same(one.get(key), other[key])]
+                saved |= {key: saved["vidreason"][key] for key in ("progress", "stateful")}
+            keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "progress", "stateful")
+            out += [f"{name}: {key} differs" for key in keys if not same(one.get(key), other[key])]
         elif not same(load_file(run / name), load_file(path)):
             out.append(f"{name} differs")
     return out

@@ -26,11 +26,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kill_attempts import attempt, drafts, import_everything
+from kill_attempts import attempt, drafts
 from kill_compare import differences, lost
 from kill_stages import DATA, STAGES
 
-from vidreason.cli.main import EXIT_INTERRUPTED
+from vidreason import exit_codes
 from vidreason.datamodules.atomic_files import write_text
 
 GOES_ON = 0.75
@@ -41,8 +41,8 @@ LIMIT_S = 600.0
 class Killer:
     """Runs one stage, unbroken and broken, in a folder of its own."""
 
-    def __init__(self, stage: str, work: Path, number: signal.Signals, fresh: bool, rng: random.Random) -> None:
-        self.name, self.stage, self.work, self.fresh, self.rng = stage, STAGES[stage], work, fresh, rng
+    def __init__(self, stage: str, work: Path, number: signal.Signals, rng: random.Random) -> None:
+        self.name, self.stage, self.work, self.rng = stage, STAGES[stage], work, rng
         self.number = number
         self.unbroken = work / stage
         self.seconds = 0.0
@@ -51,7 +51,7 @@ class Killer:
     def prepare(self) -> None:
         """Makes the unbroken run, and those that it needs, unless they are there."""
         if self.stage.needs is not None:
-            Killer(self.stage.needs, self.work, self.number, self.fresh, self.rng).prepare()
+            Killer(self.stage.needs, self.work, self.number, self.rng).prepare()
         done = self.work / f"{self.name}.seconds"
         if not done.is_file():
             shutil.rmtree(self.unbroken, ignore_errors=True)
@@ -74,7 +74,7 @@ class Killer:
             if end.killed:
                 kills += 1
                 print(f"  {self.name}: killed after {end.seconds:.2f} s, ended {end.stopping:.2f} s later", flush=True)
-                if end.status not in (EXIT_INTERRUPTED, -self.number):
+                if end.status not in (exit_codes.INTERRUPTED, -self.number):
                     return kills, [f"missing: the run did not stop in order (exit status {end.status})"]
             elif end.status != 0:
                 return kills, [f"missing: the run did not go on (exit status {end.status}), see {self._log(run)}"]
@@ -90,7 +90,7 @@ class Killer:
         return lambda seconds: seconds >= at / 2 and drafts(run)  # something will still be written then
 
     def _attempt(self, run: Path, kill: Callable[[float], bool] | None):  # type: ignore[no-untyped-def]
-        return attempt(self.stage.command(run), self.work, self._log(run), kill, self.number, self.fresh, LIMIT_S)
+        return attempt(self.stage.command(run), self.work, self._log(run), kill, self.number, LIMIT_S)
 
     def _log(self, run: Path) -> Path:
         return run.with_suffix(".log")
@@ -105,22 +105,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/kill_resume"), help="where the runs are")
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
-    parser.add_argument("--fresh", action="store_true", help="new interpreters instead of forks")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time, between two runs")
     options = parser.parse_args()
     stages = options.stages.split(",")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         parser.error(f"--stages: unknown {', '.join(unknown)}; there are {', '.join(STAGES)}")
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if not options.fresh:
-        import_everything()
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     write_text(work / "data.yaml", DATA)
     start, failed = time.monotonic(), False
     for stage in stages:
         number = signal.Signals[f"SIG{options.signal}"]
-        killer = Killer(stage, work, number, options.fresh, random.Random(f"{options.seed}/{stage}"))
+        killer = Killer(stage, work, number, random.Random(f"{options.seed}/{stage}"))
         killer.prepare()
         print(f"{stage}: {killer.seconds:.1f} s unbroken", flush=True)
         left = options.kills

@@ -1,7 +1,7 @@
 """The stages that ``kill_resume.py`` kills: as shipped, but small, with everything on that could go wrong on resuming.
 
-LoRA with dropout; texts that the stage writes first; several optimizer steps per rollout, a reference, a replay buffer,
-groups sampled again; a validation every few batches, the best weights of which are handed on.
+LoRA with dropout; texts that the stage writes first; several optimizer steps per rollout, a reference, groups sampled
+again; a validation every few batches, the best weights of which are handed on.
 """
 
 from __future__ import annotations
@@ -66,16 +66,20 @@ def _options(command: str, config: str, **settings: object) -> tuple[str, ...]:
 
 _SHORT = {"max_new_tokens": 12, "temperature": 1.0}
 _LONG = {"max_new_tokens": 40, "temperature": 1.0}
-_TRACES = {"samples": 2, "sampling": _SHORT}
+_TRACES = {"model__traces_of_samples": 2, "model__traces_of_sampling": _SHORT}
 _ALL = {"min_words": 1, "agree": False, "complete": False, "told": False}
 _GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
 _ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}}
 
 # what a stage by itself and the same stage of a pipeline have alike
-_OWN = {"model__traces_sampled": {**_TRACES, "filter": _ALL}}
-_SFT = {"model__min_steps": 0, "model__sampling": _GREEDY, "model__optimizer": _ADAM}
-_GRPO = {"model__train_sampling": _SHORT, "model__sampling": _GREEDY, "model__cold_steps": 1000}
-_CALIBRATION = {"model__traces_sampled": _TRACES, "trainer_of_check_val_every_n_epoch": 1}
+_OWN = {**_TRACES, "model__traces_of_filter": _ALL}
+_SFT = {"model__decide_of_sampling": _GREEDY, "model__optim_of_optimizer": _ADAM}
+_GRPO = {
+    "model__rollouts_of_sampling": _SHORT,
+    "model__rollouts_of_max_unparsed_steps": 1000,
+    "model__decide_of_sampling": _GREEDY,
+}
+_CALIBRATION = {**_TRACES, "trainer_of_check_val_every_n_epoch": 1}
 
 STAGES = {
     "sft": Stage(
@@ -86,8 +90,8 @@ STAGES = {
             **_SFT,
             model__batch_size=4,
             data__num_workers=1,
-            trainer_of_max_epochs=4,
-            trainer_of_check_val_every_n_epoch=2,
+            trainer_of_max_steps=12,
+            trainer_of_val_check_interval=6,
             checkpoint_of_every_n_batches=2,
             checkpoint_of_monitor="val/acc",
         )
@@ -106,14 +110,13 @@ STAGES = {
             ],
             **_GRPO,
             model__batch_size=4,
-            model__group_size=4,
-            model__inner_epochs=2,
-            model__minibatches=2,
-            model__prompts_per_forward=2,
-            model__kl_coef=0.05,
-            model__replay=4,
-            model__resample=1,
-            model__optimizer=_ADAM,
+            model__rollouts_of_group_size=4,
+            model__rollouts_of_resample=1,
+            model__updates_of_inner_epochs=2,
+            model__updates_of_minibatches=2,
+            model__updates_of_clips_per_forward=2,
+            model__loss_of_kl_coef=0.05,
+            model__optim_of_optimizer=_ADAM,
             trainer_of_max_steps=28,
             trainer_of_val_check_interval=3,
             checkpoint_of_every_n_batches=1,
@@ -128,7 +131,7 @@ STAGES = {
             model__adapter_path="sft/adapter",
             **_CALIBRATION,
             model__batch_size=4,
-            model__optimizer=_ADAM,
+            model__optim_of_optimizer=_ADAM,
             trainer_of_max_epochs=3,
             checkpoint_of_every_n_batches=2,
         ),
@@ -138,9 +141,10 @@ STAGES = {
         _options(
             "predict",
             "generate",
-            model__predict="reason",
             model__adapter_path="sft/adapter",
-            model__traces_sampled={"samples": 3, "sampling": _LONG},
+            model__traces_of_kind="reason",
+            model__traces_of_samples=3,
+            model__traces_of_sampling=_LONG,
             data__predict_splits=["train", "val"],
         ),
         needs="sft",
@@ -156,20 +160,20 @@ STAGES = {
                 "sft_cold_start",
                 **_SFT,
                 model__batch_size=6,
-                trainer_of_max_epochs=3,
-                trainer_of_check_val_every_n_epoch=3,
+                trainer_of_max_steps=6,
+                trainer_of_val_check_interval=6,
             ),
             *_settings(
                 "grpo",
                 **_GRPO,
                 model__batch_size=4,
-                model__group_size=3,
+                model__rollouts_of_group_size=3,
                 trainer_of_max_steps=4,
                 trainer_of_val_check_interval=2,
             ),
-            *_settings("traces", model__traces_sampled=_TRACES),
+            *_settings("traces", **_TRACES),
             *_settings("calibration", **_CALIBRATION, model__batch_size=6, trainer_of_max_epochs=2),
-            *_settings("test", model__traces_sampled=_TRACES),
+            *_settings("test", **_TRACES),
         ),
         resumes=False,
     ),

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.fit.stopping import stopped_consistently
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded
-from vidreason.lightning_modules.weights.export import ADAPTER_FOLDER, WEIGHTS_FOLDER
+from vidreason.run_folder import ADAPTER_FOLDER, WEIGHTS_FOLDER
 from vidreason.signals import StopNow
 
 EXPORTED = (ADAPTER_FOLDER, WEIGHTS_FOLDER)

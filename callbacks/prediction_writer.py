@@ -13,8 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from vidreason.datamodules.atomic_files import naming, write_text
 from vidreason.lightning_modules.decisions.predictions import Prediction
-
-PREDICTIONS_FILE = "predictions.jsonl"
+from vidreason.run_folder import PREDICTIONS_FILE
 
 
 class PredictionWriter(L.Callback):

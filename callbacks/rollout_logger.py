@@ -11,8 +11,7 @@ from torch import Tensor
 from vidreason.callbacks.film_strip import captioned_strips, film_strip
 from vidreason.callbacks.tensorboard_text import log_image, log_text, markdown_table
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.grpo import RolloutOutput
-from vidreason.lightning_modules.rl.rollouts import RolloutGroup
+from vidreason.lightning_modules.rl.rollouts import RolloutGroup, RolloutOutput
 
 
 class RolloutLogger(L.Callback):

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from vidreason.datamodules.trace_parts import join_parts, own_part
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.traces.generation import TRACES_FILE
+from vidreason.run_folder import TRACES_FILE
 
 
 class TraceWriter(L.Callback):

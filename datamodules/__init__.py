@@ -1,1 +1,1 @@
-"""Files to batches; no weights."""
+"""Data modules: from files to batches. Nothing here holds weights."""

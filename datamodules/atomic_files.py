@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: a full disk or a killed process leaves nothing half-written behind."""
+"""Atomic writes: a full disk or a killed process never leaves a partly written file or folder behind."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a draft of the same suffix beside ``path``, which it becomes when the block ends well.
+    """Yields a temporary path beside ``path`` and renames it to ``path`` when the block ends without an error.
 
     Raises:
-        OSError: Naming ``path``, where the system refuses; the draft is removed and ``path`` stays as it was.
+        OSError: If the file cannot be written; the message names ``path``, which stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{os.getpid()}.{path.name}")
@@ -29,7 +29,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Lets the system's refusals say which file they are about; Python knows when it opens one, not when it writes."""
+    """Adds ``path`` to every OSError of the block: Python names the file when opening fails, not when writing fails."""
     try:
         yield
     except OSError as error:
@@ -37,13 +37,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all."""
+    """Writes a text file in UTF-8 atomically."""
     with atomic_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file, or every file in a folder, is on the disk: a rename may otherwise get there before it."""
+    """Flushes a file, or every file in a folder, to the disk, so that a later rename cannot reach the disk first."""
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             with naming(file), file.open("rb") as handle:
@@ -51,13 +51,13 @@ def flush_to_disk(path: Path) -> None:
 
 
 def replace_folder(draft: Path, folder: Path) -> None:
-    """Puts ``draft`` in the place of ``folder``, which is there at every moment if it was there before.
+    """Replaces ``folder`` by ``draft``; a folder that exists stays available at every moment.
 
     Where the system cannot exchange two folders (not Linux, some network file systems) the old one is renamed first, to
     ``NAME.old``.
 
     Raises:
-        OSError: Where the system refuses.
+        OSError: If the system cannot rename.
     """
     if not folder.exists():
         draft.rename(folder)
@@ -73,7 +73,7 @@ def replace_folder(draft: Path, folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two paths in one stroke; False where the system has no way to."""
+    """Exchanges two paths atomically; returns False if the system does not support it."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

@@ -1,8 +1,8 @@
-"""The data module every data set subclasses: from clips to batches, with whatever prompt the stage asks for.
+"""The base class of data modules: from clips to batches, with the prompts that a stage asks for.
 
-A data set says which labels there are and which clips a split has; decoding, prompts, encoding and shuffling are here.
-A stage says what it shows of a clip by a ``ClipView``; the model family says how that becomes tensors by a
-``BatchEncoder``. Both travel into the loader's workers.
+A subclass defines the labels and the clips of each split; decoding, prompts, encoding and shuffling are implemented
+here. A stage defines what the model is shown of a clip by a ``ClipView``, and the model family turns that into tensors
+by a ``BatchEncoder``. Both are pickled into the workers of the loader.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ DEFAULT_FRAMES = FrameOptions()
 
 
 def run_seed(seed: int | None) -> int:
-    """The seed itself, or where it is None the one given to ``seed_everything``, which Lightning keeps; else 0."""
+    """Returns ``seed``; if it is None, the seed that was given to ``seed_everything``, or 0 without one."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
 class VideoDataModule(L.LightningDataModule, ABC):
-    """Labelled videos; a data set subclasses it with ``label_names`` and ``samples``.
+    """A data set of labelled videos; a subclass implements ``label_names`` and ``samples``.
 
     Args:
-        encoder: turns examples into tensors; the command line hands in the ``vlm`` section.
-        frames: which frames of a clip are taken, and how large.
-        batch_size: clips per training batch.
-        eval_batch_size: clips per batch elsewhere; None takes ``batch_size``.
-        num_workers: processes that decode; 0 decodes in the main one.
-        seed: of shuffling and of the jitter of segment sampling; None takes ``seed_everything``'s.
-        predict_splits: what ``predict`` runs over.
-        test_splits: what ``test`` runs over; None takes every split but train, val and cal.
-        split_seed: of the splits that have to be made; apart from ``seed``, so that seeds see the same splits.
+        encoder: Turns examples into tensors; the command line hands in the ``vlm`` section.
+        frames: Which frames of a clip are taken, and how large.
+        batch_size: Clips per training batch.
+        eval_batch_size: Clips per batch elsewhere; None takes ``batch_size``.
+        num_workers: Processes that decode; 0 decodes in the main one.
+        seed: Of shuffling and of the jitter of segment sampling; None takes ``seed_everything``'s.
+        predict_splits: What ``predict`` runs over.
+        test_splits: What ``test`` runs over; None takes every split but train, val and cal.
+        split_seed: Of the splits that have to be made; apart from ``seed``, so that seeds see the same splits.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         self._made: tuple[str, ...] = ()
 
     brings_texts: ClassVar[bool] = False
-    """True where batches come with prompts and target texts of their own, so that no view is asked (pretraining)."""
+    """True if batches bring prompts and target texts of their own, so that no view is used (pretraining)."""
 
     @property
     @abstractmethod
@@ -106,19 +106,19 @@ class VideoDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def samples(self, split: str) -> Sequence[Clip]:
-        """The clips of a split as the data bring them; empty where there is no such split."""
+        """Returns the clips of a split as the data define it; empty if there is no such split."""
 
     @property
     def task(self) -> Task:
-        """Classes and prompts; by default the label names and a plain question."""
+        """The classes and prompts; by default the label names and a generic question."""
         return Task.from_labels(type(self).__name__, self.label_names)
 
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that ``samples`` knows."""
+        """Returns the names of the splits that ``samples`` provides."""
         return STANDARD_SPLITS
 
     def setup(self, stage: str) -> None:
-        """Collects the clips, completes the splits and writes those that were made into the run folder."""
+        """Collects the clips, makes missing splits and writes these to ``splits.csv`` in the run folder."""
         if self._clips is None:
             given = {
                 name: tuple(clip if clip.split == name else replace(clip, split=name) for clip in self.samples(name))
@@ -138,13 +138,13 @@ class VideoDataModule(L.LightningDataModule, ABC):
             _LOG.info("%s made by seed %d, written to %s", ", ".join(self._made), self.split_seed, path)
 
     def clips(self, split: str) -> tuple[Clip, ...]:
-        """The clips of a split after completion; what stages use.
+        """Returns the clips of a split, including splits that ``setup`` made.
 
         Args:
-            split: a split's name; standard splits may be empty.
+            split: A split's name; standard splits may be empty.
 
         Raises:
-            ValueError: for a name that is no split of these data.
+            ValueError: If the data have no such split.
         """
         if self._clips is None:
             self.setup("")
@@ -155,7 +155,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
 
     @property
     def test_split_names(self) -> tuple[str, ...]:
-        """The splits that ``test`` runs over, in the order of its loaders."""
+        """The splits of ``test``, in the order of its loaders."""
         if self.test_splits is not None:
             return self.test_splits
         if self._clips is None:
@@ -171,7 +171,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         eval_view: ClipView | None = None,
         balance_classes: bool | None = None,
     ) -> None:
-        """Takes a stage's settings, before loaders are made; None leaves a setting as it is.
+        """Sets what a stage decides; call it before loaders are made. None leaves a setting as it is.
 
         Args:
             batch_size: Clips per training batch.
@@ -185,38 +185,38 @@ class VideoDataModule(L.LightningDataModule, ABC):
         self.balance_classes = self.balance_classes if balance_classes is None else balance_classes
 
     def train_dataloader(self) -> DataLoader[LoadedClip]:
-        """Training clips that have a target, shuffled anew in each epoch."""
+        """Returns the loader of the training clips that have a target, shuffled anew in each epoch."""
         return self.loader("train", self._shown(self.view), train=True)
 
     def val_dataloader(self) -> list[DataLoader[LoadedClip]]:
-        """The validation loader, in a list that is empty where there is no such split."""
+        """Returns the validation loader in a list, which is empty if there is no split val."""
         return [self._eval_loader(("val",))] if self.clips("val") else []
 
     def test_dataloader(self) -> list[DataLoader[LoadedClip]]:
-        """One loader per test split, in the order of ``test_split_names``."""
+        """Returns one loader per test split, in the order of ``test_split_names``."""
         if not self.test_split_names:
             raise ValueError("the data have no test split: name one with test_splits")
         return [self._eval_loader((split,)) for split in self.test_split_names]
 
     def predict_dataloader(self) -> DataLoader[LoadedClip]:
-        """One loader over all ``predict_splits``."""
+        """Returns one loader over all ``predict_splits``."""
         return self._eval_loader(self.predict_splits)
 
     def loader(
         self, split: str, view: ClipView, batch_size: int | None = None, train: bool = False
     ) -> DataLoader[LoadedClip]:
-        """Loads one split with a view of the caller's choice.
+        """Returns a loader of one split with the given view.
 
         Args:
-            split: its name.
-            view: what is shown of a clip.
-            batch_size: clips per batch; None takes the configured one.
-            train: shuffles, jitters, leaves out clips without a target, and shows black frames without weight for a
-                clip that cannot be read. Without it the order is fixed, and such a clip is in ``VideoBatch.failed``
-                alone.
+            split: Its name.
+            view: What is shown of a clip.
+            batch_size: Clips per batch; None takes the configured one.
+            train: If True, clips are shuffled and jittered, clips without a target are left out, and a clip that
+                cannot be read is a placeholder video that does not count. If False, the order is fixed and such a clip
+                is only in ``VideoBatch.failed``.
 
         Raises:
-            ValueError: if the split is empty or unknown, or no clip of it has a target.
+            ValueError: If the split is empty or unknown, or no clip of it has a target.
         """
         clips = self._of((split,))
         if train:
@@ -236,7 +236,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         return self._loader(clips, view, batch_size, train)
 
     def dataset(self, clips: Sequence[Clip], view: ClipView, train: bool) -> ClipDataset:
-        """What the loaders read from; a data set whose clips are no files puts its own in place."""
+        """Returns the dataset of a loader; override it if clips are not read from files."""
         return ClipDataset(clips, view, self.frames, self.seed, train)
 
     def _check_labels(self, given: Mapping[str, Sequence[Clip]]) -> None:
@@ -291,7 +291,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         return given or {"num_replicas": 1, "rank": 0}
 
     def _sampler(self, dataset: ClipDataset) -> SeededDistributedSampler:
-        """One sampler for any number of processes; Lightning leaves a distributed sampler as it is."""
+        """Returns a distributed sampler for any number of processes; Lightning does not replace one."""
         ranks = self._ranks()
         kind = BalancedSampler if self.balance_classes else SeededDistributedSampler
         return kind(dataset, ranks["num_replicas"], ranks["rank"], shuffle=True, seed=self.seed)

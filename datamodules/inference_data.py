@@ -1,4 +1,4 @@
-"""Clips that a trained model is asked about: files or frames in memory, of any number, without labels."""
+"""Data for inference: clips without labels, read from files or held in memory."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import BatchEncoder, Clip
 
 INFERENCE_SPLIT = "inference"
-"""The split of the clips that are asked about."""
+"""The only split of an ``InferenceDataModule``."""
 
 
 class InferenceDataModule(VideoDataModule):
-    """A data module with one test split, whose clips are set call by call.
+    """A data module with one test split, whose clips are replaced for each call.
 
     Args:
-        task: What is asked.
+        task: Classes and prompts.
         encoder: The model family.
-        frames: Which frames of a clip are taken, as in training.
-        seed: Of the run whose model is asked.
-        batch_size: Clips decided together.
+        frames: Which frames of a clip are taken; the same as in training.
+        seed: Seed of the run that trained the model.
+        batch_size: Clips per batch.
     """
 
     def __init__(self, task: Task, encoder: BatchEncoder, frames: FrameOptions, seed: int, batch_size: int) -> None:
@@ -46,19 +46,19 @@ class InferenceDataModule(VideoDataModule):
 
     @property
     def task(self) -> Task:
-        """What is asked."""
+        """Classes and prompts."""
         return self._task
 
     def splits(self) -> tuple[str, ...]:
-        """The one split."""
+        """Returns the name of the only split."""
         return (INFERENCE_SPLIT,)
 
     def samples(self, split: str) -> Sequence[Clip]:
-        """The clips asked about."""
+        """Returns the current clips."""
         return self._given if split == INFERENCE_SPLIT else ()
 
     def setup(self, stage: str) -> None:
-        """Takes the clips as they are: none is set apart for training."""
+        """Uses the clips as they are; no splits are made."""
         self._clips = {INFERENCE_SPLIT: self._given}
 
     def set_clips(self, clips: Sequence[Clip], in_memory: Mapping[str, tuple[Tensor, float]]) -> None:
@@ -66,14 +66,14 @@ class InferenceDataModule(VideoDataModule):
 
         Args:
             clips: The next clips.
-            in_memory: Frames [T, 3, H, W] uint8 and frames per second, by video id, of the clips that are no files.
+            in_memory: Frames [T, 3, H, W] uint8 and frames per second, by video id, of clips that are not files.
         """
         self._given = tuple(clips)
         self._in_memory = dict(in_memory)
         self.setup("test")
 
     def dataset(self, clips: Sequence[Clip], view: ClipView, train: bool) -> ClipDataset:
-        """Reads files, and takes from memory what is there."""
+        """Returns a dataset that reads frames from memory or from files."""
         return _InferenceDataset(clips, view, self.frames, self.seed, self._in_memory)
 
 
@@ -90,13 +90,13 @@ class _InferenceDataset(ClipDataset):
         self.in_memory = in_memory
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
-        """From memory where the clip is there."""
+        """Returns the frames of a clip, from memory if it is there."""
         if clip.video_id in self.in_memory:
             return take_frames(*self.in_memory[clip.video_id], self.frames)
         return super().read(clip, jitter)
 
     def content(self, clip: Clip) -> str:
-        """Of frames in memory, a hash of them all."""
+        """Returns a hash of the file, or of all frames of a clip in memory."""
         if clip.video_id not in self.in_memory:
             return super().content(clip)
         frames = self.in_memory[clip.video_id][0]
@@ -104,7 +104,7 @@ class _InferenceDataset(ClipDataset):
 
 
 class KnownClips:
-    """Finds a file among the clips of a data set by its content, so that it is asked about under the id it has there.
+    """Finds the clip of a data set that has the content of a file, so that the file gets the id of that clip.
 
     Args:
         clips: The clips of the data set.
@@ -118,13 +118,13 @@ class KnownClips:
         self._digests: dict[Path, str] = {}
 
     def find(self, path: Path) -> Clip | None:
-        """Returns the clip with the same bytes; None where there is none. Reads only files of the same size."""
+        """Returns the clip with the same bytes, or None. Only files of the same size are read."""
         alike = self._by_size.get(path.stat().st_size, ()) if path.is_file() else ()
         digest = content_sha(path) if alike else ""
         return next((clip for clip in alike if self._digest(clip.path) == digest), None)
 
     def _digest(self, path: Path) -> str:
-        """Of a clip of the data set, read once."""
+        """Returns the hash of a clip of the data set, computed once."""
         if path not in self._digests:
             self._digests[path] = content_sha(path)
         return self._digests[path]

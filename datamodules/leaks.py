@@ -1,7 +1,7 @@
-"""Whether metadata that may enter a prompt gives the label away, as annotators' notes and scripted names do.
+"""Detects metadata that reveals the label, such as annotators' notes or scripted file names.
 
-A model that reads the label in its prompt needs no video. The check warns; it cannot know what a field holds in
-use.
+A model that reads the label in its prompt ignores the video. The check only warns, since it cannot know what a field
+will hold for new clips.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from vidreason.datamodules.types import Clip
 
 NAMED = 0.1
-"""Share of clips whose field names their own label from which on it is said."""
+"""Warn if at least this share of clips name their own label in the field."""
 ABOVE_MAJORITY = 0.3
-"""How far a field's value alone must beat the most frequent label to be said."""
+"""Warn if predicting from the field's value alone beats the most frequent label by this accuracy."""
 
 
 def find_leaks(clips: Sequence[Clip], fields: Sequence[str]) -> list[str]:
-    """Describes what in the metadata tells labels, one line per field and kind; [] where nothing does.
+    """Returns one line for each field and way in which metadata reveals labels; [] if none does.
 
     Args:
         clips: Labelled clips, as a rule those of split train.
@@ -51,7 +51,7 @@ def find_leaks(clips: Sequence[Clip], fields: Sequence[str]) -> list[str]:
 
 
 def value_accuracy(clips: Sequence[Clip], field: str) -> float | None:
-    """How often the other clips with the same value have, most of them, this clip's label; None where none are alike.
+    """Returns the leave-one-out accuracy of predicting the label from the field's value; None if no value repeats.
 
     Args:
         clips: Labelled clips.
@@ -72,6 +72,6 @@ def value_accuracy(clips: Sequence[Clip], field: str) -> float | None:
 
 
 def _names(text: str, label: str) -> bool:
-    """Whether a text holds the label as words, however it is spelt together, with a short ending or without."""
+    """Returns whether a text contains the label as words, in any spacing and with or without a short ending."""
     words = re.escape(re.sub(r"[\W_]+", " ", label.casefold()).strip())
     return bool(words) and re.search(rf"\b{words}\w{{0,3}}\b", re.sub(r"[\W_]+", " ", text.casefold())) is not None

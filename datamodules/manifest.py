@@ -1,14 +1,13 @@
-"""A user's own clips: a CSV or JSONL manifest, or one folder per class."""
+"""Data sets from a CSV or JSONL manifest, or from one folder per class."""
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from vidreason.datamodules.base import DEFAULT_FRAMES, VideoDataModule
-from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.sources.rows import Row, Table, read_table
 from vidreason.datamodules.split_names import ALMOST_SPLITS
 from vidreason.datamodules.splits import (
@@ -20,37 +19,29 @@ from vidreason.datamodules.splits import (
     make_splits,
 )
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import BatchEncoder, Clip
+from vidreason.datamodules.types import Clip
+from vidreason.spelling import nearest
 
 KNOWN_COLUMNS = ("path", "label", "split", "group", "video_id")
-"""Columns with a meaning of their own; all others are metadata."""
+"""Columns with a fixed meaning; all others are metadata."""
 
 
 class ManifestDataModule(VideoDataModule):
-    """Clips listed in a manifest, or lying in one folder per class.
+    """Clips listed in a manifest, or stored in one folder per class.
 
-    A manifest has the columns ``path`` and ``label`` and, if you like, ``split``, ``group``, ``video_id`` and metadata.
+    A manifest has the columns ``path`` and ``label`` and optionally ``split``, ``group``, ``video_id`` and metadata.
     A folder holds ``<class>/<clip>``, ``<split>/<class>/<clip>`` or ``<class>/<split>/<clip>``; names that begin with
-    ``_`` or ``.`` are passed over.
-    Without splits they are made: seeded, stratified, disjoint in ``group``, and written into the run folder.
+    ``_`` or ``.`` are skipped.
+    Missing splits are made (seeded, stratified, disjoint in ``group``) and written to the run folder.
 
     Args:
-        manifest: a ``.csv`` or ``.jsonl`` file, or a folder.
-        task: the task file, from the current folder or else from the shipped configs; None takes the labels found.
-        root: what paths in the manifest are relative to; by default its folder.
-        where: keeps the rows whose columns have these values, such as ``{subset: weizmann_silhouettes}``.
-        limit: the most clips of a split, balanced over classes, such as ``{train: 64}``.
-        split_fractions: shares of the splits that have to be made; by default val 0.15, cal 0.15, test 0.2. A split
+        manifest: A ``.csv`` or ``.jsonl`` file, or a folder.
+        task: The task file, from the current folder or else from the shipped configs; None takes the labels found.
+        root: What paths in the manifest are relative to; by default its folder.
+        where: Keeps the rows whose columns have these values, such as ``{subset: weizmann_silhouettes}``.
+        limit: The most clips of a split, balanced over classes, such as ``{train: 64}``.
+        split_fractions: Shares of the splits that have to be made; by default val 0.15, cal 0.15, test 0.2. A split
             that is taken from train gets this share of train.
-        encoder: turns examples into tensors; the command line hands in the ``vlm`` section.
-        frames: which frames of a clip are taken, and how large.
-        batch_size: clips per training batch.
-        eval_batch_size: clips per batch elsewhere; None takes ``batch_size``.
-        num_workers: processes that decode; 0 decodes in the main one.
-        seed: of shuffling and of the jitter of segment sampling.
-        predict_splits: what ``predict`` runs over.
-        test_splits: what ``test`` runs over; None takes every split whose name begins with "test".
-        split_seed: of the splits that have to be made and of ``limit``.
     """
 
     def __init__(
@@ -61,19 +52,9 @@ class ManifestDataModule(VideoDataModule):
         where: dict[str, str] | None = None,
         limit: dict[str, int] | None = None,
         split_fractions: dict[str, float] | None = None,
-        encoder: BatchEncoder | None = None,
-        frames: FrameOptions = DEFAULT_FRAMES,
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
-        predict_splits: Sequence[str] = ("train",),
-        test_splits: Sequence[str] | None = None,
-        split_seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            encoder, frames, batch_size, eval_batch_size, num_workers, seed, predict_splits, test_splits, split_seed
-        )
+        super().__init__(**kwargs)
         self.manifest = Path(manifest)
         self.task_file = None if task is None else Path(task)
         self.root = None if root is None else Path(root)
@@ -85,10 +66,10 @@ class ManifestDataModule(VideoDataModule):
 
     @property
     def task(self) -> Task:
-        """The task file's content, or the labels found in the manifest.
+        """The task of the task file, or one made from the labels in the manifest.
 
         Raises:
-            ValueError: naming the file and row, if anything in the manifest is wrong.
+            ValueError: If the manifest is invalid; the message names the file and row.
         """
         self._read()
         assert self._task is not None
@@ -100,26 +81,26 @@ class ManifestDataModule(VideoDataModule):
         return self.task.label_names
 
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that have clips."""
+        """Returns the names of the splits that have clips."""
         self._read()
         return tuple(self._samples)
 
     def samples(self, split: str) -> Sequence[Clip]:
-        """The clips of a split, limited; empty where there is no such split."""
+        """Returns the clips of a split, at most ``limit``; empty if there is no such split."""
         self._read()
         return self._samples.get(split, ())
 
     def setup(self, stage: str) -> None:
-        """Reads the manifest and makes the splits that are missing.
+        """Reads the manifest and makes missing splits.
 
         Raises:
-            ValueError: naming the file and row, if anything in the manifest is wrong.
+            ValueError: If the manifest is invalid; the message names the file and row.
         """
         self._read()
         super().setup(stage)
 
     def _read(self) -> None:
-        """Reads the manifest once; a second call returns what the first found."""
+        """Reads the manifest on the first call; later calls do nothing."""
         if self._task is not None:
             return
         table = read_table(self.manifest)
@@ -135,7 +116,7 @@ class ManifestDataModule(VideoDataModule):
         self._task = task
 
     def _select(self, table: Table) -> Sequence[Row]:
-        """Keeps the rows that ``where`` asks for."""
+        """Returns the rows that match ``where``."""
         rows: Sequence[Row] = table.rows
         for column, value in self.where.items():
             if column not in table.columns:
@@ -160,7 +141,7 @@ class ManifestDataModule(VideoDataModule):
             raise ValueError(f"{self.manifest}: without a task file its labels are the classes: {error}") from error
 
     def _check_against(self, task: Task, rows: Sequence[Row], columns: Sequence[str]) -> None:
-        """Refuses labels that the task lacks, and metadata that the manifest lacks."""
+        """Checks that the task has all labels and the manifest all metadata columns of the task."""
         names = task.label_names
         unknown = [row for row in rows if row.get("label") not in names]
         self._check_none(
@@ -187,7 +168,7 @@ class ManifestDataModule(VideoDataModule):
         )
 
     def _check_clips(self, clips: Sequence[Clip]) -> None:
-        """Refuses ids that occur twice, files that are not there, and split names that are nearly standard ones."""
+        """Checks for duplicate ids or files, missing files and misspelt standard split names."""
         counts = Counter(clip.video_id for clip in clips)
         twice = [clip for clip in clips if counts[clip.video_id] > 1]
         self._check_none("duplicate video_id", [f"{self._place(clip)}: {clip.video_id!r}" for clip in twice])
@@ -209,7 +190,7 @@ class ManifestDataModule(VideoDataModule):
         )
 
     def _split(self, clips: Sequence[Clip]) -> tuple[dict[str, tuple[Clip, ...]], tuple[str, ...]]:
-        """Clips by split, and which splits were made: all where none is given, else val and cal where missing."""
+        """Returns the clips by split and which splits were made: all if none is given, else missing val and cal."""
         try:
             if not any(clip.split for clip in clips):
                 dealt = make_splits(clips, self.split_fractions, self.split_seed)
@@ -251,5 +232,5 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _suggestion(label: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(label.casefold(), [name.casefold() for name in names], n=1)
-    return f" (did you mean {next(name for name in names if name.casefold() == close[0])!r}?)" if close else ""
+    near = nearest(label, names)
+    return "" if near is None else f" (did you mean {near!r}?)"

@@ -20,35 +20,35 @@ from vidreason.rewards.completion import (
 
 
 class ClipView:
-    """What a stage shows the model of a clip, and the texts it puts behind it.
+    """Defines what a stage shows the model of a clip, and the texts behind it.
 
     A subclass names its ``kind`` (the template it uses) and, where it has targets or candidates, overrides ``texts``.
 
     Args:
-        task: classes, question and templates.
+        task: Classes, question and templates.
     """
 
     kind: PromptKind
     shows_video: bool = True
-    """False blanks the frames: the model is shown a black video of the same length."""
+    """False shows the model a black video of the same length instead of the frames."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
 
     def prompt(self, clip: Clip) -> Prompt:
-        """The user's turn behind the clip's video."""
+        """Returns the user's turn, which follows the video."""
         return Prompt(self.task.prompt_text(self.kind, clip.fields))
 
     def texts(self, clip: Clip) -> tuple[Text, ...]:
-        """The texts behind the prompt; none by default."""
+        """Returns the texts behind the prompt; none by default."""
         return ()
 
     def keep(self, clip: Clip) -> bool:
-        """False where the clip has no target and is left out of training; evaluation never leaves a clip out."""
+        """Returns False if the clip has no target, so that training leaves it out; evaluation uses every clip."""
         return True
 
     def sha(self) -> str:
-        """Hash of the prompt that every clip shares, metadata aside; ``prompt_sha`` of the traces written with it."""
+        """Returns the hash of the prompt without metadata; the ``prompt_sha`` of traces written with it."""
         return hashlib.sha256(self._template().encode()).hexdigest()
 
     def _template(self) -> str:
@@ -57,7 +57,7 @@ class ClipView:
 
 
 class _TextsByVideo(ClipView):
-    """A view whose targets, if any, are looked up by video id; several texts of a clip share its prompt."""
+    """A view with optional target texts by video id; several texts of a clip share its prompt."""
 
     def __init__(self, task: Task, texts: Mapping[str, tuple[str, ...]] | None = None) -> None:
         super().__init__(task)
@@ -74,9 +74,9 @@ class DescribeView(_TextsByVideo):
     """Asks for a description of what happens and which evidence bears on the classes.
 
     Args:
-        task: classes, question and templates.
-        texts: target texts by video id (rationale SFT); None where descriptions are generated.
-        label_hint: shows the true label in the prompt.
+        task: Classes, question and templates.
+        texts: Target texts by video id (rationale SFT); None where descriptions are generated.
+        label_hint: Shows the true label in the prompt.
     """
 
     kind = "describe"
@@ -88,10 +88,10 @@ class DescribeView(_TextsByVideo):
         self.label_hint = label_hint
 
     def prompt(self, clip: Clip) -> Prompt:
-        """The describing prompt, with the label behind it where ``label_hint`` is on.
+        """Returns the prompt for a description, followed by the label if ``label_hint`` is set.
 
         Raises:
-            ValueError: if the hint is on and the clip has no label.
+            ValueError: If ``label_hint`` is set and the clip has no label.
         """
         prompt = super().prompt(clip)
         if not self.label_hint:
@@ -105,12 +105,12 @@ class DescribeView(_TextsByVideo):
 
 
 class ReasonView(_TextsByVideo):
-    """Asks for ``<think>…</think><answer>…</answer>``: cold start with targets; GRPO and generation without.
+    """Asks for ``<think>…</think><answer>…</answer>``; has targets in cold start, none in GRPO and generation.
 
     Args:
-        task: classes, question and templates.
-        texts: target completions by video id, or None.
-        form: which blocks are asked for, in which order.
+        task: Classes, question and templates.
+        texts: Target completions by video id, or None.
+        form: Which blocks are asked for, in which order.
     """
 
     kind: PromptKind = "reason"
@@ -123,7 +123,7 @@ class ReasonView(_TextsByVideo):
         self.form = form
 
     def prompt(self, clip: Clip) -> Prompt:
-        """The prompt of the form's mode, with the request for a confidence behind it where the form has one."""
+        """Returns the prompt of the form's mode, followed by the request for a confidence if the form has one."""
         prompt = super().prompt(clip)
         return Prompt(prompt.text + CONFIDENCE_REQUEST) if self.form.confidence else prompt
 
@@ -132,10 +132,10 @@ class ReasonView(_TextsByVideo):
 
 
 class RewardedView(ReasonView):
-    """As ReasonView, for clips whose completions are rewarded: they need a label."""
+    """A ReasonView for clips whose completions are rewarded, so that only labelled clips are kept."""
 
     def keep(self, clip: Clip) -> bool:
-        """False for an unlabelled clip."""
+        """Returns whether the clip has a label."""
         return clip.label is not None
 
 
@@ -143,8 +143,8 @@ class LabelView(ClipView):
     """Asks for the label alone.
 
     Args:
-        task: classes, question and templates.
-        with_targets: puts the clip's label behind the prompt (training).
+        task: Classes, question and templates.
+        with_targets: Puts the clip's label behind the prompt (training).
     """
 
     kind = "label"
@@ -154,36 +154,36 @@ class LabelView(ClipView):
         self.with_targets = with_targets
 
     def texts(self, clip: Clip) -> tuple[Text, ...]:
-        """The clip's label, where targets are wanted and it has one."""
+        """Returns the clip's label, if targets are needed and it has one."""
         return (Text(clip.label),) if self.with_targets and clip.label is not None else ()
 
     def keep(self, clip: Clip) -> bool:
-        """False for an unlabelled clip where targets are wanted."""
+        """Returns False if targets are needed and the clip has no label."""
         return clip.label is not None or not self.with_targets
 
 
 class LabelScoringView(ClipView):
-    """Every label name as a text behind the prompt, in the order of ``task.label_names``."""
+    """Puts every label name as a text behind the prompt, in the order of ``task.label_names``."""
 
     kind = "label"
 
     def texts(self, clip: Clip) -> tuple[Text, ...]:
-        """One text per class [C]."""
+        """Returns one text per class, [C]."""
         return tuple(Text(name) for name in self.task.label_names)
 
 
 class ReviewView(ClipView):
-    """A reviewer's prompt: behind the video each trace, and behind each trace the label names.
+    """A reviewer's prompt: each trace stands behind the video, and the label names behind each trace.
 
     With traces the texts of a clip stand as ``trace 0, its C labels, trace 1, its C labels, …``; the traces are context
     in the user's open turn, the labels are answers. With ``input="video"`` there is no trace and the labels stand
     directly behind a closed prompt.
 
     Args:
-        task: classes, question and templates.
-        traces: completions by video id, as they were generated; a clip without any has no texts.
+        task: Classes, question and templates.
+        traces: Completions by video id, as they were generated; a clip without any has no texts.
         labels: ``all`` puts every label name behind a trace (closed-set scoring), ``target`` the clip's own alone.
-        input: what the reviewer is given; ``trace`` blanks the video.
+        input: What the reviewer is given; ``trace`` blanks the video.
     """
 
     kind = "calibrate"
@@ -202,13 +202,13 @@ class ReviewView(ClipView):
         self.shows_video = input != "trace"
 
     def prompt(self, clip: Clip) -> Prompt:
-        """The reviewer's prompt, left open for the traces; the plain label prompt with ``input="video"``."""
+        """Returns the reviewer's prompt, left open for the traces, or a closed one with ``input="video"``."""
         if self.input == "video":
             return Prompt(self.task.prompt_text("label", clip.fields))
         return Prompt(super().prompt(clip).text, open=True)
 
     def texts(self, clip: Clip) -> tuple[Text, ...]:
-        """Traces and labels as a tree of depth two; ``parent`` counts within this clip's texts."""
+        """Returns traces and labels as a tree of depth two; ``parent`` is an index into this clip's texts."""
         names = self._names(clip)
         if self.input == "video":
             return tuple(Text(name) for name in names)
@@ -220,7 +220,7 @@ class ReviewView(ClipView):
         return tuple(texts)
 
     def keep(self, clip: Clip) -> bool:
-        """False for a clip that has no label, or no trace where one is shown."""
+        """Returns False if the clip has no label, or no trace although one is shown."""
         return clip.label is not None and (self.input == "video" or bool(self.traces.get(clip.video_id)))
 
     def _names(self, clip: Clip) -> tuple[str, ...]:
@@ -233,7 +233,7 @@ class ReviewView(ClipView):
 
 
 def render_review(trace: str) -> str:
-    """A trace as the reviewer reads it: account and conclusion in plain words, an unparseable one as it stands."""
+    """Returns a trace as the reviewer reads it: account and conclusion in words; unchanged if it cannot be parsed."""
     parsed = parse_completion(trace, CompletionForm("no_think"))
     account = parsed.reasoning if parsed.reasoning is not None else trace.strip()
     if parsed.well_formed:  # an answer and nothing else

@@ -1,9 +1,9 @@
-"""What the splits are called, here and by others."""
+"""Names of splits: the standard ones, and other names for them."""
 
 from __future__ import annotations
 
 STANDARD_SPLITS = ("train", "val", "cal", "test")
-"""Every other name is a further test set."""
+"""A split of any other name is a further test set."""
 
 ALMOST_SPLITS = {
     "training": "train",
@@ -16,11 +16,11 @@ ALMOST_SPLITS = {
     "calibration": "cal",
     "testing": "test",
 }
-"""Other people's names for them, in lower case."""
+"""Other names for the standard splits, in lower case."""
 
 
 def standard_split(name: str) -> str:
-    """The name that a split has here; a name that is no known one stays as it is.
+    """Returns the standard name of a split; an unknown name is returned unchanged.
 
     Example:
         >>> standard_split("Validation"), standard_split("TRAIN"), standard_split("Robustness")
@@ -32,7 +32,7 @@ def standard_split(name: str) -> str:
 
 
 def is_split_name(name: str) -> bool:
-    """Whether a folder or value of this name can only mean a split.
+    """Returns whether a folder or value of this name must be a split.
 
     Example:
         >>> is_split_name("Training"), is_split_name("test_night"), is_split_name("tennis")

@@ -1,8 +1,8 @@
-"""Splits that share no group: made where none are given, completed where some are missing, always checked.
+"""Splits that share no group: they are made if none are given, completed if some are missing, and always checked.
 
-A group (a person, a source video) is never divided. Whole groups are dealt out greedily, largest first, to the split
-that is furthest from its share of their classes; which of two equal groups goes first is drawn from the seed. A group
-that alone holds a class stays in train.
+A group (a person, a source video) is never divided. Groups are assigned greedily, largest first, each to the split
+that is furthest from its share of the group's classes; the seed decides between groups of equal size. A group that is
+the only one with a class stays in train.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from vidreason.datamodules.types import Clip
 _LOG = logging.getLogger(__name__)
 
 DEFAULT_FRACTIONS: Mapping[str, float] = {"val": 0.15, "cal": 0.15, "test": 0.2}
-"""Shares of the clips that splits other than train get where they have to be made."""
+"""Share of the clips that each split other than train gets if it has to be made."""
 
 
 def make_splits(clips: Sequence[Clip], fractions: Mapping[str, float], seed: int) -> dict[str, tuple[Clip, ...]]:
-    """Deals clips out to train and the named splits, group by group.
+    """Divides clips into train and the named splits, group by group.
 
     Args:
-        clips: all clips; a clip with an empty group is a group of its own.
-        fractions: share of each split but train, which gets the rest.
-        seed: decides between groups that fit equally well.
+        clips: All clips; a clip with an empty group is a group of its own.
+        fractions: Share of each split but train, which gets the rest.
+        seed: Decides between groups that fit equally well.
 
     Returns:
         Clips by split, train first, in the order given, with their ``split`` set.
 
     Raises:
-        ValueError: if the shares leave train nothing, or there are fewer groups than splits.
+        ValueError: If the shares leave train nothing, or there are fewer groups than splits.
     """
     shares = {"train": 1.0 - sum(fractions.values()), **fractions}
     if any(share <= 0 for share in shares.values()) or "train" in fractions:
@@ -65,9 +65,9 @@ def complete_splits(
     """Takes whole groups from train for ``val`` and ``cal`` where these are missing; never touches another split.
 
     Args:
-        given: clips by split.
-        fractions: shares of *train* that val and cal get.
-        seed: decides between groups that fit equally well.
+        given: Clips by split.
+        fractions: Shares of *train* that val and cal get.
+        seed: Decides between groups that fit equally well.
 
     Returns:
         All splits, standard ones first, and the names of those that were made. Where train has too few groups they stay
@@ -87,10 +87,10 @@ def complete_splits(
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Clip]]) -> None:
-    """Refuses a video id that occurs twice and a group that lies in two splits.
+    """Checks that no video id occurs twice and no group is in two splits.
 
     Raises:
-        ValueError: naming the rows.
+        ValueError: If one does; the message names the rows.
     """
     rows: dict[str, Clip] = {}
     homes: dict[str, Clip] = {}
@@ -111,7 +111,7 @@ def check_disjoint(splits: Mapping[str, Sequence[Clip]]) -> None:
 
 
 def limit_clips(clips: Sequence[Clip], limit: int, seed: int) -> tuple[Clip, ...]:
-    """At most ``limit`` clips, as even over the classes as they come, drawn by the seed and in the order given."""
+    """Returns at most ``limit`` clips, balanced over classes, drawn by the seed and in the order given."""
     by_class: dict[str, list[Clip]] = defaultdict(list)
     for clip in clips:
         by_class[clip.label or ""].append(clip)
@@ -135,7 +135,7 @@ def write_splits(path: Path, splits: Mapping[str, Sequence[Clip]]) -> None:
 
 
 def first_five(rows: Sequence[str]) -> str:
-    """Lists offending rows, five at most, and says how many more there are."""
+    """Returns the first five rows as text, with the number of further ones."""
     more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
     return "; ".join(rows[:5]) + more
 
@@ -149,7 +149,7 @@ def _place(clip: Clip) -> str:
 
 
 def _deal(groups: Mapping[str, Sequence[Clip]], shares: Mapping[str, float], seed: int) -> dict[str, str]:
-    """Group -> split: each group goes where it brings the class counts closest to the wanted ones."""
+    """Returns the split of each group; each group goes where class counts get closest to the wanted ones."""
     counts = {key: Counter(clip.label or "" for clip in clips) for key, clips in groups.items()}
     total = sum(counts.values(), Counter[str]())
     rng = random.Random(f"splits/{seed}")

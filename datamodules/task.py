@@ -33,17 +33,17 @@ class ClassSpec:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of every clip; one file drives all stages.
+    """The task that a model solves for every clip; all stages read it from one file.
 
     Raises:
-        ValueError: for fewer than two classes, empty or repeated names, or a prompt of unknown kind or placeholder.
+        ValueError: If there are fewer than two classes, empty or repeated names, or unknown prompt kinds or fields.
     """
 
     name: str
     question: str
     classes: tuple[ClassSpec, ...]
     ordinal: bool = False
-    """The order of the classes is a scale."""
+    """Whether the order of the classes is a scale."""
     metadata_fields: tuple[str, ...] = ()
     """The only metadata columns that may enter a prompt."""
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -70,10 +70,10 @@ class Task:
         """Reads a task file.
 
         Args:
-            path: the file, as ``find_task_file`` resolves it.
+            path: The file, as ``find_task_file`` resolves it.
 
         Raises:
-            ValueError: naming the file and the key that is wrong, missing or unknown.
+            ValueError: If a key is wrong, missing or unknown; the message names file and key.
         """
         file = find_task_file(path)
         try:
@@ -87,7 +87,7 @@ class Task:
 
     @classmethod
     def from_labels(cls, name: str, labels: Sequence[str]) -> Task:
-        """A task with nothing but class names, for data that bring no task file."""
+        """Returns a task that has class names only, for data without a task file."""
         return cls(
             name=name, question="What happens in the video?", classes=tuple(ClassSpec(label) for label in labels)
         )
@@ -105,7 +105,7 @@ class Task:
         write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def sha(self) -> str:
-        """Hash of everything in the task; traces and adapters carry it."""
+        """Returns the hash of the whole task; traces and adapters store it."""
         content = {
             "name": self.name,
             "question": self.question,
@@ -118,14 +118,14 @@ class Task:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def prompt_text(self, kind: str, fields: Mapping[str, str]) -> str:
-        """Fills the template of a kind; a placeholder with nothing to say takes its line with it.
+        """Returns the prompt of a kind; a template line whose placeholder is empty is dropped.
 
         Args:
-            kind: describe, reason, answer, answer_first, label or calibrate.
-            fields: the clip's metadata; columns that the task does not list are ignored.
+            kind: ``describe``, ``reason``, ``answer``, ``answer_first``, ``label`` or ``calibrate``.
+            fields: The clip's metadata; columns that the task does not list are ignored.
 
         Raises:
-            ValueError: for an unknown kind.
+            ValueError: If the kind is unknown.
         """
         if kind not in DEFAULT_TEMPLATES:
             raise ValueError(f"unknown prompt kind {kind!r}: one of {', '.join(DEFAULT_TEMPLATES)}")
@@ -147,10 +147,10 @@ def find_task_file(path: str | Path) -> Path:
     """Finds a task file: as given (from the current folder), else among the configs of the installed package.
 
     Args:
-        path: for example ``tasks/weizmann.yaml`` or ``my_task.yaml``.
+        path: For example ``tasks/weizmann.yaml`` or ``my_task.yaml``.
 
     Raises:
-        ValueError: naming the places that were looked at.
+        ValueError: If there is no such file; the message names the places searched.
     """
     given = Path(path)
     if given.is_file():
@@ -163,7 +163,7 @@ def find_task_file(path: str | Path) -> Path:
 
 
 def _task_from(content: Any) -> Task:
-    """Builds a task from parsed YAML, of which nothing is known yet."""
+    """Builds a task from parsed YAML and checks its structure."""
     if not isinstance(content, dict):
         raise ValueError(f"a task file is a mapping with the keys {', '.join(_TASK_KEYS)}")
     _check_known_keys(content, _TASK_KEYS, "")
@@ -229,7 +229,7 @@ def _list(value: Any, where: str) -> list[Any]:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Refuses names that an answer could not be matched to."""
+    """Checks that answers can be matched to the names."""
     seen: set[str] = set()
     for name in names:
         if not name.strip() or name != name.strip() or "\n" in name:

@@ -1,7 +1,7 @@
-"""One file of traces that several processes write: each appends to a file of its own, and the first joins them.
+"""Trace files written by several processes: each appends to a file of its own, and the first process joins them.
 
-Appends of several writers to one file are not safe everywhere: on a network file system one may overwrite another, and
-who takes back a line that no longer fits on the disk takes back what others have written behind it.
+Several writers must not append to one file: on a network file system one may overwrite another, and a writer that
+removes its partly written line from a full disk would remove later lines of other writers as well.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from vidreason.datamodules.traces import TraceHeader, TraceStore
 
 
 def own_part(path: Path, header: TraceHeader, rank: int) -> TraceStore:
-    """Returns where a process writes: the first in the file itself, another one beside it (``traces.rank1.jsonl``).
+    """Returns the store that a process writes to: the file itself for rank 0, else ``traces.rank1.jsonl`` and so on.
 
     Raises:
-        ValueError: What lies there was begun by other weights, prompt, task or sampling.
+        ValueError: If that file was written with other weights, prompt, task or sampling.
     """
     return TraceStore.create(path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}"), header)
 
 
 def join_parts(path: Path) -> None:
-    """Moves into the file what lies beside it, also what an interrupted run left there; nobody else may write.
+    """Appends the parts beside a file to it, including those of an interrupted run; no process may write meanwhile.
 
     Raises:
-        ValueError: A part was begun by other weights, prompt, task or sampling.
+        ValueError: If a part was written with other weights, prompt, task or sampling.
     """
     parts = sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
     for part in parts:

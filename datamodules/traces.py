@@ -1,7 +1,7 @@
-"""Generated rationales and traces on disk, with the identity of what wrote them.
+"""Files of generated rationales and traces, with the identity of the weights, prompt and task that wrote them.
 
-One JSON object per line: the header first, then a completion each. Lines are only ever appended, so that an interrupted
-generation goes on where it was; a last line that was cut in half by a crash is dropped.
+A file has one JSON object per line: a header, then one completion per line. Lines are only appended, so that an
+interrupted generation can continue; a last line that a crash has truncated is dropped.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """Who wrote a file of traces: weights, prompt, task and sampling."""
+    """Identity of what wrote a trace file: weights, prompt, task and sampling."""
 
     external: bool
-    """Written by another model, a teacher; its weights are not compared with ours."""
+    """True if another model (a teacher) wrote the file; its weights are not compared with ours."""
     base_sha: str
     adapter_sha: str
     prompt_sha: str
@@ -54,11 +54,11 @@ class TraceRecord:
 
 
 class TraceStore:
-    """A file of traces: made with ``create``, read with ``open``.
+    """A trace file; use ``create`` to write one and ``open`` to read one.
 
     Args:
-        path: the file.
-        header: its first line.
+        path: The file.
+        header: Its first line.
     """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
@@ -67,10 +67,10 @@ class TraceStore:
 
     @classmethod
     def create(cls, path: str | Path, header: TraceHeader) -> TraceStore:
-        """Starts a file, or goes on with one that the same weights, prompt, task and sampling began.
+        """Creates a file, or continues one with the same weights, prompt, task and sampling.
 
         Raises:
-            ValueError: if the file was begun by something else.
+            ValueError: If the file has another header.
         """
         path = Path(path)
         header = _header_from(_header_line(header), path)
@@ -92,7 +92,7 @@ class TraceStore:
         """Opens a file for reading.
 
         Raises:
-            ValueError: if there is no such file, or its first line is no header.
+            ValueError: If there is no such file, or its first line is no header.
         """
         path = Path(path)
         if not path.is_file():
@@ -103,14 +103,14 @@ class TraceStore:
         return cls(path, _header_from(lines[0], path))
 
     def append(self, records: Iterable[TraceRecord]) -> None:
-        """Writes completions behind what is there, each line in one write, and waits for the disk."""
+        """Appends completions, each line in one write, and flushes them to the disk."""
         _append(self.path, [json.dumps(asdict(record), ensure_ascii=False) for record in records])
 
     def records(self, kept_only: bool = False) -> list[TraceRecord]:
-        """All completions in file order; of two with the same clip and sample the later one counts.
+        """Returns all completions in file order; of two with the same clip and sample only the later one.
 
         Raises:
-            ValueError: naming file and line, if one is malformed.
+            ValueError: If a line is malformed; the message names file and line.
         """
         found: dict[tuple[str, int], TraceRecord] = {}
         for number, line in enumerate(_complete_lines(self.path, repair=False), start=1):
@@ -120,27 +120,27 @@ class TraceStore:
         return [record for record in found.values() if record.kept or not kept_only]
 
     def by_video(self, kept_only: bool = True) -> dict[str, tuple[TraceRecord, ...]]:
-        """Completions by video id, in the order of their sample numbers; clips without any do not appear."""
+        """Returns completions by video id in the order of sample numbers; clips without completions are left out."""
         grouped: dict[str, list[TraceRecord]] = {}
         for record in self.records(kept_only):
             grouped.setdefault(record.video_id, []).append(record)
         return {name: tuple(sorted(group, key=lambda record: record.sample)) for name, group in grouped.items()}
 
     def missing(self, video_ids: Sequence[str], samples: int) -> dict[str, tuple[int, ...]]:
-        """Sample numbers below ``samples`` that are still to be written, by video id; complete clips do not appear."""
+        """Returns the missing sample numbers below ``samples`` by video id; complete clips are left out."""
         written = {(record.video_id, record.sample) for record in self.records()}
         gaps = {name: tuple(k for k in range(samples) if (name, k) not in written) for name in video_ids}
         return {name: numbers for name, numbers in gaps.items() if numbers}
 
     def check(self, expected: TraceHeader, allow_external: bool = True) -> None:
-        """Refuses traces that these weights, this prompt or this task did not write.
+        """Checks that the traces were written with the expected weights, prompt and task.
 
         Args:
-            expected: what the stage would write itself.
-            allow_external: takes a teacher's traces, whose weights are not compared; task and prompt still are.
+            expected: The header that the stage itself would write.
+            allow_external: Accept a teacher's traces, of which only task and prompt are compared.
 
         Raises:
-            ValueError: naming what differs and what to do.
+            ValueError: If something differs; the message says what, and what to do.
         """
         if self.header.external and not allow_external:
             raise ValueError(
@@ -168,12 +168,12 @@ class TraceStore:
             )
 
     def check_sampling(self, expected: TraceHeader) -> None:
-        """Refuses traces that were sampled otherwise than the stage samples at test; their number may differ.
+        """Checks that traces were sampled as the stage samples at test; their number may differ.
 
-        A header that says nothing of sampling is taken as it is.
+        A header without sampling options is accepted.
 
         Raises:
-            ValueError: naming what differs and what to do.
+            ValueError: If something differs; the message says what, and what to do.
         """
         found, wanted = _without_count(self.header.sampling), _without_count(expected.sampling)
         if found and found != wanted:
@@ -224,7 +224,7 @@ def _known(content: dict[str, Any], record: type, where: str, optional: Sequence
 
 
 def _complete_lines(path: Path, repair: bool) -> list[str]:
-    """The lines of a file without a last one that was cut in half; ``repair`` cuts it off on disk, too."""
+    """Returns the complete lines of a file; ``repair`` also removes a truncated last line from the disk."""
     content = path.read_bytes()
     whole, _, rest = content.rpartition(b"\n")
     try:
@@ -267,7 +267,7 @@ def _append(path: Path, lines: Sequence[str]) -> None:
 
 
 def _write_all(file: RawIOBase, content: bytes) -> None:
-    """Writes all of it, and not only what still fits: a raw file says how much that was."""
+    """Writes all bytes; a single ``write`` to a raw file may write only a part of them."""
     rest = memoryview(content)
     while rest:
         rest = rest[file.write(rest) :]

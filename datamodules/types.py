@@ -1,4 +1,4 @@
-"""The records that travel from files to batches.
+"""Records from clips to batches.
 
 Shape letters: B clips (prompts) in a batch, N texts behind them, L tokens of the longest text, T frames, C channels
 (always 3), H and W pixels.
@@ -27,7 +27,7 @@ class Clip:
     fields: Mapping[str, str] = field(default_factory=dict)
     """Metadata columns by name; only those that the task lists may enter a prompt."""
     where: str = ""
-    """Where the row stands (``manifest.csv, row 12``), for error messages."""
+    """Location of the row (``manifest.csv, row 12``), for error messages."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class VideoSample:
     timing: FrameTiming
     clip: Clip
     identity: str = ""
-    """Equal for equal frames: a hash of the file's content and of which frames were taken how; empty where they are
-    drawn anew each time, or nobody says"""
+    """Equal for equal frames: a hash of the file's content and of the frames taken; empty if frames are drawn at random
+    or the source is unknown"""
 
     def __post_init__(self) -> None:
         if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[1] != 3:
@@ -73,7 +73,7 @@ class VideoSample:
 
 @dataclass(frozen=True)
 class FailedClip:
-    """A clip that could not be read: reported, never replaced by another; counted wrong, in training without weight."""
+    """A clip that could not be read: reported, never replaced by another, counted as wrong in evaluation."""
 
     clip: Clip
     error: str
@@ -94,15 +94,15 @@ class Text:
 
     text: str
     role: Literal["assistant", "context"] = "assistant"
-    """``assistant``: the model's own words up to and with the end of its turn; they count in the loss.
-    ``context``: goes on with the user's open turn; nothing of it counts."""
+    """``assistant``: the model's words, including the end of its turn; they count in the loss.
+    ``context``: continues the user's open turn; it does not count."""
     parent: int = -1
     """Index of the text it continues within the same prompt's texts; -1 is the prompt itself."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One clip with what is asked and what is said about it."""
+    """One clip with its prompt and the texts behind it."""
 
     sample: VideoSample
     prompt: Prompt
@@ -174,7 +174,7 @@ class EncodedPrompts:
     turn_end: Tensor
     """[K] int64, tokens that close an open user turn and open the assistant's (empty where prompts are closed)"""
     videos: tuple[str, ...] = ()
-    """[B] ``VideoSample.identity`` of each prompt's video; empty where nobody says"""
+    """[B] ``VideoSample.identity`` of each prompt's video; empty if unknown"""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> EncodedPrompts:
         """Returns a copy on ``device``."""

@@ -43,10 +43,11 @@ from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable
 from vidreason.lightning_modules.fit.stopping import run_unless_stopped
 from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, complete_clips
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, save_adapter
+from vidreason.lightning_modules.vlms.loading.adapters import save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
+from vidreason.lightning_modules.vlms.loading.weight_folders import read_info
 from vidreason.lightning_modules.weights.export import StartingWeights, export_weights, trained_state
-from vidreason.lightning_modules.weights.lineage import REVIEWED, Lineage, read_info
+from vidreason.lightning_modules.weights.lineage import REVIEWED, Lineage
 from vidreason.lightning_modules.weights.parameters import set_train_mode, trainable
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
@@ -104,11 +105,9 @@ class VLMModule(L.LightningModule):
         self.seed = run_seed(seed)
         self.completion = completion
         self.model: nn.Module | None = None
-        self.adapter_options: LoRAOptions | None = vlm.lora
-        """The LoRA adapter that is trained or run; None for the weights themselves."""
+        self.adapter_options = vlm.lora  # Of the adapter that is trained or run; None for the weights themselves.
         self.metrics = nn.ModuleDict()
-        self.checkpoint_to_resume: Path | None = None
-        """Checked before a stage writes texts that it lacks; Lightning names its checkpoint only after that."""
+        self.checkpoint_to_resume: Path | None = None  # Checked before texts are written; Lightning names it later.
         self._start: StartingWeights | None = None
         self._written: frozenset[str] = frozenset()  # Clips whose texts an earlier ``predict`` has written.
         self._fit_callbacks: list[Callback] = [ResumeFit(), SkipUnreadable()]
@@ -140,7 +139,7 @@ class VLMModule(L.LightningModule):
         Lightning calls this first of all hooks, for every fit, validate, test and predict. The same objects are
         returned each time, as new ones would have lost their state.
         """
-        if not self.automatic_optimization:
+        if not self.automatic_optimization and self.trainer.state.fn == TrainerFn.FITTING:
             check_trainer_options(self.trainer, self.stage_name)
         present: Sequence[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [own for own in self._fit_callbacks if not any(isinstance(other, type(own)) for other in present)]
@@ -196,8 +195,9 @@ class VLMModule(L.LightningModule):
         if self.model is None:
             self.model = self.build_model()
             set_train_mode(self.model)  # Frozen parts (a tower's BatchNorm) stay in eval mode.
-        if self.checkpoint_to_resume is not None:
-            check_checkpoint_file(self.checkpoint_to_resume, self, self.trainer)
+        path, self.checkpoint_to_resume = self.checkpoint_to_resume, None
+        if path is not None:
+            check_checkpoint_file(path, self, self.trainer)
         if self.trainer.state.fn != TrainerFn.PREDICTING:
             self.prepare_views()
         frozen = self.vlm.vision_modules if self.vlm.freeze_vision else ()

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ from vidreason.lightning_modules.rl.reference import (
     reference_logprobs,
     score_rollouts,
 )
-from vidreason.lightning_modules.rl.rollouts import RolloutGroup
+from vidreason.lightning_modules.rl.rollouts import RolloutOutput
 from vidreason.lightning_modules.rl.sampler import RolloutOptions, RolloutSampler
 from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.vlms.base import VLM
@@ -101,17 +101,6 @@ class PolicyUpdateOptions(UpdateOptions):
         """Returns how many of the prompts of a step go through the model at once: at most those of a minibatch."""
         minibatch = max(1, prompts // self.minibatches)
         return min(minibatch, self.clips_per_forward or minibatch)
-
-
-class RolloutOutput(NamedTuple):
-    """What a training step shows callbacks."""
-
-    groups: tuple[RolloutGroup, ...]
-    """[B]"""
-    advantages: Tensor
-    """[B, G]"""
-    sample_mask: Tensor
-    """[B] bool, groups whose clip counts."""
 
 
 class GRPOModule(VLMModule):

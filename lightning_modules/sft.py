@@ -27,7 +27,7 @@ from vidreason.lightning_modules.fit.optimizer_step import split_clips
 from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import TextLoss, weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import TokenCounts, count_tokens
-from vidreason.lightning_modules.traces.generation import TRACES_FILE, TraceGenerator, write_run_traces
+from vidreason.lightning_modules.traces.generation import TraceGenerator, write_run_traces
 from vidreason.lightning_modules.traces.targets import (
     TargetOptions,
     Texts,
@@ -36,6 +36,7 @@ from vidreason.lightning_modules.traces.targets import (
     trace_targets,
 )
 from vidreason.lightning_modules.vlms.base import VLM, Scores
+from vidreason.run_folder import TRACES_FILE
 
 
 class RationaleSFTModule(VLMModule):

@@ -1,8 +1,10 @@
 """The rules that hold the layout together and that no linter knows."""
 
 import ast
+import importlib
 import re
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ SOURCES = sorted(
     if "__pycache__" not in path.parts
 )
 DECODERS = {"decord", "av", "torchcodec"}
+RECORDS = {"Looks", "SummaryRow"}
+"""Rows of a table, which only our own code makes; they may have more fields than a constructor has arguments"""
 
 
 def imported(path: Path) -> set[str]:
@@ -88,7 +92,17 @@ def test_quantisation_is_configured_in_one_folder():
 
 
 def test_the_command_line_starts_without_heavy_imports():
-    for name in ("__init__", "__main__", "cli/__init__", "cli/main", "cli/configs"):
+    for name in (
+        "__init__",
+        "__main__",
+        "cli/__init__",
+        "cli/main",
+        "cli/configs",
+        "config/files",
+        "config/options",
+        "run_folder",
+        "exit_codes",
+    ):
         path = ROOT / "src" / "vidreason" / f"{name}.py"
         top_level = ast.parse(path.read_text(encoding="utf-8")).body
         found = {
@@ -126,6 +140,112 @@ def test_nothing_swallows_errors_or_saves_hyperparameters(path):
 def test_no_file_without_an_idea():
     names = {path.stem for path in SOURCES}
     assert not names & {"utils", "util", "common", "helpers", "misc", "registry"}
+
+
+def test_the_modules_of_lightning_are_few():
+    flat = [path for path in (ROOT / "lightning_modules").glob("*.py") if path.name != "__init__.py"]
+    assert 0 < len(flat) <= 6, sorted(map(relative, flat))
+
+
+def test_a_stage_has_one_base_of_ours():
+    from lightning import LightningModule
+
+    for path in SOURCES:
+        if path.parent == ROOT / "lightning_modules":
+            importlib.import_module(dotted(path))
+    stages = [kind for kind in _subclasses(LightningModule) if kind.__module__.startswith("vidreason.")]
+    assert {"VLMModule", "RationaleSFTModule", "GRPOModule", "CalibrationModule"} <= {kind.__name__ for kind in stages}
+    for kind in stages:
+        ours = [base.__name__ for base in kind.__mro__ if base.__module__.startswith("vidreason.")]
+        assert len(ours) <= 2, f"{kind.__name__} stands on {ours[1:]}"
+
+
+def test_constructors_are_narrow():
+    """What a class hands on to its base is the base's."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
+    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for name, node in classes.items():
+        bases = [classes[base] for base in map(ast.unparse, node.bases) if base in classes]
+        inherited = {argument for base in bases for argument in _constructor_arguments(base)}
+        own = [argument for argument in _constructor_arguments(node) if argument not in inherited]
+        assert len(own) <= 12 or name in RECORDS, f"{name} takes {len(own)} arguments, group them: {', '.join(own)}"
+
+
+def test_no_module_imports_itself_through_others():
+    """Imports inside functions and under ``TYPE_CHECKING`` count."""
+    modules = {dotted(path): path for path in SOURCES if dotted(path).startswith("vidreason.")}
+    graph = {name: _own_imports(path, modules.keys()) - {name} for name, path in modules.items()}
+    circles = [circle for circle in _strongly_connected(graph) if len(circle) > 1]
+    assert not circles, "\n".join(" <-> ".join(sorted(circle)) for circle in circles)
+
+
+def test_a_circle_would_be_found():
+    assert _strongly_connected({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}, {"a"}, {"d"}]
+
+
+def dotted(path: Path) -> str:
+    """The name under which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "src":
+        parts = parts[1:]
+    elif parts[0] in FOLDERS:
+        parts = ("vidreason", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _own_imports(path: Path, modules: Iterable[str]) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else str(node.module) for name in inner}
+    return found.intersection(modules)
+
+
+def _strongly_connected(graph: Mapping[str, set[str]]) -> list[set[str]]:
+    """Tarjan's algorithm: sets of nodes that can reach each other, those that are imported first."""
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(node: str) -> None:
+        number[node] = lowest[node] = len(number)
+        stack.append(node)
+        for other in sorted(graph[node]):
+            if other not in number:
+                visit(other)
+                lowest[node] = min(lowest[node], lowest[other])
+            elif other in stack:
+                lowest[node] = min(lowest[node], number[other])
+        if lowest[node] == number[node]:
+            at = stack.index(node)
+            found.append(set(stack[at:]))
+            del stack[at:]
+
+    for node in sorted(graph):
+        if node not in number:
+            visit(node)
+    return found
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _constructor_arguments(node: ast.ClassDef) -> list[str]:
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            arguments = item.args
+            return [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)][1:]
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return []
+    fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+    return [ast.unparse(f.target) for f in fields if "ClassVar" not in ast.unparse(f.annotation)]
 
 
 def _without_docstrings(path: Path) -> ast.Module:

@@ -1,12 +1,14 @@
 """A 4-bit base with an adapter, on a CPU: it trains, scores and writes after sampling; its checkpoints resume."""
 
 import pytest
+import small_grpo
 import stage_world as world
 import torch
 
-from vidreason.lightning_modules.grpo import GRPOModule
-from vidreason.lightning_modules.rollout import generate_rollouts
+from vidreason.lightning_modules.fit.optimizer_step import UpdateOptions
+from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.vlms.completions import generate_completions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
@@ -28,10 +30,8 @@ def make_module(small_base):
     def make(stage):
         vlm = TinyVLM(path=str(small_base), lora=LoRAOptions(r=4, alpha=8), quantize="nf4")
         if stage == "sft":
-            return RationaleSFTModule(vlm, target="label", optimizer=adamw)
-        return GRPOModule(
-            vlm, rewards=[Letters()], group_size=4, train_sampling=SHORT, optimizer=adamw, warmup=0, cold_steps=99
-        )
+            return RationaleSFTModule(vlm, optim=OptimOptions(adamw), updates=UpdateOptions(max_grad_norm=0))
+        return small_grpo.make(vlm, rewards=[Letters()], optimizer=adamw)
 
     return make
 
@@ -65,7 +65,7 @@ def test_it_writes_and_scores_what_it_wrote(make_module, make_data, make_trainer
     data = make_data(module.vlm)
     trainer.fit(module, data)
     batch = next(iter(data.train_dataloader()))
-    rolled = generate_rollouts(module.vlm, module.policy, batch.prompts, batch.clips, 2, SHORT, seed=1)
+    rolled = generate_completions(module.vlm, module.policy, batch.prompts, batch.clips, 2, SHORT, seed=1)
     scores = module.vlm.score(module.policy, batch.prompts, rolled.texts)
     torch.testing.assert_close(scores.logprobs, rolled.logprobs, atol=1e-4, rtol=0)
     (-scores.logprobs.sum()).backward()

@@ -5,23 +5,24 @@ import os
 import signal
 
 import pytest
+import small_grpo
 import stage_world as world
 import torch
 from kill_compare import same
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
-from vidreason.callbacks.run_checkpoint import CheckpointOptions, RunCheckpoint
-from vidreason.callbacks.stopping import Stopping
+from vidreason.lightning_modules.fit.lightning_internals import forward_sigterm
+from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
+from vidreason.lightning_modules.fit.schedule import OptimOptions
+from vidreason.lightning_modules.fit.stopping import StopOnSignal
 from vidreason.lightning_modules.grpo import GRPOModule
-from vidreason.lightning_modules.interrupts import signals_handled, take_signals
 from vidreason.lightning_modules.sft import RationaleSFTModule
-from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.base import RewardFn
+from vidreason.signals import handle_signals
 
 small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_folder, world.make_vlm, world.make_data
 make_trainer, adamw = world.make_trainer, world.adamw
 
-SHORT = Sampling(max_new_tokens=6)
 EVERY = CheckpointOptions(every_n_batches=1)
 
 
@@ -63,9 +64,15 @@ class WatchedSFT(RationaleSFTModule):
 class WatchedGRPO(GRPOModule):
     log_book: Logbook
 
-    def sample_groups(self, prompts, clips, seed):
-        self.log_book.add("rollout", self.global_step, seed, *(clip.video_id for clip in clips))
-        return super().sample_groups(prompts, clips, seed)
+    def setup(self, stage):
+        super().setup(stage)
+        generate = self._sampler._generate
+
+        def noted(model, prompts, clips, seed, step):
+            self.log_book.add("rollout", step, seed, *(clip.video_id for clip in clips))
+            return generate(model, prompts, clips, seed, step)
+
+        self._sampler._generate = noted
 
     def update(self, minibatch):
         ids = [clip.video_id for part in minibatch for clip in part.batch.clips]
@@ -95,12 +102,12 @@ def fit(make_vlm, make_data, make_trainer, tmp_path):
         module.log_book = book
         kwargs = {"max_epochs": 2, "check_val_every_n_epoch": 2, **kwargs}
         saving = RunCheckpoint(kwargs.pop("options", EVERY), dirpath=str(last.parent))
-        callbacks = [Stopping(), AdapterCheckpoint("val/acc"), saving]
+        callbacks = [StopOnSignal(), AdapterCheckpoint("val/acc"), saving]
         trainer = make_trainer(folder, callbacks=callbacks, **kwargs)
-        take_signals(trainer)
+        forward_sigterm(trainer)
         if last.is_file():
             torch.manual_seed(17)  # nothing may hang on it, LoRA's first weights included
-        with signals_handled():
+        with handle_signals():
             data = make_data(module.vlm, batch_size=2 if isinstance(module, WatchedSFT) else 3)
             trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
         return state_of(last)
@@ -111,23 +118,21 @@ def fit(make_vlm, make_data, make_trainer, tmp_path):
 
 def sft(vlm):
     vlm.lora = type(vlm.lora)(**{**vars(vlm.lora), "dropout": 0.2})
-    return WatchedSFT(vlm, optimizer=adamw, schedule="cosine", warmup=0.2)
+    return WatchedSFT(vlm, optim=OptimOptions(adamw, "cosine", warmup=0.2))
 
 
 def grpo(vlm):
-    return WatchedGRPO(
+    return small_grpo.make(
         vlm,
+        WatchedGRPO,
         rewards=[EvenLength()],
         group_size=3,
-        train_sampling=SHORT,
-        sampling=SHORT,
         inner_epochs=2,
         minibatches=2,
         kl_coef=0.1,
-        replay=2,
         resample=1,
-        cold_steps=10**6,
         optimizer=adamw,
+        warmup=10,
     )
 
 
@@ -163,10 +168,9 @@ def stop(fit, make, whole, entries, at, number):
     book, resumed = Logbook(at, lambda: os.kill(os.getpid(), number)), Logbook()
     with contextlib.suppress(SystemExit):
         fit(f"stopped{at}", make, book)
-    if entries[at][0] == "update":  # of four on a rollout
-        made = entries[at][1] % 4 + 1
-        half = fit.saved(f"stopped{at}")["vidreason"]["ranks"][0]["stage"]["half_learnt"]
-        assert (0 if half is None else half["updates"]) == made % 4
+    if entries[at][0] == "update":  # The four on a rollout batch are finished first.
+        saved, batches = fit.saved(f"stopped{at}"), entries[at][1] // 4 + 1
+        assert (saved["global_step"], saved["vidreason"]["progress"]["batches"]) == (4 * batches, batches)
     ended = fit(f"stopped{at}", make, resumed)
     check(whole, ended)
     redone = len(book.entries) + len(resumed.entries) - len(entries)
@@ -188,7 +192,7 @@ def test_a_fit_that_is_cut_off_ends_as_one_that_is_not(fit, make, kinds, monkeyp
 
 @pytest.mark.parametrize(("make", "kinds"), STOPS)
 def test_sigterm_stops_a_fit_where_it_can_go_on(fit, make, kinds):
-    """In a rollout, between the updates on it, in a validation and between batches; little is done twice."""
+    """In a rollout, after the updates on it, in a validation and between batches; little is done twice."""
     book = Logbook()
     whole = fit("whole", make, book)
     for at in points(book.entries, kinds):

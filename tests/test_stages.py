@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import small_grpo
 import stage_world as world
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,10 +17,12 @@ from vidreason.callbacks.trace_writer import TraceWriter
 from vidreason.datamodules.prompts import ReasonView
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
-from vidreason.lightning_modules.grpo import GRPOModule
-from vidreason.lightning_modules.own_traces import TraceOptions
-from vidreason.lightning_modules.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.decisions.deciders import DecideOptions
+from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
+from vidreason.lightning_modules.traces.generation import TraceOptions
+from vidreason.lightning_modules.traces.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.traces.targets import TargetOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.completion import CompletionForm, parse_completion
 
@@ -25,7 +30,10 @@ small_base, clip_folder, make_vlm, make_data = world.small_base, world.clip_fold
 make_trainer, ready, adamw = world.make_trainer, world.ready, world.adamw
 
 SHORT = Sampling(max_new_tokens=6)
-OWN = TraceOptions(samples=2, sampling=SHORT, filter=RationaleFilter(complete=False))
+DESCRIBE = TraceOptions(samples=2, sampling=SHORT, filter=RationaleFilter(complete=False))
+REASON = replace(DESCRIBE, kind="reason")
+ADAMW = OptimOptions(adamw)
+ANSWER = DecideOptions("answer", sampling=SHORT)
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -35,40 +43,33 @@ def test_deepintuit_from_descriptions_to_calibrated_predictions(make_vlm, make_d
         trainer = make_trainer(folder, callbacks=callbacks, **kwargs)
         data = make_data(module.vlm)
         getattr(trainer, command)(module, data)
-        return module.run_dir
+        return Path(trainer.default_root_dir)
 
     out = "adapter" if lora else "weights"
-    described = run("1", VLMModule(make_vlm(lora), traces_sampled=OWN), "predict")
+    described = run("1", VLMModule(make_vlm(lora), traces=DESCRIBE), "predict")
     cold = RationaleSFTModule(
         make_vlm(lora),
-        target="trace",
-        traces=str(described / "traces.jsonl"),
-        optimizer=adamw,
-        decide="answer",
-        sampling=SHORT,
+        TargetOptions("trace"),
+        traces_file=str(described / "traces.jsonl"),
+        optim=ADAMW,
+        decide=ANSWER,
     )
     start = run("2", cold, max_epochs=2)
-    grpo = GRPOModule(
-        make_vlm(lora),
-        adapter_path=str(start / out),
-        group_size=2,
-        train_sampling=SHORT,
-        sampling=SHORT,
-        optimizer=adamw,
-        cold_steps=99,
+    grpo = small_grpo.make(
+        make_vlm(lora), adapter_path=str(start / out), rewards=None, group_size=2, optimizer=adamw, warmup=10
     )
     refined = run("3", grpo, max_steps=1)
-    reason = VLMModule(make_vlm(lora), adapter_path=str(refined / out), predict="reason", traces_sampled=OWN)
+    reason = VLMModule(make_vlm(lora), adapter_path=str(refined / out), traces=REASON)
     traces = run("4", reason, "predict")
     calibration = CalibrationModule(
         make_vlm(lora),
         adapter_path=str(refined / out),
-        traces=str(traces / "traces.jsonl"),
-        traces_sampled=OWN,
-        optimizer=adamw,
+        traces_file=str(traces / "traces.jsonl"),
+        traces=REASON,
+        optim=ADAMW,
     )
     calibrated = run("5", calibration, max_epochs=1)
-    final = CalibrationModule(make_vlm(lora), calibrator_path=str(calibrated / "adapter"), traces_sampled=OWN)
+    final = CalibrationModule(make_vlm(lora), calibrator_path=str(calibrated / "adapter"), traces=REASON)
     tested = run("6", final, "test")
     lines = [json.loads(line) for line in (tested / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 6
@@ -104,12 +105,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_vlm, make_data,
     def module(stop=-1):
         made = Interrupted(
             make_vlm(),
-            target="trace",
-            traces_sampled=OWN,
-            optimizer=adamw,
-            schedule="linear",
-            warmup=0.25,
-            min_steps=5,
+            TargetOptions("trace"),
+            traces=DESCRIBE,
+            optim=OptimOptions(adamw, "linear", warmup=0.25),
         )
         made.stop_at = stop
         return made
@@ -118,18 +116,19 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_vlm, make_data,
         return ModelCheckpoint(save_last=True, save_top_k=0, save_on_exception=True, enable_version_counter=False)
 
     whole = module()
-    make_trainer("whole", max_epochs=2, limit_val_batches=0).fit(whole, make_data(whole.vlm))
+    make_trainer("whole", max_epochs=3, limit_val_batches=0).fit(whole, make_data(whole.vlm))
 
     cut = module(stop_at)
     first = checkpoint()
     with pytest.raises(SystemExit):
-        make_trainer("cut", max_epochs=2, limit_val_batches=0, callbacks=[first]).fit(cut, make_data(cut.vlm))
-    written = (cut.run_dir / "traces.jsonl").read_text()
+        make_trainer("cut", max_epochs=3, limit_val_batches=0, callbacks=[first]).fit(cut, make_data(cut.vlm))
+    traces = Path(cut.trainer.default_root_dir) / "traces.jsonl"
+    written = traces.read_text()
     resumed = module()
-    make_trainer("cut", max_epochs=2, limit_val_batches=0, callbacks=[checkpoint()]).fit(
+    make_trainer("cut", max_epochs=3, limit_val_batches=0, callbacks=[checkpoint()]).fit(
         resumed, make_data(resumed.vlm), ckpt_path=first.last_model_path, weights_only=True
     )
-    assert (cut.run_dir / "traces.jsonl").read_text() == written
+    assert traces.read_text() == written
     assert resumed.global_step == whole.global_step == 6
     other = dict(whole.named_parameters())
     for name, p in resumed.named_parameters():
@@ -162,7 +161,7 @@ def test_a_resumed_run_goes_on_with_the_next_clip(make_vlm, make_data, make_trai
             return super().training_step(batch, batch_idx)
 
     def fit(folder, epochs, stop_at=-1, **kwargs):
-        module = Watched(make_vlm(), optimizer=adamw)
+        module = Watched(make_vlm(), optim=ADAMW)
         module.stop_at = stop_at
         trainer = make_trainer(folder, max_epochs=epochs, callbacks=kwargs.pop("callbacks", []))
         trainer.fit(module, make_data(module.vlm, num_workers=workers), **kwargs)
@@ -180,25 +179,16 @@ def test_a_resumed_run_goes_on_with_the_next_clip(make_vlm, make_data, make_trai
 
 def test_a_second_fit_into_the_same_folder_works(make_vlm, make_data, make_trainer):
     for _ in range(2):
-        module = RationaleSFTModule(make_vlm(), target="rationale", traces_sampled=OWN, optimizer=adamw)
+        module = RationaleSFTModule(make_vlm(), TargetOptions("rationale"), traces=DESCRIBE, optim=ADAMW)
         make_trainer(max_steps=1, callbacks=[AdapterCheckpoint(), ModelCheckpoint(save_last=True, save_top_k=0)]).fit(
             module, make_data(module.vlm)
         )
-    assert (module.run_dir / "adapter" / "adapter_model.safetensors").exists()
+    assert (Path(module.trainer.default_root_dir) / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_same_seed_gives_the_same_run(make_vlm, make_data, make_trainer):
     def weights(folder, seed):
-        module = GRPOModule(
-            make_vlm(),
-            group_size=4,
-            train_sampling=SHORT,
-            sampling=SHORT,
-            cold_steps=99,
-            entropy_coef=0.01,
-            optimizer=adamw,
-            seed=seed,
-        )
+        module = small_grpo.make(make_vlm(), rewards=None, entropy_coef=0.01, optimizer=adamw, warmup=10, seed=seed)
         make_trainer(folder, max_steps=2, limit_val_batches=0).fit(module, make_data(module.vlm))
         return {n: p for n, p in module.named_parameters() if p.requires_grad}
 
@@ -210,27 +200,26 @@ def test_the_same_seed_gives_the_same_run(make_vlm, make_data, make_trainer):
 @pytest.mark.parametrize("mode", ["no_think", "answer_first"])
 def test_a_form_goes_through_cold_start_grpo_and_test(make_vlm, make_data, make_trainer, mode):
     form = CompletionForm(mode)
-    cold = RationaleSFTModule(make_vlm(), target="trace", traces_sampled=OWN, optimizer=adamw, completion=form)
+    cold = RationaleSFTModule(make_vlm(), TargetOptions("trace"), traces=DESCRIBE, optim=ADAMW, completion=form)
     data = make_data(cold.vlm)
     make_trainer("cold", max_steps=1, limit_val_batches=0, callbacks=[AdapterCheckpoint()]).fit(cold, data)
     targets = [text for texts in data.view.targets.values() for text in texts]
     assert targets
     assert all(text.startswith("<answer>") and parse_completion(text, form).well_formed for text in targets)
-    grpo = GRPOModule(
+    grpo = small_grpo.make(
         make_vlm(),
-        adapter_path=str(cold.run_dir / "adapter"),
+        adapter_path=str(Path(cold.trainer.default_root_dir) / "adapter"),
+        rewards=None,
         group_size=2,
-        train_sampling=SHORT,
-        sampling=SHORT,
-        cold_steps=99,
         optimizer=adamw,
+        warmup=10,
         completion=form,
     )
     data = make_data(grpo.vlm)
     make_trainer("grpo", max_steps=1, limit_val_batches=1).fit(grpo, data)
     asked = data.view.prompt(data.clips("train")[0]).text
     assert asked == ReasonView(data.task, form=form).prompt(data.clips("train")[0]).text
-    tested = VLMModule(make_vlm(), decide="answer", sampling=SHORT, completion=form)
+    tested = VLMModule(make_vlm(), decide=ANSWER, completion=form)
     data = make_data(tested.vlm)
     make_trainer("test").test(tested, data)
     assert data._eval_view.form == form

@@ -10,9 +10,11 @@ import torch
 import yaml
 
 from vidreason.config.trainer_cli import build
-from vidreason.lightning_modules.fsdp import FSDP2
-from vidreason.lightning_modules.own_traces import TraceOptions
-from vidreason.lightning_modules.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.decisions.deciders import DecideOptions
+from vidreason.lightning_modules.fit.fsdp import FSDP2
+from vidreason.lightning_modules.rl.sampler import RolloutOptions
+from vidreason.lightning_modules.traces.generation import TraceOptions
+from vidreason.lightning_modules.traces.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.loading.sharding import is_unsharded, shard, unsharded
@@ -46,10 +48,12 @@ def small(small_base, make_data):
     def make(cli):
         module = cli.model
         module.vlm.path = str(small_base)
-        module.batch_size, module.min_steps = 3, 0
-        module.sampling = module.train_sampling = SHORT
-        module.trace_options = TraceOptions(samples=1, sampling=SHORT, filter=RationaleFilter(complete=False))
-        module.group_size, module.cold_steps = 2, 99
+        module.batch_size = 3
+        module.decide = DecideOptions(module.decide.by, sampling=SHORT)
+        module.traces = TraceOptions(
+            module.traces.kind, samples=1, sampling=SHORT, filter=RationaleFilter(complete=False)
+        )
+        module.rollouts = RolloutOptions(group_size=2, sampling=SHORT, max_unparsed_steps=99)
         return module, make_data(module.vlm)
 
     return make
@@ -103,7 +107,7 @@ def test_no_overlay_sets_what_grpo_owns(name):
     assert not {"gradient_clip_val", "accumulate_grad_batches", "accelerator", "precision"} & set(trainer)
 
 
-PAGED = ["--model.init_args.optimizer=bitsandbytes.optim.PagedAdamW8bit"]
+PAGED = ["--model.init_args.optim.optimizer=bitsandbytes.optim.PagedAdamW8bit"]
 
 
 def test_paged_8_bit_adamw_is_an_option(small):

@@ -1,4 +1,4 @@
-"""Clips that were read one by one, and those that were not, as a batch."""
+"""Collation of clips into batches."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vidreason.datamodules.types import BatchEncoder, Example, VideoBatch
 
 
 class BatchCollator:
-    """Encodes the clips of a batch and names those that could not be read.
+    """Encodes the clips of a batch and lists those that could not be read.
 
     Args:
-        encoder: the model family's.
-        label_names: index of a label is its place here.
+        encoder: The model family's.
+        label_names: Index of a label is its place here.
     """
 
     def __init__(self, encoder: BatchEncoder, label_names: Sequence[str]) -> None:
@@ -25,7 +25,7 @@ class BatchCollator:
         self.label_index = {name: index for index, name in enumerate(label_names)}
 
     def __call__(self, items: Sequence[LoadedClip]) -> VideoBatch:
-        """Collates a batch; ``encoded`` is None where there is no clip to encode."""
+        """Collates a batch; ``encoded`` is None if there is no clip to encode."""
         shown = [item for item in items if item.content is not None]
         examples = _alike(shown)
         labels = [-1 if e.sample.label is None else self.label_index[e.sample.label] for e in examples]
@@ -40,9 +40,9 @@ class BatchCollator:
 
 
 def _alike(items: Sequence[LoadedClip]) -> list[Example]:
-    """The clips of a batch; those that could not be read are as large as the first that could.
+    """Returns the examples of a batch; placeholder videos get the shape of the first clip that could be read.
 
-    So an encoder that takes the others takes them, too.
+    An encoder that accepts the other clips then accepts them as well.
     """
     examples = [item.content for item in items if item.content is not None]
     read = next((e.sample for e, item in zip(examples, items, strict=True) if item.failed is None), None)

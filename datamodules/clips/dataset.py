@@ -1,4 +1,4 @@
-"""Clips one at a time: decoded, and joined with what a stage shows of them."""
+"""The dataset of clips: each is decoded and joined with its prompt and texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
 
 
 class ClipKey(NamedTuple):
-    """What the training sampler asks for: a clip, and the epoch that its jitter depends on."""
+    """Index into a ``ClipDataset``: a clip, and the epoch on which its jitter depends."""
 
     position: int
     epoch: int
@@ -33,10 +33,10 @@ class ClipKey(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """One clip out of the dataset, or the reason why there is none."""
+    """One item of the dataset, or the reason why the clip could not be read."""
 
     content: Example | None
-    """None outside of training, where the clip could not be read; in training it is a black video then"""
+    """None if the clip could not be read in evaluation; in training it is a placeholder video then"""
     decode_ms: float
     valid: bool = True
     """As in ``ClipKey``"""
@@ -45,14 +45,15 @@ class LoadedClip:
 
 
 def ignore_signals_in_worker(worker: int) -> None:
-    """Lets a loader's worker outlive Ctrl-C and SIGTERM that go to all processes of a run; only the run itself ends it.
+    """Lets a worker ignore Ctrl-C and SIGTERM sent to the whole process group; only its parent process ends it.
 
     Args:
-        worker: Its number, as a ``worker_init_fn`` gets it.
+        worker: Number of the worker; a ``worker_init_fn`` gets it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # it says who sends a signal; not on macOS
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # a blocked signal is only delivered to sigwaitinfo, which tells who sent it
         threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
 
 
@@ -63,15 +64,15 @@ def _exit_on_sigterm_of_parent() -> None:
 
 
 class ClipDataset(Dataset[LoadedClip]):
-    """Clips, decoded one at a time and joined with what the view shows of them.
+    """A dataset of decoded clips with the prompts and texts of a view.
 
     Args:
-        clips: what to read.
-        view: prompt and texts of a clip.
-        frames: which frames to take.
-        seed: of the jitter in training.
-        train: jitters segment sampling, and shows black frames, which get no weight, for a clip that cannot be read:
-            ranks that train together all have to run their part of a batch.
+        clips: What to read.
+        view: Prompt and texts of a clip.
+        frames: Which frames to take.
+        seed: Of the jitter in training.
+        train: If True, segment sampling is jittered, and a clip that cannot be read becomes a placeholder video that
+            does not count, since every rank has to run its part of a batch.
     """
 
     def __init__(self, clips: Sequence[Clip], view: ClipView, frames: FrameOptions, seed: int, train: bool) -> None:
@@ -86,7 +87,7 @@ class ClipDataset(Dataset[LoadedClip]):
         return len(self.clips)
 
     def __getitem__(self, key: int | ClipKey) -> LoadedClip:
-        """Reads a clip, or says why it cannot be read."""
+        """Returns a clip with prompt and texts, or the reason why it cannot be read."""
         position, epoch, valid = key if isinstance(key, ClipKey) else ClipKey(key, 0)
         clip = self.clips[position]
         start = time.perf_counter()
@@ -101,11 +102,11 @@ class ClipDataset(Dataset[LoadedClip]):
         return LoadedClip(Example(sample, self.view.prompt(clip), self.view.texts(clip)), decode_ms, valid, failed)
 
     def _sample(self, clip: Clip, jitter: torch.Generator | None) -> VideoSample:
-        """The frames that the view shows of a clip.
+        """Returns the frames that the view shows of a clip.
 
         Raises:
-            DecodeError: No frame can be read.
-            OSError: The system refuses to open the file.
+            DecodeError: If no frame can be read.
+            OSError: If the file cannot be opened.
         """
         video = self.read(clip, jitter)
         sample = VideoSample(clip.video_id, video.frames, clip.label, video.timing, clip)
@@ -114,11 +115,11 @@ class ClipDataset(Dataset[LoadedClip]):
         return replace(sample, identity=self._identity(clip, video))
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
-        """Reads the frames of a clip from its file."""
+        """Returns the frames of a clip, read from its file."""
         return read_frames(clip.path, self.frames, jitter)
 
     def content(self, clip: Clip) -> str:
-        """Hash of what the frames are taken from; empty where a clip is no file."""
+        """Returns the hash of the file; empty if it cannot be read."""
         try:
             found = clip.path.stat()
         except OSError:
@@ -129,7 +130,7 @@ class ClipDataset(Dataset[LoadedClip]):
         return self._contents[key]
 
     def _identity(self, clip: Clip, video: DecodedVideo) -> str:
-        """As ``VideoSample.identity``."""
+        """Returns the ``VideoSample.identity``: a hash of the file and the frames taken; empty if these are random."""
         jittered = self.train and self.frames.sampling == "segment"
         content = "" if jittered else self.content(clip)
         if not content:
@@ -138,6 +139,6 @@ class ClipDataset(Dataset[LoadedClip]):
         return hashlib.sha256(taken.encode()).hexdigest()
 
     def _jitter(self, clip: Clip, epoch: int) -> torch.Generator:
-        """A generator of its own for each seed, epoch and clip, so that workers and resuming change nothing."""
+        """Returns a generator that depends on seed, epoch and clip only, not on workers or resuming."""
         digest = hashlib.blake2b(f"{self.seed}/{epoch}/{clip.video_id}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -1,4 +1,4 @@
-"""What readers of videos share: the frames they give back, the choice of frames, the pixel budget."""
+"""Types and functions that all video readers share."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torchvision.transforms.v2 import functional as vision
 from vidreason.datamodules.types import FrameTiming
 
 NOMINAL_FPS = 25.0
-"""Of frames that come without times: pictures in an archive, black frames"""
+"""Assumed frames per second where there are no times: pictures in an archive, placeholder videos"""
 
 
 class DecodeError(ValueError):
-    """A clip that cannot be read; the message names its path and what each reader said."""
+    """Raised for a clip that cannot be read; the message names its path and each reader's error."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DecodedVideo:
 
 
 def fit_size(height: int, width: int, max_pixels: int | None) -> tuple[int, int]:
-    """The size within a pixel budget, aspect kept; the size itself where it already fits.
+    """Returns the size reduced to a pixel budget, with the same aspect ratio; unchanged if it fits.
 
     Example:
         >>> fit_size(480, 640, 76_800)
@@ -50,7 +50,7 @@ def fit_size(height: int, width: int, max_pixels: int | None) -> tuple[int, int]
 
 
 def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """[..., 3, H, W] uint8 to the given size; the same tensor where it already has it."""
+    """Resizes [..., 3, H, W] uint8; returns the same tensor if it already has the size."""
     if tuple(frames.shape[-2:]) == size:
         return frames
     resized: Tensor = vision.resize(frames, list(size), antialias=True)
@@ -58,6 +58,6 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def first_line(error: BaseException) -> str:
-    """One line of a message that may be a stack trace in C++."""
+    """Returns one line of an error message, which may be a C++ stack trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

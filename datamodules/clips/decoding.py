@@ -1,9 +1,9 @@
-"""From a file to frames.
+"""Decoding: reads the sampled frames of a file.
 
-Two readers stand behind one function. decord is fast and the default where it is installed; PyAV reads what decord
-cannot (AV1, GIF, files that are damaged or cut in half) and is always there. On sound files both give the same frames,
-chosen by the times at which they are shown, so that a phone's variable rate does not bend the sample. Readers are
-opened per clip with one thread and never kept, so that worker processes may be forked or spawned.
+There are two readers. decord is fast and is used by default if it is installed; PyAV is always installed and reads
+what decord cannot (AV1, GIF, damaged or truncated files). On intact files both return the same frames, chosen by
+presentation time, so that variable frame rates are sampled evenly. A reader is opened for each clip with one thread and
+not kept, so that worker processes may be forked or spawned.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class FrameOptions:
     """Which frames of a clip are taken, and how large they may be.
 
     Args:
-        num_frames: frames per clip; the most that ``fps`` sampling takes.
+        num_frames: Frames per clip; the most that ``fps`` sampling takes.
         sampling: uniform (middles of equal stretches), segment (one of each stretch, at random in training) or fps.
-        fps: frames per second that ``fps`` sampling takes.
-        max_pixels: height x width that no frame exceeds; larger ones shrink, none grows.
+        fps: Frames per second that ``fps`` sampling takes.
+        max_pixels: Height x width that no frame exceeds; larger ones shrink, none grows.
         reader: auto takes decord where it is installed and PyAV where decord fails.
 
     Raises:
-        ValueError: for numbers that are not positive, or fps sampling without a rate.
+        ValueError: If a number is not positive, or fps sampling has no rate.
     """
 
     num_frames: int = 12
@@ -69,12 +69,12 @@ def read_frames(path: Path, options: FrameOptions, generator: torch.Generator | 
     """Reads the sampled frames of one clip.
 
     Args:
-        path: a video file, or a zip archive of pictures.
-        options: how many frames, which, how large, and by which reader.
-        generator: jitters ``segment`` sampling; None takes the middle of each stretch.
+        path: A video file, or a zip archive of pictures.
+        options: How many frames, which, how large, and by which reader.
+        generator: Jitters ``segment`` sampling; None takes the middle of each stretch.
 
     Raises:
-        DecodeError: where no reader gets a single frame out of the file.
+        DecodeError: If no reader gets a single frame out of the file.
     """
     if not path.is_file():
         raise DecodeError(f"{path}: no such file")
@@ -106,8 +106,8 @@ def take_frames(frames: Tensor, fps: float, options: FrameOptions) -> DecodedVid
 
     Args:
         frames: [T, 3, H, W] uint8, all frames of the video.
-        fps: their frames per second.
-        options: how many frames, which, and how large.
+        fps: Their frames per second.
+        options: How many frames, which, and how large.
     """
     indices = _chooser(options, None)(len(frames), fps)
     chosen = resize(frames[list(indices)], fit_size(frames.shape[2], frames.shape[3], options.max_pixels))
@@ -115,7 +115,7 @@ def take_frames(frames: Tensor, fps: float, options: FrameOptions) -> DecodedVid
 
 
 def _chooser(options: FrameOptions, generator: torch.Generator | None) -> FrameChooser:
-    """Joins the sampling function to its options."""
+    """Returns the sampling function with its options bound."""
 
     def choose(total: int, fps: float) -> tuple[int, ...]:
         if options.sampling == "segment":
@@ -129,7 +129,7 @@ def _chooser(options: FrameOptions, generator: torch.Generator | None) -> FrameC
 
 @cache
 def _decord() -> ModuleType | None:
-    """Imports decord on first use and silences its FFmpeg; None where it is not installed or does not load."""
+    """Imports decord on first use and silences its FFmpeg; returns None if it cannot be imported."""
     try:
         module = import_module("decord")
     except (ImportError, OSError):

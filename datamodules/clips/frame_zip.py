@@ -1,4 +1,4 @@
-"""Clips that come as a zip archive of pictures; read in memory, nothing is unpacked to disk."""
+"""Reads clips stored as zip archives of pictures, without unpacking them to disk."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class Pictures:
     pictures: tuple[Tensor, ...]
     """[T] of uint8 [3, H, W]; sizes may differ"""
     indices: tuple[int, ...]
-    """[T] places among the readable pictures"""
+    """[T] indices among the readable pictures"""
     total: int
     partial: bool
-    """True where some pictures could not be read and were passed over"""
+    """True if some pictures could not be read and were skipped"""
 
 
 def read_pictures(path: Path, choose: Callable[[int], tuple[int, ...]]) -> Pictures:
     """Reads the chosen pictures of an archive, in the natural order of their names (``f_2`` before ``f_10``).
 
     Args:
-        path: the archive.
-        choose: number of pictures -> positions to take; asked again where a chosen picture turns out unreadable.
+        path: The archive.
+        choose: Maps the number of pictures to the positions to take; called again if a chosen picture is unreadable.
 
     Raises:
-        ValueError: for something that is no whole archive, or holds no readable picture.
+        ValueError: If the archive is incomplete or has no readable picture.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -50,7 +50,7 @@ def read_pictures(path: Path, choose: Callable[[int], tuple[int, ...]]) -> Pictu
 
 
 def picture_names(names: list[str]) -> list[str]:
-    """The pictures among an archive's entries, in natural order, without what operating systems leave behind.
+    """Returns the pictures among an archive's entries in natural order, without hidden and system files.
 
     Example:
         >>> picture_names(["a/f_10.jpg", "a/f_2.jpg", "__MACOSX/a/f_2.jpg", "a/.hidden.jpg", "notes.txt"])
@@ -93,6 +93,6 @@ def _picture(archive: zipfile.ZipFile, name: str) -> Tensor | None:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A key that compares runs of digits as numbers."""
+    """Returns a sort key that compares runs of digits as numbers."""
     parts = re.findall(r"\d+|\D+", name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part.casefold()) for part in parts]

@@ -1,7 +1,4 @@
-"""Black frames: what a blinded model is shown, and what stands for a training clip that cannot be read.
-
-T frames of H x W pixels.
-"""
+"""Black videos: for views that hide the video, and as placeholders for training clips that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,15 +11,15 @@ from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.types import Clip, FrameTiming, VideoSample
 
 _SIDE = 224
-"""Pixels; no processor refuses frames of this size"""
+"""Height and width in pixels; every processor accepts this size"""
 
 
 def blackened(sample: VideoSample, like: VideoSample | None = None) -> VideoSample:
-    """Returns the sample with every pixel black; its identity is that of any black video of this shape.
+    """Returns the sample with every pixel black; all black videos of one shape have the same identity.
 
     Args:
-        sample: Of a clip.
-        like: Another sample whose shape and timing it takes.
+        sample: The sample of a clip.
+        like: Another sample, whose shape and timing are used; None uses those of ``sample``.
     """
     like = like or sample
     shape = tuple(like.frames.shape)
@@ -30,7 +27,7 @@ def blackened(sample: VideoSample, like: VideoSample | None = None) -> VideoSamp
 
 
 def placeholder_video(clip: Clip, options: FrameOptions) -> VideoSample:
-    """Returns a black video of as many frames as are asked for, for a clip that cannot be read."""
+    """Returns a black video with the number of frames that the options ask for."""
     height, width = fit_size(_SIDE, _SIDE, options.max_pixels)
     frames = torch.zeros(options.num_frames, 3, height, width, dtype=torch.uint8)
     timing = FrameTiming(NOMINAL_FPS, options.num_frames, tuple(range(options.num_frames)))

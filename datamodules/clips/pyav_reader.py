@@ -1,4 +1,4 @@
-"""Reads any file that FFmpeg can, by PyAV: front to back, packet by packet, past damaged ones."""
+"""Reads videos with PyAV from the first to the last packet, skipping damaged ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PYAV_ERRORS = (av.FFmpegError, OSError)
 
 
 def read_with_pyav(path: Path, choose: FrameChooser, max_pixels: int | None) -> DecodedVideo:
-    """Decodes front to back, which no damaged index can mislead, and keeps the chosen frames alone."""
+    """Decodes all packets in order, so that a damaged index does no harm, and keeps only the chosen frames."""
     times, fps = _survey(path)
     shown = choose_by_time(choose, times, fps)
     scan = _scan(path, frozenset(shown.frames), max_pixels)
@@ -43,16 +43,16 @@ def read_with_pyav(path: Path, choose: FrameChooser, max_pixels: int | None) -> 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What one pass over a file found."""
+    """Result of one pass over a file."""
 
     times: list[float]
-    """of every frame that was decoded, seconds; NaN where the file gives none"""
+    """Time of each decoded frame in seconds; NaN if the file has none"""
     frames: dict[int, Tensor]
     partial: bool
 
 
 def _survey(path: Path) -> tuple[list[float], float]:
-    """When each frame is shown, in seconds, and the frame rate; decodes nothing.
+    """Returns the time of each frame in seconds and the frame rate, without decoding.
 
     Packets are counted, since a header's frame count may be 0 or wrong.
     """
@@ -73,7 +73,7 @@ def _seconds(pts: int | None, time_base: Fraction | None) -> float:
 
 
 def _scan(path: Path, wanted: frozenset[int], max_pixels: int | None) -> _Scan:
-    """Decodes everything, packet by packet, and converts the wanted frames."""
+    """Decodes all packets and converts the wanted frames."""
     frames: dict[int, Tensor] = {}
     size: tuple[int, int] | None = None
     times: list[float] = []
@@ -105,7 +105,7 @@ def _open(path: Path) -> InputContainer:
 
 
 def _video_stream(container: InputContainer, path: Path) -> VideoStream:
-    """The stream that FFmpeg thinks best; cover art is not a video."""
+    """Returns the stream that FFmpeg considers best; cover art is not a video."""
     moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not moving:
         raise DecodeError(f"{path}: PyAV: the file has no video stream")
@@ -114,7 +114,7 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream] | None]:
-    """The packets of a stream, the flushing one last; None stands for the rest of a file that is cut off."""
+    """Yields the packets of a stream and then the flushing packet; None marks the end of a truncated file."""
     demux = container.demux(stream)
     while True:
         try:
@@ -128,6 +128,6 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[
 
 
 def _upright(frame: VideoFrame) -> Tensor:
-    """[3, H, W] uint8, turned as the display matrix says."""
+    """Returns the frame as [3, H, W] uint8, rotated by the display matrix."""
     pixels = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous()

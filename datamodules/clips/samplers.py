@@ -1,4 +1,4 @@
-"""In which order training takes the clips, and where a fit that was interrupted goes on."""
+"""Samplers and the training loader: the order of clips, and where an interrupted fit continues."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from vidreason.datamodules.clips.sampling import balanced_order
 
 
 def batches_of_an_epoch(trainer: L.Trainer, batches: int) -> int:
-    """How many of a loader's ``batches`` the trainer takes in an epoch."""
+    """Returns how many of a loader's ``batches`` the trainer uses in an epoch."""
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 class ResumableSampler(DistributedSampler[Any]):
-    """An order of clips that may be entered anywhere."""
+    """A sampler that can start in the middle of an epoch."""
 
     consumed: tuple[int, int] = (0, 0)
-    """An epoch, and how many of its clips this rank had seen when the run was interrupted"""
+    """(epoch, clips of it that this rank had seen when the run was interrupted)"""
 
     @property
     def seen(self) -> int:
-        """How many clips of this epoch are passed over."""
+        """Number of clips to skip in the current epoch."""
         epoch, clips = self.consumed
         return clips if epoch == self.epoch else 0
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A training loader whose state is how many batches were trained on, however many workers have fetched ahead.
+    """A training loader whose state is the number of batches trained on, not the number that workers have prefetched.
 
     Its sampler is a :class:`ResumableSampler`. Lightning keeps ``state_dict`` in its checkpoints, and calls
     ``load_state_dict`` before it iterates.
     """
 
     trainer: L.Trainer | None = None
-    """Who trains; None outside of a fit"""
+    """None outside of a fit"""
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch of the next batch, and how many of its clips all ranks together have been trained on."""
+        """Returns the epoch of the next batch and how many of its clips all ranks together have been trained on."""
         sampler = self._sampler()
         assert self.trainer is not None
         assert self.batch_size is not None
@@ -52,7 +52,7 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": epoch, "clips": batches * self.batch_size * sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Lets the sampler go on behind those clips."""
+        """Lets the sampler continue after those clips."""
         sampler = self._sampler()
         sampler.set_epoch(state["epoch"])
         sampler.consumed = (state["epoch"], state["clips"] // sampler.num_replicas)
@@ -65,27 +65,29 @@ class ResumableLoader(DataLoader[Any]):
 class SeededDistributedSampler(ResumableSampler):
     """Shuffles by seed and epoch alone, on one process or many; Lightning calls its ``set_epoch``.
 
-    The epoch travels with each index, since workers that live on would not see it change on the dataset. Where clips
-    cannot be divided by the ranks, the first of the order come again at its end, and count nothing there.
+    The epoch is part of each index, since persistent workers would not see it change on the dataset. If the number of
+    clips is not divisible by the number of ranks, the first clips are repeated at the end, with ``valid=False``.
     """
 
     def __iter__(self) -> Iterator[ClipKey]:
-        """Yields this rank's clips in the order of this epoch; of one that was interrupted, those not seen yet."""
+        """Yields this rank's clips of this epoch; in an epoch that was interrupted, those not seen yet."""
         places = range(self.rank, self.total_size, self.num_replicas)  # in the order of all ranks together
         rest = islice(zip(places, self.order(), strict=True), self.seen, None)
         clips = len(self.dataset)  # type: ignore[arg-type]
         return (ClipKey(index, self.epoch, valid=place < clips) for place, index in rest)
 
     def order(self) -> Iterator[int]:
-        """This rank's positions in the order of this epoch, from its beginning."""
+        """Returns this rank's positions of the whole epoch."""
         return super().__iter__()
 
 
 class NonRepeatingDistributedSampler(DistributedSampler[Any]):
-    """Clips in their order, shared out over processes, none of them twice: for everything that is counted.
+    """Divides clips over ranks in their order without repeating any, for metrics.
 
-    With fewer clips than processes, those that would have none get one that counts nothing: a process without a batch
-    would leave out the validation that the others wait in.
+    ``DistributedSampler`` repeats clips so that all ranks have equally many; metrics would count those twice.
+
+    A rank that would get no clip gets one with ``valid=False``: without a batch it would skip the validation in which
+    the other ranks wait for it.
     """
 
     def __init__(self, dataset: ClipDataset, num_replicas: int, rank: int) -> None:
@@ -100,14 +102,14 @@ class NonRepeatingDistributedSampler(DistributedSampler[Any]):
 
 
 class BalancedSampler(SeededDistributedSampler):
-    """Draws as many clips as there are, all labels equally often: each C draws, from the first on, are C labels.
+    """Draws as many clips as there are, with all labels equally frequent: every run of C draws has all C labels.
 
     Clips of a rare label come several times in an epoch, those of a frequent one not in every epoch; the clips of a
     label take turns. An epoch depends on seed and epoch alone, so ranks share it.
     """
 
     def order(self) -> Iterator[int]:
-        """This rank's positions in the order of this epoch."""
+        """Returns this rank's positions of the whole epoch."""
         assert isinstance(self.dataset, ClipDataset)
         drawn = balanced_order([clip.label for clip in self.dataset.clips], self.total_size, self.seed, self.epoch)
         return iter(drawn[self.rank : self.total_size : self.num_replicas])

@@ -1,4 +1,4 @@
-"""Which frames of a clip, and which clips of a split, are looked at: index arithmetic alone, no files.
+"""Sampling of frames and of balanced training clips, as pure functions of indices.
 
 The functions for frames return ascending positions in ``range(total)``. A clip with fewer frames than asked repeats
 some of them instead of failing.
@@ -17,21 +17,21 @@ from itertools import pairwise
 import torch
 
 FrameChooser = Callable[[int, float], tuple[int, ...]]
-"""(frames in the file, its frames per second) -> positions to take, as if the frames were evenly spaced"""
+"""Maps (frames in the file, frames per second) to the positions to take, as if frames were evenly spaced"""
 
 
 def uniform_indices(total: int, n: int) -> tuple[int, ...]:
-    """The middle frames of ``n`` equal stretches of the clip.
+    """Returns the middle frame of each of ``n`` equal segments of the clip.
 
     Args:
-        total: frames in the clip.
-        n: frames to take.
+        total: Frames in the clip.
+        n: Frames to take.
 
     Returns:
         [n] ascending positions.
 
     Raises:
-        ValueError: if either number is below one.
+        ValueError: If either number is below one.
 
     Example:
         >>> uniform_indices(100, 4)
@@ -44,18 +44,18 @@ def uniform_indices(total: int, n: int) -> tuple[int, ...]:
 
 
 def segment_indices(total: int, n: int, generator: torch.Generator | None = None) -> tuple[int, ...]:
-    """One frame out of each of ``n`` equal stretches of the clip.
+    """Returns one frame of each of ``n`` equal segments of the clip.
 
     Args:
-        total: frames in the clip.
-        n: stretches, and frames to take.
-        generator: draws a frame at random within each stretch (training); None takes the middle one.
+        total: Frames in the clip.
+        n: Segments, and frames to take.
+        generator: Draws a random frame of each segment (training); None takes the middle one.
 
     Returns:
         [n] ascending positions.
 
     Raises:
-        ValueError: if either number is below one.
+        ValueError: If either number is below one.
 
     Example:
         >>> segment_indices(100, 4) == uniform_indices(100, 4)
@@ -73,19 +73,19 @@ def segment_indices(total: int, n: int, generator: torch.Generator | None = None
 
 
 def fps_indices(total: int, file_fps: float, fps: float, max_frames: int) -> tuple[int, ...]:
-    """Frames at a fixed rate from the first one on; evenly thinned where that gives more than ``max_frames``.
+    """Returns frames at a fixed rate from the first one on, evenly thinned to at most ``max_frames``.
 
     Args:
-        total: frames in the clip.
-        file_fps: frames per second of the file.
-        fps: frames per second to take.
-        max_frames: the most frames to take.
+        total: Frames in the clip.
+        file_fps: Frames per second of the file.
+        fps: Frames per second to take.
+        max_frames: The most frames to take.
 
     Returns:
         Between 1 and ``max_frames`` ascending positions.
 
     Raises:
-        ValueError: if a number is not positive.
+        ValueError: If a number is not positive.
 
     Example:
         >>> fps_indices(50, file_fps=25.0, fps=2.0, max_frames=8)
@@ -104,7 +104,7 @@ def fps_indices(total: int, file_fps: float, fps: float, max_frames: int) -> tup
 
 @dataclass(frozen=True)
 class ShownFrames:
-    """The frames on screen at chosen moments of a clip, as of a clip of constant rate."""
+    """Frames shown at chosen moments of a clip, expressed as for a clip of constant frame rate."""
 
     frames: tuple[int, ...]
     """[T] positions in the file"""
@@ -116,16 +116,15 @@ class ShownFrames:
 
 
 def choose_by_time(choose: FrameChooser, times: Sequence[float], header_fps: float) -> ShownFrames:
-    """Chooses moments of a clip and takes the frames that are on screen then.
+    """Chooses moments of a clip and returns the frames that are shown then.
 
-    Where the frames come at a constant rate, moments are positions. Else the clip is cut into moments as short as its
-    shortest frame.
+    At a constant frame rate, moments are frame positions. Otherwise a moment is as long as the shortest frame.
 
     Args:
-        choose: which moments to take.
-        times: when each frame of the file is shown, ascending, in seconds; any origin. Times that make no sense (not
+        choose: Which moments to take.
+        times: When each frame of the file is shown, ascending, in seconds; any origin. Times that make no sense (not
             finite, not ascending) are passed over, and the frames taken for evenly spaced.
-        header_fps: what the file says its rate is; believed within 1 %.
+        header_fps: What the file says its rate is; believed within 1 %.
 
     Example:
         >>> choose_by_time(lambda total, fps: uniform_indices(total, 2), (9.0, 9.1, 9.2, 9.3, 9.4, 14.0), 1.0).frames
@@ -151,13 +150,13 @@ def choose_by_time(choose: FrameChooser, times: Sequence[float], header_fps: flo
 
 
 def balanced_order(labels: Sequence[str | None], n: int, seed: int, epoch: int) -> list[int]:
-    """Draws ``n`` clips so that all labels are equally frequent; an epoch goes on where the last one ended.
+    """Draws ``n`` clips so that all labels are equally frequent; an epoch continues where the last one ended.
 
     Args:
-        labels: of every clip.
-        n: clips to draw; the same in every epoch.
-        seed: of the order.
-        epoch: counted from 0.
+        labels: Of every clip.
+        n: Clips to draw; the same in every epoch.
+        seed: Of the order.
+        epoch: Counted from 0.
 
     Returns:
         [n] positions in ``labels``; the clips of a label are gone through in an order drawn anew for each lap.

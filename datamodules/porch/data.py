@@ -17,14 +17,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from vidreason.datamodules.atomic_files import naming
-from vidreason.datamodules.base import DEFAULT_FRAMES, run_seed
-from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.porch.render import render, to_mono, write_mp4
 from vidreason.datamodules.porch.scene import SHORTCUT, draw_scene
@@ -33,7 +31,6 @@ from vidreason.datamodules.porch.world import ABNORMAL, LABELS, Facts, draw_fact
 from vidreason.datamodules.prompts import ReasonView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
-from vidreason.datamodules.types import BatchEncoder
 from vidreason.rewards.completion import render_completion
 
 _LOG = logging.getLogger(__name__)
@@ -70,14 +67,6 @@ class PorchDataModule(ManifestDataModule):
         world_seed: Seed of the clips; null takes ``seed``.
         teacher_traces: Where to write a teacher's traces about split train, for a cold start that is to learn from them
             in place of the model's own; null writes none.
-        encoder: Turns examples into tensors; the command line hands in the ``vlm`` section.
-        frames: Which frames of a clip are taken, and how large.
-        batch_size: Clips per training batch.
-        eval_batch_size: Clips per batch elsewhere; None takes ``batch_size``.
-        num_workers: Processes that decode; 0 decodes in the main one.
-        seed: Of shuffling, and of the clips where ``world_seed`` is null; null takes ``seed_everything``'s.
-        predict_splits: What ``predict`` runs over.
-        test_splits: What ``test`` runs over; None takes every test level.
     """
 
     def __init__(
@@ -94,41 +83,24 @@ class PorchDataModule(ManifestDataModule):
         label_noise: float = 0.0,
         world_seed: int | None = None,
         teacher_traces: str | None = None,
-        encoder: BatchEncoder | None = None,
-        frames: FrameOptions = DEFAULT_FRAMES,
-        batch_size: int = 16,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
-        predict_splits: Sequence[str] = ("train",),
-        test_splits: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         if test_clips % 2 or not set(levels) <= set(range(5)):
             raise ValueError(f"test_clips must be even and levels within 0..4, got {test_clips} and {list(levels)}")
         if not 0 <= shortcut <= 1 or not 0 <= label_noise <= 1:
             raise ValueError(f"shortcut and label_noise are shares, got {shortcut} and {label_noise}")
+        super().__init__(data_dir, "tasks/porch_policy.yaml" if policy else "tasks/porch.yaml", **kwargs)
         self.sizes = {"train": train_clips, "val": val_clips, "cal": cal_clips}
         self.test_clips, self.levels = test_clips, tuple(levels)
         self.camera, self.policy = camera, policy
         self.shortcut, self.label_noise = shortcut, label_noise
-        self.world_seed = run_seed(seed) if world_seed is None else world_seed
+        self.world_seed = self.seed if world_seed is None else world_seed
         self.teacher_traces = None if teacher_traces is None else Path(teacher_traces)
         self._teacher_wrote = False
         if not 0 <= self.world_seed < 2**32:
             raise ValueError(f"the seed of the clips must be in 0 .. 2**32 - 1, got {self.world_seed}")
         self.folder = Path(data_dir) / self._name()
-        super().__init__(
-            manifest=self.folder / "manifest.csv",
-            task="tasks/porch_policy.yaml" if policy else "tasks/porch.yaml",
-            encoder=encoder,
-            frames=frames,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            predict_splits=predict_splits,
-            test_splits=test_splits,
-        )
+        self.manifest = self.folder / "manifest.csv"
 
     def _name(self) -> str:
         settings = [_VERSION, self.world_seed, self.sizes, self.test_clips, self.levels, self.camera, self.policy,

@@ -1,4 +1,4 @@
-"""Chat records as ms-swift and LLaMA-Factory write them: messages about a video, the last of which is the label."""
+"""Reads the chat records of ms-swift and LLaMA-Factory: messages about a video, the last of which is the label."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Chats:
     table: Table
     """Columns ``path`` and ``label``, and every further key of the records"""
     question: str
-    """What all records ask; empty where they ask different things"""
+    """The question of all records; empty if they differ"""
 
 
 def holds_chats(records: Sequence[Record]) -> bool:
-    """Whether these are chat records rather than rows of a table."""
+    """Returns whether these are chat records, not rows of a table."""
     return any(isinstance(records[0].content.get(key), list) for key in _MESSAGE_KEYS) if records else False
 
 
@@ -37,11 +37,11 @@ def table_of_chats(records: Sequence[Record], name: str) -> Chats:
     The label is the last message of the assistant, or what stands in its ``<answer>``.
 
     Args:
-        records: objects with ``messages`` (or ShareGPT's ``conversations``) and ``videos``.
-        name: what the file is called in messages.
+        records: Objects with ``messages`` (or ShareGPT's ``conversations``) and ``videos``.
+        name: What the file is called in messages.
 
     Raises:
-        ValueError: naming the row that has no or several videos or no answer, or where answers are free text.
+        ValueError: If a record does not have one video and an answer, or if answers are free text.
     """
     rows, questions = [], set()
     columns = {"path": None, "label": None}
@@ -72,7 +72,7 @@ def table_of_chats(records: Sequence[Record], name: str) -> Chats:
 
 
 def _messages(content: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
-    """(role, text) of each message; both ways of writing them."""
+    """Returns (role, text) of each message, in either format."""
     given = next((content[key] for key in _MESSAGE_KEYS if key in content), None)
     messages = []
     for item in given if isinstance(given, list) else ():
@@ -89,7 +89,7 @@ def _messages(content: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
 
 
 def _video(content: Mapping[str, Any], where: str) -> str:
-    """The path of the only video."""
+    """Returns the path of the only video."""
     given = content.get("videos", content.get("video"))
     videos = given if isinstance(given, list) else [given] if given else []
     if len(videos) != 1 or not isinstance(videos[0], str) or not videos[0].strip():

@@ -1,8 +1,7 @@
-"""Which column of somebody else's table is which."""
+"""Finds the columns of a table whose names are not known in advance."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -10,6 +9,7 @@ from pathlib import PurePath
 from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES
 from vidreason.datamodules.sources.rows import Table
 from vidreason.datamodules.split_names import is_split_name
+from vidreason.spelling import nearest
 
 _PATH_NAMES = (
     *("path", "video", "video_path", "file", "filename", "file_name", "filepath", "file_path", "clip", "clip_path"),
@@ -25,7 +25,7 @@ _SAMPLE = 500  # rows that a guess looks at
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """What the user says about columns; None leaves it to a guess."""
+    """Names of columns that the user gave; a column that is None is guessed."""
 
     path: str | None = None
     label: str | None = None
@@ -42,19 +42,19 @@ class Columns:
     split: str | None
     group: str | None
     guessed: tuple[str, ...]
-    """Sentences about those that nobody named"""
+    """One sentence about each column that was guessed"""
 
 
 def find_columns(table: Table, asked: ColumnNames, name: str) -> Columns:
-    """Finds the columns, as the user says or else by name and content.
+    """Returns the columns that the user named, and guesses the others by name and content.
 
     Args:
-        table: all rows.
-        asked: what the user says.
-        name: what the table is called in messages.
+        table: All rows.
+        asked: What the user says.
+        name: What the table is called in messages.
 
     Raises:
-        ValueError: where a column that was asked for is not there, or the path or label cannot be told.
+        ValueError: If a column that was asked for is not there, or the path or label cannot be told.
     """
     for option, wanted in (
         ("path", asked.path),
@@ -95,7 +95,7 @@ def _guess_path(table: Table, name: str) -> str:
 
 
 def _guess_split(table: Table, taken: Sequence[str | None]) -> str | None:
-    """A column named split, or one of the usual names that holds nothing but names of splits."""
+    """Returns a column named split, or one with a usual name that contains only names of splits."""
     for column in _by_name(table.columns, _SPLIT_NAMES):
         values = {row.get(column) for row in table.rows} - {""}
         if column not in taken and values and (_plain(column) == "split" or all(map(is_split_name, values))):
@@ -104,7 +104,7 @@ def _guess_split(table: Table, taken: Sequence[str | None]) -> str | None:
 
 
 def _guess_label(table: Table, taken: Sequence[str | None], name: str) -> str:
-    """By name, words before numbers; else the only column whose values repeat, or the only one left."""
+    """Returns a column by name (words before numbers), else the only one whose values repeat or the only one left."""
     free = [column for column in table.columns if column not in taken]
     named = _by_name(free, _LABEL_NAMES)
     for column in (*(column for column in named if not _is_numeric(table, column)), *named):
@@ -119,7 +119,7 @@ def _guess_label(table: Table, taken: Sequence[str | None], name: str) -> str:
 
 
 def _by_name(columns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The columns with such a name, in the order of the names."""
+    """Returns the columns with one of the names, in the order of the names."""
     return sorted((column for column in columns if _plain(column) in names), key=lambda c: names.index(_plain(c)))
 
 
@@ -147,5 +147,5 @@ def _repeats(table: Table, column: str) -> bool:
 
 
 def _suggestion(column: str, columns: Sequence[str]) -> str:
-    close = difflib.get_close_matches(column.casefold(), [name.casefold() for name in columns], n=1, cutoff=0.5)
-    return f" (did you mean {next(c for c in columns if c.casefold() == close[0])!r}?)" if close else ""
+    near = nearest(column, columns, cutoff=0.5)
+    return "" if near is None else f" (did you mean {near!r}?)"

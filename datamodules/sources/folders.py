@@ -1,4 +1,4 @@
-"""Clips in folders: which folders are classes, which are splits, and what is passed over."""
+"""Finds clips in folders: which folders are classes, which are splits, and what is skipped."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ VIDEO_SUFFIXES = frozenset(
 
 @dataclass(frozen=True)
 class FolderClip:
-    """One clip, by where it lies."""
+    """One clip with the label and split of its folders."""
 
     path: Path
     label: str
     split: str = ""
-    """As the folder is called; empty where folders name no splits"""
+    """Name of the split folder; empty if there is none"""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a folder of clips holds."""
+    """Contents of a folder of clips."""
 
     home: Path
     """The folder with the classes or splits: the one given, or the only one below it"""
@@ -55,10 +55,10 @@ def read_layout(folder: Path) -> Layout:
     archives often unpack to.
 
     Args:
-        folder: holds one folder per class, with train, val, test and the like above or below the classes, or without.
+        folder: Holds one folder per class, with train, val, test and the like above or below the classes, or without.
 
     Raises:
-        ValueError: where there are no folders in it.
+        ValueError: If there are no folders in it.
     """
     home = folder
     while len(tops := _folders(home)) == 1 and not _clips(home) and not _clips(tops[0]) and len(_folders(tops[0])) > 1:
@@ -92,7 +92,7 @@ def read_layout(folder: Path) -> Layout:
 
 
 def clips_below(folder: Path) -> list[Path]:
-    """Every clip of a folder, of any depth, sorted; nothing in folders that begin with ``_`` or ``.``."""
+    """Returns all clips below a folder, sorted, except in folders that begin with ``_`` or ``.``."""
     return [path for path in _files_below(folder)[0] if path.suffix.lower() in VIDEO_SUFFIXES]
 
 
@@ -104,7 +104,7 @@ class _ClassFolder:
 
 
 def _class_folders(tops: Sequence[Path]) -> tuple[str, list[_ClassFolder]]:
-    """Which of the folders are splits, and where the classes lie."""
+    """Returns the layout pattern and the class folders."""
     below = {top: _folders(top) for top in tops}
     nested = all(below[top] and not _clips(top) for top in tops)
     if nested and _are_splits(tops, below):
@@ -118,7 +118,7 @@ def _class_folders(tops: Sequence[Path]) -> tuple[str, list[_ClassFolder]]:
 
 
 def _are_splits(tops: Sequence[Path], below: Mapping[Path, Sequence[Path]]) -> bool:
-    """All are named as splits are, or beside a train folder each has a class of it (``train/run``, ``night/run``)."""
+    """Returns whether all have split names, or each has a class of a train folder (``train/run``, ``night/run``)."""
     if all(is_split_name(top.name) for top in tops):
         return True
     train = {c.name for top in tops if standard_split(top.name) == "train" for c in below[top]}
@@ -134,7 +134,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _clips(folder: Path) -> list[Path]:
-    """The clips directly in a folder."""
+    """Returns the clips directly in a folder."""
     return sorted(
         path
         for path in folder.iterdir()
@@ -143,9 +143,9 @@ def _clips(folder: Path) -> list[Path]:
 
 
 def _files_below(home: Path) -> tuple[list[Path], list[Path]]:
-    """All files below a folder but hidden ones, and the folders that were passed over, both in order.
+    """Returns all files below a folder except hidden ones, and the folders that were skipped, both sorted.
 
-    A link that leads back up is followed once.
+    A link to a parent folder is followed once.
     """
     found: list[Path] = []
     hidden: list[Path] = []

@@ -1,4 +1,4 @@
-"""Groups and splits for clips that are seen for the first time."""
+"""Assigns groups and splits to the clips of a new data set."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Assignment:
 
 
 def group_by_content(clips: Sequence[Clip], shas: Sequence[str]) -> tuple[Clip, ...]:
-    """Gives every clip a group: its own, else its content; groups that share a clip become one.
+    """Gives every clip a group: its own, or else its content hash; groups that share a clip are merged.
 
     Args:
-        clips: with the groups of the source, or empty ones.
-        shas: content hash of each.
+        clips: With the groups of the source, or empty ones.
+        shas: Content hash of each.
 
     Returns:
         The clips in the order given; joined groups carry the name that comes first.
@@ -51,17 +51,17 @@ def group_by_content(clips: Sequence[Clip], shas: Sequence[str]) -> tuple[Clip, 
 
 
 def assign_splits(clips: Sequence[Clip], shas: Sequence[str], seed: int) -> Assignment:
-    """Makes the splits that are missing; those that the source has stay as they are.
+    """Makes missing splits; the splits of the source stay as they are.
 
     Without any split all are made; else whole groups of train become val, cal and test where these are missing.
 
     Args:
-        clips: with the splits of the source, or empty ones; with groups.
-        shas: content hash of each, to tell copies of a clip in two splits.
-        seed: decides between groups that fit equally well.
+        clips: With the splits of the source, or empty ones; with groups.
+        shas: Content hash of each, to tell copies of a clip in two splits.
+        seed: Decides between groups that fit equally well.
 
     Raises:
-        ValueError: where splits share a clip or a group, there is no train, or there are too few groups.
+        ValueError: If splits share a clip or a group, there is no train, or there are too few groups.
     """
     if not any(clip.split for clip in clips):
         assignment = Assignment(make_splits(clips, DEFAULT_FRACTIONS, seed), ("train", *DEFAULT_FRACTIONS))

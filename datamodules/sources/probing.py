@@ -1,6 +1,6 @@
-"""Looks into clips before anything depends on them, in processes that can be killed.
+"""Probes clips before a data set is made, in processes that can be killed.
 
-A decoder may hang so that no signal but SIGKILL ends it, or take the whole process with it. Each clip therefore has a
+A decoder may hang so that only SIGKILL ends it, or crash the whole process. Each clip therefore has a
 time limit, and a worker that exceeds it or dies is replaced.
 """
 
@@ -27,7 +27,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class ClipProbe:
-    """What a readable clip is like."""
+    """Properties of a readable clip."""
 
     sha: str
     """As ``content_sha`` gives it"""
@@ -42,7 +42,7 @@ class ClipProbe:
 
     @property
     def seconds(self) -> float:
-        """Its length."""
+        """Length of the clip in seconds."""
         return self.frames / self.fps
 
 
@@ -54,13 +54,13 @@ class Unreadable:
 
 
 def probe_clip(path: Path) -> ClipProbe:
-    """Reads a few frames of a clip as training would, and its content hash.
+    """Reads a few frames of a clip as training would, and hashes its content.
 
     Raises:
-        DecodeError: where no frame can be read; the message does not repeat the path.
+        DecodeError: If no frame can be read; the message does not repeat the path.
     """
     try:
-        _check_not_lfs_pointer(path)
+        _check_clip_file(path)
         video = read_frames(path, _LOOK)
         sha = content_sha(path)
     except DecodeError as error:
@@ -71,8 +71,8 @@ def probe_clip(path: Path) -> ClipProbe:
     return ClipProbe(sha, video.frames_in_file, video.timing.fps, width, height, video.partial)
 
 
-def _check_not_lfs_pointer(path: Path) -> None:
-    """Names what decoders only call invalid."""
+def _check_clip_file(path: Path) -> None:
+    """Checks for files that decoders only report as invalid: missing, empty, or a Git LFS pointer."""
     if not path.is_file():
         raise DecodeError("no such file" if not path.exists() else "not an ordinary file")
     with path.open("rb") as file:
@@ -84,7 +84,7 @@ def _check_not_lfs_pointer(path: Path) -> None:
 
 
 def _reason(message: str) -> str:
-    """What the last reader said, without error numbers and paths; the first reader's view is a stack trace in C++."""
+    """Returns the last reader's error without numbers and paths; the first reader's is a C++ stack trace."""
     last = message.partition("; decord: ")[0]
     return re.sub(r"\[Errno -?\d+\] |: '/.*'$", "", last)
 
@@ -95,13 +95,13 @@ def probe_clips(
     timeout: float,
     probe: Callable[[Path], ClipProbe] = probe_clip,
 ) -> Iterator[ClipProbe | Unreadable]:
-    """Probes clips side by side; no clip can stop it.
+    """Probes clips in parallel; a clip that hangs or crashes its process does not stop the others.
 
     Args:
-        paths: the clips.
-        workers: processes.
-        timeout: seconds that one clip may take before its process is killed.
-        probe: what is done to each; must be importable in another process.
+        paths: The clips.
+        workers: Processes.
+        timeout: Seconds that one clip may take before its process is killed.
+        probe: What is done to each; must be importable in another process.
 
     Yields:
         One result per path, in order.
@@ -124,15 +124,15 @@ def probe_clips(
 
 
 def _settle() -> None:
-    """In a worker: one thread, since several workers share the machine, and no words from C++ in the progress bar."""
+    """Sets up a worker: one thread, since workers share the machine, and no C++ messages in the progress bar."""
     torch.set_num_threads(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    os.dup2(nowhere, 2)  # stderr, to which FFmpeg and OpenCV write directly
     os.close(nowhere)
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Workers come from a server process that has imported this module and opened no video, or else start anew."""
+    """Returns a context whose workers are forked from a clean server process, or else spawned."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

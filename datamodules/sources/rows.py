@@ -1,4 +1,4 @@
-"""The rows of a manifest, however it is written: CSV, JSON lines, or folders whose names are the labels."""
+"""Reads the rows of a manifest: CSV, JSON lines, or folders named by label."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Row:
     values: Mapping[str, str]
 
     def get(self, column: str) -> str:
-        """The value of a column without white space around it; empty where there is none."""
+        """Returns the stripped value of a column; empty if there is none."""
         return self.values.get(column, "").strip()
 
 
 @dataclass(frozen=True)
 class Table:
-    """All rows, with the columns that any of them has."""
+    """The rows of a manifest, and all columns that occur in them."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -39,11 +39,11 @@ def read_table(manifest: Path) -> Table:
     """Reads a manifest.
 
     Args:
-        manifest: a ``.csv`` or ``.jsonl`` file, or a folder ``<class>/<clip>``, ``<split>/<class>/<clip>`` or
+        manifest: A ``.csv`` or ``.jsonl`` file, or a folder ``<class>/<clip>``, ``<split>/<class>/<clip>`` or
             ``<class>/<split>/<clip>``.
 
     Raises:
-        ValueError: naming the file and row, where it is missing, of another kind, malformed, empty, or lacks a column.
+        ValueError: If the manifest is missing, of another kind, malformed or empty, or lacks a column.
     """
     if manifest.is_dir():
         table = _read_folder(manifest)
@@ -78,11 +78,11 @@ class Record:
 
 
 def read_delimited(manifest: Path, delimiter: str = ",", encoding: str = "utf-8-sig") -> Table:
-    """Reads a table with a header, such as CSV; a byte order mark is no part of the first name.
+    """Reads a table with a header, such as CSV; a byte order mark is skipped.
 
     Raises:
-        ValueError: naming the file and row, where it is malformed.
-        UnicodeDecodeError: where it has another encoding.
+        ValueError: If the file is malformed; the message names file and row.
+        UnicodeDecodeError: If it has another encoding.
     """
     with manifest.open(newline="", encoding=encoding) as file:
         lines = csv.reader(file, strict=True, delimiter=delimiter)
@@ -112,8 +112,8 @@ def read_records(manifest: Path) -> tuple[Record, ...]:
     """Reads one JSON object a line, or from ``.json`` a list of objects.
 
     Raises:
-        ValueError: naming the file and row, where it is malformed.
-        UnicodeDecodeError: where it is not UTF-8.
+        ValueError: If the file is malformed; the message names file and row.
+        UnicodeDecodeError: If it is not UTF-8.
     """
     text = manifest.read_text(encoding="utf-8-sig")
     if manifest.suffix.lower() == ".json":
@@ -140,7 +140,7 @@ def read_records(manifest: Path) -> tuple[Record, ...]:
 
 
 def table_of(records: Sequence[Record]) -> Table:
-    """The objects as rows: the keys are the columns, values that are no text are written as JSON."""
+    """Returns the objects as rows: keys are columns, and values that are not strings are written as JSON."""
     columns: dict[str, None] = {}
     for record in records:
         columns.update(dict.fromkeys(record.content))
@@ -159,7 +159,7 @@ def _as_text(value: Any) -> str:
 
 
 def _read_folder(folder: Path) -> Table:
-    """One folder per class, with or without one per split above or below it."""
+    """Reads one folder per class, optionally with one folder per split above or below it."""
     layout = read_layout(folder)
     for home in layout.empty:
         raise ValueError(f"{home}: a class folder without clips; begin its name with _ to have it passed over")

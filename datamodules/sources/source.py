@@ -1,6 +1,6 @@
-"""Clips as somebody else left them: folders, a table with columns of any name, or chat records.
+"""Reads a data source in any layout: folders, a table with columns of any name, or chat records.
 
-Nothing is opened but the table itself; ``probing.py`` looks into the clips.
+No clip is opened here; ``probing.py`` does that.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ class Source:
 
     path: Path
     kind: str
-    """What it was taken for"""
+    """Format that was detected"""
     clips: tuple[SourceClip, ...]
     notes: tuple[str, ...] = ()
-    """What was guessed and what was passed over, one sentence each"""
+    """One sentence about each guess and each thing skipped"""
     question: str = ""
-    """What every chat record asks, where all ask the same"""
+    """The question of the chat records, if all are the same"""
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What the user says about a source.
+    """What the user specified about a source.
 
     Args:
-        columns: names of columns.
-        root: what paths in a table are relative to; None looks beside the table and in the current folder.
-        where: keeps the rows whose columns have these values.
+        columns: Names of columns.
+        root: What paths in a table are relative to; None looks beside the table and in the current folder.
+        where: Keeps the rows whose columns have these values.
     """
 
     columns: ColumnNames = ColumnNames()
@@ -71,7 +71,7 @@ def read_source(path: Path, options: SourceOptions | None = None) -> Source:
     """Reads a folder, a table (``.csv .tsv .txt .json .jsonl``) or chat records (``.json .jsonl``).
 
     Raises:
-        ValueError: naming file and row, where something is missing, malformed or contradicts itself.
+        ValueError: If something is missing, malformed or contradictory; the message names file and row.
     """
     options = options or SourceOptions()
     if path.is_dir():
@@ -209,10 +209,10 @@ def _clip(row: Row, columns: Columns, locate: Callable[[str], Path]) -> SourceCl
 
 
 def _once_each(source: Source) -> Source:
-    """Drops rows that say the same of the same file twice.
+    """Removes repeated rows about the same file.
 
     Raises:
-        ValueError: where they contradict each other.
+        ValueError: If they contradict each other.
     """
     first: dict[Path, SourceClip] = {}
     twice: list[str] = []

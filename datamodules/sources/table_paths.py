@@ -1,4 +1,4 @@
-"""Paths as tables write them, and the files that they mean."""
+"""Resolves the paths in a table to files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SAMPLE = 200  # rows that the guess of a root looks for
 
 
 def path_of(value: str) -> str:
-    """The path that a cell holds: itself, or the only one of a JSON list."""
+    """Returns the path in a cell: its text, or the only element of a JSON list."""
     if value.startswith("["):
         try:
             items = json.loads(value)
@@ -25,7 +25,7 @@ def path_of(value: str) -> str:
 
 
 def locator(table: Path, values: Sequence[str], root: Path | None) -> tuple[Callable[[str], Path], list[str]]:
-    """How a table's paths become files: from which folder, and with which suffix where they have none.
+    """Finds the root folder of a table's paths, and the suffix of those without one.
 
     Args:
         table: The table's file.
@@ -36,7 +36,7 @@ def locator(table: Path, values: Sequence[str], root: Path | None) -> tuple[Call
         The function from a path to its file, which may be missing; and what was guessed, one sentence each.
 
     Raises:
-        ValueError: where not one of the files is there.
+        ValueError: If not one of the files is there.
     """
     roots = [root] if root is not None else list(dict.fromkeys([absolute(table.parent), Path.cwd()]))
     sample = [path_of(value) for value in values]
@@ -55,7 +55,7 @@ def locator(table: Path, values: Sequence[str], root: Path | None) -> tuple[Call
 
 
 def _find(root: Path, value: str) -> Path | None:
-    """The file that a path means, in whichever way its accents are composed, or with the suffix that it lacks."""
+    """Returns the file of a path, in either Unicode normal form, with a video suffix added if it has none."""
     for text in dict.fromkeys((value, unicodedata.normalize("NFC", value), unicodedata.normalize("NFD", value))):
         path = root / text
         if path.is_file():
@@ -68,5 +68,5 @@ def _find(root: Path, value: str) -> Path | None:
 
 
 def absolute(path: Path) -> Path:
-    """Links are kept, unless ``..`` would lead back over one."""
+    """Returns the absolute path without resolving links, unless it contains ``..``."""
     return path.resolve() if ".." in path.parts else path.absolute()

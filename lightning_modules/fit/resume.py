@@ -33,8 +33,8 @@ from vidreason.lightning_modules.fit.lightning_internals import batches_done, se
 from vidreason.lightning_modules.fit.progress import FitProgress
 from vidreason.lightning_modules.fit.ranks import gather_objects
 from vidreason.lightning_modules.fit.rng import random_state, seed_batch, set_random_state
-from vidreason.lightning_modules.traces.generation import TRACES_FILE
 from vidreason.lightning_modules.weights.export import StartingWeights
+from vidreason.run_folder import TRACES_FILE
 
 KEY = "vidreason"
 FORMAT = 2

@@ -24,9 +24,8 @@ from vidreason.datamodules.splits import first_five
 from vidreason.datamodules.types import FailedClip, VideoBatch
 from vidreason.datamodules.unreadable import warn_unreadable
 from vidreason.lightning_modules.fit.ranks import gather_objects
+from vidreason.run_folder import UNREADABLE_FILE
 
-UNREADABLE_FILE = "unreadable.csv"
-"""In the run folder: the training clips that could not be read, and how often each was tried."""
 _SHOWN_REASONS = 3
 
 

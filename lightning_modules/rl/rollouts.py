@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,17 @@ class RolloutGroup:
 
     clip: Clip
     rollouts: tuple[Rollout, ...]
+
+
+class RolloutOutput(NamedTuple):
+    """What a training step shows callbacks."""
+
+    groups: tuple[RolloutGroup, ...]
+    """[B]"""
+    advantages: Tensor
+    """[B, G]"""
+    sample_mask: Tensor
+    """[B] bool, groups whose clip counts."""
 
 
 def score_completions(

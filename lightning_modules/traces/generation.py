@@ -32,8 +32,7 @@ from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.completions import Completion, generate_completions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
-
-TRACES_FILE = "traces.jsonl"
+from vidreason.run_folder import TRACES_FILE
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Model families; importing this package makes TinyVLM known to transformers' Auto classes."""
+"""Model families. Importing this package registers TinyVLM with transformers' Auto classes."""
 
 from transformers import (
     AutoConfig,

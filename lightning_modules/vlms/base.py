@@ -1,4 +1,4 @@
-"""VLM: how one model family encodes clips, is built, scores texts and generates them.
+"""VLM, the interface of a model family: encode clips, build the model, score and generate texts.
 
 Letters: B prompts, G completions of each, N texts, L tokens of the longest text.
 """
@@ -33,7 +33,7 @@ __all__ = ["VLM", "Generated", "Sampling", "Scores"]
 
 
 class Scores(NamedTuple):
-    """What a model says about texts."""
+    """Scores of the tokens of N texts."""
 
     logprobs: Tensor
     """[N, L] fp32, 0 outside ``texts.loss_mask``"""
@@ -61,9 +61,9 @@ class Generated(NamedTuple):
 
 
 class VLM(ClipEncoder, ABC):
-    """A picklable recipe for one model: where it is and how it is built; it holds no weights.
+    """A picklable description of a model and how to build it; it holds no weights.
 
-    A family says where its vision tower is, and overrides what differs from a decoder with one position per token.
+    A family names its vision modules, and overrides what differs from a decoder with one position per token.
 
     Args:
         path: Folder of a model in the hub's format, or a hub id.
@@ -123,7 +123,7 @@ class VLM(ClipEncoder, ABC):
     @property
     @abstractmethod
     def vision_modules(self) -> tuple[str, ...]:
-        """Dotted names of the modules that are frozen, and left without adapters, with ``freeze_vision``."""
+        """Dotted names of the modules that ``freeze_vision`` freezes and leaves without adapters."""
 
     @property
     def unquantised(self) -> tuple[str, ...]:
@@ -131,21 +131,21 @@ class VLM(ClipEncoder, ABC):
         return (*self.vision_modules, "lm_head")
 
     def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Positions [B, P] (or [A, B, P] for A rotary axes) of left-padded inputs."""
+        """Returns positions of left-padded inputs, [B, P], or [A, B, P] for A rotary axes."""
         return (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
 
     def text_position_ids(self, positions: Tensor) -> Tensor:
-        """Turns positions [n, L] of text tokens into what the decoder takes."""
+        """Returns positions [n, L] of text tokens in the form that the decoder takes."""
         return positions
 
     def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-        """Inputs of the prompts ``index`` [n], for inputs whose first axis is the prompts."""
+        """Returns the inputs of the prompts ``index`` [n]; the first axis of each input is the prompts."""
         return {name: value.index_select(0, index) for name, value in inputs.items()}
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def texts_from(self, generated: Generated) -> TextBatch:
-        """Completions as texts behind their prompts, exactly the sampled tokens."""
+        """Returns completions as texts behind their prompts, with exactly the sampled tokens."""
         answers = torch.zeros_like(generated.mask)
         for row, length in enumerate(generated.mask.sum(1).tolist()):
             answers[row, :length] = chat.answer_tokens(self.processor, generated.ids[row, :length].tolist())
@@ -189,7 +189,7 @@ class VLM(ClipEncoder, ABC):
         temperature: float = 1.0,
         with_entropy: bool = False,
     ) -> Scores:
-        """Log-probs of the tokens in ``texts.loss_mask``; differentiable in everything that takes gradients.
+        """Returns the log-probs of the tokens in ``texts.loss_mask``, with gradients.
 
         Args:
             model: What ``build`` returned.
@@ -267,13 +267,13 @@ class VLM(ClipEncoder, ABC):
 
     @cached_property
     def vision_cache(self) -> VisionCache | None:
-        """Embeddings of a frozen vision path; None where ``vision_cache`` is null."""
+        """The cache of vision embeddings; None if the argument ``vision_cache`` is None."""
         options = self.vision_cache_options
         return None if options is None else VisionCache(options, lambda: self._vision_recipe)
 
     @cached_property
     def _vision_recipe(self) -> str:
-        """What is done to frames before the model, and how its weights were loaded."""
+        """Returns how frames are processed and weights are loaded; part of the cache key."""
         parts = [getattr(self.processor, name, None) for name in ("video_processor", "image_processor")]
         frames = [[type(part).__name__, part.to_dict()] for part in parts if part is not None]
         loading = [self.dtype, self.attn_implementation, self.quantize]

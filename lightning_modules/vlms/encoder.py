@@ -1,4 +1,4 @@
-"""How a model family turns clips, prompts and texts into token batches, and which of its tokens are special.
+"""The part of a model family that encodes clips, prompts and texts as token batches.
 
 Letters: B clips.
 """
@@ -24,7 +24,7 @@ VISUAL_TOKEN = re.compile(r"image|img|video|vision|audio|<row_\d+_col_\d+>", re.
 
 
 class ClipEncoder:
-    """The half of a model family that data workers use: its processor, and no weights.
+    """The part of a model family that data workers use: the processor, without weights.
 
     Args:
         path: Folder of a model in the hub's format, or a hub id.
@@ -62,13 +62,13 @@ class ClipEncoder:
         return self.processor.tokenizer
 
     def __getstate__(self) -> dict[str, object]:
-        """Leaves the processor and what was derived from it behind; a worker loads its own."""
+        """Drops the processor and what was derived from it, so that each worker loads its own."""
         cached = {"chat_frame", "stop_ids", "suppressed_ids", "vision_cache"}
         return {k: v for k, v in self.__dict__.items() if k not in cached} | {"_processor": None}
 
     @cached_property
     def chat_frame(self) -> chat.ChatFrame:
-        """What the chat template puts around words."""
+        """Tokens that the chat template puts around a user's and an assistant's words."""
         return chat.chat_frame(self.processor, self._model_stop_ids())
 
     @cached_property
@@ -78,7 +78,7 @@ class ClipEncoder:
 
     @cached_property
     def context_length(self) -> int | None:
-        """Most tokens of a prompt and what stands behind it; None where the model's configuration does not say."""
+        """Context length in tokens, for a prompt and the texts behind it; None if the configuration does not say."""
         with building.readable(self.path):
             return max_position_embeddings(self.path)
 
@@ -91,12 +91,12 @@ class ClipEncoder:
 
     @cached_property
     def suppressed_ids(self) -> frozenset[int]:
-        """Placeholder and other visual special tokens: never sampled, probability 0 in scoring."""
+        """Visual special tokens, such as placeholders, which are never sampled and have probability 0 in scoring."""
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset(i for i, t in added if t.special and VISUAL_TOKEN.search(t.content)) - self.stop_ids
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
-        """Turns B clips, their prompts and texts into one batch; runs in data workers.
+        """Encodes B clips with their prompts and texts as one batch; called in data workers.
 
         Raises:
             ValueError: Open and closed prompts are mixed, a text does not fit where it stands, or a clip's prompt and

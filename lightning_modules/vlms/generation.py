@@ -1,4 +1,4 @@
-"""Sampling completions: each prompt is prefilled once, each row draws its own noise, rows that ended stop costing.
+"""Sampling of completions: each prompt is prefilled once, each row has its own noise, finished rows are dropped.
 
 Letters: B prompts, G completions of each, N = B·G rows, L tokens of the longest, V vocabulary.
 """
@@ -63,7 +63,7 @@ class Sampled(NamedTuple):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every module in eval mode and gives each its own mode back afterwards."""
+    """Puts every module in eval mode and restores each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -74,13 +74,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def draw_noise(seeds: Sequence[int], steps: int) -> Tensor:
-    """Uniforms [N, steps] float64; row i depends on ``seeds[i]`` and the position only, never on the batch."""
+    """Returns uniform noise [N, steps] float64; row i depends on ``seeds[i]`` and the position only."""
     rows = [np.random.Generator(np.random.PCG64(seed)).random(steps) for seed in seeds]
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, steps, dtype=torch.float64)
 
 
 def keep_likeliest(probs: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Sets the probabilities [n, V] outside top-k and top-p to 0; at least the likeliest token stays."""
+    """Sets probabilities [n, V] outside top-k and top-p to 0; the likeliest token is always kept."""
     if top_p >= 1 and not 0 < top_k < probs.shape[-1]:
         return probs
     ordered, index = probs.sort(dim=-1, descending=True, stable=True)
@@ -95,7 +95,7 @@ def keep_likeliest(probs: Tensor, top_p: float, top_k: int) -> Tensor:
 
 
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens [n] at the quantiles ``uniforms`` [n] of the unnormalised distributions ``probs`` [n, V]."""
+    """Returns tokens [n] at the quantiles ``uniforms`` [n] of unnormalised distributions ``probs`` [n, V]."""
     cdf = probs.double().cumsum(-1)
     total = cdf[:, -1:]
     token = torch.searchsorted(cdf, uniforms[:, None] * total, right=True)

@@ -18,7 +18,7 @@ class QwenVL(VLM):
     vision_modules = ("model.visual",)
 
     def video_options(self) -> dict[str, Any]:
-        """The pixel budget as this processor takes it; no second budget over the whole video."""
+        """Returns the pixel budget per frame; the processor's budget over the whole video is switched off."""
         options: dict[str, Any] = {"cap_pixels_per_frame": False}
         if self.max_pixels is not None:
             least = min(128 * 28 * 28, self.max_pixels)
@@ -26,17 +26,17 @@ class QwenVL(VLM):
         return options
 
     def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-        """[3, B, P]: time, height and width of visual tokens; text goes on behind the largest of them."""
+        """Returns [3, B, P]: time, height and width of visual tokens; text continues after the largest of them."""
         names = ("input_ids", "mm_token_type_ids", "video_grid_thw", "second_per_grid_ts", "attention_mask")
         positions: Tensor = model.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
         return positions
 
     def text_position_ids(self, positions: Tensor) -> Tensor:
-        """[3, n, L]: the three axes agree on text."""
+        """Returns [3, n, L]; the three axes are equal on text."""
         return positions.expand(3, *positions.shape)
 
     def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-        """Patches of all videos are one axis; they are cut by the grids, one video per prompt."""
+        """Returns the inputs of the prompts ``index``; patches of all videos share one axis, which the grids divide."""
         patches, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
         videos = torch.split(patches, grid.prod(-1).tolist())
         rest = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}

@@ -12,5 +12,5 @@ class SmolVLM(VLM):
 
     @property
     def unquantised(self) -> tuple[str, ...]:
-        """The connector's one matrix stays in full precision too."""
+        """Names of unquantised modules; the matrix of the connector is one of them."""
         return (*self.vision_modules, "model.connector", "lm_head")

@@ -14,9 +14,7 @@ from transformers import PreTrainedModel
 from vidreason.lightning_modules.vlms.loading.adapters import save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY
 from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha, is_adapter_folder, save_weights
-
-ADAPTER_FOLDER = "adapter"
-WEIGHTS_FOLDER = "weights"
+from vidreason.run_folder import ADAPTER_FOLDER, WEIGHTS_FOLDER
 
 
 @dataclass(frozen=True)

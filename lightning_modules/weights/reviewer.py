@@ -22,7 +22,8 @@ from vidreason.lightning_modules.vlms.loading.adapters import (
     use_adapter,
 )
 from vidreason.lightning_modules.vlms.loading.building import POLICY
-from vidreason.lightning_modules.weights.export import ADAPTER_FOLDER, StartingWeights
+from vidreason.lightning_modules.weights.export import StartingWeights
+from vidreason.run_folder import ADAPTER_FOLDER
 
 CALIBRATOR = "calibrator"
 """Name of the calibrator's adapter in memory."""

@@ -13,7 +13,8 @@ from vidreason import VideoClassifier
 from vidreason.cli.main import main
 from vidreason.config.finished_stage import find_stage
 from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
-from vidreason.pipelines.state import RunState, StageRecord
+from vidreason.pipelines.state import save_state
+from vidreason.run_folder import RunState, StageRecord
 
 small_base = world.small_base
 
@@ -59,7 +60,7 @@ def home(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "test": StageRecord("finished", "stages/02_test", {}, ["test"]),
         "grpo": StageRecord("skipped", "stages/03_grpo", {}, ["fit"]),
     }
-    RunState("two", 4, records).save(home / "runs/x")
+    save_state(RunState("two", 4, records), home / "runs/x")
     return home
 
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from vidreason.cli import configs
 from vidreason.cli.main import main
+from vidreason.config import files
 
 
 @pytest.fixture
@@ -12,7 +12,7 @@ def shipped(tmp_path, monkeypatch):
     (folder / "data").mkdir(parents=True)
     (folder / "grpo.yaml").write_text("# GRPO behind a cold start\ntrainer: {}\n")
     (folder / "data" / "porch.yaml").write_text("class_path: x\n")
-    monkeypatch.setattr(configs, "shipped_folder", lambda: folder)
+    monkeypatch.setattr(files, "shipped_folder", lambda: folder)
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -20,15 +20,15 @@ def shipped(tmp_path, monkeypatch):
 
 
 def test_current_folder_wins_over_the_package(shipped):
-    assert configs.find_config("configs/grpo.yaml") == shipped / "grpo.yaml"
+    assert files.find_config("configs/grpo.yaml") == shipped / "grpo.yaml"
     Path("configs").mkdir()
     Path("configs/grpo.yaml").write_text("{}")
-    assert configs.find_config("configs/grpo.yaml") == Path("configs/grpo.yaml")
+    assert files.find_config("configs/grpo.yaml") == Path("configs/grpo.yaml")
 
 
 @pytest.mark.parametrize("name", ["grpo.yaml", "configs/nope.yaml", "configs/../grpo.yaml", "/configs/grpo.yaml", ""])
 def test_nothing_else_is_looked_up_in_the_package(shipped, name):
-    assert configs.find_config(name) is None
+    assert files.find_config(name) is None
 
 
 def test_listing_names_every_file_and_its_first_comment(shipped, capsys):
@@ -50,4 +50,4 @@ def test_copy_writes_the_tree_and_overwrites_nothing(shipped, capsys):
 
 
 def test_the_package_ships_files():
-    assert (configs.shipped_folder() / "__init__.py").is_file()
+    assert (files.shipped_folder() / "__init__.py").is_file()

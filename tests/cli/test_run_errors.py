@@ -25,7 +25,7 @@ def prompt_too_long():
 
 
 def no_room_for_completions():
-    return stage("generate", "--model.init_args.traces_sampled", "{samples: 1, sampling: {max_new_tokens: 3000}}")
+    return stage("generate", "--model.init_args.traces", "{samples: 1, sampling: {max_new_tokens: 3000}}")
 
 
 def adapter_of_another_base():
@@ -52,7 +52,7 @@ def no_adapter():
 
 
 def calibrator_as_policy():
-    assert main(stage("calibration", "--run_dir", "c", "--model.init_args.traces_sampled", WRITES)) == 0
+    assert main(stage("calibration", "--run_dir", "c", "--model.init_args.traces", WRITES)) == 0
     return [*FIT, *LORA, "--model.init_args.adapter_path", "c/adapter"]
 
 
@@ -64,6 +64,14 @@ def adapter_as_calibrator():
 def checkpoint_of_another_stage():
     trained("a")
     return stage("calibration", "--ckpt_path", "a/checkpoints/last.ckpt")
+
+
+def checkpoint_of_an_earlier_version():
+    path = Path(trained("a"), "checkpoints", "last.ckpt")
+    saved = torch.load(path, weights_only=True)
+    saved["vidreason"]["format"] = 1
+    torch.save(saved, path)
+    return [*FIT, "--ckpt_path", str(path)]
 
 
 def checkpoint_of_another_batch_size():
@@ -92,11 +100,19 @@ def checkpoint_of_other_weights():
 
 def checkpoint_of_more_texts():
     """The stage would write them again before it loads the checkpoint."""
-    options = ("--run_dir", "a", "--model.init_args.traces_sampled", WRITES)
+    options = ("--run_dir", "a", "--model.init_args.traces", WRITES)
     assert main(stage("calibration", *options)) == 0
     lines = Path("a/traces.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     Path("a/traces.jsonl").write_text("".join(lines[:-2]), encoding="utf-8")
     return stage("calibration", *options, "--ckpt_path", "a/checkpoints/last.ckpt")
+
+
+def clipping_by_the_trainer():
+    return [*FIT, "--trainer.gradient_clip_val", "1.0"]
+
+
+def accumulation_by_the_trainer():
+    return [*FIT, "--trainer.accumulate_grad_batches", "2"]
 
 
 def no_gpu():
@@ -120,7 +136,11 @@ def typo_in_a_trainer_key():
 
 
 def typo_in_an_argument():
-    return [*FIT, "--model.init_args.targt", "label"]
+    return [*FIT, "--model.init_args.targts", "{kind: label}"]
+
+
+def typo_in_a_group():
+    return [*FIT, "--model.init_args.targts.kind", "label"]
 
 
 def typo_in_an_argument_of_an_argument():
@@ -128,7 +148,7 @@ def typo_in_an_argument_of_an_argument():
 
 
 def typo_in_the_optimizer():
-    return [*FIT, "--model.init_args.optimizer.init_args.lrr", "0.1"]
+    return [*FIT, "--model.init_args.optim.optimizer.init_args.lrr", "0.1"]
 
 
 def argument_like_no_other():
@@ -190,17 +210,21 @@ MISTAKES = {
     calibrator_as_policy: "adapter_path: … was written by stage",
     adapter_as_calibrator: "calibrator_path: … was written",
     checkpoint_of_another_stage: "this checkpoint was written by stage",
+    checkpoint_of_an_earlier_version: "this checkpoint was written by …, not",
     checkpoint_of_another_batch_size: "this checkpoint was written at",
     checkpoint_of_another_seed: "this checkpoint was written with seed",
     checkpoint_of_other_clips: "this checkpoint was written with … training",
     checkpoint_of_other_weights: "adapter_path: holds other weights",
     checkpoint_of_more_texts: "…: holds … texts",
+    clipping_by_the_trainer: "trainer.gradient_clip_val",
+    accumulation_by_the_trainer: "trainer.accumulate_grad_batches",
     no_gpu: "trainer.accelerator is",
     no_gpus: "trainer.devices is …, but this machine has no GPU",
     typo_in_a_command: "unknown command",
     typo_in_a_section: "unknown key",
     typo_in_a_trainer_key: "unknown key",
     typo_in_an_argument: "… takes no argument …: did",
+    typo_in_a_group: "… takes no argument …: did",
     typo_in_an_argument_of_an_argument: "… takes no argument …: did",
     typo_in_the_optimizer: "… takes no argument …: did",
     argument_like_no_other: "… takes no argument …; there are",
@@ -216,9 +240,9 @@ MISTAKES = {
     no_such_file: "no such file",
 }
 """Each with the beginning of its row"""
-NOTHING_READ = "… in a row: training clips"
-NOT_WEIGHED = "training clips cannot be read"
-LEFT_OUT = "…: … could not be read"
+TOO_MANY = "… of … training clips"
+NOT_SUPPORTED = "training clips cannot be read"
+LEFT_OUT = "… could not be read"
 MOVED = "… has moved to … (in …)"
 
 
@@ -247,7 +271,8 @@ def test_mistakes_are_one_line_with_status_2(capfd, mistake):
         (typo_in_a_command, "pipeline"),
         (typo_in_a_section, "trainer"),
         (typo_in_a_trainer_key, "max_steps"),
-        (typo_in_an_argument, "target"),
+        (typo_in_an_argument, "targets"),
+        (typo_in_a_group, "targets"),
         (typo_in_an_argument_of_an_argument, "num_frames"),
         (typo_in_the_optimizer, "lr"),
         (typo_in_yaml, "batch_size"),
@@ -284,22 +309,22 @@ def test_clips_that_are_all_gone_are_a_failure(capfd):
     *_, resume, error = capfd.readouterr().err.splitlines()
     assert resume.startswith("interrupted before the first checkpoint; start again with: vidreason fit")
     (row,) = rows_that_say(error.removeprefix("error: "), "Failures")
-    assert row.startswith(NOTHING_READ)
+    assert row.startswith(TOO_MANY)
 
 
 @pytest.mark.usefixtures("here")
-def test_a_stage_of_your_own_that_does_not_weigh_clips_fails(capfd, monkeypatch):
-    monkeypatch.setattr(RationaleSFTModule, "weighs_clips", False)
+def test_a_stage_that_does_not_support_masked_samples_fails(capfd, monkeypatch):
+    monkeypatch.setattr(RationaleSFTModule, "supports_masked_samples", False)
     Path("clips/a/0.mp4").write_text("no video")
     with pytest.warns(UserWarning, match="no weight in this step"):
         assert main(list(FIT)) == 1
     (row,) = rows_that_say(capfd.readouterr().err.splitlines()[-1].removeprefix("error: "), "Failures")
-    assert row.startswith(NOT_WEIGHED)
+    assert row.startswith(NOT_SUPPORTED)
 
 
 def test_every_documented_message_is_produced_above():
     everything = [*documented("Commands and runs"), *documented("Failures")]
     elsewhere = {TOO_MANY_GPUS, FULL_DISK, MOVED}  # test_devices.py, test_full_disk.py, test_moved_keys.py
-    starts = {*MISTAKES.values(), *elsewhere, NOTHING_READ, NOT_WEIGHED, LEFT_OUT}
+    starts = {*MISTAKES.values(), *elsewhere, TOO_MANY, NOT_SUPPORTED, LEFT_OUT}
     assert len(everything) == len(starts)
     assert all(sum(row.startswith(start) for start in starts) == 1 for row in everything)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from errors_page import TOO_MANY_GPUS, rows_that_say
 
-from vidreason.cli.devices import refuse_missing_gpus
+from vidreason.config.machine import check_devices
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,9 @@ def test_devices_are_compared_with_those_there_are(monkeypatch, there, accelerat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     if not refused:
-        refuse_missing_gpus(accelerator, devices)
+        check_devices(accelerator, devices)
         return
     with pytest.raises(ValueError, match=r"trainer\.(accelerator|devices) is .*, but this machine has") as caught:
-        refuse_missing_gpus(accelerator, devices)
+        check_devices(accelerator, devices)
     (row,) = rows_that_say(str(caught.value), "Commands and runs")
     assert row.startswith(TOO_MANY_GPUS) == (there > 0)

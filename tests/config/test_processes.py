@@ -2,7 +2,7 @@
 
 import pytest
 
-from vidreason.config.machine import describe, refuse_unreachable_machines
+from vidreason.config.machine import check_machines, describe
 from vidreason.config.trainer_cli import build
 
 OVERLAY = "configs/strategy/{}.yaml"
@@ -47,14 +47,14 @@ def test_a_calibrator_is_an_adapter_and_a_test_trains_nothing():
 def test_other_machines_have_to_be_named(monkeypatch):
     trainer = made("multi_node").trainer
     with pytest.raises(ValueError, match=r"num_nodes is 2.*MASTER_ADDR.*ddp\.yaml"):
-        refuse_unreachable_machines(trainer)
+        check_machines(trainer)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    refuse_unreachable_machines(trainer)
+    check_machines(trainer)
     monkeypatch.delenv("MASTER_ADDR")
-    refuse_unreachable_machines(made("ddp").trainer)
+    check_machines(made("ddp").trainer)
 
 
 def test_torchrun_names_them(monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    refuse_unreachable_machines(made("multi_node").trainer)
+    check_machines(made("multi_node").trainer)

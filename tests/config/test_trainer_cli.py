@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vidreason.cli import configs
 from vidreason.cli.main import main
+from vidreason.config import files
 from vidreason.config.trainer_cli import build
 
 FIT = ["fit", "--config", "configs/stage.yaml"]
@@ -221,7 +221,7 @@ def test_configs_of_the_package_are_found_and_named(project, module, monkeypatch
     Path("configs").rename(package)
     (package / "tasks").mkdir()
     (package / "tasks" / "t.yaml").write_text("name: t\n")
-    monkeypatch.setattr(configs, "shipped_folder", lambda: package)
+    monkeypatch.setattr(files, "shipped_folder", lambda: package)
     cli = built("--data=configs/data/other.yaml", "--data.init_args.extra=9")
     assert cli.datamodule.extra == 9
     error = capsys.readouterr().err

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vidreason.cli.configs import shipped_folder
 from vidreason.cli.main import main
 from vidreason.config import vlm_shorthand
+from vidreason.config.files import shipped_folder
 from vidreason.config.trainer_cli import build
 from vidreason.config.vlm_shorthand import SECTIONS, expand, is_shorthand, shorthand_settings
 from vidreason.lightning_modules.vlms.qwen import QwenVL
 from vidreason.lightning_modules.vlms.tiny.vlm import embedded_folder
 from vidreason.pipelines.call import read_call
 from vidreason.pipelines.inputs import StageInputs
-from vidreason.pipelines.state import RunState
+from vidreason.run_folder import RunState
 
 PIPELINE = ["--config", "configs/pipelines/zero_shot.yaml", "--run_dir", "run"]
 

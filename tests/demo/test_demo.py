@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vidreason.cli.demo import main
 from vidreason.datamodules.types import Clip
-from vidreason.demo import report, run
+from vidreason.demo import report
 from vidreason.demo.report import choose_examples, draw_accuracy, render_comparison, render_example
 from vidreason.demo.run import METHODS, QUICK, demo_settings, pipeline_options, run_demo
 from vidreason.pipelines import inputs
@@ -129,7 +130,7 @@ def test_label_stages_get_the_same_settings() -> None:
 
 def test_options_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        run.main(["--quik"])
+        main(["--quik"])
     assert "--quik" in capsys.readouterr().err
 
 

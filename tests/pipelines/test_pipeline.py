@@ -11,9 +11,10 @@ import pytest
 import yaml
 from pipeline_world import PIPELINE, FakeTrainer, option, options, run, state_of
 
-from vidreason.cli.configs import shipped_folder
-from vidreason.pipelines.call import list_pipelines, main, read_call, run_pipeline
-from vidreason.pipelines.commands import COLD_POLICY_STATUS
+from vidreason import exit_codes
+from vidreason.cli.pipeline import list_pipelines, main
+from vidreason.config.files import shipped_folder
+from vidreason.pipelines.call import read_call, run_pipeline
 from vidreason.pipelines.spec import read_pipeline
 
 project, trainer = pipeline_world.project, pipeline_world.trainer
@@ -104,7 +105,7 @@ def test_what_a_stage_went_without_is_said_whenever_it_is_passed_over(
     def damaged(folder: Path) -> int:
         (folder / "adapter").mkdir(parents=True)
         (folder / "adapter" / "weights").write_text("w")
-        (folder / "unread_clips.csv").write_text("video_id,times\na,3\nb,3\n")
+        (folder / "unreadable.csv").write_text("video_id,times\na,3\nb,3\n")
         return 0
 
     trainer.before["cold"] = damaged
@@ -159,7 +160,7 @@ def test_an_interrupted_stage_with_changed_inputs_starts_anew(project: Path, tra
 
 
 def test_a_cold_policy_ends_its_stage_only(project: Path, trainer: FakeTrainer) -> None:
-    trainer.before["grpo"] = lambda folder: COLD_POLICY_STATUS
+    trainer.before["grpo"] = lambda folder: exit_codes.UNPARSED
     assert run(trainer) == 0
     assert trainer.stages == ["generate", "cold", "grpo", "test"]
     assert option(trainer.calls[-1], "model.init_args.adapter_path") == "runs/x/stages/02_cold/adapter"
@@ -172,8 +173,8 @@ def test_a_cold_policy_ends_its_stage_only(project: Path, trainer: FakeTrainer) 
 
 def test_a_cold_policy_stops_where_the_pipeline_does_not_allow_it(project: Path, trainer: FakeTrainer) -> None:
     (project / "p.yaml").write_text(PIPELINE.replace("on_unparsed: skip", "").replace("grpo.adapter|", ""))
-    trainer.before["grpo"] = lambda folder: COLD_POLICY_STATUS
-    assert run(trainer) == COLD_POLICY_STATUS
+    trainer.before["grpo"] = lambda folder: exit_codes.UNPARSED
+    assert run(trainer) == exit_codes.UNPARSED
     assert trainer.stages[-1] == "grpo"
 
 
@@ -273,7 +274,7 @@ def test_a_finished_pipeline_says_what_to_do_next(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[int] = [0, 0, 1]
-    monkeypatch.setattr("vidreason.pipelines.call.run_pipeline", lambda argv: calls.pop(0))
+    monkeypatch.setattr("vidreason.cli.pipeline.run_pipeline", lambda argv: calls.pop(0))
     whole = ["--config", "configs/pipelines/zero_shot.yaml", "--run_dir", "runs/my run"]
     said = "next: vidreason classify new_clip.mp4 --run 'runs/my run'"
     for argv, expected in ((whole, True), ([*whole, "--until", "test"], False), (whole, False)):

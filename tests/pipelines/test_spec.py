@@ -50,7 +50,7 @@ def test_a_wrong_pipeline_file_is_one_clear_error(
         (["--use", "generate"], "STAGE=DIR"),
         (["--grpo.model.init_args.adapter_path", "z"], "--use cold=FOLDER"),
         (["--grpo.trainer.max_steps"], "a value is missing"),
-        (["--sed", "5"], "unknown option '--sed': did you mean --seed?"),
+        (["--sed", "5"], "unknown option '--sed': did you mean '--seed'?"),
         (["--nothing_like_it", "5"], "unknown option '--nothing_like_it': settings read --STAGE.dotted.key VALUE"),
         (["--data", "missing.yaml"], "no file 'missing.yaml'"),
     ],

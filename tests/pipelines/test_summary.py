@@ -143,7 +143,7 @@ def test_rows_have_exactly_the_documented_keys(tmp_path: Path) -> None:
 
 def test_agrees_with_the_metrics_of_the_test_stage() -> None:
     torch = pytest.importorskip("torch")
-    from vidreason.lightning_modules.metrics import ClassificationMetrics
+    from vidreason.lightning_modules.decisions.metrics import ClassificationMetrics
 
     names = ("a", "b", "c")
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vidreason.cli.configs import find_config
+from vidreason.config.files import find_config
 from vidreason.pipelines import inputs
 from vidreason.pipelines.call import run_pipeline
 from vidreason.pipelines.commands import Commands

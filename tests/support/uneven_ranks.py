@@ -22,12 +22,12 @@ from vidreason.callbacks.trace_writer import TraceWriter
 from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.decisions.deciders import DecideOptions
-from vidreason.lightning_modules.traces.generation import TRACES_FILE
 from vidreason.lightning_modules.vlms.base import Scores
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
+from vidreason.run_folder import TRACES_FILE
 
 grpo, world, processes = strategies.grpo, strategies.world, strategies.processes
 

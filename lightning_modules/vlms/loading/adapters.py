@@ -168,7 +168,7 @@ def copy_adapter(model: nn.Module, src: str, dst: str, trainable: bool = False) 
 
 @contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Inside, forwards use adapter ``name`` (None: the bare base); which weights are trainable does not change."""
+    """Uses adapter ``name`` in the block (None: the base alone), without changing which weights are trainable."""
     if name is None and not isinstance(model, PeftModel):
         yield
         return
@@ -202,7 +202,7 @@ def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
 
 @contextmanager
 def _same_trainable(model: nn.Module) -> Iterator[None]:
-    """Undoes what PEFT does to ``requires_grad`` of parameters that were there before."""
+    """Restores ``requires_grad`` of existing parameters, which PEFT changes."""
     flags = _flags(model)
     try:
         yield

@@ -1,4 +1,4 @@
-"""From a folder or hub id to a model ready to train: loading, 4-bit weights, freezing and adapters."""
+"""Builds a model that is ready to train from a folder or hub id: loading, 4-bit weights, freezing, adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHECKPOINT_FILES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model
 
 @contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Turns the hub's many ways of failing into one line that says what to do."""
+    """Turns the hub's errors into one line that says what to do."""
     local = path.startswith((".", "/", "~")) or Path(path).exists()
     if local and not (Path(path) / "config.json").is_file():
         raise ValueError(f"vlm.path: {path} is not a model folder (no config.json in it); check the path")
@@ -67,7 +67,7 @@ def equip(
     frozen: tuple[str, ...],
     gradient_checkpointing: bool,
 ) -> nn.Module:
-    """Makes a loaded base ready to train: frozen modules in eval mode, the ``policy`` adapter, train mode elsewhere."""
+    """Prepares a base for training: frozen modules in eval mode, the ``policy`` adapter, train mode elsewhere."""
     if gradient_checkpointing:
         # its name in older versions
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -89,7 +89,7 @@ def equip(
 def _sources(
     path: str, adapter_path: str | None, lora: LoRAOptions | None, base_sha: Callable[[], str]
 ) -> tuple[str, str | None]:
-    """Which weights to load and which adapter to put on them."""
+    """Returns which weights to load and which adapter to attach."""
     if adapter_path is None:
         return path, None
     if not is_adapter_folder(adapter_path):
@@ -151,7 +151,7 @@ def load_base(
 
 
 def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
-    """Forbids the packing that bitsandbytes does in the first eval forward on AVX-512 CPUs: it kills the gradient."""
+    """Disables the weight packing of bitsandbytes in eval forwards on AVX-512 CPUs, which removes gradients."""
     modules: Iterator[Any] = model.modules()
     for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -159,7 +159,7 @@ def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
 
 
 def checkpoint_sha(path: str) -> str:
-    """SHA-256 of a checkpoint's files: weights, configuration, tokenizer, chat template."""
+    """Returns the SHA-256 of a checkpoint's files: weights, configuration, tokenizer, chat template."""
     with readable(path):
         config = cached_file(path, "config.json")
     assert config is not None

@@ -1,7 +1,7 @@
-"""FSDP2: the weights of a built model sharded over ranks, and whole again where ranks may run unequal forwards.
+"""Shards a built model over ranks with FSDP2, and gathers it where ranks may run unequal forwards.
 
-Each decoder layer is gathered for its own forward and backward; what is outside of them (embeddings, head, a vision
-tower that is trained) for the whole forward. A frozen tower stays whole on every rank, so that a rank may skip it.
+Each decoder layer is gathered for its own forward and backward; the rest (embeddings, head, a trained vision tower) is
+gathered for the whole forward. A frozen tower is not sharded, so that a rank may skip it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, frozen: Sequence[str] = ()) -> Non
     Args:
         model: What ``VLM.build`` returned, with or without PEFT around it.
         mesh: One dimension of ranks.
-        frozen: Dotted names of modules that stay whole.
+        frozen: Dotted names of modules that are not sharded.
 
     Raises:
         ValueError: Trainable parameters are of several dtypes, which FSDP2 cannot gather together.
@@ -49,15 +49,15 @@ def _check_one_dtype(model: nn.Module) -> None:
 
 
 def is_unsharded(model: nn.Module) -> bool:
-    """Whether this rank holds every parameter as a plain tensor."""
+    """Returns whether this rank holds every parameter as a plain tensor."""
     return not any(isinstance(p, DTensor) for p in model.parameters())
 
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Inside, every rank holds all weights, so that ranks need not run the same forwards.
+    """Gathers all weights on every rank in the block, so that ranks need not run the same forwards.
 
-    Nothing happens where nothing is sharded. All ranks have to enter and leave it together, and train nothing inside.
+    Does nothing if nothing is sharded. All ranks have to enter and leave together, and must not train in the block.
     """
     if is_unsharded(model):
         yield
@@ -75,9 +75,9 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def unsharded_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, as they stand in ``unsharded``.
+    """Returns parameters and buffers by name; call it in ``unsharded``.
 
-    ``state_dict`` would shard them first.
+    ``model.state_dict()`` would shard them again first.
     """
     assert is_unsharded(model), "gather the weights first: with unsharded(model)"
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

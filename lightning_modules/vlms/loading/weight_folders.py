@@ -28,12 +28,12 @@ CONFIG_FILE = "adapter_config.json"
 
 
 def is_adapter_folder(folder: str | Path) -> bool:
-    """Whether ``folder`` holds a PEFT adapter (and not full weights)."""
+    """Returns whether ``folder`` holds a PEFT adapter, not full weights."""
     return (Path(folder) / CONFIG_FILE).is_file()
 
 
 def read_info(folder: str | Path) -> dict[str, object]:
-    """What ``vidreason.json`` in an adapter or weights folder says; empty where there is none."""
+    """Returns the content of ``vidreason.json`` in an adapter or weights folder; empty if there is none."""
     file = Path(folder) / INFO_FILE
     if not file.is_file():
         return {}
@@ -43,15 +43,15 @@ def read_info(folder: str | Path) -> dict[str, object]:
 
 @contextmanager
 def published(folder: Path, info: Mapping[str, object]) -> Iterator[Path]:
-    """Yields a draft; adds the info file and moves it to its place, so that no failure leaves half a folder.
+    """Yields a temporary folder, then adds the info file and replaces ``folder`` atomically.
 
     Raises:
-        OSError: Naming ``folder``, where it cannot be written.
+        OSError: If ``folder`` cannot be written; the message names it.
     """
     draft = folder.with_name(folder.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        with naming(folder), _full_disk_said():
+        with naming(folder), _system_errors():
             draft.mkdir(parents=True)
             yield draft
             (draft / INFO_FILE).write_text(json.dumps(dict(info), indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -62,8 +62,8 @@ def published(folder: Path, info: Mapping[str, object]) -> Iterator[Path]:
 
 
 @contextmanager
-def _full_disk_said() -> Iterator[None]:
-    """Safetensors has an error of its own for what the system refuses; it is the system's again here."""
+def _system_errors() -> Iterator[None]:
+    """Raises errors of safetensors that come from the operating system, such as a full disk, as OSError."""
     try:
         yield
     except SafetensorError as error:
@@ -89,7 +89,7 @@ def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, 
 
 
 def adapter_sha(folder: str | Path) -> str:
-    """SHA-256 of what an adapter (or a folder of full weights) computes: its weights and its LoRA settings."""
+    """Returns the SHA-256 of the weights and LoRA settings of an adapter, or of a folder of full weights."""
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:

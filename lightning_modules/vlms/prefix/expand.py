@@ -1,7 +1,7 @@
-"""Route *expand*: the prompts run once, and every text gets its prompt's keys and values.
+"""Route *expand*: each prompt runs once, and its keys and values are expanded to every text behind it.
 
-A text that others continue runs once too, level by level through ``TextBatch.parent``. The cache is differentiable, so
-gradients reach the prompt and the vision tower. Sampling goes the same way.
+A text that others continue also runs once, level by level of ``TextBatch.parent``. The cache is differentiable, so that
+gradients reach the prompt and the vision tower. Sampling uses the same functions.
 
 Letters: B prompts, n rows of one forward, S tokens already in the cache, W columns, K scored tokens.
 """
@@ -23,7 +23,7 @@ from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, plan_tex
 
 @dataclass(frozen=True)
 class Prefix:
-    """What is behind n rows: their keys and values, which of them are real, and the position that comes next."""
+    """The common past of n rows: keys and values, the mask of real tokens, and the next position."""
 
     cache: Any
     """A transformers ``Cache`` of n rows and S tokens; extending a prefix extends it in place"""
@@ -33,12 +33,12 @@ class Prefix:
     """[n] int64, position of the next token"""
 
     def select(self, rows: Tensor) -> Prefix:
-        """Gathers rows (repeating or dropping them); the old prefix must not be used afterwards."""
+        """Selects rows, which may repeat; the old prefix must not be used afterwards."""
         self.cache.batch_select_indices(rows)
         return Prefix(self.cache, self.mask[rows], self.start[rows])
 
     def fork(self) -> Prefix:
-        """A prefix with the same keys and values that may be extended while this one stays as it is."""
+        """Returns a prefix with the same keys and values that can be extended without changing this one."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         return Prefix(cache, self.mask, self.start)
@@ -106,7 +106,7 @@ def expand_prompts(
 def expand_texts(
     layout: PromptLayout, model: nn.Module, prefix: Prefix, texts: TextBatch, scoring: Scoring
 ) -> list[Scored]:
-    """Runs the texts behind the prefix of their prompts, which is used up.
+    """Runs the texts behind the prefix of their prompts; the prefix must not be used afterwards.
 
     Returns:
         The scores of all tokens that count but those that a prompt predicts.

@@ -1,4 +1,4 @@
-"""What the model's own head is asked for inside its forward: logits at some places, or the scores of some tokens.
+"""Computes logits or token scores at selected places inside a model's own forward.
 
 The head sees the hidden states of those places only, and for scores a few at a time, so that no forward holds
 [tokens, vocabulary]. Letters: n rows, W columns, H hidden size, M states, K tokens, V vocabulary.
@@ -46,12 +46,12 @@ class Scored(NamedTuple):
 
 
 def logits_at(rows: Tensor, cols: Tensor) -> Answer:
-    """Asks for the logits [M, V] at the places (rows, cols), [M] each."""
+    """Returns an ``Answer`` that computes the logits [M, V] at (rows, cols), [M] each."""
     return lambda hidden, head: head(hidden[rows, cols])
 
 
 def scores_of(targets: Targets, ids: Tensor, scoring: Scoring) -> Answer:
-    """Asks for the scores of the tokens ``ids`` [K], as ``Scored.scores``."""
+    """Returns an ``Answer`` that computes the scores of the tokens ``ids`` [K], as in ``Scored.scores``."""
 
     def answer(hidden: Tensor, head: Head) -> Tensor:
         found = chunked_token_logprobs(
@@ -71,7 +71,7 @@ def scores_of(targets: Targets, ids: Tensor, scoring: Scoring) -> Answer:
 
 
 def forward(model: nn.Module, answer: Answer, **inputs: Any) -> Any:
-    """Runs ``model`` and puts ``answer`` in the place of its logits.
+    """Runs ``model`` and returns ``answer`` instead of its logits.
 
     Everything happens inside the model's own forward, where sharded weights are whole, and goes through its own head
     module, adapters included.

@@ -1,4 +1,4 @@
-"""What the shared prefix asks of a family, and of a built model.
+"""What scoring behind a shared prefix needs to know of a model family and of a built model.
 
 Letters: B prompts, P prompt tokens, n rows, L tokens of a row, A rotary axes.
 """
@@ -21,27 +21,27 @@ class PromptLayout(Protocol):
     """What differs between families in how prompts are laid out; implemented by ``VLM``."""
 
     def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Positions of left-padded inputs, [B, P], or [A, B, P] for A rotary axes."""
+        """Returns positions of left-padded inputs, [B, P], or [A, B, P] for A rotary axes."""
 
     def text_position_ids(self, positions: Tensor) -> Tensor:
-        """Turns text positions [n, L] into what the decoder takes."""
+        """Returns text positions [n, L] in the form that the decoder takes."""
 
     def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-        """Inputs of the prompts ``index`` [n], pixels included."""
+        """Returns the inputs of the prompts ``index`` [n], including pixels."""
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers ``PreTrainedModel`` inside ``model``, which may be wrapped by PEFT."""
+    """Returns the transformers ``PreTrainedModel`` inside ``model``, which PEFT may wrap."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def text_config(model: nn.Module) -> Any:
-    """Configuration of the decoder."""
+    """Returns the configuration of the decoder."""
     return unwrap(model).config.get_text_config()
 
 
 def would_checkpoint(model: nn.Module) -> bool:
-    """Whether a decoder layer would recompute its activations, and with that silently drop the cache."""
+    """Returns whether decoder layers use gradient checkpointing, which silently drops the cache."""
     return any(
         isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training
         for layer in unwrap(model).get_decoder().modules()
@@ -49,10 +49,10 @@ def would_checkpoint(model: nn.Module) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are sharded over ranks (FSDP2), so that every forward gathers them."""
+    """Returns whether parameters are sharded over ranks (FSDP2), so that every forward gathers them."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def next_positions(positions: Tensor) -> Tensor:
-    """Positions [B] of the first token behind prompts at ``positions`` [B, P] or [A, B, P]."""
+    """Returns positions [B] of the first token behind prompts at ``positions`` [B, P] or [A, B, P]."""
     return positions.reshape(-1, *positions.shape[-2:]).amax(dim=(0, 2)) + 1

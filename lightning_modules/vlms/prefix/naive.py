@@ -17,7 +17,7 @@ from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, targets
 def naive_scores(
     layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, plan: TextPlan, scoring: Scoring
 ) -> list[Scored]:
-    """Scores of every token that counts."""
+    """Returns the scores of every token that counts."""
     device, base = texts.ids.device, prompts.inputs["input_ids"].shape[1]
     paths, lengths = plan.leaf_paths(), plan.lengths
     width = max(sum(lengths[row] for row in path) for path in paths)

@@ -1,7 +1,7 @@
-"""Route *packed*: prompts and texts in one row without padding, one forward for all of them.
+"""Route *packed*: one forward over prompts and texts in one row without padding.
 
-It works with gradient checkpointing and with sharded layers, where a cache is dropped or every forward gathers the
-weights. ``packing.py`` has the attention.
+It needs no cache, which gradient checkpointing would drop, and few forwards, each of which gathers sharded weights. The
+attention is in ``packing.py``.
 
 Letters: B prompts, P tokens of all prompts together, R tokens of all texts that are run, A rotary axes.
 """
@@ -38,14 +38,14 @@ class PackedPrompts:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is left of prompts that have been run: the keys and values of each layer, and where each prompt stands."""
+    """Prompts that have been run: the keys and values of each layer, and the span of each prompt."""
 
     layers: Sequence[KeysValues]
     prompts: PackedPrompts
 
 
 def pack_prompts(layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts) -> PackedPrompts:
-    """Takes the padding out of B prompts and puts them behind each other."""
+    """Concatenates B prompts without their padding."""
     real = prompts.inputs["attention_mask"].bool()
     positions = layout.position_ids(unwrap(model), prompts.inputs)
     inputs = dict(prompts.inputs)
@@ -72,7 +72,7 @@ class PackedTexts:
 
 
 def pack_texts(texts: TextBatch, plan: TextPlan, prompts: PackedPrompts, before: int, memory: int) -> PackedTexts:
-    """Puts the texts behind each other.
+    """Concatenates the texts.
 
     Args:
         texts: N texts.
@@ -101,7 +101,7 @@ def pack_texts(texts: TextBatch, plan: TextPlan, prompts: PackedPrompts, before:
 
 
 def run_packed(model: nn.Module, answer: Answer, packing: Packing, **inputs: Any) -> Tensor:
-    """One forward over a packed row; returns the answer.
+    """Runs one forward over a packed row and returns the answer.
 
     Raises:
         ValueError: Some layer of the decoder did not attend as the packing says.
@@ -128,7 +128,7 @@ def run_packed(model: nn.Module, answer: Answer, packing: Packing, **inputs: Any
 def packed_scores(
     layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch, plan: TextPlan, scoring: Scoring
 ) -> list[Scored]:
-    """Scores of every token that counts, in one forward."""
+    """Returns the scores of every token that counts, in one forward."""
     head = pack_prompts(layout, model, prompts)
     length = head.spans[-1][1]
     tail = pack_texts(texts, plan, head, before=length, memory=0)
@@ -177,12 +177,12 @@ def _alone(prompts: PackedPrompts) -> list[Group]:
 
 
 def _first_targets(plan: TextPlan, prompts: PackedPrompts) -> list[tuple[int, int, int, int]]:
-    """First tokens of texts that stand directly behind a prompt, predicted by its last token."""
+    """Returns the first tokens of texts directly behind a prompt, which its last token predicts."""
     return [(0, prompts.spans[plan.owner[row]][1] - 1, row, 0) for row in plan.first_targets(0)]
 
 
 def _inner_targets(plan: TextPlan, texts: PackedTexts, memory: int) -> list[tuple[int, int, int, int]]:
-    """Tokens predicted by a token of their own row or of the row that it continues."""
+    """Returns the tokens that are predicted by a token of their own row or of their parent row."""
     found = []
     for row, parent in enumerate(plan.parent):
         if parent >= 0 and bool(plan.loss[row, 0]):

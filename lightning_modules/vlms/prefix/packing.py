@@ -36,7 +36,7 @@ UNKNOWN = ("softcap", "s_aux", "sliding_window", "position_bias")
 
 
 class Group(NamedTuple):
-    """Rows that continue the same tokens."""
+    """Texts with the same context."""
 
     context: tuple[Span, ...]
     """Of the memory followed by the packed row"""
@@ -54,7 +54,7 @@ class KeysValues(NamedTuple):
 
 
 class Packing:
-    """Where in a packed row what stands, and the keys and values that stand before it.
+    """Layout of a packed row, and the keys and values that precede it.
 
     Args:
         groups: Prompts and texts in the order of the row, which they cover.
@@ -77,14 +77,14 @@ class Packing:
         self.masks = [_mask(group, device) for group in groups]
 
     def take_kept(self) -> list[KeysValues]:
-        """Hands out what was kept, in the order of the layers; layers that are run again keep nothing."""
+        """Returns the collected keys and values in the order of the layers; recomputed layers collect nothing."""
         self.keep = False
         kept, self.kept = self.kept, {}
         return [kept[layer] for layer in sorted(kept)]
 
 
 def _padded(rows: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """For texts of unequal length: where to gather [n·W] tokens from, and which of those [n·W] are real (indices)."""
+    """Returns, for texts of unequal length, the [n·W] indices to gather and the indices of real tokens among them."""
     lengths = [end - start for start, end in rows]
     if len(set(lengths)) == 1:
         return None
@@ -95,7 +95,7 @@ def _padded(rows: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def _mask(group: Group, device: torch.device) -> Tensor | None:
-    """What texts see of context and themselves: a causal mask aligned at the bottom right, [W, T + W]."""
+    """Returns the causal mask of a text over its context and itself, aligned at the bottom right, [W, T + W]."""
     width = max(end - start for start, end in group.rows)
     length = width + sum(end - start for start, end in group.context)
     if width in (1, length):
@@ -124,7 +124,7 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it.
+    """Computes attention over a packed row, with the interface of transformers.
 
     Args:
         module: The attention layer.
@@ -173,14 +173,14 @@ def packed_attention(
 
 
 def _rows(states: Tensor, rows: Sequence[Span], padded: tuple[Tensor, Tensor] | None) -> Tensor:
-    """[1, heads, S, D] to the texts of a group, [n, heads, W, D]."""
+    """Returns the texts of a group, [n, heads, W, D], from [1, heads, S, D]."""
     row = states[0]
     taken = row[:, rows[0][0] : rows[-1][1]] if padded is None else row.index_select(1, padded[0])
     return taken.reshape(taken.shape[0], len(rows), -1, taken.shape[2]).transpose(0, 1)
 
 
 def _context(states: Tensor, memory: Tensor | None, spans: Sequence[Span], n: int) -> Tensor:
-    """The context of a group for each of its n texts, [n, K, T, D]."""
+    """Returns the context of a group, repeated for its n texts, [n, K, T, D]."""
     offset = 0 if memory is None else memory.shape[2]
     pieces = []
     for start, end in spans:
@@ -196,7 +196,7 @@ def _context(states: Tensor, memory: Tensor | None, spans: Sequence[Span], n: in
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Attention [n, Q, W, D] of queries to T + W keys."""
+    """Returns the attention [n, Q, W, D] of queries over T + W keys."""
     width, before = query.shape[2], key.shape[2] - query.shape[2]
     if type(mask) is Tensor and width > BLOCK:
         # A kernel reads a mask whole, also where it forbids: blocks of queries leave out what none of them may see.

@@ -1,4 +1,4 @@
-"""Log-probs of many texts behind few prompts: each prompt runs once, and so does each text that others continue.
+"""Scores many texts behind few prompts: each prompt, and each text that others continue, runs once.
 
 Two routes share the prompt, both exact in value and gradient. *expand* (``expand.py``) hands every text its prompt's
 keys and values; *packed* (``packed.py``) puts prompts and texts in one row and attends group by group, in one forward.
@@ -55,14 +55,14 @@ class RouteOptions(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A route, and why it was taken."""
+    """A route, and why it was chosen."""
 
     route: Route
     reason: str
 
 
 def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, Tensor], texts: TextBatch) -> Choice:
-    """Takes the route that is asked for, or the one that fits the model.
+    """Returns the route that the options ask for, or the one that suits the model.
 
     Args:
         options: What is asked for.
@@ -71,7 +71,7 @@ def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, T
         texts: What stands behind them.
 
     Raises:
-        ValueError: A route cannot serve this model or these settings exactly; it says why.
+        ValueError: If the route would not be exact for this model or these settings; the message says why.
     """
     recomputes, sharded = would_checkpoint(model), is_sharded(model)
     against = {"packed": not_packed(model, inputs), "expand": _not_expanded(recomputes, sharded)}
@@ -93,7 +93,7 @@ def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, T
 
 
 def _refusal(route: Route, against: Mapping[str, str | None], recomputes: bool) -> str:
-    """What is against a route, and the ways out."""
+    """Returns the error message about a route that cannot be used, with alternatives."""
     also, ways_out = "", "packed (or auto)"
     if route == "packed":
         expand = against["expand"]
@@ -104,7 +104,7 @@ def _refusal(route: Route, against: Mapping[str, str | None], recomputes: bool) 
 
 
 def _fitting(against: Mapping[str, str | None], recomputes: bool, sharded: bool, texts: TextBatch) -> Choice:
-    """What ``auto`` takes."""
+    """Returns the route that ``auto`` chooses."""
     if recomputes:
         return Choice("packed", "decoder layers are recomputed in the backward pass")
     packs = against["packed"] is None
@@ -118,7 +118,7 @@ def _fitting(against: Mapping[str, str | None], recomputes: bool, sharded: bool,
 
 
 def _not_expanded(recomputes: bool, sharded: bool) -> str | None:
-    """Why the expand route cannot serve a model, or None where it can."""
+    """Returns why the expand route cannot be used for a model, or None."""
     if recomputes:
         return "gradient checkpointing drops the prompt's keys and values in train mode"
     if sharded and torch.is_grad_enabled():
@@ -127,7 +127,7 @@ def _not_expanded(recomputes: bool, sharded: bool) -> str | None:
 
 
 def not_packed(model: nn.Module, inputs: Mapping[str, Tensor]) -> str | None:
-    """Why the packed route cannot serve a model, or None where it can: a plain causal decoder with ``sdpa``."""
+    """Returns why the packed route cannot be used, or None; it needs a plain causal decoder with ``sdpa``."""
     config, name = text_config(model), type(unwrap(model)).__name__
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
     if kinds:
@@ -183,7 +183,7 @@ def _shared_scores(
     route: Route,
     options: RouteOptions,
 ) -> list[Scored]:
-    """All texts at once, or in chunks."""
+    """Scores all texts at once, or in chunks."""
     roots = plan.parent.count(-1)
     size = min(options.completion_chunk or roots, roots)
     if options.text_memory_gb is not None:
@@ -207,7 +207,7 @@ def _in_chunks(
     route: Route,
     size: int,
 ) -> list[Scored]:
-    """The prompts once, then ``size`` texts (with all that goes on behind them) at a time."""
+    """Runs the prompts once, then ``size`` texts (with all texts that continue them) at a time."""
     run: Callable[[TextBatch], list[Scored]]
     if route == "packed":
         scored, memory = packed_prompts(layout, model, prompts, texts, plan, scoring)

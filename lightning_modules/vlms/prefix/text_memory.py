@@ -1,6 +1,6 @@
-"""How many texts go through a decoder at once under a memory limit.
+"""Estimates how many texts fit through a decoder at once under a memory limit.
 
-An estimate from the decoder's sizes, of what a forward of the texts holds beside the weights and the prompts.
+The estimate covers what a forward of the texts holds in addition to weights and prompts, from the decoder's sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan
 
 
 def texts_that_fit(model: nn.Module, plan: TextPlan, prompt_tokens: int, route: str, limit_gb: float) -> int:
-    """Largest number of texts behind the prompts, each with all that goes on behind it, that the limit allows.
+    """Returns how many texts behind the prompts, each with all texts that continue it, fit into the limit.
 
     Args:
         model: The model in the mode it will run in.

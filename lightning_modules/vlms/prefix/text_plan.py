@@ -1,4 +1,4 @@
-"""Which tokens of a TextBatch have to be run, behind what, and from which hidden state each one is predicted.
+"""Plans which tokens of a TextBatch have to be run, behind what, and which hidden state predicts each token.
 
 A plan lives on the CPU: the batch is read back from the device once. Letters: B prompts, N texts, L tokens of the
 longest, K scored tokens.
@@ -39,30 +39,30 @@ class TextPlan:
         return len(self.owner)
 
     def above(self, row: int) -> int:
-        """The row that ``row`` continues, or -1 - owner where that is a prompt."""
+        """Returns the parent row of ``row``, or -1 - owner if that is a prompt."""
         return self.parent[row] if self.parent[row] >= 0 else -1 - self.owner[row]
 
     def path(self, row: int) -> list[int]:
-        """The rows from a prompt down to ``row``, itself the last."""
+        """Returns the rows from a prompt to ``row``, inclusive."""
         path = [row]
         while self.parent[path[-1]] >= 0:
             path.append(self.parent[path[-1]])
         return path[::-1]
 
     def first_targets(self, depth: int) -> list[int]:
-        """Rows of a depth whose first token counts."""
+        """Returns the rows of a depth whose first token counts."""
         return [row for row in range(len(self)) if self.depth[row] == depth and bool(self.loss[row, 0])]
 
     def inner_targets(self, row: int) -> list[int]:
-        """Columns of the tokens of ``row`` that count and are predicted by a token of the same row."""
+        """Returns the columns of tokens of ``row`` that count and are predicted by a token of the same row."""
         return [column for column in self.loss[row].nonzero()[:, 0].tolist() if column > 0]
 
     def leaf_paths(self) -> list[list[int]]:
-        """The path to every row that no other continues."""
+        """Returns the path to every leaf."""
         return [self.path(leaf) for leaf in sorted(set(range(len(self))) - set(self.parent))]
 
     def families(self) -> list[tuple[int, list[int]]]:
-        """Rows that have to be run, by what they continue (as ``above``); parents come before their children."""
+        """Returns the rows to run by what they continue (see ``above``); parents come before their children."""
         found: dict[int, list[int]] = {}
         for row in sorted(range(len(self)), key=lambda r: self.depth[r]):
             if self.widths[row]:
@@ -110,7 +110,7 @@ class Targets(NamedTuple):
 
 
 def targets(found: Sequence[tuple[int, int, int, int]], device: torch.device) -> Targets:
-    """Collects targets given as (state's row, state's column, text row, text column); equal states become one."""
+    """Returns targets from (row of state, column of state, text row, text column); equal states are merged."""
     places = {place: i for i, place in enumerate(sorted({(row, col) for row, col, _, _ in found}))}
     ordered = sorted(found, key=lambda target: places[target[:2]])
     state = torch.tensor([places[target[:2]] for target in ordered], dtype=torch.long)
@@ -162,7 +162,7 @@ class Joined(NamedTuple):
 
 
 def join_only_children(texts: TextBatch, plan: TextPlan) -> Joined:
-    """Joins texts to the one that alone continues them: one row less to run, and the context is read once."""
+    """Joins each text with its only child: one row less to run, and the context is read once."""
     children = Counter(plan.parent)
     joins = [parent >= 0 and children[parent] == 1 for parent in plan.parent]
     if not any(joins):

@@ -1,7 +1,7 @@
-"""Clips, prompts and texts as tensors, for any family's chat template.
+"""Encodes clips, prompts and texts as tensors with any chat template.
 
-The template is rendered around a sentinel, which shows what it puts in front of and behind a user's and an assistant's
-words; nothing about a particular template is written here.
+The template is rendered around a sentinel to find the tokens before and after a user's and an assistant's words; no
+particular template is assumed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SENTINEL = "VIDREASONSENTINEL"
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """What a chat template puts around words."""
+    """Tokens that a chat template puts around a user's and an assistant's words."""
 
     turn_end: str
     """closes the user's turn and opens the assistant's"""
@@ -42,7 +42,7 @@ class _Row:
 
 
 def render(processor: Any, text: str, assistant: str | None = None) -> str:
-    """The conversation as a string: one user turn with the video first, then the assistant's words or its opening."""
+    """Returns the conversation as a string: a user turn that starts with the video, then the assistant's turn."""
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}]
     if assistant is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": assistant}]})
@@ -51,18 +51,18 @@ def render(processor: Any, text: str, assistant: str | None = None) -> str:
 
 
 def tokens(processor: Any, text: str) -> list[int]:
-    """Token ids of a piece of the template alone, without anything the tokenizer would add."""
+    """Returns the token ids of a part of the template, without tokens that the tokenizer would add."""
     ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def _spelt(processor: Any, words: str) -> Any:
-    """Encodes somebody's words; what looks like a special token in them is spelt, so that no text closes its turn."""
+    """Encodes a text; special tokens in it are encoded as plain characters, so that no text can close its turn."""
     return processor.tokenizer(words, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
 
 
 def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
-    """Finds the frame of the processor's chat template.
+    """Returns the tokens that the processor's chat template puts around words.
 
     Args:
         processor: A processor with a chat template.
@@ -90,14 +90,14 @@ def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
 
 
 def prompt_text(processor: Any, prompt: Prompt) -> str:
-    """The rendered prompt: up to the opened assistant's turn, or, left open, up to the last word of the user's."""
+    """Returns the rendered prompt, up to the opened assistant's turn or, if open, up to the user's last word."""
     if not prompt.open:
         return render(processor, prompt.text)
     return render(processor, prompt.text + SENTINEL).partition(SENTINEL)[0]
 
 
 def encode_prompts(processor: Any, examples: Sequence[Example], options: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The processor's tensors for the prompts of all examples, all of them, padded as its tokenizer pads."""
+    """Returns the processor's tensors for the prompts of all examples, left-padded."""
     samples = [example.sample for example in examples]
     metadata = [
         VideoMetadata(
@@ -122,7 +122,7 @@ def encode_prompts(processor: Any, examples: Sequence[Example], options: Mapping
 
 
 def encode_texts(processor: Any, frame: ChatFrame, examples: Sequence[Example], banned: frozenset[int]) -> TextBatch:
-    """The texts of all examples as one right-padded TextBatch.
+    """Returns the texts of all examples as one right-padded TextBatch.
 
     Raises:
         ValueError: A text does not fit where it stands (a context behind a closed prompt or an answer, an answer behind
@@ -159,19 +159,19 @@ def encode_texts(processor: Any, frame: ChatFrame, examples: Sequence[Example], 
 
 
 def pad_id(processor: Any) -> int:
-    """The padding token, or the end token where a tokenizer has none."""
+    """Returns the padding token, or the end token if the tokenizer has none."""
     tokenizer = processor.tokenizer
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def decode(processor: Any, ids: Sequence[int]) -> str:
-    """Text of tokens, special tokens included."""
+    """Returns the text of tokens, including special tokens."""
     text: str = processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
 
 
 def answer_tokens(processor: Any, ids: Sequence[int]) -> torch.Tensor:
-    """[L] bool, the tokens from ``<answer>`` to the end of sampled tokens; all False without one."""
+    """Returns [L] bool, True from ``<answer>`` to the end of the sampled tokens; all False without an answer."""
     mask = torch.zeros(len(ids), dtype=torch.bool)
     start = answer_start(decode(processor, ids))
     if start is not None:  # from the first token that ends behind the tag's first character

@@ -1,4 +1,4 @@
-"""How many tokens a model takes, and the error where a clip's prompt with what stands behind it has more."""
+"""The context length of a model, and the check that prompts and texts fit into it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REMEDY = "lower data.init_args.frames.num_frames or data.init_args.frames.max_pi
 
 
 def max_position_embeddings(path: str) -> int | None:
-    """Returns the length of the context of a model's decoder; None where its configuration does not say.
+    """Returns the context length of a model's decoder; None if the configuration does not say.
 
     Args:
         path: Folder of a model in the hub's format, or a hub id.
@@ -28,7 +28,7 @@ def prompt_tokens(prompts: EncodedPrompts) -> Tensor:
 
 
 def longest_texts(texts: TextBatch, prompts: int) -> list[int]:
-    """Returns for each prompt the most tokens that stand behind it, a text and those that it continues; 0 without any.
+    """Returns for each prompt the length in tokens of the longest path of texts behind it; 0 without texts.
 
     Args:
         texts: N texts; a parent stands before its children.
@@ -44,17 +44,17 @@ def longest_texts(texts: TextBatch, prompts: int) -> list[int]:
 def check_context_length(
     names: Sequence[str], prompts: EncodedPrompts, behind: Sequence[int], limit: int | None, what: str
 ) -> None:
-    """Refuses a clip whose prompt, with what stands behind it, is longer than the model's context.
+    """Checks that each prompt and the tokens behind it fit into the model's context.
 
     Args:
         names: [B] ids of the clips.
         prompts: B prompts.
         behind: [B] tokens behind them.
-        limit: Most tokens that the model takes; None is not known, so nothing is refused.
+        limit: Context length in tokens; None if unknown, which skips the check.
         what: What stands behind the prompts, for the message.
 
     Raises:
-        ValueError: Naming the first such clip, the numbers and the settings to change.
+        ValueError: If a clip does not fit; the message names it, the numbers and the settings to change.
     """
     if limit is None:
         return

@@ -218,12 +218,9 @@ class TinyVLMForConditionalGeneration(TinyVLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size)
+        cache: dict[str, Any] = {"past_key_values": outputs.past_key_values}  # Named otherwise in newer annotations.
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **cache
         )
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # the keywords between are passed on

@@ -74,7 +74,7 @@ class TinyVLMProcessor(ProcessorMixin):
 
         Args:
             text: One or several texts with one ``<|video|>`` per video.
-            videos: uint8 frames [T, 3, H, W] per video, all of the same T.
+            videos: Uint8 frames [T, 3, H, W] per video, all of the same T.
             padding: Pad the token rows (on the left) to one length.
             return_tensors: As transformers names it.
             add_special_tokens: Passed to the tokenizer, which has none to add.

@@ -1,13 +1,13 @@
-"""Embeddings of videos behind a frozen vision path, computed once: in memory for a run, on disk for runs and stages.
+"""Caches the embeddings of videos that a frozen vision path computes, in memory for a run and on disk for several.
 
-The key of an entry says all that it depends on: the file's content and which frames were taken of it
+The key of an entry contains all that it depends on: the file's content and which frames were taken of it
 (``EncodedPrompts.videos``), the processor, precision, attention and quantisation, and every parameter and buffer
-between pixels and embeddings. Where one of these is trained, carries an adapter, or frames are drawn anew each time,
-nothing is kept, and the log says why.
+between pixels and embeddings. If one of these is trained or has an adapter, or frames are sampled randomly, nothing
+is cached, and the log says why.
 
-Entries are fed in behind the family's own ``get_video_features`` and ``get_image_features``, so that its forward keeps
-doing masks, positions and DeepStack. A video that has to be computed goes through the tower alone, so its entry does
-not depend on the batch it was in.
+Entries replace the results of the family's ``get_video_features`` and ``get_image_features``, so that its forward still
+handles masks, positions and DeepStack. A video that is not cached goes through the tower by itself, so that its entry
+does not depend on the batch.
 
 Letters: B prompts, one video each; V visual tokens of a video, H hidden size.
 """
@@ -79,7 +79,7 @@ class VisionFeatures(ModelOutput):
 
 
 class CacheStatistics(NamedTuple):
-    """What the cache did since it was last asked."""
+    """Statistics of the cache since they were last read."""
 
     hits: int
     lookups: int
@@ -112,7 +112,7 @@ class VisionCache:
 
     @contextmanager
     def feeding(self, layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, route: str) -> Iterator[None]:
-        """Inside, the forward of ``model`` on ``prompts`` gets their embeddings from here.
+        """Lets the forward of ``model`` on ``prompts`` take embeddings from the cache in the block.
 
         Args:
             layout: The family.
@@ -139,7 +139,7 @@ class VisionCache:
             yield
 
     def take_statistics(self) -> CacheStatistics:
-        """What happened since the last call."""
+        """Returns the statistics since the last call."""
         taken = CacheStatistics(
             self._hits, self._lookups, (self.store.bytes if self.store is not None else self._memory_bytes) / GB
         )
@@ -147,7 +147,7 @@ class VisionCache:
         return taken
 
     def _keys(self, model: nn.Module, parts: list[Part], prompts: EncodedPrompts) -> list[str]:
-        """[B] one key per video."""
+        """Returns one key per video, [B]."""
         now = marks(parts)
         known = self._shas.get(model)
         if known is None or known.marks != now:
@@ -162,7 +162,7 @@ class VisionCache:
     def _fed(
         self, compute: Callable[..., Any], layout: PromptLayout, prompts: EncodedPrompts, keys: Sequence[str]
     ) -> Callable[..., Any]:
-        """The family's function, but that it looks here first."""
+        """Returns the family's function, with a look-up in the cache before it."""
         shape = signature(compute)
 
         def features(*args: Any, **kwargs: Any) -> Any:
@@ -260,7 +260,7 @@ def flatten(features: Any) -> Entry:
 
 
 def join(entries: Sequence[Mapping[str, Tensor]]) -> Any:
-    """The entries of B videos as the family's function returns them for all of them together."""
+    """Returns the entries of B videos in the form in which the family's function returns them for a batch."""
     if BARE in entries[0]:
         return torch.cat([entry[BARE] for entry in entries])
     names = sorted({name.partition("/")[0] for name in entries[0]})

@@ -1,7 +1,7 @@
-"""Embeddings on disk: one safetensors file per video, written in one stroke, checked when read, within a bound.
+"""Stores embeddings on disk: one safetensors file per video, written atomically, checked when read, limited in size.
 
-Any number of processes may use a folder at once: a file appears whole or not at all, equal keys mean equal content, and
-a file that another process removes is simply not there.
+Several processes may use a folder at once: files are written atomically, equal keys mean equal content, and a file that
+another process removes is a cache miss.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Entry = Mapping[str, Tensor]
 
 
 def entry_bytes(entry: Entry) -> int:
-    """Bytes that the tensors take."""
+    """Returns the size of the tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in entry.values())
 
 
@@ -60,17 +60,17 @@ class EmbeddingStore:
 
     @property
     def bytes(self) -> int:
-        """That the files took when last looked at."""
+        """Size of the files in bytes when the folder was last listed."""
         if self._bytes is None:
             self._bytes = sum(entry.size for entry in self._look())
         return self._bytes
 
     def path(self, key: str) -> Path:
-        """Where the entry of a key is, if it is."""
+        """Returns the path of the entry of a key, which may not exist."""
         return self.folder / f"{key}{SUFFIX}"
 
     def read(self, key: str) -> Entry | None:
-        """The entry of a key; None where there is none, or where its file is damaged (reported, and removed)."""
+        """Returns the entry of a key; None if there is none or its file is damaged, which is reported and removed."""
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as file:
@@ -89,7 +89,7 @@ class EmbeddingStore:
         return entry
 
     def write(self, key: str, entry: Entry) -> None:
-        """Writes an entry within the bound; where the disk does not let it, says so once and goes on without."""
+        """Writes an entry within the size limit; if the disk fails, warns once and stops writing."""
         size = entry_bytes(entry)
         if self._writing_stopped:
             return
@@ -121,7 +121,7 @@ class EmbeddingStore:
         )
 
     def _make_room(self, size: int) -> None:
-        """Removes the files longest unused until ``size`` bytes fit."""
+        """Removes the least recently used files until ``size`` bytes fit."""
         found = self._look()
         total = sum(entry.size for entry in found)
         for entry in sorted(found):
@@ -132,7 +132,7 @@ class EmbeddingStore:
         self._bytes = total
 
     def _look(self) -> list[_Found]:
-        """Lists the entries, and removes what dead writers left."""
+        """Lists the entries, and removes unfinished files of processes that have died."""
         found: list[_Found] = []
         if not self.folder.is_dir():
             return found

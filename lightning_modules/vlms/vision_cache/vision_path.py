@@ -1,6 +1,6 @@
-"""What stands between pixels and the decoder's input embeddings: what it computes with, and whether that is fixed.
+"""The vision path, from pixels to the decoder's input embeddings: its modules, its hash, and whether it is fixed.
 
-It is every part of a model but the decoder and the head: tower, merger or projector, connector, ``image_newline``.
+It is every part of a model except decoder and head: tower, merger or projector, connector, ``image_newline``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 def path_parts(model: nn.Module) -> list[Part]:
-    """The modules between pixels and input embeddings, each without its children."""
+    """Returns the modules between pixels and input embeddings, each without its children."""
     base = unwrap(model)
     apart = [base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()]
     outside = {id(inner) for module in apart if module is not None for inner in module.modules()}
@@ -41,14 +41,14 @@ def path_parts(model: nn.Module) -> list[Part]:
 
 
 def path_tensors(parts: list[Part]) -> Iterator[tuple[str, Tensor]]:
-    """Names, parameters and buffers of the path."""
+    """Yields the names, parameters and buffers of the path."""
     for name, module in parts:
         for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             yield f"{name}.{own}".lstrip("."), tensor
 
 
 def why_not_fixed(parts: list[Part]) -> str | None:
-    """Why embeddings cannot be kept, or None where the same pixels give the same embeddings again."""
+    """Returns why embeddings cannot be cached; None if the same pixels always give the same embeddings."""
     for name, module in parts:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             return f"{name} carries an adapter"
@@ -74,12 +74,12 @@ def _drops(module: nn.Module) -> bool:
 
 
 def marks(parts: list[Part]) -> tuple[tuple[int, int], ...]:
-    """Changes with every write into the path's tensors, at the cost of no arithmetic."""
+    """Returns version counters that change with every write to the path's tensors; cheap to compute."""
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in path_tensors(parts))
 
 
 def path_sha(model: nn.Module, parts: list[Part]) -> str:
-    """SHA-256 of all that the path computes with: parameters, buffers, what 4-bit weights unpack with, configuration.
+    """Returns the SHA-256 of what the path depends on: parameters, buffers, 4-bit quantisation state, configuration.
 
     Args:
         model: The model.
@@ -104,6 +104,6 @@ def path_sha(model: nn.Module, parts: list[Part]) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A copy of the values of a tensor of any type as bytes; storage that NumPy has seen can no longer be resized."""
+    """Returns a copy of the values of a tensor as bytes; a copy, since NumPy blocks resizing of shared storage."""
     flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from vidreason.cli.main import EXIT_ERROR, EXIT_OK
+from vidreason import exit_codes
 from vidreason.config.options import CommandParser
 from vidreason.datamodules.sources.folders import clips_below
 from vidreason.pipelines.table import percent, render_table
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
                 tqdm.write(json_line(decision))
     if not options.json:
         print(report(decided))
-    return EXIT_ERROR if any(decision.error is not None for decision in decided) else EXIT_OK
+    return exit_codes.ERROR if any(decision.error is not None for decision in decided) else exit_codes.OK
 
 
 def find_clips(places: Sequence[Path]) -> Iterator[Path]:

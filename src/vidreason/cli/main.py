@@ -13,10 +13,12 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 
 import vidreason
+from vidreason import exit_codes
+from vidreason.spelling import did_you_mean
 
 COMMANDS = {
     "demo": "the whole main job on the embedded default, within minutes",
@@ -31,7 +33,6 @@ COMMANDS = {
 }
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _TRACEBACK_OPTIONS = ("--debug", "--traceback")
-"""Commands that run nothing: every error of theirs is about what the user gave"""
 _SYSTEM_SAYS_NO = {
     errno.ENOSPC: "the disk is full; free some space and give the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and give the same command again",
@@ -39,14 +40,11 @@ _SYSTEM_SAYS_NO = {
     errno.EACCES: "no permission; change it or use another place",
 }
 
-EXIT_OK = 0
-EXIT_ERROR = 1
-EXIT_USAGE = 2
-EXIT_COLD_POLICY = 5
-"""A stage gave up because no completion parses"""
-EXIT_INTERRUPTED = 130
-
-_FAILURES = {"DecodeError": EXIT_ERROR, "NothingReadError": EXIT_ERROR, "ColdPolicyError": EXIT_COLD_POLICY}
+_FAILURES = {
+    "DecodeError": exit_codes.ERROR,
+    "TooManyUnreadableError": exit_codes.ERROR,
+    "NoParsedCompletionsError": exit_codes.UNPARSED,
+}
 """Errors that are nobody's mistake on a command line, in a YAML or in a table, and their exit status"""
 _KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
 _WORKER_ERROR = re.compile(r"\ACaught (\w+) in DataLoader worker process")
@@ -68,16 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument not in _TRACEBACK_OPTIONS]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
-        return EXIT_OK
+        return exit_codes.OK
     if arguments[0] == "--version":
         print(f"vidreason {vidreason.__version__}")
-        return EXIT_OK
+        return exit_codes.OK
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        near = get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(COMMANDS)}"
-        print(f"error: unknown command {command!r}: {hint}", file=sys.stderr)
-        return EXIT_USAGE
+        hint = did_you_mean(command, COMMANDS) or f": one of {', '.join(COMMANDS)}"
+        print(f"error: unknown command {command!r}{hint}", file=sys.stderr)
+        return exit_codes.USAGE
     _append_current_folder()
     logging.getLogger(_KERNEL_LOGGER).addFilter(_not_about_optional_kernels)
     try:
@@ -86,18 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _exit_status(stop)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
     except ValueError as error:
         if show_traceback or not raised_by_user_code(error):
             raise
         print(f"error: {message_of(error)}", file=sys.stderr)
-        return _FAILURES.get(_kind_of(error), EXIT_USAGE)
+        return _FAILURES.get(_kind_of(error), exit_codes.USAGE)
     except OSError as error:
         if show_traceback or (error.filename is None and error.errno not in _SYSTEM_SAYS_NO):
             raise
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{_SYSTEM_SAYS_NO.get(error.errno or 0, error.strerror)}", file=sys.stderr)
-        return EXIT_ERROR
+        return exit_codes.ERROR
 
 
 def raised_by_user_code(error: ValueError) -> bool:
@@ -137,29 +134,13 @@ def message_of(error: ValueError) -> str:
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
+    """Imports a command when it is called and runs it."""
     if command in _TRAINER_COMMANDS:
         from vidreason.config import trainer_cli
 
         return trainer_cli.run(command, rest)
-    if command == "configs":
-        from vidreason.cli import configs
-
-        return configs.main(rest)
-    if command == "classify":
-        from vidreason.cli import classify
-
-        return classify.main(rest)
-    if command == "init":
-        from vidreason.prepare import task_folder
-
-        return task_folder.main(rest)
-    if command == "demo":
-        from vidreason.demo import run
-
-        return run.main(rest)
-    from vidreason.pipelines import call
-
-    return call.main(rest)
+    module = import_module(f"vidreason.cli.{command}")
+    return int(module.main(rest))
 
 
 def _not_about_optional_kernels(record: logging.LogRecord) -> bool:
@@ -176,11 +157,11 @@ def _append_current_folder() -> None:
 
 def _exit_status(stop: SystemExit) -> int:
     if stop.code is None:
-        return EXIT_OK
+        return exit_codes.OK
     if isinstance(stop.code, int):
         return stop.code
     print(stop.code, file=sys.stderr)
-    return EXIT_ERROR
+    return exit_codes.ERROR
 
 
 def _help() -> str:

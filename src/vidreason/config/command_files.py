@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import Namespace
 
-from vidreason.cli.configs import PREFIX, find_config
+from vidreason.config.files import PREFIX, find_config
 from vidreason.config.machine import say
 from vidreason.config.vlm_shorthand import expand, is_shorthand
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -13,8 +12,9 @@ from typing import get_args, get_type_hints
 import lightning as L
 import yaml
 
-from vidreason.cli.configs import find_config
+from vidreason.config.files import find_config
 from vidreason.config.moved_keys import GROUPS, MODEL, explain_moved, moved_settings, new_place
+from vidreason.spelling import did_you_mean, nearest
 
 _TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "vlm", "run_dir", "ckpt_path", "config")
 _NOISE = (
@@ -70,7 +70,7 @@ def explain(message: str, files: Sequence[Path], flags: Sequence[str] = ()) -> s
     unknown = re.search(r"unrecognized arguments: --(\S+)", message)
     if unknown:
         return _unknown_key(unknown[1].partition("=")[0], ())
-    rejected = re.search(r"Option '(\w+)' is not accepted", message)
+    rejected = re.search(r"Option '(\w+)[\w.]*' is not accepted", message)
     if rejected:
         return _rejected_argument(rejected[1], message, () if "NestedArg(" in message else files)
     return _flat(message)
@@ -134,28 +134,30 @@ def _missing_file(name: str, files: Sequence[Path]) -> str:
 def _unknown_key(key: str, files: Sequence[Path]) -> str:
     section, _, rest = key.partition(".")
     if section not in _TOP_LEVEL:
-        return f"unknown key {key!r}{_named_in(section, files)}{_did_you_mean(section, _TOP_LEVEL)}"
+        return f"unknown key {key!r}{_named_in(section, files)}{_nearest_or_all(section, _TOP_LEVEL)}"
     last = rest.rpartition(".")[2] or section
     known = inspect.signature(L.Trainer.__init__).parameters if section == "trainer" else ()
-    return f"unknown key {key!r}{_named_in(last, files)}{_did_you_mean(last, known)}"
+    return f"unknown key {key!r}{_named_in(last, files)}{_nearest_or_all(last, known)}"
 
 
 def _rejected_argument(name: str, message: str, files: Sequence[Path]) -> str:
     classes = re.findall(r"class_path(?:=|'?:? )'([\w.]+)'", message)
     known = [parameter for path in classes for parameter in _parameters(path)]
-    owner = next((path for path in reversed(classes) if _near(name, _parameters(path))), None)
+    owner = next((path for path in reversed(classes) if nearest(name, _parameters(path))), None)
     taker = owner or (classes[0] if classes else "the class")
-    return f"{taker} takes no argument {name!r}{_named_in(name, files)}{_did_you_mean(name, known)}"
+    return f"{taker} takes no argument {name!r}{_named_in(name, files)}{_nearest_or_all(name, known)}"
 
 
 def _nested_argument(class_path: str, dotted: str, files: Sequence[Path]) -> str:
     """An argument that an argument of a class does not take, ``frames.num_frame`` of a data module."""
     *outer, name = dotted.split(".")
     for argument in outer:
+        if argument not in _parameters(class_path):
+            name = argument
+            break
         class_path = _class_of_argument(class_path, argument) or class_path
-    return (
-        f"{class_path} takes no argument {name!r}{_named_in(name, files)}{_did_you_mean(name, _parameters(class_path))}"
-    )
+    meant = _nearest_or_all(name, _parameters(class_path))
+    return f"{class_path} takes no argument {name!r}{_named_in(name, files)}{meant}"
 
 
 def _class_of_argument(class_path: str, argument: str) -> str | None:
@@ -186,18 +188,12 @@ def _named_in(word: str, files: Sequence[Path]) -> str:
     return f" in {users[0]}" if users else ""
 
 
-def _near(name: str, known: Iterable[str]) -> str | None:
-    near = get_close_matches(name, list(known), n=1)
-    return near[0] if near else None
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def _nearest_or_all(name: str, known: Iterable[str]) -> str:
     """The nearest of the names there are; where none is near, and they are few, all of them."""
     names = dict.fromkeys(other for other in known if other not in _NOT_GIVEN)
-    near = _near(name, names)
-    if near is None:
-        return f"; there are {', '.join(names)}" if 0 < len(names) <= _MOST_LISTED else ""
-    return f": did you mean {near!r}?" if near != name else ""
+    if nearest(name, names) is not None:
+        return did_you_mean(name, names)
+    return f"; there are {', '.join(names)}" if 0 < len(names) <= _MOST_LISTED else ""
 
 
 def _flat(message: str) -> str:

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import yaml
 
-from vidreason.pipelines.state import STATE_FILE, RunState, artefact_path
+from vidreason.run_folder import (
+    CONFIG_FILE,
+    STAGES_FOLDER,
+    TASK_FILE,
+    artefact_path,
+    find_stage_folder,
+    was_tested,
+)
 
-CONFIG_FILE = "config.yaml"
-TASK_FILE = "task.yaml"
-_STAGES = "stages"
 _WEIGHT_KEYS = ("adapter_path", "calibrator_path")
 
 
@@ -39,52 +43,17 @@ def find_stage(run: Path, name: str | None = None) -> FinishedStage:
     Raises:
         ValueError: There is no such run or stage, or it has not finished; the message says what there is.
     """
-    if (run / STATE_FILE).is_file():
-        folder = run / _stage_of(run, name)
-    elif (run / CONFIG_FILE).is_file():
-        if name is not None:
-            raise ValueError(f"--stage {name}: {run} is the folder of a single stage, leave --stage out")
-        folder = run
-    else:
-        inside = sorted(path.parent.name for path in run.glob(f"*/{STATE_FILE}"))
-        hint = f"; it holds the runs {', '.join(inside)}, choose one" if inside else ""
-        raise ValueError(f"--run {run}: no finished run there ({STATE_FILE} or {CONFIG_FILE}){hint}")
+    folder = find_stage_folder(run, name)
     config_file = folder / CONFIG_FILE
-    if not config_file.is_file():
-        raise ValueError(f"{folder}: has no {CONFIG_FILE}, so the stage never started")
     model = yaml.safe_load(config_file.read_text(encoding="utf-8"))["model"]["init_args"]
     given = {key: model.get(key) for key in _WEIGHT_KEYS}
-    weights = given if _was_tested(folder) else _own_weights(folder, "calibrator_path" in model)
+    weights = given if was_tested(folder) else _own_weights(folder, "calibrator_path" in model)
     options = ["--config", str(config_file)]
     for key in _WEIGHT_KEYS:
         if key in model:
             path = weights.get(key)
             options += [f"--model.init_args.{key}", "null" if path is None else _present(path, run)]
     return FinishedStage(folder, tuple(options))
-
-
-def _stage_of(run: Path, name: str | None) -> str:
-    state = RunState.load(run)
-    assert state is not None
-    if name is not None and name not in state.stages:
-        raise ValueError(f"--stage {name}: {run} has the stages {', '.join(state.stages)}")
-    finished = {key: record for key, record in state.stages.items() if record.status == "finished"}
-    if name is not None and name not in finished:
-        raise ValueError(f"--stage {name}: is {state.stages[name].status}, not finished; run the pipeline again")
-    askable = [key for key, record in finished.items() if record.command[:1] in (["test"], ["fit"])]
-    if name is not None:
-        if name not in askable:
-            raise ValueError(f"--stage {name}: trains no model; there are {', '.join(askable)}")
-        return finished[name].folder
-    tests = [key for key in askable if finished[key].command[0] == "test"]
-    if not askable:
-        raise ValueError(f"--run {run}: no stage has finished; run the pipeline again")
-    return finished[(tests or askable)[-1]].folder
-
-
-def _was_tested(folder: Path) -> bool:
-    command = folder / "command.txt"
-    return command.is_file() and command.read_text(encoding="utf-8").startswith("vidreason test")
 
 
 def _own_weights(folder: Path, calibrates: bool) -> dict[str, str | None]:
@@ -98,8 +67,8 @@ def _own_weights(folder: Path, calibrates: bool) -> dict[str, str | None]:
 def _present(path: str, run: Path) -> str:
     """The path within ``run`` where it has been moved or is called from elsewhere; otherwise the path itself."""
     parts = Path(path).parts
-    if _STAGES in parts:
-        moved = run.joinpath(*parts[len(parts) - 1 - parts[::-1].index(_STAGES) :])
+    if STAGES_FOLDER in parts:
+        moved = run.joinpath(*parts[len(parts) - 1 - parts[::-1].index(STAGES_FOLDER) :])
         if moved.exists():
             return str(moved)
     return path

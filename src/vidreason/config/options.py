@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from vidreason.cli.main import EXIT_USAGE
+from vidreason import exit_codes
+from vidreason.spelling import did_you_mean
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -34,20 +34,10 @@ class CommandParser(argparse.ArgumentParser):
             if name == "--":
                 break
             if name.startswith("--") and name not in self._option_string_actions:
-                self.error(f"unknown option {name!r}{nearest_option(name, self._option_string_actions)}")
+                self.error(f"unknown option {name!r}{did_you_mean(name, self._option_string_actions)}")
         return self.parse_args(list(argv))
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and ends with status 2."""
         print(f"error: {message} (`{self.prog} --help`)", file=sys.stderr)
-        raise SystemExit(EXIT_USAGE)
-
-
-def nearest_option(name: str, known: Iterable[str]) -> str:
-    """Says which option may be meant.
-
-    >>> nearest_option("--outt", ["--out", "--force"])
-    ': did you mean --out?'
-    """
-    near = get_close_matches(name, [option for option in known if option.startswith("--")], n=1)
-    return f": did you mean {near[0]}?" if near else ""
+        raise SystemExit(exit_codes.USAGE)

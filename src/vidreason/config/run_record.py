@@ -11,9 +11,9 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from vidreason.config.finished_stage import TASK_FILE
 from vidreason.datamodules.atomic_files import atomic_file, write_text
 from vidreason.datamodules.base import VideoDataModule
+from vidreason.run_folder import COMMAND_FILE, TASK_FILE
 
 
 class RunRecord(SaveConfigCallback):
@@ -51,7 +51,7 @@ class RunRecord(SaveConfigCallback):
         """Writes both files and the task; a test into the folder of a training run leaves its record alone."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        command = folder / "command.txt"
+        command = folder / COMMAND_FILE
         trained_here = command.is_file() and command.read_text(encoding="utf-8").startswith("vidreason fit")
         name = self.command_line.split()[1]
         suffix = f"_{name}" if trained_here and name != "fit" else ""

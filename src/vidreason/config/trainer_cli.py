@@ -24,8 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from vidreason.cli.devices import refuse_missing_gpus
-from vidreason.cli.main import EXIT_OK, EXIT_USAGE
+from vidreason import exit_codes
 from vidreason.config.command_files import (
     config_files,
     given_batch_size,
@@ -34,10 +33,10 @@ from vidreason.config.command_files import (
     without_sections,
 )
 from vidreason.config.errors import explain
-from vidreason.config.machine import describe, refuse_unreachable_machines, say
+from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.run_record import RunRecord, from_the_start
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.fit.checkpoint_io import WholeCheckpointIO
+from vidreason.lightning_modules.fit.checkpoint_io import AtomicCheckpointIO
 from vidreason.lightning_modules.fit.lightning_internals import forward_sigterm
 from vidreason.lightning_modules.fit.resume import check_checkpoint_file
 from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
@@ -45,6 +44,7 @@ from vidreason.lightning_modules.fit.skip_unreadable import TooManyUnreadableErr
 from vidreason.lightning_modules.fit.stopping import StopOnSignal
 from vidreason.lightning_modules.rl.objective import PolicyLoss
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.run_folder import CHECKPOINTS_FOLDER, LAST_CHECKPOINT, TENSORBOARD_FOLDER
 from vidreason.signals import StopRequested, check_stop, handle_signals
 
 # A user's loss is a subclass named by class_path; jsonargparse takes dataclasses without subclasses unless told.
@@ -201,22 +201,22 @@ class VideoCLI(LightningCLI):
         if not self.with_trainer:
             return None
         config: Namespace = self.config_init[self.subcommand].trainer
-        refuse_missing_gpus(config.accelerator, config.devices)
+        check_devices(config.accelerator, config.devices)
         kwargs["default_root_dir"] = str(self.run_dir)
         if config.logger is None or config.logger is True:
-            kwargs["logger"] = TensorBoardLogger(save_dir=self.run_dir, name="tb", version="")
+            kwargs["logger"] = TensorBoardLogger(save_dir=self.run_dir, name=TENSORBOARD_FOLDER, version="")
         listed = [config.callbacks] if isinstance(config.callbacks, L.Callback) else list(config.callbacks or [])
         checkpoints = [callback for callback in listed if isinstance(callback, ModelCheckpoint)]
         if self.subcommand == "fit" and not checkpoints and config.enable_checkpointing is not False:
             checkpoints = [RunCheckpoint(self.config_init[self.subcommand].checkpoint)]
             listed += checkpoints
         for checkpoint in checkpoints:
-            checkpoint.dirpath = checkpoint.dirpath or str((self.run_dir / "checkpoints").absolute())
+            checkpoint.dirpath = checkpoint.dirpath or str((self.run_dir / CHECKPOINTS_FOLDER).absolute())
         listed = [StopOnSignal(), *listed] if self.subcommand == "fit" else listed
         trainer: L.Trainer = super().instantiate_trainer(callbacks=listed, **kwargs)
         forward_sigterm(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def before_fit(self) -> None:
@@ -229,7 +229,7 @@ class VideoCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.execute:
             return
-        refuse_unreachable_machines(self.trainer)
+        check_machines(self.trainer)
         say(f"run folder: {self.run_dir}")
         if isinstance(self.model, VLMModule):
             say(f"strategy: {describe(self.trainer, self.model, trains=subcommand == 'fit')}")
@@ -253,7 +253,7 @@ class VideoCLI(LightningCLI):
         folders = [
             Path(c.dirpath) for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath
         ]
-        saved = [folder / "last.ckpt" for folder in folders if (folder / "last.ckpt").is_file()]
+        saved = [folder / LAST_CHECKPOINT for folder in folders if (folder / LAST_CHECKPOINT).is_file()]
         if not saved:
             return f"interrupted before the first checkpoint; start again with: {self.command_line}"
         path = saved[0]
@@ -284,10 +284,10 @@ def run(command: str, argv: Sequence[str]) -> int:
             VideoCLI(command, argv)
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
         print(f"error: {explain(str(error), config_files(argv), argv)}", file=sys.stderr)
-        return EXIT_USAGE
+        return exit_codes.USAGE
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
-    return EXIT_OK
+    return exit_codes.OK
 
 
 def build(command: str, argv: Sequence[str]) -> VideoCLI:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from vidreason.cli.configs import find_config, shipped_folder
+from vidreason.config.files import find_config, shipped_folder
 
 SECTIONS: Mapping[str, str] = {
     "qwen2_5_vl": "vlm/qwen2_5_vl_3b.yaml",

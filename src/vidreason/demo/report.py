@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.pipelines.spec import read_pipeline
-from vidreason.pipelines.state import RunState, artefact_path
 from vidreason.pipelines.summary import Prediction, SummaryRow, load_rows, read_predictions, save_rows
 from vidreason.pipelines.table import decimal, percent, render_table
+from vidreason.run_folder import PIPELINE_FILE, SUMMARY_FILE, SUMMARY_TABLE, RunState, artefact_path
 
 if TYPE_CHECKING:
     from vidreason.datamodules.types import Clip
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 REASONER = "deepintuit"
 """The method that shows its reasons"""
 EXAMPLES = 5
-"""White pixels between two frames"""
+"""Decisions that are shown, at most"""
 CHANCE_LABEL = "chance"
 
 
@@ -43,15 +43,15 @@ def write_report(run_dir: Path, methods: Sequence[str]) -> str:
     Returns:
         The text to print, the same as ``summary.txt``.
     """
-    rows = [row for method in methods for row in load_rows(run_dir / method / "summary.json")]
-    save_rows(run_dir / "summary.json", rows)
+    rows = [row for method in methods for row in load_rows(run_dir / method / SUMMARY_FILE)]
+    save_rows(run_dir / SUMMARY_FILE, rows)
     predictions = _test_predictions(run_dir / methods[-1])
     classes = len({name for p in predictions for name in p.probs}) or len({p.label for p in predictions})
     picture = run_dir / "accuracy.png"
     draw_accuracy(rows, 1 / classes, picture)
     examples = [] if REASONER not in methods else work_examples(run_dir / REASONER, run_dir / "examples")
     text = "\n\n".join([render_comparison(rows), *map(render_example, examples), _where(run_dir, methods, picture)])
-    write_text(run_dir / "summary.txt", text + "\n")
+    write_text(run_dir / SUMMARY_TABLE, text + "\n")
     return text
 
 
@@ -182,7 +182,7 @@ def _where(run_dir: Path, methods: Sequence[str], picture: Path) -> str:
 
 
 def _test_stage(run_dir: Path) -> str:
-    return next(s.name for s in read_pipeline(str(run_dir / "pipeline.yaml")).stages if s.command == "test")
+    return next(s.name for s in read_pipeline(str(run_dir / PIPELINE_FILE)).stages if s.command == "test")
 
 
 def _test_predictions(run_dir: Path) -> list[Prediction]:

@@ -1,4 +1,4 @@
-"""``vidreason demo``: the whole main job on the embedded default.
+"""The whole main job on the embedded default: what ``vidreason demo`` runs.
 
 Renders the porch world to mp4 files, runs the four shipped pipelines from the one embedded base, and compares them. It
 adds nothing to the pipelines but the settings below; every line that it prints can be run by hand.
@@ -14,10 +14,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vidreason import exit_codes
 from vidreason.config.options import CommandParser
 from vidreason.demo.report import write_report
 from vidreason.pipelines.call import next_command, open_pipeline
-from vidreason.pipelines.commands import INTERRUPTED_STATUS, USAGE_STATUS, Commands, trainer_commands
+from vidreason.pipelines.commands import Commands
 from vidreason.pipelines.spec import SECTIONS, read_pipeline
 
 METHODS = ("zero_shot", "label_sft", "rb_ft", "deepintuit")
@@ -45,30 +46,15 @@ every stage, the others to the stage of that name in whatever pipeline has it.""
 _ABOUT = {False: ("about 12 minutes on 2 cores", "about 150 MB"), True: ("about 3 minutes on 2 cores", "about 130 MB")}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the demo; what is finished from an earlier call is skipped.
-
-    Args:
-        argv: Options of ``vidreason demo``.
-
-    Returns:
-        Exit status: 0 done, else that of the pipeline that stopped.
-    """
-    # The embedded model is too small for a second thread to help, and where other programs run, waiting for it makes
-    # everything several times slower. Read when torch is first imported, which nothing has done yet.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return run_demo(argv, trainer_commands())
-
-
 def run_demo(argv: Sequence[str], commands: Commands) -> int:
-    """Runs the demo.
+    """Runs the demo; what is finished from an earlier call is skipped.
 
     Args:
         argv: Options of ``vidreason demo``.
         commands: How to reach the ordinary commands.
 
     Returns:
-        Exit status, as for :func:`main`.
+        Exit status: 0 done, else that of the pipeline that stopped.
     """
     parser = CommandParser(
         prog="vidreason demo",
@@ -87,13 +73,13 @@ def run_demo(argv: Sequence[str], commands: Commands) -> int:
     try:
         runs = [open_pipeline(line, commands) for line in lines.values()]
         if not all(run.prepare() for run in runs):
-            return USAGE_STATUS
+            return exit_codes.USAGE
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return USAGE_STATUS
+        return exit_codes.USAGE
     except KeyboardInterrupt:
         print(f"interrupted; start again with\n  $ {again}", file=sys.stderr)
-        return INTERRUPTED_STATUS
+        return exit_codes.INTERRUPTED
     for number, (method, run) in enumerate(zip(METHODS, runs, strict=True), 1):
         command = shlex.join(["vidreason", "pipeline", *lines[method]])
         print(f"\n=== {number}/{len(METHODS)} {method}\n$ {command}", flush=True)

@@ -1,8 +1,4 @@
-"""``vidreason pipeline``: stages in order, as ordinary commands that can be repeated by hand.
-
-What is finished is skipped while its inputs are unchanged, what was interrupted is resumed, and what lies behind a
-changed stage runs again.
-"""
+"""One call of ``vidreason pipeline``: its options, read and checked, and the run that they describe."""
 
 from __future__ import annotations
 
@@ -16,12 +12,13 @@ from pathlib import Path
 
 import yaml
 
-from vidreason.cli.configs import PREFIX, shipped_folder
-from vidreason.config.options import CommandParser, nearest_option
+from vidreason import exit_codes
+from vidreason.config.options import CommandParser
 from vidreason.config.vlm_shorthand import expand, is_shorthand
-from vidreason.pipelines.commands import USAGE_STATUS, Commands, trainer_commands
+from vidreason.pipelines.commands import Commands, trainer_commands
 from vidreason.pipelines.runner import PipelineRun
 from vidreason.pipelines.spec import PipelineSpec, locate_config, read_pipeline
+from vidreason.spelling import did_you_mean
 
 _SETTING = re.compile(r"--(\w[\w.]*\+?)(?:=(.*))?", re.DOTALL)
 
@@ -34,24 +31,6 @@ class PipelineCall:
     run_dir: Path
     use: dict[str, Path]
     until: str | None
-
-
-def main(argv: Sequence[str]) -> int:
-    """Lists the shipped pipelines, or runs one.
-
-    Args:
-        argv: Options of ``vidreason pipeline``.
-
-    Returns:
-        Exit status: 0 done, 2 a wrong command line or pipeline file, else that of the stage that stopped.
-    """
-    if not argv:
-        print(list_pipelines())
-        return 0
-    status = run_pipeline(argv)
-    if status == 0 and (call := read_call(argv)).until is None and call.spec.stages[-1].command == "test":
-        print(f"\nnext: {next_command(call.run_dir)}")
-    return status
 
 
 def next_command(run_dir: Path) -> str:
@@ -73,7 +52,7 @@ def run_pipeline(argv: Sequence[str], commands: Commands | None = None) -> int:
         run = open_pipeline(argv, commands or trainer_commands())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return USAGE_STATUS
+        return exit_codes.USAGE
     return run.run()
 
 
@@ -160,22 +139,6 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
     return PipelineCall(spec, options.run_dir, use, options.until)
 
 
-def list_pipelines() -> str:
-    """The shipped pipelines with their stages and what each needs, and how to run one."""
-    lines = []
-    for path in sorted((shipped_folder() / "pipelines").glob("*.yaml")):
-        spec = read_pipeline(str(path))
-        lines.append(f"  {PREFIX}/pipelines/{path.name}")
-        lines.append(f"    what:   {spec.description}")
-        lines.append(f"    stages: {', '.join(stage.name for stage in spec.stages)}")
-        lines.append(f"    needs:  {spec.needs}")
-    usage = f"run one with\n  vidreason pipeline --config {PREFIX}/pipelines/deepintuit.yaml --run_dir runs/x"
-    more = (
-        "on your own clips: --data my_task/data.yaml, which `vidreason init` writes; another model: --vlm ID or FOLDER"
-    )
-    return "\n".join(["pipelines:", *lines, "", usage, more])
-
-
 def _read_overrides(arguments: Sequence[str], known: Iterable[str]) -> dict[str, object]:
     """``--a.b value`` and ``--a.b=value``; values are read as YAML. ``known`` are the options there are."""
     overrides: dict[str, object] = {}
@@ -184,7 +147,7 @@ def _read_overrides(arguments: Sequence[str], known: Iterable[str]) -> dict[str,
         word = rest.pop(0)
         match = _SETTING.fullmatch(word)
         if match is None or "." not in match[1]:
-            hint = nearest_option(word.partition("=")[0], [f"--{name}" for name in known])
+            hint = did_you_mean(word.partition("=")[0], [f"--{name}" for name in known])
             hint = hint or ": settings read --STAGE.dotted.key VALUE"
             raise ValueError(f"unknown option {word!r}{hint} (`vidreason pipeline --help`)")
         if match[2] is None and (not rest or rest[0].startswith("--")):

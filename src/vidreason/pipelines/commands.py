@@ -14,15 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from vidreason.cli.main import EXIT_COLD_POLICY, EXIT_INTERRUPTED, EXIT_USAGE
+from vidreason import exit_codes
 from vidreason.config.quiet import quietly
 
 if TYPE_CHECKING:
     from vidreason.config.trainer_cli import VideoCLI
-
-COLD_POLICY_STATUS = EXIT_COLD_POLICY
-USAGE_STATUS = EXIT_USAGE
-INTERRUPTED_STATUS = EXIT_INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def run_stage(built: Builds, argv: list[str]) -> int:
         argv: ``fit --config ...`` as the shell would give it.
 
     Returns:
-        Exit status; ``COLD_POLICY_STATUS`` where the stage gave up because no completion parses.
+        Exit status; ``exit_codes.UNPARSED`` where the stage gave up because no completion parses.
 
     Raises:
         ValueError: A mistake in the user's data or config, as the stage raised it.
@@ -88,7 +84,7 @@ def run_stage(built: Builds, argv: list[str]) -> int:
         return trainer_cli.run(argv[0], argv[1:])
     except NoParsedCompletionsError as error:
         print(error, file=sys.stderr)
-        return COLD_POLICY_STATUS
+        return exit_codes.UNPARSED
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)

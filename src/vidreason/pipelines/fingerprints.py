@@ -17,7 +17,8 @@ from pathlib import Path
 
 import yaml
 
-from vidreason.cli.configs import find_config, shipped_folder
+from vidreason.config.files import find_config, shipped_folder
+from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.sources.rows import read_table
 
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -59,7 +60,7 @@ def fingerprint_config(path: Path, name: str) -> dict[str, str]:
         ValueError: The file is not valid YAML.
     """
     content = read_yaml(path)
-    prints = {f"file {name}": _sha(json.dumps(content, sort_keys=True, default=str).encode())}
+    prints = {f"file {name}": _sha(json.dumps(content, sort_keys=True, default=str))}
     for key, value in _leaves(content):
         prints |= _named_files(key, value, path.parent)
     return prints
@@ -68,10 +69,10 @@ def fingerprint_config(path: Path, name: str) -> dict[str, str]:
 def fingerprint_artefact(path: Path) -> str:
     """The hash of a file's bytes, or of the bytes of a folder's files (an adapter)."""
     if path.is_file():
-        return _sha(path.read_bytes())
+        return content_sha(path)
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name not in _PROSE):
-        digest.update(f"{file.relative_to(path).as_posix()} {_sha(file.read_bytes())}\n".encode())
+        digest.update(f"{file.relative_to(path).as_posix()} {content_sha(file)}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -111,8 +112,8 @@ def _named_files(key: str, value: object, folder: Path) -> dict[str, str]:
     if found.suffix in _YAML_SUFFIXES:
         return fingerprint_config(found, value)
     if found.is_file():
-        clips = _listing(_listed_clips(found)) if found.suffix in _MANIFEST_SUFFIXES else b""
-        return {f"file {value}": _sha(found.read_bytes() + clips)}
+        clips = _listing(_listed_clips(found)) if found.suffix in _MANIFEST_SUFFIXES else ""
+        return {f"file {value}": content_sha(found) + (f" with clips {_sha(clips)}" if clips else "")}
     return {f"folder {value}": _sha(_listing(sorted(found.rglob("*"))))}
 
 
@@ -125,9 +126,10 @@ def _listed_clips(manifest: Path) -> list[Path]:
     return [manifest.parent / row.get("path") for row in rows if row.get("path")]
 
 
-def _listing(files: Iterable[Path]) -> bytes:
+def _listing(files: Iterable[Path]) -> str:
+    """Returns names, sizes and times of files."""
     stats = [(file.as_posix(), file.stat()) for file in files if file.is_file()]
-    return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats).encode()
+    return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
 
 
 def _leaves(content: object, key: str = "") -> Iterator[tuple[str, object]]:
@@ -142,5 +144,5 @@ def _leaves(content: object, key: str = "") -> Iterator[tuple[str, object]]:
         yield key, content
 
 
-def _sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -15,8 +15,9 @@ from vidreason.pipelines.fingerprints import (
     fingerprint_embedded_weights,
     fingerprint_settings,
 )
-from vidreason.pipelines.spec import ARTEFACT_FILES, PipelineSpec, Reference, StageSpec, locate_config
-from vidreason.pipelines.state import RunState, artefact_path, changed_inputs
+from vidreason.pipelines.spec import PipelineSpec, Reference, StageSpec, locate_config
+from vidreason.pipelines.state import changed_inputs
+from vidreason.run_folder import ARTEFACT_FILES, CHECKPOINTS_FOLDER, LAST_CHECKPOINT, RunState, artefact_path
 
 _ARTEFACT = "artefact"
 
@@ -39,7 +40,7 @@ class StageInputs:
         settings = {"run_dir": folder.as_posix(), **self._settings(stage)}
         argv += ["--config", stage.strategy] if stage.strategy is not None else []
         settings |= {key: self._resolve(refs)[1].as_posix() for key, refs in stage.inputs.items()}
-        checkpoint = folder / "checkpoints" / "last.ckpt"
+        checkpoint = folder / CHECKPOINTS_FOLDER / LAST_CHECKPOINT
         if stage.command == "fit" and checkpoint.is_file():
             settings["ckpt_path"] = checkpoint.as_posix()
         for key, value in settings.items():

@@ -10,21 +10,16 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from vidreason.cli.usage import cpu_seconds, gpus_used, reset_gpu_peak
+from vidreason import exit_codes
+from vidreason.config.machine import cpu_seconds, gpus_used, reset_gpu_peak
 from vidreason.datamodules.atomic_files import write_text
-from vidreason.pipelines.commands import COLD_POLICY_STATUS, INTERRUPTED_STATUS, USAGE_STATUS, Commands
+from vidreason.pipelines.commands import Commands
 from vidreason.pipelines.fingerprints import fingerprint_artefact
 from vidreason.pipelines.inputs import StageInputs
 from vidreason.pipelines.spec import PipelineSpec, StageSpec
-from vidreason.pipelines.state import (
-    RunState,
-    StageRecord,
-    artefact_path,
-    changed_inputs,
-    find_taken_stage,
-    unread_note,
-)
+from vidreason.pipelines.state import changed_inputs, find_taken_stage, save_state, unreadable_note
 from vidreason.pipelines.summary import write_summary
+from vidreason.run_folder import COMMAND_FILE, PIPELINE_FILE, RunState, StageRecord, artefact_path
 
 
 class PipelineRun:
@@ -91,13 +86,13 @@ class PipelineRun:
         Raises:
             ValueError: A stage of ``use`` does not fit; a stage did not write its artefact.
         """
-        write_text(self.run_dir / "pipeline.yaml", self.spec.as_yaml())
+        write_text(self.run_dir / PIPELINE_FILE, self.spec.as_yaml())
         try:
             if not self.prepare():
-                return USAGE_STATUS
+                return exit_codes.USAGE
         except KeyboardInterrupt:
             self._say_how_to_go_on("preparing", "interrupted")
-            return INTERRUPTED_STATUS
+            return exit_codes.INTERRUPTED
         for number, stage in enumerate(self.stages, 1):
             title = f"[{number}/{len(self.spec.stages)}] {stage.name}"
             status = self._take(stage, title) if stage.name in self.use else self._advance(stage, title)
@@ -132,7 +127,7 @@ class PipelineRun:
             gpu_seconds=found.gpu_seconds,
         )
         self._count_train_clips(stage, found)
-        self.state.save(self.run_dir)
+        save_state(self.state, self.run_dir)
         return 0
 
     def _advance(self, stage: StageSpec, title: str) -> int:
@@ -171,35 +166,35 @@ class PipelineRun:
         record.command = self.inputs.command_line(stage, folder)
         line = shlex.join(["vidreason", *record.command])
         print(f"{title}\n  $ {line}", flush=True)
-        write_text(folder / "command.txt", line + "\n")
+        write_text(folder / COMMAND_FILE, line + "\n")
         record.status = "running"
-        self.state.save(self.run_dir)
+        save_state(self.state, self.run_dir)
         status = self._timed(record, title)
 
-        if status == COLD_POLICY_STATUS and stage.on_unparsed == "skip":
+        if status == exit_codes.UNPARSED and stage.on_unparsed == "skip":
             record.status = "skipped"
             record.note = (
                 "ended without an adapter: no completion could be parsed; the run goes on from the stage before"
             )
             print(f"{title}: {record.note}")
         elif status != 0:
-            record.status = "interrupted" if status == INTERRUPTED_STATUS else "failed"
-            self.state.save(self.run_dir)
+            record.status = "interrupted" if status == exit_codes.INTERRUPTED else "failed"
+            save_state(self.state, self.run_dir)
             self._say_how_to_go_on(title, f"{record.status} (exit status {status})")
             return status
         else:
             self._finish(stage, record, folder)
-        self.state.save(self.run_dir)
+        save_state(self.state, self.run_dir)
         return 0
 
     def _finish(self, stage: StageSpec, record: StageRecord, folder: Path) -> None:
         path = artefact_path(folder, stage.artefact)
         if path is None:
             record.status = "failed"
-            self.state.save(self.run_dir)
+            save_state(self.state, self.run_dir)
             raise ValueError(f"stage {stage.name} ended without an error but wrote no {stage.artefact} into {folder}")
         record.status, record.artefact_sha = "finished", fingerprint_artefact(path)
-        record.note = unread_note(folder)
+        record.note = unreadable_note(folder)
         self._count_train_clips(stage, record)
 
     def _count_train_clips(self, stage: StageSpec, record: StageRecord) -> None:
@@ -218,7 +213,7 @@ class PipelineRun:
         try:
             status = self.commands.run(record.command)
         except KeyboardInterrupt:
-            status = INTERRUPTED_STATUS
+            status = exit_codes.INTERRUPTED
         finally:
             if status is None:
                 self._say_how_to_go_on(title, "failed")
@@ -226,7 +221,7 @@ class PipelineRun:
             record.wall_seconds += elapsed
             record.cpu_seconds += cpu_seconds() - cpu
             record.gpu_seconds += elapsed * gpus_used()
-            self.state.save(self.run_dir)
+            save_state(self.state, self.run_dir)
         return status
 
 

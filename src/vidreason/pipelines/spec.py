@@ -7,7 +7,6 @@ the first that exists). What a stage writes follows from its command.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,19 +15,15 @@ from typing import Literal, cast
 
 import yaml
 
-from vidreason.cli.configs import PREFIX, find_config, shipped_folder
+from vidreason.config.files import PREFIX, find_config, shipped_folder
 from vidreason.config.moved_keys import PIPELINE_MOVED, explain_moved
 from vidreason.pipelines.fingerprints import read_yaml
+from vidreason.run_folder import STAGES_FOLDER, Artefact
+from vidreason.spelling import did_you_mean
 
 Command = Literal["fit", "predict", "test"]
-Artefact = Literal["adapter", "traces", "predictions"]
 
 ARTEFACT_OF: Mapping[str, Artefact] = {"fit": "adapter", "predict": "traces", "test": "predictions"}
-ARTEFACT_FILES: Mapping[str, tuple[str, ...]] = {
-    "adapter": ("adapter", "weights"),  # weights/ after full fine-tuning
-    "traces": ("traces.jsonl",),
-    "predictions": ("predictions.jsonl",),
-}
 SECTIONS = ("data", "vlm", "model", "trainer", "checkpoint", "optimizer", "lr_scheduler", "seed_everything")
 
 _STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_unparsed")
@@ -99,12 +94,12 @@ class PipelineSpec:
         for number, stage in enumerate(self.stages, 1):
             if name in (stage.name, f"{number:02d}_{stage.name}"):
                 return stage
-        raise ValueError(f"{self.source}: no stage {name!r}{_suggest(plain, [s.name for s in self.stages])}")
+        raise ValueError(f"{self.source}: no stage {name!r}{did_you_mean(plain, [s.name for s in self.stages], '; ')}")
 
     def folder(self, name: str) -> str:
         """The stage's folder within the run folder (``stages/03_grpo``)."""
         number = [stage.name for stage in self.stages].index(name) + 1
-        return f"stages/{number:02d}_{name}"
+        return f"{STAGES_FOLDER}/{number:02d}_{name}"
 
     def with_strategy(self, strategy: str, stage: str | None = None) -> PipelineSpec:
         """Lays an overlay of ``configs/strategy`` on one stage, or on every stage.
@@ -133,7 +128,7 @@ class PipelineSpec:
             if not rest or re.sub(r"^\d\d_", "", head) not in names:
                 raise ValueError(
                     f"--{key}: begins with neither a stage of {self.source} ({', '.join(names)}) nor a section "
-                    f"({', '.join(SECTIONS)}){_suggest(head, [*names, *SECTIONS])}"
+                    f"({', '.join(SECTIONS)}){did_you_mean(head, [*names, *SECTIONS], '; ')}"
                 )
             stage = self.stage(head)
             if rest in stage.inputs:
@@ -185,7 +180,9 @@ def strategy_file(name: str) -> str:
     path = name if name.endswith((".yaml", ".yml")) else f"{PREFIX}/strategy/{name}.yaml"
     if find_config(path) is None:
         shipped = sorted(p.stem for p in (shipped_folder() / "strategy").glob("*.yaml"))
-        raise ValueError(f"no strategy {name!r} ({path}); shipped are {', '.join(shipped)}{_suggest(name, shipped)}")
+        raise ValueError(
+            f"no strategy {name!r} ({path}); shipped are {', '.join(shipped)}{did_you_mean(name, shipped, '; ')}"
+        )
     return path
 
 
@@ -262,7 +259,7 @@ def _read_references(value: object, where: str, before: Sequence[StageSpec]) -> 
     for text in match[1].split("|"):
         name, _, artefact = text.strip().partition(".")
         if name not in stages:
-            raise ValueError(f"{where}: no earlier stage {name!r}{_suggest(name, list(stages))}")
+            raise ValueError(f"{where}: no earlier stage {name!r}{did_you_mean(name, list(stages), '; ')}")
         if artefact != stages[name].artefact:
             raise ValueError(f"{where}: stage {name} ({stages[name].command}) writes {stages[name].artefact!r} only")
         references.append(Reference(name, stages[name].artefact))
@@ -281,7 +278,9 @@ def _mapping(value: object, where: str, known: Sequence[str]) -> dict[str, objec
         if key in PIPELINE_MOVED:
             raise ValueError(explain_moved(key, PIPELINE_MOVED[key], where))
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}{_suggest(str(key), known)}; known: {', '.join(known)}")
+            raise ValueError(
+                f"{where}: unknown key {key!r}{did_you_mean(str(key), known, '; ')}; known: {', '.join(known)}"
+            )
     return {str(key): item for key, item in value.items()}
 
 
@@ -291,8 +290,3 @@ def _settings(value: object, where: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must map dotted settings to values (trainer.max_steps: 5), got {value!r}")
     return {str(key): item for key, item in value.items()}
-
-
-def _suggest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

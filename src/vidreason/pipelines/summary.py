@@ -16,12 +16,10 @@ from pathlib import Path
 
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.pipelines.spec import PipelineSpec
-from vidreason.pipelines.state import RunState, artefact_path
 from vidreason.pipelines.table import decimal, percent, render_table
+from vidreason.run_folder import SUMMARY_FILE, SUMMARY_TABLE, RunState, artefact_path
 
-ECE_BINS = 15
 _Z = 1.959963984540054  # 97.5 % point of the normal distribution
-_SMALLEST = 1e-12  # floor of a probability under the logarithm
 
 
 @dataclass(frozen=True)
@@ -107,21 +105,26 @@ def recall_and_f1(predictions: Sequence[Prediction]) -> tuple[float, float]:
 
 
 def probability_scores(predictions: Sequence[Prediction]) -> tuple[float, float, float] | None:
-    """ECE over 15 equal bins, NLL and Brier (summed over classes); None where no clip has probabilities."""
+    """Returns ECE over 15 equal bins, NLL and Brier score (summed over classes); None where no clip has probabilities.
+
+    They come from the metrics of the test stage, so that the summary says what the logs say.
+    """
+    import torch  # seconds to import: a pipeline that has nothing to summarise does without
+
+    from vidreason.lightning_modules.decisions.metrics import UNDECIDED, ClassificationMetrics
+
     classes = next((tuple(p.probs) for p in predictions if p.probs), None)
     if classes is None:
         return None
-    nll = brier = 0.0
-    bins: dict[int, list[tuple[float, bool]]] = defaultdict(list)
-    for p in predictions:
-        probs = p.probs or dict.fromkeys(classes, 1 / len(classes))
-        nll -= math.log(max(probs.get(p.label, 0.0), _SMALLEST))
-        brier += sum((probs[name] - (name == p.label)) ** 2 for name in classes)
-        confidence = max(probs.values()) if p.pred is None else probs[p.pred]
-        bins[min(int(confidence * ECE_BINS), ECE_BINS - 1)].append((confidence, p.right))
-    n = len(predictions)
-    ece = sum(abs(sum(c for c, _ in members) - sum(right for _, right in members)) for members in bins.values()) / n
-    return ece, nll / n, brier / n
+    metrics = ClassificationMetrics(classes)
+    equal = dict.fromkeys(classes, 1 / len(classes))
+    metrics.update(
+        torch.tensor([[(p.probs or equal)[name] for name in classes] for p in predictions]),
+        torch.tensor([classes.index(p.label) for p in predictions]),
+        torch.tensor([UNDECIDED if p.pred is None else classes.index(p.pred) for p in predictions]),
+    )
+    values = metrics.compute()
+    return float(values["ece"]), float(values["nll"]), float(values["brier"])
 
 
 def twin_accuracy(predictions: Sequence[Prediction]) -> float | None:
@@ -263,8 +266,8 @@ def load_rows(path: Path) -> list[SummaryRow]:
 def write_summary(run_dir: Path, spec: PipelineSpec, state: RunState) -> list[SummaryRow]:
     """Writes ``summary.json`` and ``summary.txt`` into the run folder and prints the table."""
     rows = summarise_run(run_dir, spec, state)
-    save_rows(run_dir / "summary.json", rows)
+    save_rows(run_dir / SUMMARY_FILE, rows)
     text = render_summary(rows)
-    write_text(run_dir / "summary.txt", text + "\n")
+    write_text(run_dir / SUMMARY_TABLE, text + "\n")
     print(text)
     return rows

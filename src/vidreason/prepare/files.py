@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vidreason.datamodules.split_names import STANDARD_SPLITS
+from vidreason.run_folder import TASK_FILE, UNREADABLE_FILE
 
 if TYPE_CHECKING:  # all of them need torch
     from vidreason.datamodules.sources.probing import ClipProbe
@@ -22,8 +23,8 @@ if TYPE_CHECKING:  # all of them need torch
 
 MANIFEST, UNREADABLE, TASK, DATA, README = FILES = (
     "manifest.csv",
-    "unreadable.csv",
-    "task.yaml",
+    UNREADABLE_FILE,
+    TASK_FILE,
     "data.yaml",
     "README.txt",
 )

@@ -1,4 +1,4 @@
-"""``vidreason init``: from a folder of clips, or somebody else's table, to files that every command reads.
+"""From a folder of clips, or somebody else's table, to files that every command reads.
 
 It opens every clip once, makes the splits that are missing and writes manifest, task and data section into a folder of
 its own. Nothing is ever written into the source.
@@ -6,15 +6,13 @@ its own. Nothing is ever written into the source.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vidreason.config.options import CommandParser
 from vidreason.datamodules.atomic_files import write_text
-from vidreason.datamodules.sources.columns import ColumnNames
 from vidreason.datamodules.sources.source import Source, SourceClip, SourceOptions, read_source
 from vidreason.prepare import files, report
 from vidreason.prepare.files import LeftOut, printable
@@ -23,81 +21,48 @@ if TYPE_CHECKING:
     from vidreason.datamodules.sources.new_splits import Assignment
     from vidreason.datamodules.sources.probing import ClipProbe
 
-_MOST_WORKERS = 8
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What ``vidreason init`` is asked for."""
+
+    source: Path
+    out: Path
+    reading: SourceOptions
+    """How a table is read"""
+    overwrite: bool
+    """Replace the files of an earlier call"""
+    new_splits: bool
+    """Make all splits, whatever the source says"""
+    seed: int
+    """Of the splits that have to be made"""
+    timeout_s: float
+    """Seconds that reading one clip may take"""
+    workers: int
+    """Clips read at the same time"""
 
 
-def main(argv: Sequence[str]) -> int:
+def write_task_folder(options: PrepareOptions) -> None:
     """Reads a source, probes its clips and writes the files.
-
-    Args:
-        argv: Options of ``vidreason init``.
-
-    Returns:
-        Exit status 0.
 
     Raises:
         ValueError: A mistake in the source or the options; the message names file, row or option and the remedy.
-        SystemExit: ``--help``, or a wrong option.
     """
-    options = _parser().parse_options(argv)
-    where = dict(_pair(text) for text in options.where)
-    _refuse_to_overwrite(options.source, options.out, options.force)
-    columns = ColumnNames(options.path_column, options.label_column, options.split_column, options.group_column)
-    source = read_source(options.source, SourceOptions(columns, options.root, where))
+    _check_folders(options.source, options.out, options.overwrite)
+    source = read_source(options.source, options.reading)
     labels = _class_names(source)
 
     # what needs torch takes seconds to import: what the source is, and most mistakes in it, are told before
     print("\n".join(report.source_lines(source)), flush=True)
     _check_names(source, labels)
-    probes, left_out = _probe(source, options.workers, options.timeout)
-    _refuse_unreadable_classes(source, labels, probes, left_out)
+    probes, left_out = _probe(source, options.workers, options.timeout_s)
+    _check_classes_readable(source, labels, probes, left_out)
     assignment = _assign(source, probes, options.seed, options.new_splits)
     _write(source, labels, probes, left_out, assignment, options)
-    return 0
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        prog="vidreason init",
-        description="Look into every clip of a source and write manifest, task and data section for it into a folder.",
-    )
-    parser.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help="a folder with one folder of clips per class (train, val, test above or below them, or not at all), a "
-        "table (.csv .tsv .txt .json .jsonl), or chat records with messages and videos (.json .jsonl)",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files are written")
-    parser.add_argument("--force", action="store_true", help="overwrite the files of an earlier call in DIR")
-    for name, what in (
-        ("path", "the clip's path"),
-        ("label", "its class"),
-        ("split", "train, val, cal, test"),
-        ("group", "what must not be divided between splits: a person, a source video"),
-    ):
-        parser.add_argument(f"--{name}-column", metavar="NAME", help=f"the table's column with {what}")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="what paths in the table are relative to")
-    parser.add_argument(
-        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="only these rows of the table"
-    )
-    parser.add_argument("--new-splits", action="store_true", help="make all splits, whatever the source says")
-    parser.add_argument("--seed", type=int, default=0, help="of the splits that have to be made (default: 0)")
-    parser.add_argument(
-        "--timeout",
-        type=_positive,
-        default=60.0,
-        metavar="S",
-        help="seconds that reading one clip may take (default: 60)",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=_cores(), metavar="N", help="clips read at the same time (default: the cores)"
-    )
-    return parser
-
-
-def _refuse_to_overwrite(source: Path, out: Path, force: bool) -> None:
-    """Nothing is written into the source, and no file is replaced unasked."""
+def _check_folders(source: Path, out: Path, force: bool) -> None:
+    """Checks that nothing is written into the source and that no file is replaced unasked."""
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--out {out} lies in {source}, which stays as it is; give a folder outside of it")
     if out.exists() and not out.is_dir():
@@ -121,7 +86,7 @@ def _class_names(source: Source) -> tuple[str, ...]:
 
 
 def _check_names(source: Source, labels: Sequence[str]) -> None:
-    """Refuses what a task file would refuse."""
+    """Checks that the class names can stand in a task file."""
     from vidreason.datamodules.task import Task
 
     try:
@@ -157,7 +122,7 @@ def _probe(source: Source, workers: int, timeout: float) -> tuple[dict[str, Clip
     return probes, left_out
 
 
-def _refuse_unreadable_classes(
+def _check_classes_readable(
     source: Source, labels: Sequence[str], probes: Mapping[str, ClipProbe], left_out: Sequence[LeftOut]
 ) -> None:
     for label in labels:
@@ -198,12 +163,12 @@ def _write(
     probes: Mapping[str, ClipProbe],
     left_out: Sequence[LeftOut],
     assignment: Assignment,
-    options: argparse.Namespace,
+    options: PrepareOptions,
 ) -> None:
     """Writes the files and prints what stands in them and what to do next."""
     from vidreason.prepare.frames import suggest_frames
 
-    out: Path = options.out
+    out = options.out
     folder = out.resolve()
     frames = suggest_frames(list(probes.values()))
     place = {clip.name: number for number, clip in enumerate(source.clips)}
@@ -242,22 +207,3 @@ def _is_text(clip: SourceClip) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _pair(text: str) -> tuple[str, str]:
-    column, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--where {text}: must read COLUMN=VALUE")
-    return column, value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
-
-
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST_WORKERS)

@@ -15,7 +15,7 @@ from stage_world import adamw
 
 from vidreason.datamodules import atomic_files as whole_files
 from vidreason.datamodules.atomic_files import replace_folder
-from vidreason.lightning_modules.fit.checkpoint_io import WholeCheckpointIO
+from vidreason.lightning_modules.fit.checkpoint_io import AtomicCheckpointIO
 from vidreason.lightning_modules.fit.resume import FORMAT, KEY
 from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.lightning_modules.fit.schedule import OptimOptions
@@ -47,7 +47,7 @@ def trained(make_vlm, make_data, make_trainer, options, epochs=4, accuracies=(0.
     module.accuracies = accuracies
     saving = NotedCheckpoint(options)
     trainer = make_trainer(max_epochs=epochs, callbacks=[saving], **kwargs)
-    trainer.strategy.checkpoint_io = WholeCheckpointIO()
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     trainer.fit(module, make_data(module.vlm, batch_size=2))  # three batches an epoch
     return trainer, module, saving
 
@@ -182,7 +182,7 @@ def test_a_kill_between_checkpoint_and_adapter_is_mended_on_resume(
         saving = RunCheckpoint(CheckpointOptions(1))
         trainer = make_trainer(limit_val_batches=0, callbacks=[saving], **limit)
         saving.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         trainer.fit(module, make_data(module.vlm, batch_size=2), **more)  # three batches an epoch
 
     def export_adapter(module, folder, state=None):
@@ -261,7 +261,7 @@ def test_a_failed_write_is_not_tried_again(make_vlm, make_data, make_trainer, mo
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(WholeCheckpointIO, "save_checkpoint", full)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
         trained(make_vlm, make_data, make_trainer, CheckpointOptions(1))
 

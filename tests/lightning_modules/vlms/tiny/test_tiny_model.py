@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from vlm_builders import PROMPTS
 
 import vidreason.lightning_modules.vlms  # noqa: F401  makes TinyVLM known to the Auto classes
-from vidreason.lightning_modules.parameters import set_train_mode
 from vidreason.lightning_modules.vlms.tiny.configuration import TinyVLMConfig
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration
 from vidreason.lightning_modules.vlms.tiny.processing import TinyVLMProcessor
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM, embedded_folder
+from vidreason.lightning_modules.weights.parameters import set_train_mode
 
 MakeTiny = Callable[..., TinyVLM]
 

@@ -1,0 +1,32 @@
+"""Which name may have been meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the known name that is most like another one, whatever their case; None where none is.
+
+    >>> nearest("Lable", ["label", "path"]), nearest("zzz", ["label", "path"])
+    ('label', None)
+    """
+    by_case = {other.casefold(): other for other in known}
+    close = get_close_matches(name.casefold(), by_case, n=1, cutoff=cutoff)
+    return by_case[close[0]] if close else None
+
+
+def did_you_mean(name: str, known: Iterable[str], before: str = ": ") -> str:
+    """Returns the end of a message about an unknown name; nothing where no known name is like it.
+
+    Args:
+        name: What was given.
+        known: What could have been given.
+        before: What stands between the message and this.
+
+    >>> did_you_mean("--outt", ["--out", "--force"])
+    ": did you mean '--out'?"
+    """
+    near = nearest(name, known)
+    return f"{before}did you mean {near!r}?" if near is not None and near != name else ""
