@@ -189,16 +189,6 @@ def test_wrong_options_are_refused(options, values, message):
         options(**values)
 
 
-def test_frozen_modules_stay_in_eval_mode():
-    model = torch.nn.Sequential(
-        torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Sequential(torch.nn.Linear(2, 2))
-    )
-    model[1].requires_grad_(False)
-    model[2].requires_grad_(False)
-    set_train_mode(model)
-    assert [model.training, *(m.training for m in model), model[2][0].training] == [True, True, False, False, False]
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_lora_dropout_drops_in_training_alone(make_vlm, ready, dropout):
     vlm = make_vlm()

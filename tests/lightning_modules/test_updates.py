@@ -80,7 +80,8 @@ def test_the_cut_of_a_batch_changes_neither_loss_nor_gradient_nor_weights(learnt
     assert len(losses) == len(gradients) == 2
     for cut in (1, 2):
         cut_losses, cut_gradients, cut_weights = learnt(stage, cut, lost)
-        assert cut_losses == pytest.approx(losses, rel=1e-6, abs=1e-7)
+        # A policy loss is a sum of positive and negative terms of about 1, which may almost cancel.
+        assert cut_losses == pytest.approx(losses, rel=1e-6, abs=1e-6)
         for got, wanted in zip(cut_gradients, gradients, strict=True):
             assert relative_gap(got, wanted) < 1e-6
         assert relative_gap(cut_weights, weights) < 1e-6
