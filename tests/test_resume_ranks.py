@@ -59,11 +59,11 @@ def test_ranks_go_on_where_one_process_was_and_the_reverse(found, stage, strateg
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_an_unfinished_step_on_a_rollout_is_finished_and_counted_once(found, strategy):
-    """One process stops between the two optimizer steps on a rollout, two ranks make both; then the others go on."""
+def test_a_rollout_batch_is_finished_before_a_stop_and_counted_once(found, strategy):
+    """The signal comes in the first of the two optimizer steps on it; then the others go on."""
     one, (first, second) = found
     whole, stopped = (one["half", strategy, name] for name in ("whole", "stopped"))
-    assert (stopped["steps"], first["half", strategy, "stopped"]["steps"]) == (9, 10)
+    assert (stopped["steps"], first["half", strategy, "stopped"]["steps"]) == (10, 10)
     assert whole["num_tokens"] == whole["tokens"]
     from_one = [rank["half", strategy, "from one"] for rank in (first, second)]
     assert stopped["tokens"] + sum(rank["tokens"] for rank in from_one) == whole["tokens"]
