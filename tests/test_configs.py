@@ -1,6 +1,7 @@
 """Every shipped YAML builds what it names; no weights are loaded and nothing is rendered."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,25 +82,29 @@ def test_a_recipe_is_switched_on_by_its_overlay(recipe):
     asked = yaml.safe_load(overlay.read_text())["model"]["init_args"]
     added = asked.pop("rewards+", [])
     form = asked.pop("completion", {})
-    lengths = [asked.pop(name)["max_new_tokens"] for name in ("train_sampling", "sampling") if name in asked]
-    assert {name: getattr(model, name) for name in asked} == asked
+    lengths = [group["sampling"]["max_new_tokens"] for group in asked.values() if "sampling" in group]
+    for group, settings in asked.items():
+        settings.pop("sampling", None)
+        assert {name: getattr(getattr(model, group), name) for name in settings} == settings
     assert [type(reward).__name__ for reward in model.rewards] == [
         "AccuracyReward",
         "FormatReward",
         *(reward["class_path"].rsplit(".", 1)[1] for reward in added),
     ]
     assert {name: getattr(model.completion, name) for name in form} == form
-    assert all(length == model.train_sampling.max_new_tokens for length in lengths)
+    longest = model.rollouts.sampling.max_new_tokens
+    assert all(length == longest == model.decide.sampling.max_new_tokens for length in lengths)
     overlong = [reward.max_tokens for reward in model.rewards if reward.name == "overlong"]
-    assert overlong in ([], [model.train_sampling.max_new_tokens])
+    assert overlong in ([], [longest])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains(recipe, make_vlm, make_data, make_trainer):
     module = build("fit", ["--config", str(CONFIGS / "grpo.yaml"), "--config", str(CONFIGS / "recipes" / recipe)]).model
     module.vlm = make_vlm()
-    module.train_sampling = module.sampling = Sampling(max_new_tokens=6)
-    module.batch_size, module.group_size, module.cold_steps = 3, 3, 99
+    short = Sampling(max_new_tokens=6)
+    module.batch_size, module.decide = 3, replace(module.decide, sampling=short)
+    module.rollouts = replace(module.rollouts, sampling=short, group_size=3, max_unparsed_steps=99)
     trainer = make_trainer(max_steps=2, limit_val_batches=0)
     trainer.fit(module, make_data(module.vlm))
     assert trainer.global_step >= 2

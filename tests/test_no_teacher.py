@@ -24,7 +24,7 @@ EVERYWHERE = {
     "data.init_args.num_workers": 0,
     "trainer.limit_val_batches": 0,
 }
-GENERATE = {"model.init_args.traces_sampled.samples": 1}
+GENERATE = {"model.init_args.traces.samples": 1}
 STAGES = {
     "label_sft": {"sft_label": {"trainer.max_steps": 1}},
     "rb_ft": {"generate": GENERATE, "sft_rationale": {"trainer.max_steps": 1}, "sft_label": {"trainer.max_steps": 1}},
@@ -35,17 +35,17 @@ STAGES = {
             "trainer.max_steps": 1,
             "trainer.val_check_interval": 1,
             "model.init_args.batch_size": 2,
-            "model.init_args.group_size": 2,
-            "model.init_args.train_sampling.max_new_tokens": 8,
+            "model.init_args.rollouts.group_size": 2,
+            "model.init_args.rollouts.sampling.max_new_tokens": 8,
         },
         "traces": {
-            "model.init_args.traces_sampled.samples": 1,
-            "model.init_args.traces_sampled.sampling.max_new_tokens": 16,
+            "model.init_args.traces.samples": 1,
+            "model.init_args.traces.sampling.max_new_tokens": 16,
         },
         "calibration": {
             "trainer.max_steps": 1,
-            "model.init_args.traces_sampled.samples": 1,
-            "model.init_args.traces_sampled.sampling.max_new_tokens": 16,
+            "model.init_args.traces.samples": 1,
+            "model.init_args.traces.sampling.max_new_tokens": 16,
         },
     },
 }

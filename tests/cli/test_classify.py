@@ -19,8 +19,8 @@ from vidreason.run_folder import RunState, StageRecord
 small_base = world.small_base
 
 SETTINGS = [
-    *("--data", "data.yaml", "--model.init_args.traces_sampled.samples", "2"),
-    *("--model.init_args.traces_sampled.sampling.max_new_tokens", "8"),
+    *("--data", "data.yaml", "--model.init_args.traces.samples", "2"),
+    *("--model.init_args.traces.sampling.max_new_tokens", "8"),
 ]
 
 

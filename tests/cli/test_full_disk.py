@@ -63,7 +63,7 @@ def files() -> set[str]:
 @pytest.mark.parametrize(
     ("argv", "full", "named"),
     [
-        (stage("generate", "--model.init_args.traces_sampled", WRITES), "traces.jsonl", "runs/generate/traces.jsonl"),
+        (stage("generate", "--model.init_args.traces", WRITES), "traces.jsonl", "runs/generate/traces.jsonl"),
         (stage("test"), "predictions.jsonl", "runs/test/predictions.jsonl"),
         ([*FIT], "last.ckpt", "runs/sft_label/checkpoints/last.ckpt"),
         ([*FIT, *LORA], "vidreason.json", "runs/sft_label/adapter"),
@@ -85,7 +85,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(capfd, fill, argv,
 
 @pytest.mark.usefixtures("here")
 def test_a_full_disk_keeps_what_was_written_before(fill, monkeypatch):
-    argv = stage("generate", "--model.init_args.traces_sampled", WRITES)
+    argv = stage("generate", "--model.init_args.traces", WRITES)
     assert main(argv) == 0
     assert main(stage("test")) == 0
     assert main(list(FIT)) == 0

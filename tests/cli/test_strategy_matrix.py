@@ -30,10 +30,10 @@ COMMANDS = {**dict.fromkeys(FITS, "fit"), "generate": "predict", "test": "test"}
 KINDS = {"ddp": "DDP", "fsdp": "FSDP2", "fsdp_qlora": "FSDP2"}
 WRITTEN = {"generate": "traces.jsonl", "test": "predictions.jsonl"}
 SHORT = {  # what debug.yaml leaves long
-    "sft_rationale": ["--model.init_args.traces_sampled.samples", "1"],
-    "calibration": ["--model.init_args.traces_sampled", "{samples: 1, sampling: {max_new_tokens: 16}}"],
-    "grpo": ["--model.init_args.train_sampling.max_new_tokens", "16"],
-    "generate": ["--model.init_args.traces_sampled", "{samples: 1, sampling: {max_new_tokens: 16}}"],
+    "sft_rationale": ["--model.init_args.traces.samples", "1"],
+    "calibration": ["--model.init_args.traces", "{samples: 1, sampling: {max_new_tokens: 16}}"],
+    "grpo": ["--model.init_args.rollouts.sampling.max_new_tokens", "16"],
+    "generate": ["--model.init_args.traces", "{samples: 1, sampling: {max_new_tokens: 16}}"],
 }
 LIMIT_S = 300
 
