@@ -10,7 +10,7 @@ from errors_page import FIT, LORA, PAGE, WRITES, stage
 from safetensors import SafetensorError
 
 from vidreason.cli.main import main
-from vidreason.datamodules.porch.data import render as porch_render
+from vidreason.datamodules.porch import render as porch_render
 from vidreason.lightning_modules.vlms.loading import adapters
 
 
