@@ -9,9 +9,12 @@ from pathlib import Path
 
 import kill_compare
 import kill_resume
+import kill_stages
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from vidreason.config.trainer_cli import build
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -115,6 +118,16 @@ def test_the_file_is_added_to(tmp_path):
     kill_resume.add(path, "sft", 2, ["traces.jsonl differs"])
     wanted = {"sft": {"kills": 5, "equal": 3, "lost": 0}, "grpo": {"kills": 2, "equal": 0, "lost": 2}}
     assert json.loads(path.read_text()) == wanted
+
+
+@pytest.mark.parametrize(("name", "kind"), {"sft": "describe", "grpo": "reason", "calibration": "reason"}.items())
+def test_the_settings_of_a_stage_are_known(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data.yaml").write_text(kill_stages.DATA)
+    command, *argv = kill_stages.STAGES[name].command(Path("run"))
+    module = build(command, argv).model
+    assert module.traces.kind == kind, "what is set stands beside what the stage's file says"
+    assert module.batch_size == 4
 
 
 @pytest.mark.slow
