@@ -99,7 +99,7 @@ class TraceStore:
             raise ValueError(f"{path}: no such file of traces; write it with `vidreason predict`")
         lines = _complete_lines(path, repair=False)
         if not lines:
-            raise ValueError(f"{path}: holds no header line, so it is no file of traces")
+            raise ValueError(f"{path}: missing header: not a trace file")
         return cls(path, _header_from(lines[0], path))
 
     def append(self, records: Iterable[TraceRecord]) -> None:
@@ -179,7 +179,7 @@ class TraceStore:
         if found and found != wanted:
             raise ValueError(
                 f"{self.path}: was sampled with {found}, but the stage samples with {wanted}, at test too: set "
-                "model.init_args.traces_sampled.sampling as the file has it, or write the traces again"
+                "model.init_args.traces.sampling as the file has it, or write the traces again"
             )
 
 
@@ -194,7 +194,9 @@ def _header_line(header: TraceHeader) -> str:
 def _header_from(line: str, path: Path) -> TraceHeader:
     content = _object(line, f"{path}, line 1")
     if content.pop(_VERSION_KEY, None) != _VERSION:
-        raise ValueError(f'{path}, line 1: no header of traces; it begins {{"{_VERSION_KEY}": {_VERSION}, ...}}')
+        raise ValueError(
+            f'{path}, line 1: not the header of a trace file, which begins {{"{_VERSION_KEY}": {_VERSION}, ...}}'
+        )
     return TraceHeader(**_known(content, TraceHeader, f"{path}, line 1", optional=("sampling",)))
 
 
