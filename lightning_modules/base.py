@@ -137,8 +137,8 @@ class VLMModule(L.LightningModule):
 
         Lightning calls this first in every run. The objects are always the same, since new ones would have no state.
         """
-        if not self.automatic_optimization and self.trainer.state.fn == TrainerFn.FITTING:
-            check_trainer_options(self.trainer, self.stage_name)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_trainer_options(self.trainer, self.stage_name, self.automatic_optimization, self.updates)
         present: Sequence[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [own for own in self._fit_callbacks if not any(isinstance(other, type(own)) for other in present)]
 

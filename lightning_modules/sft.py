@@ -69,7 +69,7 @@ class RationaleSFTModule(VLMModule):
     def setup(self, stage: str) -> None:
         """Connects the data module; a fit on captions gets those of ``val`` for its validation loss."""
         super().setup(stage)
-        if self.targets.kind == "caption" and stage == "fit" and not self.data.brings_texts:
+        if self.targets.kind == "caption" and stage in ("fit", "validate") and not self.data.brings_texts:
             captions = caption_targets(self.data.clips("val"), self.targets.caption_field)
             self.data.connect(eval_view=DescribeView(self.data.task, texts=captions))
 

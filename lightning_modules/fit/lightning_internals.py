@@ -1,7 +1,8 @@
-"""Every use of Lightning's private API, as of lightning 2.6.6.
+"""The private API of Lightning's trainer, loops, strategies and checkpoint callback, as of lightning 2.6.6.
 
-A new version of Lightning has to be checked against this file only;
-``tests/lightning_modules/fit/test_lightning_internals.py`` tests each attribute that it relies on.
+A new version of Lightning has to be checked against this file, and against ``LightningCLI._run_subcommand``, which
+``config/trainer_cli.py`` extends. ``tests/lightning_modules/fit/test_lightning_internals.py`` tests each attribute that
+this file relies on.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class OptimizerStep:
 
     strategy: Strategy
     optimizer: Optimizer
-    scheduler: LRScheduler
+    scheduler: LRScheduler | None
     parameters: Sequence[nn.Parameter]
     max_grad_norm: float
 
@@ -99,7 +99,8 @@ class OptimizerStep:
         if not has_samples:  # the step below still runs, since Lightning and the schedule count it
             self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.step()
-        self.scheduler.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         return StepResult(norm, learning_rate)
 
     def _synchronise(self, last: bool) -> AbstractContextManager[object]:
@@ -124,12 +125,25 @@ def split_clips(vlm: VLM, batch: VideoBatch, clips_per_forward: int | None) -> l
     return parts
 
 
-def check_trainer_options(trainer: L.Trainer, stage: str) -> None:
-    """Checks the trainer for options that manual optimisation ignores or does not support.
+def check_trainer_options(trainer: L.Trainer, stage: str, automatic: bool, updates: UpdateOptions) -> None:
+    """Checks that no option is set that the stage's way of optimising would ignore or cannot serve.
+
+    Args:
+        trainer: As configured.
+        stage: Name of the stage.
+        automatic: Whether Lightning optimises on the loss that ``training_step`` returns.
+        updates: The stage's options of an optimizer step.
 
     Raises:
         ValueError: If one is set; the message names the option to use instead.
     """
+    if automatic:
+        if updates != UpdateOptions():
+            raise ValueError(
+                f"model.init_args.updates has no effect in stage {stage}, which returns its loss to Lightning: set "
+                "trainer.gradient_clip_val and trainer.accumulate_grad_batches"
+            )
+        return
     if trainer.gradient_clip_val:
         raise ValueError(
             f"trainer.gradient_clip_val has no effect in stage {stage}: set model.init_args.updates.max_grad_norm"

@@ -31,6 +31,7 @@ from vidreason.lightning_modules.traces.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.completions import Completion, generate_completions
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.sharding import unsharded
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 from vidreason.run_folder import TRACES_FILE
 
@@ -268,7 +269,8 @@ def write_run_traces(
         model.to(device)
     shard = RankShard(trainer.global_rank, trainer.world_size, partial(strategy.barrier, "write_traces"))
     file = TraceFile(Path(trainer.default_root_dir) / TRACES_FILE, generator, data, shard)
-    with torch.device("cpu"), trainer.precision_plugin.forward_context():  # A strategy may set another default device.
+    # Ranks write unequal numbers of batches, and a strategy may have set another default device.
+    with torch.device("cpu"), unsharded(model), trainer.precision_plugin.forward_context():
         return file.complete(model, splits, device, known)
 
 

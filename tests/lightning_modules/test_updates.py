@@ -9,6 +9,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from small_grpo import make
 from stage_world import SHORT, LostClips, parameters
 
+from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.fit.optimizer_step import UpdateOptions
 from vidreason.lightning_modules.fit.schedule import OptimOptions
@@ -122,3 +123,16 @@ def test_trainer_options_without_effect_are_refused(make_vlm, make_data, make_tr
     assert "\n" not in str(refused.value)
     assert module.stage_name in str(refused.value)
     assert module.model is None, "it is refused before weights are loaded"
+
+
+class ReturnsItsLoss(VLMModule):
+    """Lets Lightning optimise."""
+
+    def training_step(self, batch, batch_idx):
+        return self.vlm.score(self.policy, batch.prompts, batch.texts).logprobs.sum()
+
+
+def test_updates_of_a_stage_that_lightning_optimises_are_refused(make_vlm, make_data, make_trainer):
+    module = ReturnsItsLoss(make_vlm(), updates=UpdateOptions(clips_per_forward=1))
+    with pytest.raises(ValueError, match=r"updates has no effect in stage ReturnsItsLoss.*accumulate_grad_batches"):
+        make_trainer(max_steps=1).fit(module, make_data(module.vlm))

@@ -231,7 +231,7 @@ def test_a_name_that_is_no_text_is_set_aside(here, fake_probe, capsys):
     Path(os.fsdecode(b"clips/\xfe")).mkdir()
     Path(os.fsdecode(b"clips/\xfe/1.mp4")).write_text("y")
     assert main(["init", "clips", "--out", "other"]) == 2
-    assert "rename it; mend them or take" in capsys.readouterr().err
+    assert "rename it; repair them, or remove" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["clips", "clips/task", "clips/run/../task", "link/task"])

@@ -133,7 +133,7 @@ def _check_classes_readable(
         what = "folder" if source.path.is_dir() else "rows"
         raise ValueError(
             f"class {printable(label)!r}: none of its clips ({len(clips)}) can be read, {first.video_id}: "
-            f"{first.reason}; mend them or take the class's {what} out"
+            f"{first.reason}; repair them, or remove the class's {what}"
         )
 
 
