@@ -11,7 +11,7 @@ import torch
 from kill_compare import same
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
-from vidreason.lightning_modules.fit.lightning_internals import forward_sigterm
+from vidreason.lightning_internals import forward_sigterm
 from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.fit.stopping import StopOnSignal

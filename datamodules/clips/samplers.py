@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from vidreason.datamodules.clips.dataset import ClipDataset, ClipKey
 from vidreason.datamodules.clips.sampling import balanced_order
+from vidreason.lightning_internals import batches_done
 
 
 def batches_of_an_epoch(trainer: L.Trainer, batches: int) -> int:
@@ -47,8 +48,7 @@ class ResumableLoader(DataLoader[Any]):
         sampler = self._sampler()
         assert self.trainer is not None
         assert self.batch_size is not None
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
-        epoch, batches = divmod(int(done), batches_of_an_epoch(self.trainer, len(self)))
+        epoch, batches = divmod(batches_done(self.trainer), batches_of_an_epoch(self.trainer, len(self)))
         return {"epoch": epoch, "clips": batches * self.batch_size * sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

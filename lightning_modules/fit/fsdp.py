@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from vidreason.lightning_modules.fit.lightning_internals import (
+from vidreason.lightning_internals import (
     load_unsharded_state,
     shard_over_all_processes,
     torch_optimizer,

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from vidreason.lightning_modules.fit.lightning_internals import (
+from vidreason.lightning_internals import (
     batches_done,
     batches_per_epoch,
     write_loop_state,

@@ -8,7 +8,7 @@ containers, so that ``torch.load(..., weights_only=True)`` reads it:
 - ``stage`` and ``parent_sha``: name of the stage, and hash of the weights that it started from;
 - ``progress``: the finished batches (``progress.py``); ``clips_per_batch``: clips per batch over all ranks;
 - ``seed``: the seed of the order of clips;
-- ``train_clips``: number and hash of the ids of split train, in order; ``learnt_clips``: the same for clips with a
+- ``train_clips``: number and hash of the ids of split train, in order; ``clips_with_target``: the same for clips with a
   target;
 - ``traces``: number of texts in the run folder's trace file;
 - ``random``: state of the random number generators, one entry per rank;
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.types import Clip
-from vidreason.lightning_modules.fit.lightning_internals import batches_done, set_logged_steps
+from vidreason.lightning_internals import batches_done, set_logged_steps
 from vidreason.lightning_modules.fit.progress import FitProgress
 from vidreason.lightning_modules.fit.ranks import gather_objects
 from vidreason.lightning_modules.fit.rng import random_state, seed_batch, set_random_state
@@ -98,7 +98,7 @@ class ResumeFit(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         check_same_fit(saved, trainer, pl_module)
-        _check_learnt_clips(saved, trainer)
+        _check_clips_with_target(saved, trainer)
         self._resumed = FitProgress(**saved["progress"])
         self._resumed.write_into(checkpoint["loops"]["fit_loop"])
         # With another number of ranks, the states do not belong to these processes.
@@ -235,12 +235,12 @@ def _check_train_clips(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None
     )
 
 
-def _check_learnt_clips(saved: Mapping[str, Any], trainer: L.Trainer) -> None:
+def _check_clips_with_target(saved: Mapping[str, Any], trainer: L.Trainer) -> None:
     """Checks the clips with a target; a repaired clip may have got a text since, which would shift the order."""
     data = _data(trainer)
-    if data is None or "learnt_clips" not in saved:
+    if data is None or "clips_with_target" not in saved:
         return
-    before, after = saved["learnt_clips"], _learnt_clips(data)
+    before, after = saved["clips_with_target"], _clips_with_target(data)
     if before != after and saved["train_clips"] == _count_and_hash(data.clips("train")):
         raise ValueError(
             f"this checkpoint was written when {before['count']} training clips had something to learn, now "
@@ -259,7 +259,7 @@ def _identity(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         "clips_per_batch": data.batch_size * trainer.world_size,
         "seed": data.seed,
         "train_clips": _count_and_hash(data.clips("train")),
-        "learnt_clips": _learnt_clips(data),
+        "clips_with_target": _clips_with_target(data),
         "traces": _count_texts(_traces_path(trainer)),
     }
 
@@ -273,7 +273,7 @@ def _data(trainer: L.Trainer) -> VideoDataModule | None:
     return data if isinstance(data, VideoDataModule) else None
 
 
-def _learnt_clips(data: VideoDataModule) -> dict[str, Any]:
+def _clips_with_target(data: VideoDataModule) -> dict[str, Any]:
     view, clips = data.view, data.clips("train")
     return _count_and_hash(clips if view is None else [clip for clip in clips if view.keep(clip)])
 

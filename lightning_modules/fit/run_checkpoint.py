@@ -19,7 +19,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from torch import Tensor, nn
 
-from vidreason.lightning_modules.fit.lightning_internals import CheckpointWriter, batches_done, batches_per_epoch
+from vidreason.lightning_internals import (
+    CheckpointWriter,
+    batches_done,
+    batches_per_epoch,
+    between_steps,
+)
 from vidreason.lightning_modules.fit.skip_unreadable import TooManyUnreadableError
 from vidreason.lightning_modules.fit.stopping import stopped_consistently
 from vidreason.lightning_modules.vlms.loading.weight_folders import read_info
@@ -105,10 +110,9 @@ class RunCheckpoint(CheckpointWriter):
     ) -> None:
         """Saves before the batch is trained on, if a checkpoint is due."""
         done = batches_done(trainer)
-        in_epoch = done % batches_per_epoch(trainer)
-        between_steps = in_epoch % trainer.accumulate_grad_batches == 0
-        due = done - self._saved_at >= self.options.every_n_batches or in_epoch == 0
-        if between_steps and (self._validated or (due and done > self._saved_at)):
+        epoch_ended = done % batches_per_epoch(trainer) == 0
+        due = done - self._saved_at >= self.options.every_n_batches or epoch_ended
+        if between_steps(trainer) and (self._validated or (due and done > self._saved_at)):
             self._save(trainer)
         self._within_batch = True
 
@@ -142,7 +146,7 @@ class RunCheckpoint(CheckpointWriter):
         together = stopped_consistently(trainer, exception) or isinstance(exception, TooManyUnreadableError)
         alone = trainer.world_size == 1 and not isinstance(exception, OSError)
         started = trainer.global_step > 0 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if started and (together or (alone and not self._within_batch)):
+        if started and between_steps(trainer) and (together or (alone and not self._within_batch)):
             self._save(trainer)
             self._report(trainer, "interrupted")
 

@@ -80,7 +80,10 @@ class SkipUnreadable(L.Callback):
         counts = torch.tensor([int(batch.sample_mask.sum()), len(batch.failed)], dtype=torch.float32)
         # Every rank takes part, also one without an unreadable clip, so that all decide the same.
         valid, failed = strategy.reduce(counts.to(strategy.root_device), reduce_op="sum").tolist()
-        self._step_has_samples, self._in_this_batch = bool(valid), ()
+        # In automatic optimisation, a step may accumulate the gradients of several batches.
+        begins_step = batch_idx % trainer.accumulate_grad_batches == 0
+        self._step_has_samples = bool(valid) or (self._step_has_samples and not begins_step)
+        self._in_this_batch = ()
         if not failed:
             return
         everywhere: list[FailedClip] = [clip for own in gather_objects(list(batch.failed)) for clip in own]

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 
+from vidreason.lightning_internals import between_steps
 from vidreason.signals import StopRequested, check_stop, defer_signals, stop_received
 
 T = TypeVar("T")
@@ -68,8 +69,9 @@ class StopOnSignal(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stops between two batches."""
-        raise_if_any_rank_stopped(trainer.strategy)
+        """Stops between two optimizer steps."""
+        if between_steps(trainer):
+            raise_if_any_rank_stopped(trainer.strategy)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stops within a validation, which a resumed fit repeats; several ranks finish the validation first."""

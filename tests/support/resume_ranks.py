@@ -23,7 +23,7 @@ import small_grpo
 import strategy_ranks as ranks
 import torch
 
-from vidreason.lightning_modules.fit.lightning_internals import batches_done, forward_sigterm
+from vidreason.lightning_internals import batches_done, forward_sigterm
 from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable, TooManyUnreadableError

@@ -35,9 +35,9 @@ from vidreason.config.command_files import (
 from vidreason.config.errors import explain
 from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.run_record import RunRecord, from_the_start
+from vidreason.lightning_internals import forward_sigterm
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.fit.checkpoint_io import AtomicCheckpointIO
-from vidreason.lightning_modules.fit.lightning_internals import forward_sigterm
 from vidreason.lightning_modules.fit.resume import check_checkpoint_file
 from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.lightning_modules.fit.skip_unreadable import TooManyUnreadableError

@@ -1,7 +1,7 @@
 """The private API of Lightning's trainer, loops, strategies and checkpoint callback, as of lightning 2.6.6.
 
 A new version of Lightning has to be checked against this file, and against ``LightningCLI._run_subcommand``, which
-``config/trainer_cli.py`` extends. ``tests/lightning_modules/fit/test_lightning_internals.py`` tests each attribute that
+``config/trainer_cli.py`` extends. ``tests/test_lightning_internals.py`` tests each attribute that
 this file relies on.
 """
 
@@ -33,6 +33,15 @@ def batches_done(trainer: L.Trainer) -> int:
 def batches_per_epoch(trainer: L.Trainer) -> int:
     """Returns the number of batches of an epoch; 2**53 if the loader has no length."""
     return int(min(trainer.num_training_batches, 2**53))
+
+
+def between_steps(trainer: L.Trainer) -> bool:
+    """Returns whether no gradient is left from the finished batches, so that the fit can be resumed behind them.
+
+    In automatic optimisation with ``accumulate_grad_batches``, batches within a window leave one, which checkpoints do
+    not store.
+    """
+    return batches_done(trainer) % batches_per_epoch(trainer) % trainer.accumulate_grad_batches == 0
 
 
 def set_logged_steps(trainer: L.Trainer, steps: int) -> None:

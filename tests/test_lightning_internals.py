@@ -1,4 +1,4 @@
-"""What fit/lightning_internals.py relies on in Lightning, by name: a new version that lacks one of these fails here."""
+"""Lightning attributes that lightning_internals.py relies on: a new version that lacks one of these fails here."""
 
 import inspect
 
@@ -10,8 +10,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from vidreason.lightning_modules.fit import lightning_internals
-from vidreason.lightning_modules.fit.lightning_internals import forward_sigterm, torch_optimizer
+from vidreason import lightning_internals
+from vidreason.lightning_internals import forward_sigterm, torch_optimizer
 
 
 def test_the_private_names_exist():
