@@ -72,9 +72,14 @@ class AdapterCheckpoint(L.Callback):
         """Restores the best value."""
         self.best = state_dict["best"]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Resets the best value unless the fit resumes a checkpoint and its run folder holds exported weights."""
-        if not trainer.ckpt_path or not any(Path(trainer.default_root_dir, name).is_dir() for name in EXPORTED):
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Resets the best value of an earlier fit of this process; Lightning restores a checkpoint after this hook."""
+        self.best = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Resets a restored best value if its weights are not in the run folder, as after resuming into another."""
+        # Not in on_fit_start, which comes before the checkpoint is restored under FSDP2 and after it otherwise.
+        if not any(Path(trainer.default_root_dir, name).is_dir() for name in EXPORTED):
             self.best = None
 
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, why: str) -> None:

@@ -40,10 +40,9 @@ from vidreason.datamodules.splits import (
 )
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import BatchEncoder, Clip
+from vidreason.run_folder import SPLITS_FILE
 
 _LOG = logging.getLogger(__name__)
-
-DEFAULT_FRAMES = FrameOptions()
 
 
 def run_seed(seed: int | None) -> int:
@@ -69,7 +68,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
     def __init__(
         self,
         encoder: BatchEncoder | None = None,
-        frames: FrameOptions = DEFAULT_FRAMES,
+        frames: FrameOptions = FrameOptions(),
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -96,7 +95,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         self._clips: dict[str, tuple[Clip, ...]] | None = None
         self._made: tuple[str, ...] = ()
 
-    brings_texts: ClassVar[bool] = False
+    provides_target_texts: ClassVar[bool] = False
     """True if batches bring prompts and target texts of their own, so that no view is used (pretraining)."""
 
     @property
@@ -133,7 +132,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
             sizes = ", ".join(f"{name} {len(clips)}" for name, clips in self._clips.items())
             _LOG.info("clips: %s", sizes)
         if self._made and self.trainer is not None and self.trainer.is_global_zero:
-            path = Path(self.trainer.default_root_dir) / "splits.csv"
+            path = Path(self.trainer.default_root_dir) / SPLITS_FILE
             write_splits(path, self._clips)
             _LOG.info("%s made by seed %d, written to %s", ", ".join(self._made), self.split_seed, path)
 

@@ -30,6 +30,6 @@ def join_parts(path: Path) -> None:
     for part in parts:
         store = TraceStore.open(path)
         have = {(record.video_id, record.sample) for record in store.records()}
-        found = TraceStore.create(part, store.header).records()  # which mends a line that a kill cut off
+        found = TraceStore.create(part, store.header).records()  # repairs a line that a kill cut off
         store.append([record for record in found if (record.video_id, record.sample) not in have])
         part.unlink()

@@ -49,6 +49,7 @@ from vidreason.lightning_modules.weights.reviewer import (
     policy_reference,
 )
 from vidreason.lightning_modules.weights.reviewer_info import CalibratorInfo, CalibratorInput, calibrator_entries
+from vidreason.run_folder import ADAPTER_FOLDER
 
 
 class CalibrationModule(VLMModule):
@@ -135,7 +136,7 @@ class CalibrationModule(VLMModule):
 
     def trace_generator(self, task: Task, kind: str | None = None) -> TraceGenerator:
         """Returns a generator that activates the policy instead of the calibrator."""
-        return replace(super().trace_generator(task, kind), writer_active=self.reviewer.policy_active)
+        return replace(super().trace_generator(task, kind), adapter_context=self.reviewer.policy_active)
 
     # ------------------------------------------------------------------ traces and views
 
@@ -200,7 +201,8 @@ class CalibrationModule(VLMModule):
         has_samples = bool(count)
         step = self.optimizer_step_on(micro_batches, loss, has_samples)
         if has_samples:
-            self.log("train/loss", torch.stack(losses).sum().detach(), prog_bar=True, batch_size=len(batch))
+            total = mean_over_ranks(self.trainer, torch.stack(losses).sum().detach())
+            self.log("train/loss", total, prog_bar=True, batch_size=len(batch))
             self.log_dict({"train/grad_norm": step.grad_norm, "train/learning_rate": step.learning_rate})
 
     def review_loss(self, logprobs: Tensor, batch: VideoBatch, count: Tensor) -> Tensor:
@@ -263,4 +265,4 @@ class CalibrationModule(VLMModule):
         stale = self.scaling.fitted_at != self.trainer.global_step
         if stale and self.trainer.state.status != TrainerStatus.INTERRUPTED:  # An interrupted fit has to end quickly.
             self.fit_temperature()
-        return export_reviewer(self.policy, self.start, run_dir, self.lineage(run_dir / "adapter").info())
+        return export_reviewer(self.policy, self.start, run_dir, self.lineage(run_dir / ADAPTER_FOLDER).info())

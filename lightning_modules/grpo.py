@@ -121,6 +121,7 @@ class GRPOModule(VLMModule):
     stage: ClassVar[str] = "grpo"
     supports_masked_samples: ClassVar[bool] = True
     also_saved_adapter: ClassVar[str | None] = REFERENCE
+    updates: PolicyUpdateOptions
 
     def __init__(
         self,
@@ -139,7 +140,6 @@ class GRPOModule(VLMModule):
         self.rewards = [AccuracyReward(), FormatReward()] if rewards is None else rewards
         self.rollouts = rollouts
         self.loss = loss
-        self.policy_updates = updates
         self.counters = RolloutCounters()
         self.reference: nn.Module | None = None
         self._sampler: RolloutSampler | None = None
@@ -193,8 +193,8 @@ class GRPOModule(VLMModule):
         micro_batches = make_micro_batches(rollouts, advantages, batch.sample_mask, self.loss.mask_truncated)
         micro_batches = self.with_frozen_logprobs(micro_batches, clock)
         with clock("update_actor"):
-            for _ in range(self.policy_updates.inner_epochs):
-                for minibatch in split_evenly(micro_batches, self.policy_updates.minibatches):
+            for _ in range(self.updates.inner_epochs):
+                for minibatch in split_evenly(micro_batches, self.updates.minibatches):
                     self.update(minibatch)
         self.log_rollouts(table, own, rollouts, clock)
         return {"rollouts": RolloutOutput(groups, advantages, batch.sample_mask)}
@@ -202,7 +202,7 @@ class GRPOModule(VLMModule):
     def sample(self, batch: VideoBatch, clock: Stopwatch) -> list[ScoredRollouts]:
         """Samples and scores a batch on unsharded weights, since ranks may sample different lengths."""
         assert self._sampler is not None
-        size = self.policy_updates.prompts_per_forward(len(batch))
+        size = self.updates.prompts_per_forward(len(batch))
         work = partial(self._sampler.sample, self.policy, batch, size, self.global_step, clock)
         with unsharded(self.policy):
             rollouts: list[ScoredRollouts] = run_unless_stopped(self.trainer.strategy, work, [])
@@ -212,7 +212,7 @@ class GRPOModule(VLMModule):
     def with_frozen_logprobs(self, micro_batches: Sequence[MicroBatch], clock: Stopwatch) -> list[MicroBatch]:
         """Adds the log-probs of the policy before several updates, and those of the reference policy."""
         policy, temperature, found = self.policy, self.rollouts.sampling.temperature, list(micro_batches)
-        if self.policy_updates.per_batch > 1:
+        if self.updates.per_batch > 1:
             with clock("old_log_prob"):
                 found = [replace(m, old_logprobs=policy_logprobs(self.vlm, policy, m, temperature)) for m in found]
         if self.loss.needs_reference:

@@ -12,6 +12,7 @@ The loss is a mean over the target tokens of the whole optimizer step, for any m
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,7 +70,7 @@ class RationaleSFTModule(VLMModule):
     def setup(self, stage: str) -> None:
         """Connects the data module; a fit on captions gets those of ``val`` for its validation loss."""
         super().setup(stage)
-        if self.targets.kind == "caption" and stage in ("fit", "validate") and not self.data.brings_texts:
+        if self.targets.kind == "caption" and stage in ("fit", "validate") and not self.data.provides_target_texts:
             captions = caption_targets(self.data.clips("val"), self.targets.caption_field)
             self.data.connect(eval_view=DescribeView(self.data.task, texts=captions))
 
@@ -79,7 +80,7 @@ class RationaleSFTModule(VLMModule):
 
     def prepare_views(self) -> None:
         """Connects the view with the target texts, which the starting weights write if no file is given."""
-        if self.targets.kind == "label" or self.data.brings_texts or self.trainer.state.fn != "fit":
+        if self.targets.kind == "label" or self.data.provides_target_texts or self.trainer.state.fn != "fit":
             return
         texts, clips, task = self.target_texts(), self.data.clips("train"), self.data.task
         usable = sum(bool(texts.get(clip.video_id)) for clip in clips)
@@ -147,13 +148,13 @@ class RationaleSFTModule(VLMModule):
         step = self.optimizer_step_on(micro_batches, loss, has_samples)
         if not has_samples:
             return
-        total = TextLoss(*(torch.stack(values).sum().detach() for values in zip(*losses, strict=True)))
-        accuracy = torch.stack(greedy).sum() / own.total.clamp(min=1)
-        self.log("train/loss", total.loss, prog_bar=True, batch_size=len(batch))
-        self.log("train/loss_reasoning", total.reasoning, batch_size=len(batch))
+        sums = torch.stack([*map(sum_detached, zip(*losses, strict=True)), sum_detached(greedy)])
+        total, reasoning, answer, right = mean_over_ranks(self.trainer, sums).unbind()
+        self.log("train/loss", total, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss_reasoning", reasoning, batch_size=len(batch))
         if self.targets.kind == "trace":
-            self.log("train/loss_answer", total.answer, batch_size=len(batch))
-        self.log("train/mean_token_accuracy", accuracy, batch_size=max(1, len(texts)))
+            self.log("train/loss_answer", answer, batch_size=len(batch))
+        self.log("train/mean_token_accuracy", right / counts.total, batch_size=max(1, len(texts)))
         self.log_dict({"train/grad_norm": step.grad_norm, "train/learning_rate": step.learning_rate})
 
     def text_loss(self, logprobs: Tensor, texts: TextBatch, counts: TokenCounts) -> TextLoss:
@@ -198,3 +199,8 @@ class RationaleSFTModule(VLMModule):
 def greedy_tokens(scores: Scores, texts: TextBatch) -> Tensor:
     """Returns the number of target tokens, [], that greedy decoding would choose after the preceding target tokens."""
     return scores.greedy[texts.loss_mask].sum()
+
+
+def sum_detached(values: Iterable[Tensor]) -> Tensor:
+    """Returns the sum of scalars, [] float, without their gradient."""
+    return torch.stack(list(values)).sum().detach().float()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Numbers of tokens that a loss is averaged over; counts of micro-batches can be added."""
+    """Numbers of tokens that a loss is averaged over."""
 
     reasoning: Tensor
     """[] int64, tokens that count outside the answer."""
@@ -25,9 +25,6 @@ class TokenCounts:
     def total(self) -> Tensor:
         """[] int64, the number of all tokens that count."""
         return self.reasoning + self.answer
-
-    def __add__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(self.reasoning + other.reasoning, self.answer + other.answer)
 
 
 def count_tokens(loss_mask: Tensor, answer_mask: Tensor) -> TokenCounts:

@@ -32,7 +32,7 @@ from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.completions import Completion, generate_completions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded
-from vidreason.rewards.completion import THINK_FORM, CompletionForm
+from vidreason.rewards.completion import CompletionForm
 from vidreason.run_folder import TRACES_FILE
 
 
@@ -59,7 +59,7 @@ class TraceOptions:
             raise ValueError(f"traces.samples must be at least 1, got {self.samples}")
 
 
-def _whole_model(model: nn.Module) -> AbstractContextManager[None]:
+def _any_adapter(model: nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
 
 
@@ -77,7 +77,7 @@ class TraceGenerator:
     adapter_sha: str
     """SHA-256 of the weights that the stage started from; empty for the base."""
     task_sha: str
-    writer_active: Callable[[nn.Module], AbstractContextManager[None]] = _whole_model
+    adapter_context: Callable[[nn.Module], AbstractContextManager[None]] = _any_adapter
     """Activates the weights that write if the model has several adapters."""
 
     @property
@@ -91,12 +91,14 @@ class TraceGenerator:
         """Generates K texts about every readable clip of a batch."""
         if not len(batch):
             return []
-        options = self.options
-        with self.writer_active(model):
-            groups = sample_texts(self.vlm, model, batch, options.samples, options.sampling, self.seed, self.form)
+        options, prompts, clips = self.options, batch.prompts, batch.clips
+        with self.adapter_context(model):
+            generated = generate_completions(
+                self.vlm, model, prompts, clips, options.samples, options.sampling, self.seed, form=self.form
+            )
         return [
             self._record(clip, k, completion, tuple(label_names))
-            for clip, group in zip(batch.clips, groups, strict=True)
+            for clip, group in zip(clips, generated.completions, strict=True)
             for k, completion in enumerate(group)
         ]
 
@@ -121,19 +123,6 @@ class TraceGenerator:
             kept=reason is None,
             reject_reason=reason,
         )
-
-
-def sample_texts(
-    vlm: VLM,
-    model: nn.Module,
-    batch: VideoBatch,
-    samples: int,
-    sampling: Sampling,
-    seed: int,
-    form: CompletionForm = THINK_FORM,
-) -> tuple[tuple[Completion, ...], ...]:
-    """Samples K texts about each of B clips, [B][K]; noise depends on seed, clip and index of the text only."""
-    return generate_completions(vlm, model, batch.prompts, batch.clips, samples, sampling, seed, form=form).completions
 
 
 class RankShard(NamedTuple):
@@ -275,8 +264,14 @@ def write_run_traces(
 
 
 def complete_clips(trainer: L.Trainer, data: VideoDataModule, splits: Sequence[str], samples: int) -> frozenset[str]:
-    """Returns the ids of the clips that have all ``samples`` texts in the run folder's trace file."""
+    """Returns the ids of the clips that have all ``samples`` texts in the run folder's trace file.
+
+    All ranks have to call it together: the first one joins the parts that an interrupted run of several ranks has left.
+    """
     path = Path(trainer.default_root_dir) / TRACES_FILE
+    if trainer.is_global_zero and path.exists():
+        join_parts(path)
+    trainer.strategy.barrier("complete_clips")
     if not path.exists():
         return frozenset()
     ids = [clip.video_id for split in splits for clip in data.clips(split)]

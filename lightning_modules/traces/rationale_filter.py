@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vidreason.rewards.completion import find_markup, match_label, parse_completion
 
-_TOLD = re.compile(
+_HINT_MENTIONED = re.compile(
     r"\b(?:given|provided|stated|supplied|known|true|correct|ground[- ]truth) (?:label|class|category|answer)\b"
     r"|\b(?:label|class|category|answer) (?:is |was )?(?:given|provided|stated|supplied|known)\b"
     r"|\bas (?:labell?ed|classified|given)\b|\bwe (?:are|were) told\b|\bI (?:am|was) told\b",
@@ -26,14 +26,14 @@ class RationaleFilter:
         max_words: Largest number of words; null is unlimited.
         agree: Reject a text whose answer is not the clip's label.
         complete: Reject a text that was truncated at ``max_new_tokens``; it would teach the model to stop mid-sentence.
-        told: Reject a text written with ``label_hint`` that mentions that the label was given.
+        hides_hint: Reject a text written with ``label_hint`` that mentions that the label was given.
     """
 
     min_words: int = 1
     max_words: int | None = None
     agree: bool = True
     complete: bool = True
-    told: bool = True
+    hides_hint: bool = True
 
     def reject_reason(
         self, text: str, label: str | None, label_names: tuple[str, ...], label_hint: bool = False, cut: bool = False
@@ -63,10 +63,10 @@ class RationaleFilter:
         if self.max_words is not None and words > self.max_words:
             return f"too long: {words} words"
         if (markup := find_markup(rationale.strip())) is not None:
-            return f"holds {markup!r}, which cannot stand in a trace"
+            return f"contains {markup!r}, which cannot be part of a trace"
         if cut and self.complete:
             return "cut at max_new_tokens"
-        if label_hint and self.told and _TOLD.search(rationale):
+        if label_hint and self.hides_hint and _HINT_MENTIONED.search(rationale):
             return "mentions having been given the label"
         if self.agree and label is not None and parsed.answer is not None:
             answer = match_label(parsed.answer, label_names)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from vidreason.config.finished_stage import FinishedStage, find_stage
@@ -65,7 +67,7 @@ class VideoClassifier:
     """
 
     def __init__(self, stage: FinishedStage, batch_size: int = 8) -> None:
-        with quietly():
+        with quietly(), _random_state_restored():
             built = build_stage("test", list(stage.options))
         if not isinstance(built.model, VLMModule) or not isinstance(built.data, VideoDataModule):
             raise ValueError(f"{stage.folder}: {type(built.model).__name__} is no stage that decides about clips")
@@ -73,7 +75,7 @@ class VideoClassifier:
         self._task, self._known = _task_and_clips(data, stage.task_file)
         self._data = InferenceDataModule(self._task, self._module.vlm, data.frames, data.seed, batch_size)
         self._fabric = L.Fabric(accelerator=built.accelerator, devices=1, precision=built.precision)
-        with torch.inference_mode(), quietly():
+        with torch.inference_mode(), quietly(), _random_state_restored():
             self._module.read_artefacts(self._task)
             self._model = self._module.build_model().to(self._fabric.device).eval()
 
@@ -152,7 +154,7 @@ class VideoClassifier:
         # the same file may be given twice; it is decided once
         self._data.set_clips(list({clip.video_id: clip for clip in clips}.values()), in_memory)
         with torch.inference_mode(), self._fabric.autocast(), quietly():
-            found = self._ask(self._decider(traces))
+            found = self._decide_all(self._decider(traces))
         seconds = (time.perf_counter() - start) / len(videos)
         for name, clip in zip(names, clips, strict=True):
             yield self._decision(name, found[clip.video_id], seconds)
@@ -180,7 +182,7 @@ class VideoClassifier:
                 traces.setdefault(record.video_id, []).append(record)
         return replace(decider, traces=traces)
 
-    def _ask(self, decider: Decider) -> dict[str, tuple[BatchDecisions, int] | str]:
+    def _decide_all(self, decider: Decider) -> dict[str, tuple[BatchDecisions, int] | str]:
         """Returns (decisions of the batch, row of the clip) by video id, or the error of an unreadable clip."""
         found: dict[str, tuple[BatchDecisions, int] | str] = {}
         batches: Iterator[VideoBatch] = iter(self._data.loader(INFERENCE_SPLIT, decider.view))
@@ -199,6 +201,21 @@ class VideoClassifier:
         probs = dict(zip(self.label_names, decisions.probs[row].tolist(), strict=True))
         texts = tuple(trace.text for trace in decisions.traces[row])
         return Decision(name, self.label_names[chosen] if chosen >= 0 else None, probs, texts, seconds)
+
+
+@contextmanager
+def _random_state_restored() -> Iterator[None]:
+    """Restores the random generators of the process, and the seed that Lightning keeps in the environment."""
+    before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+    try:
+        with isolate_rng():
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _task_and_clips(data: VideoDataModule, saved_task: Path) -> tuple[Task, KnownClips]:

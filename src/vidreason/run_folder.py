@@ -14,6 +14,8 @@ from typing import Literal
 
 CONFIG_FILE = "config.yaml"
 COMMAND_FILE = "command.txt"
+SPLITS_FILE = "splits.csv"
+"""Splits that the data module made."""
 TASK_FILE = "task.yaml"
 """A copy of the task, so that the model can be used without the data set."""
 TRACES_FILE = "traces.jsonl"
@@ -101,6 +103,12 @@ class RunState:
             return cls(content["pipeline"], content.get("train_clips"), stages)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: cannot be read ({error}); delete it to run every stage again") from error
+
+
+def named_after(file: str, command: str) -> str:
+    """Returns the name of a command's own file beside that of another command: ``config_test.yaml``."""
+    path = Path(file)
+    return f"{path.stem}_{command}{path.suffix}"
 
 
 def artefact_path(folder: Path, artefact: Artefact) -> Path | None:

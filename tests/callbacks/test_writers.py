@@ -1,5 +1,7 @@
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from stage_world import run_dir
@@ -9,9 +11,9 @@ from vidreason.callbacks.result_table import ResultTable, result_table
 from vidreason.callbacks.trace_writer import TraceWriter
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.decisions.deciders import DecideOptions
+from vidreason.lightning_modules.decisions.predictions import read_predictions
 from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.pipelines.summary import read_predictions
 
 SHORT = Sampling(max_new_tokens=4)
 KEYS = ["video_id", "split", "group", "label", "pred", "probs", "answer", "unparsed", "failed", "traces"]
@@ -78,6 +80,33 @@ def test_traces_of_another_author_in_the_folder_are_refused(make_vlm, make_data,
         else:
             with pytest.raises(ValueError, match=error):
                 trainer.predict(module, make_data(vlm))
+
+
+def test_texts_that_another_rank_wrote_before_an_interruption_are_not_written_again(make_vlm, make_data, make_trainer):
+    """A run of two ranks was killed: half of its texts are still in the file of the second."""
+    generated = []
+
+    class Counting(VLMModule):
+        def trace_generator(self, task, kind=None):
+            generator = super().trace_generator(task, kind)
+            return replace(generator, adapter_context=lambda model: nullcontext(generated.append(1)))
+
+    def predict():
+        vlm = make_vlm()
+        module = Counting(vlm, traces=TraceOptions("describe", samples=1, sampling=SHORT))
+        trainer = make_trainer(callbacks=[TraceWriter()])
+        trainer.predict(module, make_data(vlm))
+        return Path(trainer.default_root_dir) / "traces.jsonl"
+
+    path = predict()
+    header, *lines = whole = path.read_text().splitlines()
+    assert generated
+    path.write_text("\n".join([header, *lines[::2]]) + "\n")
+    path.with_name("traces.rank1.jsonl").write_text("\n".join([header, *lines[1::2]]) + "\n")
+    generated.clear()
+    assert predict() == path
+    assert not generated
+    assert sorted(path.read_text().splitlines()) == sorted(whole)
 
 
 def test_result_table(make_vlm, make_data, make_trainer):

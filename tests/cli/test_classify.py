@@ -2,12 +2,15 @@
 
 import csv
 import json
+import os
+import random
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import stage_world as world
+import torch
 
 from vidreason import VideoClassifier
 from vidreason.cli.main import main
@@ -111,6 +114,17 @@ def test_frames_in_memory_are_sampled_like_a_file(home: Path, monkeypatch: pytes
         ask(np.zeros((4, 3, 8, 8), np.uint8), fps=8.0)
     with pytest.raises(ValueError, match="give the frames per second"):
         ask(frames)
+
+
+def test_the_random_numbers_of_the_process_stay_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    VideoClassifier.from_run("runs/x")
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]
+    assert "PL_GLOBAL_SEED" not in os.environ
 
 
 def test_a_moved_run_needs_neither_its_data_nor_its_place(

@@ -81,8 +81,8 @@ class Watch(L.Callback):
         self.gradients.append({n: processes.gathered(g).clone() for n, g in found.items()})
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Averages the loss over ranks, as gradients are; their norm is that of the average already."""
-        self.losses.append(float(trainer.strategy.reduce(trainer.callback_metrics["train/loss"], reduce_op="mean")))
+        """Stores loss and gradient norm, which are those of the step on all ranks."""
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
         self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
 
 
@@ -151,7 +151,8 @@ def run(
     data = clips_of(clips, encoder=vlm, batch_size=batch_size // ranks, eval_batch_size=1)
     fit = trainer(max_epochs=2, callbacks=[watch, AdapterCheckpoint()])
     fit.fit(module, data)
-    metrics = {k: float(v) for k, v in fit.callback_metrics.items() if k.startswith("val/")}
+    compared = ("val/", "train/mean_token_accuracy")
+    metrics = {k: float(v) for k, v in fit.callback_metrics.items() if k.startswith(compared)}
     weights = {n: processes.gathered(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad}
     if stage == "sft_label" and test:
         fit.save_checkpoint(folder / "last.ckpt")

@@ -74,7 +74,7 @@ class PorchCaptionDataModule(VideoDataModule):
         seed: Seed of the stream.
     """
 
-    brings_texts = True
+    provides_target_texts = True
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from vidreason.datamodules.atomic_files import atomic_file, write_text
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.run_folder import COMMAND_FILE, TASK_FILE
+from vidreason.run_folder import COMMAND_FILE, CONFIG_FILE, TASK_FILE, named_after
 
 
 class RunRecord(SaveConfigCallback):
@@ -54,11 +54,13 @@ class RunRecord(SaveConfigCallback):
         command = folder / COMMAND_FILE
         trained_here = command.is_file() and command.read_text(encoding="utf-8").startswith("vidreason fit")
         name = self.command_line.split()[1]  # fit, validate, test or predict
-        suffix = f"_{name}" if trained_here and name != "fit" else ""
-        write_text(folder / f"command{suffix}.txt", from_the_start(self.command_line) + "\n")
-        with atomic_file(folder / f"config{suffix}.yaml") as draft:
+        config = folder / CONFIG_FILE
+        if trained_here and name != "fit":
+            command, config = (path.with_name(named_after(path.name, name)) for path in (command, config))
+        write_text(command, from_the_start(self.command_line) + "\n")
+        with atomic_file(config) as draft:
             self.parser.save(self.config, draft, skip_unset=False, overwrite=True, multifile=False)
-        self._log_text(trainer, (folder / f"config{suffix}.yaml").read_text(encoding="utf-8"))
+        self._log_text(trainer, config.read_text(encoding="utf-8"))
         data: object = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, VideoDataModule):
             data.task.to_yaml(folder / TASK_FILE)  # for using the model without the data set

@@ -90,7 +90,7 @@ class PipelineRun:
             if not self.prepare():
                 return exit_codes.USAGE
         except KeyboardInterrupt:
-            self._say_how_to_go_on("preparing", "interrupted")
+            self._print_how_to_continue("preparing", "interrupted")
             return exit_codes.INTERRUPTED
         for number, stage in enumerate(self.stages, 1):
             title = f"[{number}/{len(self.spec.stages)}] {stage.name}"
@@ -157,7 +157,7 @@ class PipelineRun:
             print(f"{title}: runs again, its {stage.artefact} is gone from {folder}")
             record = None
         if record is None:
-            _put_aside(folder)
+            _move_aside(folder)
             record = StageRecord("running", self.spec.folder(stage.name), inputs)
         else:
             print(f"{title}: goes on where it was {record.status}")
@@ -184,7 +184,7 @@ class PipelineRun:
         elif status != 0:
             record.status = "interrupted" if status == exit_codes.INTERRUPTED else "failed"
             save_state(self.state, self.run_dir)
-            self._say_how_to_go_on(title, f"{record.status} (exit status {status})")
+            self._print_how_to_continue(title, f"{record.status} (exit status {status})")
             return status
         else:
             self._finish(stage, record, folder)
@@ -205,7 +205,7 @@ class PipelineRun:
         if stage.command == "fit":
             self.state.train_clips = self.commands.train_clips(record.command)
 
-    def _say_how_to_go_on(self, title: str, what: str) -> None:
+    def _print_how_to_continue(self, title: str, what: str) -> None:
         print(f"{title}: {what}. What is finished is kept; go on with\n  $ {self.again}", file=sys.stderr, flush=True)
 
     def _timed(self, record: StageRecord, title: str) -> int:
@@ -220,7 +220,7 @@ class PipelineRun:
             status = exit_codes.INTERRUPTED
         finally:
             if status is None:
-                self._say_how_to_go_on(title, "failed")
+                self._print_how_to_continue(title, "failed")
             elapsed = time.monotonic() - wall
             record.wall_seconds += elapsed
             record.cpu_seconds += cpu_seconds() - cpu
@@ -229,7 +229,7 @@ class PipelineRun:
         return status
 
 
-def _put_aside(folder: Path) -> None:
+def _move_aside(folder: Path) -> None:
     """Renames a stage folder to ``NAME.old``, replacing an earlier one."""
     if folder.exists():
         old = folder.with_name(folder.name + ".old")

@@ -40,7 +40,7 @@ def test_kept(text, options):
 def test_talk_of_the_hint_is_rejected_only_where_there_was_one(text):
     assert "given the label" in RationaleFilter().reject_reason(text, "walk", NAMES, label_hint=True)
     assert RationaleFilter().reject_reason(text, "walk", NAMES) is None
-    assert RationaleFilter(told=False).reject_reason(text, "walk", NAMES, label_hint=True) is None
+    assert RationaleFilter(hides_hint=False).reject_reason(text, "walk", NAMES, label_hint=True) is None
 
 
 def test_words_are_counted_in_the_reasoning_alone():
