@@ -9,7 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vidreason.pipelines.summary import Prediction, read_predictions, wilson_interval
+from vidreason.lightning_modules.decisions.predictions import Prediction, read_predictions
+from vidreason.pipelines.summary import wilson_interval
 
 
 def main() -> None:

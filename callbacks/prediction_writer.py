@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ class PredictionWriter(L.Callback):
         predictions: tuple[Prediction, ...] = outputs["predictions"] if isinstance(outputs, Mapping) else ()
         path = _part(trainer, trainer.global_rank)
         with naming(path), path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
+            file.writelines(prediction.line() for prediction in predictions)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Joins the parts of all ranks; a clip that a sampler gave to two ranks is written once."""

@@ -5,12 +5,16 @@ Shape letters: B clips, C classes, K samples per clip.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # A pipeline reads predictions without the seconds that importing torch takes.
+    from torch import Tensor
 
-from vidreason.datamodules.types import Clip, FailedClip
+    from vidreason.datamodules.types import Clip, FailedClip
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One line of ``predictions.jsonl``; the fields are named as in the file."""
+    """The prediction about one clip; the fields are named as in ``predictions.jsonl``."""
 
     video_id: str
     split: str
@@ -32,10 +36,20 @@ class Prediction:
     pred: str | None
     """Chosen class; None if no answer could be parsed or the clip could not be read, which counts as wrong."""
     probs: Mapping[str, float]
+    """Class to probability; empty if the method gives none."""
     answer: str | None
     unparsed: bool
     failed: bool
     traces: tuple[Trace, ...] = ()
+
+    @property
+    def right(self) -> bool:
+        """True if the clip was read and its label predicted."""
+        return self.pred == self.label and not self.failed
+
+    def line(self) -> str:
+        """Returns the line of ``predictions.jsonl``, with its end."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -75,3 +89,25 @@ def failed_prediction(failed: FailedClip, split: str, label_names: Sequence[str]
     clip = failed.clip
     probs = dict.fromkeys(label_names, 1 / len(label_names))
     return Prediction(clip.video_id, split, clip.group, clip.label, None, probs, None, unparsed=False, failed=True)
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Reads ``predictions.jsonl``; clips without a label are left out.
+
+    Raises:
+        ValueError: If a line is damaged or lacks a key; the message names file and line.
+    """
+    predictions = []
+    # not splitlines(): texts are not ASCII-escaped and may contain U+2028
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+        try:
+            row = json.loads(line)
+            traces = tuple(Trace(trace["text"], trace["answer"]) for trace in row["traces"] or ())
+            names = ("video_id", "split", "group", "label", "pred", "answer", "unparsed", "failed")
+            fields = {name: row[name] for name in names}
+            predictions.append(Prediction(**fields, probs=row["probs"] or {}, traces=traces))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not a prediction ({error!r}); run its test stage again"
+            ) from error
+    return [p for p in predictions if p.label is not None]

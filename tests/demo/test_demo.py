@@ -14,10 +14,11 @@ from vidreason.datamodules.types import Clip
 from vidreason.demo import report
 from vidreason.demo.report import choose_examples, draw_accuracy, render_comparison, render_example
 from vidreason.demo.run import METHODS, QUICK, demo_settings, pipeline_options, run_demo
+from vidreason.lightning_modules.decisions.predictions import Prediction, Trace
 from vidreason.pipelines import inputs
 from vidreason.pipelines.call import read_call
 from vidreason.pipelines.commands import Commands
-from vidreason.pipelines.summary import Prediction, SummaryRow, Trace, summarise_split
+from vidreason.pipelines.summary import SummaryRow, summarise_split
 
 TEXT = "<think>A parcel stands at the door. It is gone at the end.</think><answer>theft</answer>"
 
@@ -25,7 +26,7 @@ TEXT = "<think>A parcel stands at the door. It is gone at the end.</think><answe
 def prediction(split: str, label: str, pred: str | None, group: str = "") -> Prediction:
     probs = {"theft": 0.7, "visit": 0.3} if pred == "theft" else {"theft": 0.3, "visit": 0.7}
     return Prediction(
-        f"{split}/{label}", split, group, label, pred, probs, pred is None, False, (Trace(TEXT, "theft"),)
+        f"{split}/{label}", split, group, label, pred, probs, pred, pred is None, False, (Trace(TEXT, "theft"),)
     )
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from vidreason.lightning_modules.decisions.predictions import Prediction, read_predictions
 from vidreason.pipelines.summary import (
-    Prediction,
     SummaryRow,
     probability_scores,
-    read_predictions,
     recall_and_f1,
     render_summary,
     save_rows,
@@ -35,7 +34,7 @@ def clip(
     probs = {}
     if confidence is not None and pred is not None:
         probs = {name: confidence if name == pred else (1 - confidence) / 2 for name in ("a", "b", "c")}
-    return Prediction("v", "test_L0", group, label, pred, probs, pred is None and not failed, failed)
+    return Prediction("v", "test_L0", group, label, pred, probs, None, pred is None and not failed, failed)
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (5, 5), (8, 10), (1, 1), (37, 80)])
@@ -157,7 +156,15 @@ def test_agrees_with_the_metrics_of_the_test_stage() -> None:
     row = summarise_split(
         [
             Prediction(
-                "v", "test", "", names[y], names[p] if p >= 0 else None, dict(zip(names, q, strict=True)), p < 0, False
+                video_id="v",
+                split="test",
+                group="",
+                label=names[y],
+                pred=names[p] if p >= 0 else None,
+                probs=dict(zip(names, q, strict=True)),
+                answer=None,
+                unparsed=p < 0,
+                failed=False,
             )
             for q, y, p in zip(probs.double().tolist(), labels.tolist(), pred.tolist(), strict=True)
         ],

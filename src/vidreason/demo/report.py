@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vidreason.datamodules.atomic_files import write_text
+from vidreason.lightning_modules.decisions.predictions import Prediction, read_predictions
 from vidreason.pipelines.spec import read_pipeline
-from vidreason.pipelines.summary import Prediction, SummaryRow, load_rows, read_predictions, save_rows
+from vidreason.pipelines.summary import SummaryRow, load_rows, save_rows
 from vidreason.pipelines.table import decimal, percent, render_table
 from vidreason.run_folder import PIPELINE_FILE, SUMMARY_FILE, SUMMARY_TABLE, RunState, artefact_path
 

@@ -9,45 +9,17 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vidreason.datamodules.atomic_files import write_text
+from vidreason.lightning_modules.decisions.predictions import Prediction, read_predictions
 from vidreason.pipelines.spec import PipelineSpec
 from vidreason.pipelines.table import decimal, percent, render_table
 from vidreason.run_folder import SUMMARY_FILE, SUMMARY_TABLE, RunState, artefact_path
 
 _Z = 1.959963984540054  # 97.5 % point of the normal distribution
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One generated text of a clip."""
-
-    text: str
-    answer: str | None
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One line of ``predictions.jsonl``."""
-
-    video_id: str
-    split: str
-    group: str
-    label: str
-    pred: str | None
-    probs: Mapping[str, float]
-    """Class to probability; empty if the method gives none or the clip could not be read."""
-    unparsed: bool
-    failed: bool
-    traces: tuple[Trace, ...] = ()
-
-    @property
-    def right(self) -> bool:
-        """True if the clip was read and its label predicted."""
-        return self.pred == self.label and not self.failed
 
 
 @dataclass(frozen=True)
@@ -143,28 +115,6 @@ def twin_accuracy(predictions: Sequence[Prediction]) -> float | None:
     if not pairs or any(len(members) > 1 and members not in pairs for members in groups.values()):
         return None
     return sum(all(p.right for p in pair) for pair in pairs) / len(pairs)
-
-
-def read_predictions(path: Path) -> list[Prediction]:
-    """Reads ``predictions.jsonl``; clips without a label are left out.
-
-    Raises:
-        ValueError: If a line is damaged or lacks a key; the message names file and line.
-    """
-    predictions = []
-    # not splitlines(): texts are not ASCII-escaped and may contain U+2028
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-            traces = tuple(Trace(trace["text"], trace["answer"]) for trace in row["traces"] or ())
-            names = ("video_id", "split", "group", "label", "pred", "unparsed", "failed")
-            fields = {name: row[name] for name in names}
-            predictions.append(Prediction(**fields, probs=row["probs"] or {}, traces=traces))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not a prediction ({error!r}); run its test stage again"
-            ) from error
-    return [p for p in predictions if p.label is not None]
 
 
 def summarise_split(
