@@ -33,11 +33,11 @@ def tree(setting: Setting) -> TextBatch:
 
 
 def ours(**options: Any) -> Make:
-    """Returns an arm that runs the shared prefix."""
+    """Returns a variant that runs the shared prefix."""
     return shared(cross_entropy, tree, videos=VIDEOS, lora=CALIBRATOR, **options)
 
 
-ARMS = {
+VARIANTS = {
     "naive": naive(cross_entropy, tree, videos=VIDEOS, lora=CALIBRATOR),
     "auto+cache": ours(cached=True, filled=True),
     "expand+cache": ours(route="expand", cached=True, filled=True),
@@ -45,4 +45,4 @@ ARMS = {
 }
 
 if __name__ == "__main__":
-    report_ratios(__doc__, ARMS, "auto+cache", ratio_expand="expand+cache", ratio_no_cache="auto")
+    report_ratios(__doc__, VARIANTS, "auto+cache", ratio_expand="expand+cache", ratio_no_cache="auto")

@@ -6,9 +6,9 @@ Real shapes with random weights in bf16, vision tower frozen, two videos of 16 f
 step. ``lora`` and ``qlora`` train an adapter, on a bf16 base and on a 4-bit base; ``fsdp`` trains all weights and
 ``fsdp_qlora`` an adapter on a 4-bit base, both sharded over a group of this one process, so that FSDP2 runs all its
 collectives. A calibrator is an adapter under every strategy. A step uses the code of the stages: sampling (GRPO only),
-log-probs, loss, backward, clipping, AdamW. The first step of an arm is its warm-up and fills the vision cache. 4-bit
-arms need bitsandbytes and are listed as not run without it. The script ends within ten minutes; arms that it has no
-time for are listed. ``--smoke`` runs the same code with tiny sizes on a CPU.
+log-probs, loss, backward, clipping, AdamW. The first step of a variant is its warm-up and fills the vision cache. 4-bit
+variants need bitsandbytes and are listed as not run without it. The script ends within ten minutes; variants that it
+has no time for are listed. ``--smoke`` runs the same code with tiny sizes on a CPU.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Row:
 
 
 @dataclass
-class Arm:
+class Variant:
     """A built model with its prompts."""
 
     vlm: VLM
@@ -134,7 +134,7 @@ class Arm:
         return TextBatch(made.ids, made.mask, made.mask, answers, owner, torch.full_like(owner, -1))
 
 
-def build(strategy: str, stage: str, scale: Scale) -> Arm:
+def build(strategy: str, stage: str, scale: Scale) -> Variant:
     """Builds the model of a stage under a strategy."""
     quantised = strategy.endswith("qlora")
     vlm = make_vlm(
@@ -152,7 +152,7 @@ def build(strategy: str, stage: str, scale: Scale) -> Arm:
         shard(model, init_device_mesh(scale.device, (1,)), vlm.vision_modules)
     set_train_mode(model)
     dtype = getattr(torch, scale.dtype)
-    return Arm(vlm, model, make_prompts("qwen", scale.grid, VIDEOS, 0, scale.device, dtype), scale)
+    return Variant(vlm, model, make_prompts("qwen", scale.grid, VIDEOS, 0, scale.device, dtype), scale)
 
 
 def trains_adapter(strategy: str, stage: str) -> bool:
@@ -160,13 +160,13 @@ def trains_adapter(strategy: str, stage: str) -> bool:
     return strategy != "fsdp" or stage == "calibration"
 
 
-def measure(arm: Arm, strategy: str, stage: str, clock: Clock) -> Row:
+def measure(variant: Variant, strategy: str, stage: str, clock: Clock) -> Row:
     """Runs and measures a warm-up step and the steps."""
-    watched = trainable(arm.model)[-1]  # one tensor is enough to see that steps are taken
+    watched = trainable(variant.model)[-1]  # one tensor is enough to see that steps are taken
     before = watched.detach().clone()
-    found = clock.run(arm.step_of(stage), 1 + arm.scale.steps)
-    arm.model.zero_grad()
-    number = sum(p.numel() for p in trainable(arm.model))
+    found = clock.run(variant.step_of(stage), 1 + variant.scale.steps)
+    variant.model.zero_grad()
+    number = sum(p.numel() for p in trainable(variant.model))
     if found is None:
         return Row(stage, strategy, number, None, None, moved=False)
     moved = not torch.equal(local(watched), local(before))
@@ -180,7 +180,7 @@ def local(tensor: Any) -> torch.Tensor:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Prints a line per arm."""
+    """Prints a line per variant."""
     print("".join(f"{name:>16s}" for name in ("stage", "strategy", "trained M", "s a step", "peak GB")))
     for row in rows:
         figures = [f"{row.trained / 1e6:.1f}"]
@@ -189,7 +189,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures all arms that machine and time allow; returns the content of the result file."""
+    """Measures all variants that machine and time allow; returns the content of the result file."""
     started = time.monotonic()
     options = options_of(__doc__, arguments, minutes=8.5)
     scale = SMOKE if options.smoke else FULL
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(where)
     rows: list[Row] = []
     left: dict[str, str] = {}
-    arm, built = None, ("", False)
+    variant, built = None, ("", False)
     dist.init_process_group("nccl" if clock.cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for strategy, stage in product(STRATEGIES, STAGES):
@@ -209,11 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 left[f"{stage} x {strategy}"] = "no time was left"
             else:
                 kind = (strategy, trains_adapter(strategy, stage))
-                if arm is None or kind != built:
-                    arm = None  # frees the last model before the next one is built
+                if variant is None or kind != built:
+                    variant = None  # frees the last model before the next one is built
                     gc.collect()
-                    arm, built = build(strategy, stage, scale), kind
-                rows.append(measure(arm, strategy, stage, clock))
+                    variant, built = build(strategy, stage, scale), kind
+                rows.append(measure(variant, strategy, stage, clock))
                 print_rows(rows[-1:])
     finally:
         dist.destroy_process_group()

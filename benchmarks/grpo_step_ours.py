@@ -42,7 +42,7 @@ class Endless(QwenVL):
         return super().suppressed_ids | self.stop_ids
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
-        """Encodes prompts of ``length`` tokens, padded with words; the text arm has no video in them."""
+        """Encodes prompts of ``length`` tokens, padded with words; the text variant has no video in them."""
         asked = [replace(example, prompt=Prompt(self._question(example))) for example in examples]
         encoded = super().encode(asked) if self.shows_video else self._text_only(asked)
         found = encoded.prompts.inputs["input_ids"].shape[1]

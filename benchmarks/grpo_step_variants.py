@@ -1,4 +1,4 @@
-"""The arms of ``grpo_step_vs_trl.py``, by name."""
+"""The variants of ``grpo_step_vs_trl.py``, by name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from grpo_step_ours import run_ours
 from grpo_step_trl import run_trl
 
 
-def run_arm(arm: str, path: str, options: argparse.Namespace) -> dict[str, Any]:
+def run_variant(variant: str, path: str, options: argparse.Namespace) -> dict[str, Any]:
     """Runs ``video_ours``, ``video_trl``, ``text_ours`` or ``text_trl``; returns the measurements."""
-    kind, _, side = arm.partition("_")
+    kind, _, side = variant.partition("_")
     return {"ours": run_ours, "trl": run_trl}[side](path, options, kind == "video")
 
 

@@ -3,15 +3,15 @@
     python benchmarks/grpo_step_vs_trl.py [--repeats 5] [--steps 3] [--json FILE]
 
 The model is a Qwen2.5-VL of 13 M parameters with random weights and a frozen vision tower. TRL gets 8 images and ours
-a video of 16 frames in 8 temporal patches: 512 visual tokens on both sides, in prompts of equal length. The text arms
-have prompts of that length without pixels. Both sides have the same number of prompts, group size, completion
+a video of 16 frames in 8 temporal patches: 512 visual tokens on both sides, in prompts of equal length. The text
+variants have prompts of that length without pixels. Both sides have the same number of prompts, group size, completion
 length (no completion may end earlier), loss, optimizer, precision and threads; decoded images lie in memory.
 
 Ours is ``GRPOModule.training_step`` under a Lightning trainer with its data module, TRL's is ``GRPOTrainer.train``. A
 step is everything from the end of one to the end of the next. The update is what follows the scored rollouts:
 log-probs, loss, backward, clipping, optimizer. Each run is a process of its own, a fork of one that has imported
-everything; arms take turns, and the first step of each is left out (it counts FLOPs and patches instead). A figure is
-the median over all runs of each run's median step.
+everything; variants take turns, and the first step of each is left out (it counts FLOPs and patches instead). A figure
+is the median over all runs of each run's median step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import torch
 from figures import write_json
 
 ROOT = Path(__file__).parent.parent
-ARMS = ("video_trl", "video_ours", "text_trl", "text_ours")
+VARIANTS = ("video_trl", "video_ours", "text_trl", "text_ours")
 PACKAGES = ("torch", "transformers", "trl", "lightning", "peft")
 SIZES = {
     "reference": {
@@ -56,7 +56,7 @@ SIZES = {
 
 
 def write_model(folder: Path, size: str) -> None:
-    """Writes the model that all arms load, with random weights."""
+    """Writes the model that all variants load, with random weights."""
     spec = importlib.util.spec_from_file_location("vlm_builders", ROOT / "tests/support/vlm_builders.py")
     assert spec is not None
     assert spec.loader is not None
@@ -65,54 +65,56 @@ def write_model(folder: Path, size: str) -> None:
     builders.write_qwen(folder, **SIZES[size])
 
 
-def run_arm(arm: str, model: Path, options: argparse.Namespace, answer: Connection) -> None:
-    """Runs one arm in this process, a fork of the parent, and sends the measurements."""
+def run_variant(variant: str, model: Path, options: argparse.Namespace, answer: Connection) -> None:
+    """Runs one variant in this process, a fork of the parent, and sends the measurements."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    answer.send(grpo_step_variants.run_arm(arm, str(model), options))
+    answer.send(grpo_step_variants.run_variant(variant, str(model), options))
 
 
 def run_all(order: Sequence[str], model: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Runs the arms in order, ``at_once`` at a time; yields (arm, measurements) as each ends.
+    """Runs the variants in order, ``at_once`` at a time; yields (variant, measurements) as each ends.
 
     Raises:
-        RuntimeError: If an arm failed.
+        RuntimeError: If a variant failed.
     """
     context = multiprocessing.get_context("fork")
     waiting, running = list(order), {}
     while waiting or running:
         while waiting and len(running) < options.at_once:
             ours, theirs = context.Pipe(duplex=False)
-            arm = waiting.pop(0)
-            process = context.Process(target=run_arm, args=(arm, model, options, theirs), daemon=True)
+            variant = waiting.pop(0)
+            process = context.Process(target=run_variant, args=(variant, model, options, theirs), daemon=True)
             process.start()
             theirs.close()  # only then does recv() notice that the child is gone
-            running[ours] = arm, process
+            running[ours] = variant, process
         for ours in multiprocessing.connection.wait(list(running)):
-            arm, process = running.pop(ours)
+            variant, process = running.pop(ours)
             try:
                 found = ours.recv()
             except EOFError:
-                raise RuntimeError(f"{arm} failed, see above") from None
+                raise RuntimeError(f"{variant} failed, see above") from None
             process.join()
-            yield arm, found
+            yield variant, found
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Returns the ratios and the medians behind them."""
     figures: dict[str, Any] = {}
     seconds = {
-        (arm, what): [statistics.median(run[what]) for run in runs[arm]] for arm in runs for what in ("step", "update")
+        (variant, what): [statistics.median(run[what]) for run in runs[variant]]
+        for variant in runs
+        for what in ("step", "update")
     }
     for kind in ("video", "text"):
         for what in ("step", "update"):
             trl, ours = (statistics.median(seconds[f"{kind}_{side}", what]) for side in ("trl", "ours"))
             figures[f"{kind}_{what}_ratio"] = trl / ours
-    for (arm, what), values in seconds.items():
-        figures[f"{arm}_{what}_cpu_s"] = statistics.median(values)
-        figures[f"{arm}_{what}_cpu_s_all"] = [round(value, 4) for value in values]
-    for arm, repeats in runs.items():
-        figures |= {f"{arm}_{name}": value for name, value in repeats[0].items() if name not in ("step", "update")}
+    for (variant, what), values in seconds.items():
+        figures[f"{variant}_{what}_cpu_s"] = statistics.median(values)
+        figures[f"{variant}_{what}_cpu_s_all"] = [round(value, 4) for value in values]
+    for variant, repeats in runs.items():
+        figures |= {f"{variant}_{name}": value for name, value in repeats[0].items() if name not in ("step", "update")}
     return figures
 
 
@@ -124,33 +126,35 @@ def print_table(figures: dict[str, Any]) -> None:
             trl, ours = (figures[f"{kind}_{side}_{what}_cpu_s"] for side in ("trl", "ours"))
             print(f"{kind + ' ' + what:14s}{trl:11.3f}{ours:11.3f}{figures[f'{kind}_{what}_ratio']:11.2f}")
     for name in ("prompt_tokens", "completion_tokens", "step_gflop", "vision_patches", "peak_rss_mb", "grad_norm"):
-        print(f"{name:18s}" + "   ".join(f"{arm} {figures[f'{arm}_{name}']}" for arm in ARMS))
+        print(f"{name:18s}" + "   ".join(f"{variant} {figures[f'{variant}_{name}']}" for variant in VARIANTS))
 
 
 def main() -> None:
-    """Runs all arms in turns and writes the results."""
+    """Runs all variants in turns and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="processes per arm")
+    parser.add_argument("--repeats", type=int, default=5, help="processes per variant")
     parser.add_argument("--steps", type=int, default=3, help="measured steps per process")
     parser.add_argument("--prompts", type=int, default=1, help="prompts per step")
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--completion", type=int, default=64, help="tokens of every completion")
     parser.add_argument("--side", type=int, default=224, help="pixels per side of a frame, a multiple of 28")
     parser.add_argument("--size", choices=sorted(SIZES), default="reference")
-    parser.add_argument("--at_once", type=int, default=1, help="processes at a time; 4: all arms meet the same load")
+    parser.add_argument(
+        "--at_once", type=int, default=1, help="processes at a time; 4: all variants meet the same load"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     load = os.getloadavg()[0]
     torch.set_num_threads(1)
     grpo_step_variants.quiet()
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), options.size)
-        order = [arm for i in range(options.repeats) for arm in (ARMS if i % 2 == 0 else ARMS[::-1])]
-        for arm, found in run_all(order, Path(folder), options):
-            runs[arm].append(found)
+        order = [variant for i in range(options.repeats) for variant in (VARIANTS if i % 2 == 0 else VARIANTS[::-1])]
+        for variant, found in run_all(order, Path(folder), options):
+            runs[variant].append(found)
             step = statistics.median(found["step"])
-            print(f"{arm} {len(runs[arm])}: {step:.3f} CPU-s a step", file=sys.stderr, flush=True)
+            print(f"{variant} {len(runs[variant])}: {step:.3f} CPU-s a step", file=sys.stderr, flush=True)
     setting = {name: value for name, value in vars(options).items() if name != "json"}
     figures = {
         "date": date.today().isoformat(),

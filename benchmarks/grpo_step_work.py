@@ -61,7 +61,7 @@ class Clock:
         self.updates.append(self.ends[-1] - self._update)
 
     def result(self, prompt_tokens: int, completion_tokens: float, grad_norm: float) -> dict[str, Any]:
-        """Returns the measurements of the arm."""
+        """Returns the measurements of the variant."""
         return {
             "step": [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)],
             "update": self.updates[1:],  # counting FLOPs slows the first step down

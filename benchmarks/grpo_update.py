@@ -15,7 +15,7 @@ from variants import fan, grpo, naive, shared
 
 from vidreason.lightning_modules.vlms.prefix.shared_prefix import RouteOptions, choose_route
 
-ARMS = {
+VARIANTS = {
     "naive": naive(grpo),
     "expand": shared(grpo, route="expand"),
     "packed": shared(grpo, route="packed"),
@@ -26,15 +26,15 @@ ARMS = {
 
 def automatic(setting: Setting) -> str:
     """Returns the route that ``auto`` selects."""
-    work = ARMS["expand+cache"](setting)
+    work = VARIANTS["expand+cache"](setting)
     return choose_route(RouteOptions(), work.model, {}, fan(setting)).route
 
 
 def figures(setting: Setting) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
-    """Returns the headline figures, those of every arm, and further ones."""
+    """Returns the headline figures, those of every variant, and further ones."""
     route = in_a_fork(automatic, setting)
-    found = measure(ARMS, setting)
-    gradient, single = in_a_fork(gradient_difference, list(ARMS.values()), setting)
+    found = measure(VARIANTS, setting)
+    gradient, single = in_a_fork(gradient_difference, list(VARIANTS.values()), setting)
     first, ours, bare = found["naive"], found[f"{route}+cache"], found[route]
     headline = {
         "naive_gflop": first.gflop,

@@ -1,4 +1,4 @@
-"""Measurement in the CPU benchmarks: one process per arm and repeat, arms in turns, medians.
+"""Measurement in the CPU benchmarks: one process per variant and repeat, variants in turns, medians.
 
 The parent imports everything and computes nothing; each measurement is a fork of it, so that imports are paid once and
 are excluded from the measured memory. A fork builds the model, runs a small step that loads every kernel, resets the
@@ -50,7 +50,7 @@ class Setting:
 
 @dataclass
 class Work:
-    """A built arm."""
+    """A built variant."""
 
     vlm: VLM
     model: nn.Module
@@ -113,7 +113,7 @@ def _status(name: str) -> float:
 
 
 def run(make: Make, setting: Setting, second_step: bool = True) -> Run:
-    """Builds an arm and measures memory in its first step and time in its last, the second one if there is one."""
+    """Builds a variant and measures memory in its first step and time in its last, the second one if there is one."""
     work = make(setting)
     work.small()
     if work.fill is not None:
@@ -133,7 +133,7 @@ def run(make: Make, setting: Setting, second_step: bool = True) -> Run:
 
 
 def count(make: Make, setting: Setting) -> Counted:
-    """Builds an arm and counts FLOPs and forwards of the vision tower in one step."""
+    """Builds a variant and counts FLOPs and forwards of the vision tower in one step."""
     work = make(setting)
     work.small()
     calls: list[int] = []
@@ -174,7 +174,7 @@ def in_a_fork(function: Callable[..., Any], *args: Any) -> Any:
 
 @dataclass(frozen=True)
 class Figures:
-    """Medians of one arm."""
+    """Medians of one variant."""
 
     cpu_s: float
     wall_s: float
@@ -186,16 +186,16 @@ class Figures:
     peak_mb_all: tuple[float, ...]
 
 
-def measure(arms: Mapping[str, Make], setting: Setting, second_step: bool = True) -> dict[str, Figures]:
-    """Measures every arm ``repeats`` times, in turns; without ``second_step`` the first step is timed."""
-    runs: dict[str, list[Run]] = {name: [] for name in arms}
+def measure(variants: Mapping[str, Make], setting: Setting, second_step: bool = True) -> dict[str, Figures]:
+    """Measures every variant ``repeats`` times, in turns; without ``second_step`` the first step is timed."""
+    runs: dict[str, list[Run]] = {name: [] for name in variants}
     counted: dict[str, Counted] = {}
     for repeat in range(setting.repeats):
-        # reversed in every other repeat, so that a drift of the machine's speed does not favour one arm
-        for name in list(arms) if repeat % 2 == 0 else list(arms)[::-1]:
-            runs[name].append(in_a_fork(run, arms[name], setting, second_step))
+        # reversed in every other repeat, so that a drift of the machine's speed does not favour one variant
+        for name in list(variants) if repeat % 2 == 0 else list(variants)[::-1]:
+            runs[name].append(in_a_fork(run, variants[name], setting, second_step))
             print(f"{name} {repeat + 1}: {runs[name][-1].cpu_s:.3f} CPU-s", file=sys.stderr, flush=True)
-    for name, make in arms.items():
+    for name, make in variants.items():
         counted[name] = in_a_fork(count, make, setting)
     return {
         name: Figures(
@@ -206,7 +206,7 @@ def measure(arms: Mapping[str, Make], setting: Setting, second_step: bool = True
             cpu_s_all=tuple(round(run.cpu_s, 3) for run in runs[name]),
             peak_mb_all=tuple(round(run.peak_mb, 1) for run in runs[name]),
         )
-        for name in arms
+        for name in variants
     }
 
 
@@ -220,7 +220,7 @@ def gradients(work: Work) -> dict[str, torch.Tensor]:
 
 
 def gradient_difference(makes: Sequence[Make], setting: Setting) -> tuple[float, float]:
-    """Returns the largest relative difference to the first arm: over all parameters, and of a single tensor.
+    """Returns the largest relative difference to the first variant: over all parameters, and of a single tensor.
 
     A single tensor is compared to its norm or to 1e-6 of the norm of the whole gradient, whichever is larger.
     """
@@ -230,7 +230,7 @@ def gradient_difference(makes: Sequence[Make], setting: Setting) -> tuple[float,
     for make in makes[1:]:
         other = gradients(make(setting))
         if other.keys() != first.keys():
-            raise ValueError("the arms train different parameters")
+            raise ValueError("the variants train different parameters")
         gaps = {name: float((other[name] - g).norm()) for name, g in first.items()}
         overall = max(overall, float(torch.tensor(list(gaps.values())).norm()) / norm)
         single = max(single, *(gap / max(float(first[name].norm()), 1e-6 * norm) for name, gap in gaps.items()))
@@ -246,7 +246,7 @@ def arguments(doc: str, group_size: int = 8, text_tokens: int = 64) -> tuple[Set
     parser.add_argument("--grid", type=_grid, default=(8, 16, 16), help="T,H,W patches; 4 make a token")
     parser.add_argument("--group_size", type=int, default=group_size, help="texts behind the video")
     parser.add_argument("--text_tokens", type=int, default=text_tokens, help="tokens of each text")
-    parser.add_argument("--repeats", type=int, default=5, help="processes per arm")
+    parser.add_argument("--repeats", type=int, default=5, help="processes per variant")
     options = parser.parse_args()
     if min(options.group_size, options.text_tokens - 1, options.repeats) < 1:
         parser.error("--group_size and --repeats must be at least 1, --text_tokens at least 2")
@@ -273,7 +273,11 @@ def circumstances(setting: Setting) -> dict[str, Any]:
 
 
 def report(
-    headline: Mapping[str, float], arms: Mapping[str, Figures], where: Mapping[str, Any], file: Path | None, **more: Any
+    headline: Mapping[str, float],
+    variants: Mapping[str, Figures],
+    where: Mapping[str, Any],
+    file: Path | None,
+    **more: Any,
 ) -> None:
     """Prints the figures as a table and writes them as JSON: the headline figures, and the others under ``details``."""
     packages = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
@@ -281,28 +285,28 @@ def report(
     print(", ".join(f"{name} {value}" for name, value in where["setting"].items()))
     head = ("CPU-s", "wall s", "GFLOP", "peak MB", "vision calls", "in the run")
     print(f"{'':16s}" + "".join(f"{name:>14s}" for name in head))
-    for name, f in arms.items():
+    for name, f in variants.items():
         row = (f.cpu_s, f.wall_s, f.gflop, f.peak_mb)
         print(f"{name:16s}" + "".join(f"{x:14.2f}" for x in row) + f"{f.vision_calls:14d}{f.vision_calls_in_run:14d}")
     for name, value in headline.items():
         print(f"{name:24s}{value:.4g}")
-    details = {**where, **more, "arms": {name: asdict(figures) for name, figures in arms.items()}}
+    details = {**where, **more, "variants": {name: asdict(figures) for name, figures in variants.items()}}
     write_json(file, {**headline, "details": details})
 
 
-def report_ratios(doc: str, arms: Mapping[str, Make], ours: str, **more: str) -> None:
-    """Runs a benchmark whose figures are CPU-seconds of the arm ``naive`` over those of others.
+def report_ratios(doc: str, variants: Mapping[str, Make], ours: str, **more: str) -> None:
+    """Runs a benchmark whose figures are CPU-seconds of the variant ``naive`` over those of others.
 
     Args:
         doc: Docstring of the script.
-        arms: All arms; they compute the same gradient.
-        ours: The arm of ``ratio``.
-        more: Arms of further ratios, by name of the ratio.
+        variants: All variants; they compute the same gradient.
+        ours: The variant of ``ratio``.
+        more: Variants of further ratios, by name of the ratio.
     """
     setting, options = arguments(doc, group_size=4)
-    found = measure(arms, setting)
-    gradient, single = in_a_fork(gradient_difference, list(arms.values()), setting)
-    ratios = {name: found["naive"].cpu_s / found[arm].cpu_s for name, arm in {"ratio": ours, **more}.items()}
+    found = measure(variants, setting)
+    gradient, single = in_a_fork(gradient_difference, list(variants.values()), setting)
+    ratios = {name: found["naive"].cpu_s / found[variant].cpu_s for name, variant in {"ratio": ours, **more}.items()}
     headline = {"ratio": ratios.pop("ratio")}
     differences = {"grad_rel_diff": gradient, "grad_rel_diff_per_tensor": single}
     report(headline, found, circumstances(setting), options.json, **ratios, **differences)

@@ -14,14 +14,14 @@ from functools import partial
 import torch
 from harness import Setting, arguments, circumstances, in_a_fork, measure, report
 from reference_model import make_prompts
-from variants import arm, fan, naive_logprobs, shared, shared_logprobs
+from variants import fan, naive_logprobs, shared, shared_logprobs, variant
 
-ARMS = {"naive": arm(partial(naive_logprobs, at_once=1), None), "ours": shared(None)}
+VARIANTS = {"naive": variant(partial(naive_logprobs, at_once=1), None), "ours": shared(None)}
 
 
 def largest_difference(setting: Setting) -> float:
     """Returns the largest difference between the log-probs of both sides."""
-    work, texts = ARMS["ours"](setting), fan(setting)
+    work, texts = VARIANTS["ours"](setting), fan(setting)
     prompts = make_prompts(setting.family, setting.grid, 1, setting.seed)
     with torch.no_grad():
         sides = [score(work.vlm, work.model, prompts, texts) for score in (naive_logprobs, shared_logprobs)]
@@ -30,7 +30,7 @@ def largest_difference(setting: Setting) -> float:
 
 if __name__ == "__main__":
     setting, options = arguments(__doc__, group_size=27, text_tokens=8)
-    found = measure(ARMS, setting)
+    found = measure(VARIANTS, setting)
     headline = {"ratio": found["naive"].cpu_s / found["ours"].cpu_s}
     difference = in_a_fork(largest_difference, setting)
     report(headline, found, circumstances(setting), options.json, logprob_difference=difference)

@@ -17,7 +17,7 @@ from variants import cross_entropy, fan, naive_logprobs, rows, shared
 
 
 def one_at_a_time(setting: Setting) -> Work:
-    """Returns the naive arm with a backward after each completion."""
+    """Returns the naive variant with a backward after each completion."""
     work = shared(cross_entropy, route="naive")(setting)
     prompts, texts = make_prompts(setting.family, setting.grid, 1, setting.seed), fan(setting)
     total = texts.loss_mask.sum()
@@ -30,7 +30,7 @@ def one_at_a_time(setting: Setting) -> Work:
     return replace(work, step=step)
 
 
-ARMS = {
+VARIANTS = {
     "naive, one by one": one_at_a_time,
     "at once": shared(cross_entropy),
     "chunks of 2": shared(cross_entropy, completion_chunk=2),
@@ -39,8 +39,8 @@ ARMS = {
 
 if __name__ == "__main__":
     setting, options = arguments(__doc__, text_tokens=2048)
-    found = measure(ARMS, setting, second_step=False)  # half a minute each, so a warm-up hardly matters
-    gradient, _ = in_a_fork(gradient_difference, list(ARMS.values()), setting)
+    found = measure(VARIANTS, setting, second_step=False)  # half a minute each, so a warm-up hardly matters
+    gradient, _ = in_a_fork(gradient_difference, list(VARIANTS.values()), setting)
     first = found["at once"]
     headline = {
         "chunked_peak_ratio": found["chunks of 1"].peak_mb / first.peak_mb,

@@ -11,11 +11,11 @@ from __future__ import annotations
 from harness import report_ratios
 from variants import cross_entropy, naive, shared
 
-ARMS = {
+VARIANTS = {
     "naive": naive(cross_entropy),
     "ours": shared(cross_entropy),
     "ours+cache": shared(cross_entropy, cached=True, filled=True),
 }
 
 if __name__ == "__main__":
-    report_ratios(__doc__, ARMS, "ours", ratio_with_cache="ours+cache")
+    report_ratios(__doc__, VARIANTS, "ours", ratio_with_cache="ours+cache")

@@ -95,7 +95,7 @@ def cross_entropy(logprobs: Tensor, texts: TextBatch) -> Tensor:
     return -logprobs.sum() / texts.loss_mask.sum()
 
 
-def arm(
+def variant(
     score: Callable[..., Tensor],
     loss: Loss | None,
     texts: Callable[[Setting], TextBatch] = fan,
@@ -104,7 +104,7 @@ def arm(
     cached: bool = False,
     **options: Any,
 ) -> Make:
-    """Returns an arm that builds the model, scores texts and runs backward.
+    """Returns a variant that builds the model, scores texts and runs backward.
 
     Args:
         score: ``naive_logprobs`` or ``shared_logprobs``.
@@ -149,5 +149,5 @@ def arm(
     return make
 
 
-naive = partial(arm, naive_logprobs)
-shared = partial(arm, shared_logprobs)
+naive = partial(variant, naive_logprobs)
+shared = partial(variant, shared_logprobs)

@@ -1,4 +1,4 @@
-"""The benchmarks run, their arms compute the same, and they cost what they claim: FLOPs and vision calls, no clock."""
+"""The benchmarks run, their variants compute the same, and they cost what they claim in FLOPs and vision calls."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ FAMILIES = ("qwen", "smolvlm", "tiny")
 @pytest.mark.parametrize("script", ["grpo_update", "sft_k_texts", "calibration_epoch", "long_completions"])
 def test_arms_have_one_gradient(script: str, family: str) -> None:
     setting = harness.Setting(family, (2, 4, 4), 3, 6, 1)
-    overall, single = harness.gradient_difference(list(load(script).ARMS.values()), setting)
+    overall, single = harness.gradient_difference(list(load(script).VARIANTS.values()), setting)
     assert 0 < overall < 1e-5
     assert single < 1e-4
 
@@ -33,17 +33,17 @@ def test_labels_have_one_score(family: str) -> None:
 
 def test_fewer_flops_and_one_vision_call_in_a_run() -> None:
     setting = harness.Setting("qwen", (2, 8, 8), 8, 8, 0)
-    found = {name: harness.count(make, setting) for name, make in load("grpo_update").ARMS.items()}
+    found = {name: harness.count(make, setting) for name, make in load("grpo_update").VARIANTS.items()}
     assert found["naive"].gflop / found["expand"].gflop > 3
     for route in ("expand", "packed"):
         assert found[route].vision_calls == 1
         cached = found[f"{route}+cache"]
         assert (cached.vision_calls, cached.vision_calls_in_run) == (0, 1)
         assert cached.gflop < found[route].gflop
-    epoch = {name: harness.count(make, setting) for name, make in load("calibration_epoch").ARMS.items()}
+    epoch = {name: harness.count(make, setting) for name, make in load("calibration_epoch").VARIANTS.items()}
     assert all(epoch[f"{r}+cache"][1:] == (0, 2) for r in ("expand", "auto"))
     assert epoch["auto"].vision_calls == 1  # both videos together; a cache has each computed alone
-    labels = {name: harness.count(make, setting) for name, make in load("label_scoring").ARMS.items()}
+    labels = {name: harness.count(make, setting) for name, make in load("label_scoring").VARIANTS.items()}
     assert (labels["naive"].vision_calls, labels["ours"].vision_calls) == (8, 1)
 
 
@@ -71,9 +71,9 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
 def test_the_reference_costs_what_the_targets_were_set_on() -> None:
     """Naive: 328.9 GFLOP, measured elsewhere; targets 6.4 with the vision cache and 4.9 without."""
     script, setting = load("grpo_update"), harness.Setting("qwen", (8, 16, 16), 8, 64, 0)
-    parameters = sum(p.numel() for p in script.ARMS["naive"](setting).model.parameters())
+    parameters = sum(p.numel() for p in script.VARIANTS["naive"](setting).model.parameters())
     assert parameters == pytest.approx(13.26e6, rel=1e-3)
-    cost = {name: harness.count(make, setting).gflop for name, make in script.ARMS.items()}
+    cost = {name: harness.count(make, setting).gflop for name, make in script.VARIANTS.items()}
     assert cost["naive"] == pytest.approx(328.9, rel=0.02)
     for route in ("expand", "packed"):
         assert cost["naive"] / cost[f"{route}+cache"] >= 6.4
@@ -103,7 +103,7 @@ def test_scripts_write_their_figures(tmp_path: Path, script: str, keys: str) -> 
     )
     found = json.loads(file.read_text())
     assert list(found) == [*keys.split(), "details"]
-    assert {"date", "device", "versions", "load_average", "setting", "arms"} <= set(found["details"])
+    assert {"date", "device", "versions", "load_average", "setting", "variants"} <= set(found["details"])
     assert found["details"]["setting"]["family"] == "tiny"
     if script == "grpo_update":
         assert found["vision_calls_per_video"] == 1

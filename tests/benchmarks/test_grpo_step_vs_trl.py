@@ -10,11 +10,11 @@ pytest.importorskip("trl")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    arms, parent = import_module("grpo_step_variants"), import_module("grpo_step_vs_trl")
+    variants, parent = import_module("grpo_step_variants"), import_module("grpo_step_vs_trl")
     folder = tmp_path_factory.mktemp("model")
     parent.write_model(folder, "tiny")
     options = argparse.Namespace(steps=1, prompts=2, group_size=3, completion=5, side=56)
-    return {arm: arms.run_arm(arm, str(folder), options) for arm in parent.ARMS}
+    return {variant: variants.run_variant(variant, str(folder), options) for variant in parent.VARIANTS}
 
 
 def test_both_sides_get_the_same_prompts_and_write_as_much(runs):
@@ -40,15 +40,15 @@ def test_both_sides_learn_in_every_step(runs):
 def test_ratios_are_medians_of_medians(runs):
     parent = import_module("grpo_step_vs_trl")
 
-    def arm(*steps):
+    def variant(*steps):
         return [{"step": step, "update": [s / 4 for s in step], "prompt_tokens": 9} for step in steps]
 
     made = parent.summarise(
         {
-            "video_trl": arm([4.0, 6.0, 100.0], [8.0], [7.0]),  # medians 6, 8, 7
-            "video_ours": arm([2.0], [2.0], [50.0]),
-            "text_trl": arm([3.0]),
-            "text_ours": arm([2.0]),
+            "video_trl": variant([4.0, 6.0, 100.0], [8.0], [7.0]),  # medians 6, 8, 7
+            "video_ours": variant([2.0], [2.0], [50.0]),
+            "text_trl": variant([3.0]),
+            "text_ours": variant([2.0]),
         }
     )
     assert made["video_step_ratio"] == 3.5
