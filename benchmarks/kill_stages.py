@@ -67,7 +67,7 @@ def _options(command: str, config: str, **settings: object) -> tuple[str, ...]:
 _SHORT = {"max_new_tokens": 12, "temperature": 1.0}
 _LONG = {"max_new_tokens": 40, "temperature": 1.0}
 _TRACES = {"model__traces_of_samples": 2, "model__traces_of_sampling": _SHORT}
-_ALL = {"min_words": 1, "agree": False, "complete": False, "told": False}
+_ALL = {"min_words": 1, "agree": False, "complete": False, "hides_hint": False}
 _GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
 _ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}}
 

@@ -13,7 +13,7 @@ NAMES = ("walk", "run")
         ("  \n", {}, "empty"),
         ("two words", {"min_words": 3}, "too short"),
         ("now three words", {"max_words": 2}, "too long"),
-        ("it ends </think> early", {}, "holds '</think>'"),
+        ("it ends </think> early", {}, "contains '</think>'"),
         (render_completion("Both feet leave the ground.", "run"), {}, "answers 'run'"),
         (render_completion("Both feet leave the ground.", "fly"), {}, "answers 'fly'"),
     ],
