@@ -9,6 +9,7 @@ import pytest
 import small_grpo
 import stage_world as world
 import torch
+from covering import covering
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -144,8 +145,7 @@ SAVES = {  # how a checkpoint comes to be, and after how many steps
 }
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("how", SAVES)
+@pytest.mark.parametrize(("how", "workers"), covering(tuple(SAVES), (0, 1)))
 def test_a_resumed_run_goes_on_with_the_next_clip(make_vlm, make_data, make_trainer, how, workers):
     """Workers ask for clips before the trainer has said which epoch it is."""
     options, steps = SAVES[how]

@@ -8,6 +8,7 @@ import rank_processes as processes
 import stage_world as world
 import torch
 import yaml
+from covering import covering
 
 from vidreason.config.trainer_cli import build
 from vidreason.lightning_modules.decisions.deciders import DecideOptions
@@ -59,8 +60,7 @@ def small(small_base, make_data):
     return make
 
 
-@pytest.mark.parametrize("name", ONE_MACHINE)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "name"), covering(STAGES, ONE_MACHINE))
 def test_every_stage_trains_under_every_strategy(stage, name, small):
     settings = yaml.safe_load((CONFIGS / "strategy" / f"{name}.yaml").read_text())
     short = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.check_val_every_n_epoch=null"]
@@ -88,8 +88,7 @@ def test_every_stage_trains_under_every_strategy(stage, name, small):
     assert (Path("run") / ("adapter" if adapter else "weights") / "vidreason.json").is_file()
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "name"), covering(STAGES, OVERLAYS))
 def test_debug_and_a_strategy_combine_in_either_order(stage, name):
     debug = ["--config", str(CONFIGS / "debug.yaml")]
     found = []

@@ -51,7 +51,10 @@ def test_a_rank_whose_groups_are_all_dead_gets_the_gradient_of_the_other(two_ran
         assert any(bool(gradient.any()) for gradient in second["gradients"][0].values())
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo", "gspo"])
+@pytest.mark.parametrize(
+    "loss_type",
+    ["grpo", "gspo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dr_grpo", "dapo", "cispo"))],
+)
 def test_one_part_equals_as_many_as_prompts(small_base, clip_folder, tmp_path, monkeypatch, loss_type):
     runs = []
     for size in (None, 1):

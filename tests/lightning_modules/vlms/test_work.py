@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import vlm_builders as builders
+from covering import covering
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -157,8 +158,10 @@ def test_forwards_and_vision_calls(folder: Path, options: dict[str, Any], forwar
     assert calls["model"] == forwards + texts_run, "a chunk is run again in the backward pass, the prompts are not"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{"route": "expand"}, {"route": "packed", "completion_chunk": 5}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    covering([{"route": "expand"}, {"route": "packed", "completion_chunk": 5}], ["bfloat16", "float32"]),
+)
 def test_no_forward_holds_tokens_by_vocabulary(large_vocabulary: Path, options: dict[str, Any], dtype: str) -> None:
     vlm, model, prompts = make(large_vocabulary, lora=LORA, dtype=dtype, **options)
     texts = fan(vlm, 12, 64)
