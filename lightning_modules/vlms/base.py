@@ -57,7 +57,8 @@ class Generated(NamedTuple):
     owner: Tensor
     """[N] int64, index of the prompt."""
     texts: tuple[str, ...]
-    """[N] decoded without the end-of-turn token; other special tokens stay visible."""
+    """[N] decoded without the end-of-turn token; other special tokens stay visible. If the prompt ends with the opening
+    tag of the reasoning, the text begins with it."""
 
 
 class VLM(ClipEncoder, ABC):
@@ -262,7 +263,8 @@ class VLM(ClipEncoder, ABC):
         texts = []
         stopped = made.stopped.tolist()
         for row, length in enumerate(made.mask.sum(1).tolist()):
-            texts.append(chat.decode(self.processor, made.ids[row, : length - stopped[row]].tolist()))
+            words = chat.decode(self.processor, made.ids[row, : length - stopped[row]].tolist())
+            texts.append(self.chat_frame.reasoning_start + words)
         owner = torch.arange(prompts.batch_size, device=made.ids.device).repeat_interleave(group_size)
         reasons: tuple[Literal["stop", "length"], ...] = tuple("stop" if s else "length" for s in stopped)
         return Generated(made.ids, made.mask, made.logprobs, reasons, owner, tuple(texts))

@@ -6,6 +6,7 @@ particular template is assumed.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ import torch
 from transformers.video_utils import VideoMetadata
 
 from vidreason.datamodules.types import Example, Prompt, Text, TextBatch
-from vidreason.rewards.completion import answer_start
+from vidreason.rewards.completion import THINK_CLOSE, THINK_OPEN, answer_start
 
 SENTINEL = "VIDREASONSENTINEL"
+_OPEN_REASONING = re.compile(rf"{re.escape(THINK_OPEN)}\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,19 @@ class ChatFrame:
     turn_end: str
     """Closes the user's turn and opens the assistant's."""
     lead: str
-    """Stands before the assistant's first word (a space in some families); the model samples it too."""
+    """Stands before the assistant's first word (a space in some families, or the end of an empty reasoning); the model
+    samples it too."""
     end_of_turn: tuple[int, ...]
     """Tokens that end the assistant's turn; the last one is a stop token."""
+    reasoning_start: str = ""
+    """Opening tag of the reasoning, if the generation prompt ends with it. It is part of every completion's text, but
+    not of its tokens."""
+
+    def words(self, text: str) -> str:
+        """Returns what follows the prompt for an assistant's ``text``, without the end of the turn."""
+        if self.reasoning_start and text.startswith(THINK_OPEN):
+            return text.removeprefix(THINK_OPEN).lstrip()
+        return self.lead + text
 
 
 @dataclass(frozen=True)
@@ -64,30 +76,51 @@ def _spelt(processor: Any, words: str) -> Any:
 def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
     """Returns the tokens of the processor's chat template around the words of user and assistant.
 
+    The assistant's words always follow the generation prompt, which is what the model sees when it is asked, also if
+    the template renders a finished turn without a reasoning block that the generation prompt opens or inserts empty, or
+    with other white space.
+
     Args:
         processor: A processor with a chat template.
         stop_ids: Stop tokens of the model's generation config and tokenizer.
 
     Raises:
-        ValueError: If the generation prompt is not how the template begins an assistant's turn, or the turn ends
-            without a special token.
+        ValueError: If the template begins an assistant's turn differently from the generation prompt, or no token ends
+            the turn.
     """
     # Two sentinels for the assistant tell its words from the user's.
     opened = render(processor, SENTINEL)
     whole = render(processor, SENTINEL, assistant=SENTINEL * 2)
     before, _, after = whole.partition(SENTINEL * 2)
-    if opened.count(SENTINEL) != 1 or not before.startswith(opened) or not after:
+    longer, shorter = "".join(opened.split()), "".join(before.split())
+    if opened.count(SENTINEL) != 1 or not (before.startswith(opened) or longer.startswith(shorter)):
         raise ValueError(
             "the chat template renders an assistant's turn differently from the generation prompt that opens it: "
             f"{opened!r} is not the beginning of {whole!r}; give the model folder a template where it is"
         )
+    lead = before[len(opened) :] if before.startswith(opened) else ""
+    reasoning = _OPEN_REASONING.search(opened)
+    if reasoning is not None and THINK_CLOSE not in lead:
+        lead = f"\n{THINK_CLOSE}\n\n{lead}"  # A text without reasoning has to close the block before it begins.
+    start = "" if reasoning is None else reasoning.group()
+    return ChatFrame(opened.partition(SENTINEL)[2], lead, _end_of_turn(processor, after, stop_ids), start)
+
+
+def _end_of_turn(processor: Any, after: str, stop_ids: Collection[int]) -> tuple[int, ...]:
+    """Returns the tokens from the assistant's last word to its stop token.
+
+    Some templates end a turn without a token, since the next role's name follows; the end of text ends it then.
+    """
     ids = tokens(processor, after)
-    ends = [i for i, token in enumerate(ids) if token in stop_ids]
-    if not ends:
-        ends = [i for i, token in enumerate(ids) if token in processor.tokenizer.all_special_ids][:1]
-    if not ends:
-        raise ValueError(f"the chat template ends an assistant's turn with {after!r}, which holds no stop token")
-    return ChatFrame(opened.partition(SENTINEL)[2], before[len(opened) :], tuple(ids[: ends[0] + 1]))
+    for ends in (stop_ids, processor.tokenizer.all_special_ids):
+        if found := [i for i, token in enumerate(ids) if token in ends]:
+            return tuple(ids[: found[0] + 1])
+    if processor.tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the chat template ends an assistant's turn with {after!r}, which holds no stop token, and the tokenizer "
+            "has no eos_token: set one of the two in the model folder"
+        )
+    return (int(processor.tokenizer.eos_token_id),)
 
 
 def prompt_text(processor: Any, prompt: Prompt) -> str:
@@ -197,10 +230,10 @@ def _encode_text(processor: Any, frame: ChatFrame, text: Text, opened: bool, own
     if text.role == "context":
         ids = _spelt(processor, text.text)["input_ids"]
         return _Row(ids, [False] * len(ids), [False] * len(ids), owner, parent)
-    words = frame.lead + text.text
+    words = frame.words(text.text)
     encoded = _spelt(processor, words)
-    start = answer_start(text.text)
-    first = len(words) if start is None else start + len(frame.lead)
+    start = answer_start(words)
+    first = len(words) if start is None else start
     # A token that straddles the tag's first character belongs to the answer, as in ``answer_tokens``.
     answers = [end > first for _, end in encoded["offset_mapping"]] + [start is not None] * len(frame.end_of_turn)
     head = tokens(processor, frame.turn_end) if opened else []
