@@ -1,0 +1,42 @@
+"""The parser of command lines and YAML files: no abbreviations, and sections that are replaced as a whole."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from vidreason.config.command_files import without_sections
+
+
+class StrictParser(LightningArgumentParser):
+    """A parser without abbreviations, also for the arguments of classes, whose parsers jsonargparse makes of this type.
+
+    Attributes:
+        stage_file: The file from which ``replaced`` is left out.
+        replaced: Sections that the command line gives as a whole. jsonargparse would merge them into those of the stage
+            file, so that a setting missing in the user's section would come from the stage file.
+    """
+
+    stage_file: str | None = None
+    replaced: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+        self._left_out: tuple[str, ...] = ()
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        """Parses a YAML file; those sections of the stage file that the command line replaces are left out."""
+        self._left_out = self.replaced if str(path) == self.stage_file else ()
+        try:
+            parsed: Namespace = super().parse_path(path, *args, **kwargs)
+            return parsed
+        finally:
+            self._left_out = ()
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Parses the text of a YAML file; ``parse_path`` calls it."""
+        parsed: Namespace = super().parse_string(without_sections(content, self._left_out), *args, **kwargs)
+        return parsed
