@@ -20,7 +20,7 @@ class QwenVL(VLM):
     vision_modules = ("model.visual",)
     _reported = False
 
-    def video_options(self) -> dict[str, Any]:
+    def video_options(self, frames: int = 1) -> dict[str, Any]:
         """Returns the pixel limits of a frame and disables the processor's limit over the whole video."""
         options: dict[str, Any] = {"cap_pixels_per_frame": False}
         if self.max_pixels is not None:
@@ -31,9 +31,11 @@ class QwenVL(VLM):
     def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         """Returns positions [3, B, P] of time, height and width (M-RoPE); text continues after the largest of them."""
         vision, grids = model.config.vision_config, inputs["video_grid_thw"]
-        rate = getattr(vision, "tokens_per_second", None)  # Qwen2-VL has none: its positions count steps, not seconds
-        seconds = None if rate is None else inputs["second_per_grid_ts"].float()
-        if seconds is not None:
+        # Qwen2-VL has no such rate: its positions count steps, not seconds.
+        rate: float | None = getattr(vision, "tokens_per_second", None)
+        seconds = None
+        if rate is not None:
+            seconds = inputs["second_per_grid_ts"].float()
             self._report_shared_times(seconds * rate, grids[:, 0])
         video = inputs["input_ids"] == model.config.video_token_id
         mask = inputs["attention_mask"].bool()

@@ -1,4 +1,4 @@
-"""Encodes clips, prompts and texts as tensors with any chat template.
+"""Renders prompts and encodes texts with any chat template.
 
 To find the tokens before and after the words of user and assistant, the template is rendered around a sentinel; no
 particular template is assumed.
@@ -7,12 +7,11 @@ particular template is assumed.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.video_utils import VideoMetadata
 
 from vidreason.datamodules.types import Example, Prompt, Text, TextBatch
 from vidreason.rewards.completion import answer_start
@@ -95,31 +94,6 @@ def prompt_text(processor: Any, prompt: Prompt) -> str:
     if not prompt.open:
         return render(processor, prompt.text)
     return render(processor, prompt.text + SENTINEL).partition(SENTINEL)[0]
-
-
-def encode_prompts(processor: Any, examples: Sequence[Example], options: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns the processor's tensors for the prompts of all examples, left-padded."""
-    samples = [example.sample for example in examples]
-    metadata = [
-        VideoMetadata(
-            total_num_frames=sample.timing.total_frames,
-            fps=sample.timing.fps,
-            duration=sample.timing.duration,
-            frames_indices=list(sample.timing.indices),
-        )
-        for sample in samples
-    ]
-    made = processor(
-        text=[prompt_text(processor, example.prompt) for example in examples],
-        videos=[sample.frames for sample in samples],
-        video_metadata=metadata,
-        do_sample_frames=False,
-        padding=True,
-        add_special_tokens=False,
-        return_tensors="pt",
-        **options,
-    )
-    return {name: torch.as_tensor(value) for name, value in made.items() if name != "video_metadata"}
 
 
 def encode_texts(processor: Any, frame: ChatFrame, examples: Sequence[Example], banned: frozenset[int]) -> TextBatch:
