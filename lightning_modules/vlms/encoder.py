@@ -38,6 +38,10 @@ class ClipEncoder:
         self.video_options()  # raises here, not in a worker, if the family does not support max_pixels
         self._processor: Any = None
 
+    end_of_turn: str | None = None
+    """The tokens that end an assistant's turn, for families whose template leaves them out, or renders the turn
+    differently from the generation prompt; None reads them from the template."""
+
     frame_multiple = 1
     """Clips are extended by their last frame to a multiple of this number of frames."""
 
@@ -103,7 +107,7 @@ class ClipEncoder:
     @cached_property
     def chat_frame(self) -> chat.ChatFrame:
         """The tokens of the chat template around the words of user and assistant."""
-        return chat.chat_frame(self.processor, self._model_stop_ids())
+        return chat.chat_frame(self.processor, self._model_stop_ids(), self.end_of_turn)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

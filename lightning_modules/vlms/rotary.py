@@ -39,3 +39,26 @@ def video_positions(
     behind = video.long().cumsum(-1) > 0
     positions = torch.where(video, text + offsets, text - 1 + reach * behind)
     return positions.masked_fill(~mask, 0)
+
+
+def frame_positions(visual: Tensor, mask: Tensor, grids: Tensor, merge: int) -> Tensor:
+    """Returns positions of prompts whose video is one image after another, with text between, [3, B, P] int64.
+
+    This is the rule of Qwen3-VL (arXiv 2511.21631) and GLM-4.1V: each step of the temporal grid starts where the text
+    before it ends, and the text behind it starts behind its height and width. The text tells the time.
+
+    Args:
+        visual: [B, P] bool, True on visual tokens.
+        mask: [B, P] bool, True on real tokens; the others get position 0.
+        grids: [B, 3] int64, patches along time, height and width.
+        merge: Patches that are merged to one visual token, along height and along width.
+    """
+    height, width = (grids[:, 1:, None] // merge).unbind(1)
+    reach = torch.maximum(height, width)
+    seen = visual.long().cumsum(-1)
+    place = (seen - 1).clamp(min=0)
+    step, inner = place // (height * width), place % (height * width)
+    offsets = torch.stack([torch.zeros_like(inner), inner // width, inner % width])
+    text = (mask & ~visual).long().cumsum(-1)
+    positions = torch.where(visual, text + step * reach + offsets, text - 1 + (seen > 0) * (step + 1) * reach)
+    return positions.masked_fill(~mask, 0)

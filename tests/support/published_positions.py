@@ -1,4 +1,4 @@
-"""The published positions of Qwen2-VL and Qwen2.5-VL as loops over tokens, to compare with."""
+"""The published positions of families with M-RoPE as loops over tokens, to compare with."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +31,28 @@ def published_positions(config: Any, inputs: Mapping[str, Tensor]) -> Tensor:
             following = start if start is not None and cells else largest + 1
             table[:, row, column] = torch.tensor(place)
         assert not cells, "the video has more tokens than its grid"
+    return table
+
+
+def published_frame_positions(config: Any, inputs: Mapping[str, Tensor], token: int) -> Tensor:
+    """[3, B, P] positions of prompts of Qwen3-VL or GLM-4.1V, where each step of a video is an image of its own."""
+    merge = config.vision_config.spatial_merge_size
+    table = torch.zeros(3, *inputs["input_ids"].shape, dtype=torch.long)
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        _, height, width = (n // merge for n in inputs["video_grid_thw"][row].tolist())
+        cells = [(h, w) for h in range(height) for w in range(width)]
+        following, left = 0, list(cells)
+        for column, kept in enumerate(inputs["attention_mask"][row].tolist()):
+            if not kept:
+                continue
+            if ids[column] != token:
+                table[:, row, column] = following
+                following += 1
+                continue
+            h, w = left.pop(0)
+            table[:, row, column] = torch.tensor([following, following + h, following + w])
+            if not left:
+                following, left = following + max(height, width), list(cells)
     return table
 
 

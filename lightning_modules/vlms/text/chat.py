@@ -60,12 +60,13 @@ def _spelt(processor: Any, words: str) -> Any:
     return processor.tokenizer(words, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
 
 
-def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
+def chat_frame(processor: Any, stop_ids: Collection[int], end_of_turn: str | None = None) -> ChatFrame:
     """Returns the tokens of the processor's chat template around the words of user and assistant.
 
     Args:
         processor: A processor with a chat template.
         stop_ids: Stop tokens of the model's generation config and tokenizer.
+        end_of_turn: End of the assistant's turn; None reads it from the template.
 
     Raises:
         ValueError: If the generation prompt is not how the template begins an assistant's turn, or the turn ends
@@ -73,6 +74,8 @@ def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
     """
     # Two sentinels for the assistant tell its words from the user's.
     opened = render(processor, SENTINEL)
+    if end_of_turn is not None:
+        return ChatFrame(opened.partition(SENTINEL)[2], "", tuple(tokens(processor, end_of_turn)))
     whole = render(processor, SENTINEL, assistant=SENTINEL * 2)
     before, _, after = whole.partition(SENTINEL * 2)
     if opened.count(SENTINEL) != 1 or not before.startswith(opened) or not after:

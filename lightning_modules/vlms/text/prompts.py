@@ -42,7 +42,7 @@ def encode_prompt(processor: Any, example: Example, options: Mapping[str, Any]) 
     )
     made = processor(
         text=[chat.prompt_text(processor, example.prompt)],
-        videos=[sample.frames],
+        videos=[[sample.frames]],  # by prompt: SmolVLM's processor miscounts a list of videos before transformers 5.23
         video_metadata=[metadata],
         do_sample_frames=False,
         add_special_tokens=False,

@@ -11,17 +11,18 @@ from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
 
 MakeVLM = Callable[..., VLM]
-FAMILIES = ("qwen", "qwen2", "smolvlm", "tiny")
+FAMILIES = ("qwen", "qwen2", "qwen3", "glm", "smolvlm", "internvl", "onevision", "tiny")
+OF_ONE_LENGTH = ("tiny", "onevision")
 NAMES = ["delivery", "visitor", "a cat"]
 SIZES = ((56, 56), (40, 90), (112, 56), (64, 96))
 
 
 def clips(family: str) -> list[Example]:
-    """Eight clips of unequal length and size; the embedded base needs one length."""
+    """Eight clips of unequal length and size, except where a family needs one length."""
     words = ["who?", "describe the video, step by step", "what happens at the door?"]
     return [
         builders.make_example(
-            NAMES, prompt=words[i % 3], seed=i, frames=8 if family == "tiny" else frames, size=SIZES[i % 4]
+            NAMES, prompt=words[i % 3], seed=i, frames=8 if family in OF_ONE_LENGTH else frames, size=SIZES[i % 4]
         )
         for i, frames in enumerate((1, 9, 2, 5, 8, 3, 1, 16))
     ]

@@ -14,7 +14,7 @@ from vidreason.datamodules.words import check_words
 from vidreason.lightning_modules.vlms.base import VLM
 
 MakeVLM = Callable[..., VLM]
-FAMILIES = ("qwen", "qwen2", "smolvlm", "tiny")
+FAMILIES = ("qwen", "qwen2", "qwen3", "glm", "smolvlm", "internvl", "onevision", "tiny")
 
 
 class Changed:
@@ -45,13 +45,15 @@ def test_a_processor_that_drops_the_video_is_refused(make_vlm: MakeVLM, family: 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kept", [0, 1])
 def test_a_prompt_with_too_few_visual_tokens_is_refused(make_vlm: MakeVLM, family: str, kept: int) -> None:
+    if family == "onevision" and kept:
+        pytest.skip("its inputs do not say how many visual tokens they need")
     vlm = make_vlm(family)
     placeholders = torch.tensor(sorted(vlm.placeholder_ids))
 
     def thinned(made: dict[str, Any]) -> dict[str, Any]:
         places = torch.isin(made["input_ids"], placeholders).nonzero()
         for _, column in places[kept:].tolist():
-            made["input_ids"][0, column] = 7
+            made["input_ids"][0, column] = 30
         return made
 
     vlm._processor = Changed(vlm.processor, thinned)

@@ -1,4 +1,4 @@
-"""Positions of Qwen2-VL and Qwen2.5-VL against the published formula, written as a loop over tokens."""
+"""Positions of families with M-RoPE against the published formula, written as a loop over tokens."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import vlm_builders as builders
-from published_positions import published_positions
+from published_positions import published_frame_positions, published_positions
 from torch import Tensor
 from vlm_builders import PROMPTS
 
@@ -47,6 +47,16 @@ def test_positions_follow_the_published_formula(make_vlm: MakeVLM, family: str, 
     assert next_positions(found).tolist() == (expected.amax(dim=(0, 2)) + 1).tolist()
 
 
+@pytest.mark.parametrize(("family", "token"), [("qwen3", "video_token_id"), ("glm", "image_token_id")])
+def test_positions_of_frames_with_times_between(make_vlm: MakeVLM, family: str, token: str) -> None:
+    vlm = make_vlm(family, max_pixels=28 * 28 * 16)
+    model = unwrap(vlm.build())
+    inputs = inputs_at(vlm, 2)
+    found = vlm.position_ids(model, inputs)
+    assert found.equal(published_frame_positions(model.config, inputs, getattr(model.config, token)))
+    assert not inputs["attention_mask"].all(), "a row is padded"
+
+
 @pytest.mark.parametrize(
     ("family", "rate", "times"),
     [
@@ -71,14 +81,14 @@ def test_times_by_hand(make_vlm: MakeVLM, family: str, rate: float, times: list[
     assert time[behind:].diff().eq(1).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3", "glm"])
 def test_a_texts_positions_do_not_change_those_of_its_prompt(make_vlm: MakeVLM, family: str) -> None:
     """The naive route appends texts, padded on the right."""
     vlm = make_vlm(family)
     model = unwrap(vlm.build())
     inputs = inputs_at(vlm, 2)
     alone = vlm.position_ids(model, inputs)
-    for name, fill in (("input_ids", 7), ("attention_mask", 1)):
+    for name, fill in (("input_ids", 30), ("attention_mask", 1)):
         inputs[name] = torch.cat([inputs[name], torch.full((3, 4), fill)], dim=1)
     inputs["attention_mask"][1, -2:] = 0
     found = vlm.position_ids(model, inputs)
