@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Task:
     """The only metadata columns that may enter a prompt."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     """Templates by kind (the keys of ``DEFAULT_TEMPLATES``); a kind that is missing uses the default."""
+    file: str = field(default="", compare=False)
+    """File that the task was read from, for error messages."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.question:
@@ -81,7 +83,7 @@ class Task:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not readable as YAML: {error}") from error
         try:
-            return _task_from(content)
+            return replace(_task_from(content), file=str(file))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, GenerationConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, GenerationConfig
 from transformers.utils.hub import cached_file
 
 from vidreason.datamodules.types import Encoded, EncodedPrompts, Example
+from vidreason.datamodules.words import REMEDY, any_token
 from vidreason.lightning_modules.vlms.loading import building
 from vidreason.lightning_modules.vlms.text import chat
 from vidreason.lightning_modules.vlms.text.context import check_context_length, longest_texts, max_position_embeddings
+from vidreason.lightning_modules.vlms.text.prompts import check_video_arrived, encode_prompt, extended, join_prompts
 
 VISUAL_TOKEN = re.compile(r"image|img|video|vision|audio|<row_\d+_col_\d+>", re.IGNORECASE)
 
@@ -34,8 +38,18 @@ class ClipEncoder:
         self.video_options()  # raises here, not in a worker, if the family does not support max_pixels
         self._processor: Any = None
 
-    def video_options(self) -> dict[str, Any]:
-        """Returns the keyword arguments of the processor call that apply ``max_pixels``.
+    end_of_turn: str | None = None
+    """The tokens that end an assistant's turn, for families whose template leaves them out, or renders the turn
+    differently from the generation prompt; None reads them from the template."""
+
+    frame_multiple = 1
+    """Clips are extended by their last frame to a multiple of this number of frames."""
+
+    def video_options(self, frames: int = 1) -> dict[str, Any]:
+        """Returns the keyword arguments of the processor call that apply ``max_pixels`` to each frame of a clip.
+
+        Args:
+            frames: Number of frames of the clip.
 
         Raises:
             ValueError: If the processor of the family has no such limit.
@@ -46,6 +60,29 @@ class ClipEncoder:
                 "set data.init_args.frames.max_pixels"
             )
         return {}
+
+    def visual_tokens(self, inputs: Mapping[str, Tensor]) -> int | None:
+        """Returns the number of visual tokens that the pixels of one prompt need; None if the inputs do not say."""
+        grid = inputs.get("video_grid_thw")
+        return None if grid is None else int(grid.prod(-1).sum()) // int(self.processor.video_processor.merge_size) ** 2
+
+    def join_visual(self, name: str, values: Sequence[Tensor]) -> Tensor:
+        """Joins an input that has no entry per token, such as pixels or grids.
+
+        Args:
+            name: Name of the input.
+            values: Tensors of one prompt each.
+
+        Raises:
+            ValueError: If the tensors cannot be concatenated.
+        """
+        shapes = sorted({tuple(value.shape[1:]) for value in values})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{type(self).__name__} needs clips of one length in a batch, got {name} of shapes "
+                f"{' and '.join(map(str, shapes))}: set data.init_args.frames.sampling to uniform"
+            )
+        return torch.cat(list(values))
 
     @property
     def processor(self) -> Any:
@@ -64,13 +101,13 @@ class ClipEncoder:
 
     def __getstate__(self) -> dict[str, object]:
         """Drops the processor and what was derived from it, so that each worker loads its own."""
-        cached = {"chat_frame", "stop_ids", "suppressed_ids", "vision_cache"}
+        cached = {"chat_frame", "stop_ids", "suppressed_ids", "special_tokens", "placeholder_ids", "vision_cache"}
         return {k: v for k, v in self.__dict__.items() if k not in cached} | {"_processor": None}
 
     @cached_property
     def chat_frame(self) -> chat.ChatFrame:
         """The tokens of the chat template around the words of user and assistant."""
-        return chat.chat_frame(self.processor, self._model_stop_ids())
+        return chat.chat_frame(self.processor, self._model_stop_ids(), self.end_of_turn)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -96,16 +133,32 @@ class ClipEncoder:
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset(i for i, t in added if t.special and VISUAL_TOKEN.search(t.content)) - self.stop_ids
 
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """The special tokens of tokenizer and processor; they must not occur in the words of a prompt."""
+        marks = {v for k, v in vars(self.processor).items() if k.endswith("_token") and isinstance(v, str)}
+        return frozenset(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special) | marks
+
+    @cached_property
+    def placeholder_ids(self) -> frozenset[int]:
+        """The tokens that stand for parts of a video in a prompt."""
+        with building.readable(self.path):
+            config = AutoConfig.from_pretrained(self.path)
+        names = ("video_token_id", "image_token_id", "video_token_index", "image_token_index")
+        return frozenset(getattr(config, name) for name in names if hasattr(config, name)) or self.suppressed_ids
+
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Encodes B clips with their prompts and texts as one batch; called in data workers.
 
         Raises:
-            ValueError: If open and closed prompts are mixed, a text cannot follow its parent, or a clip's prompt and
-                texts are longer than the model's context.
+            ValueError: If open and closed prompts are mixed, a prompt contains a special token, the model would not
+                see a video, a text cannot follow its parent, or a clip's prompt and texts are longer than the model's
+                context.
         """
         if len({example.prompt.open for example in examples}) != 1:
             raise ValueError(f"a batch needs prompts that are all open or all closed, got {len(examples)} examples")
-        inputs = chat.encode_prompts(self.processor, examples, self.video_options())
+        alone = [self._encode_prompt(example) for example in examples]
+        inputs = join_prompts(alone, chat.pad_id(self.processor), self.join_visual)
         frame, is_open = self.chat_frame, examples[0].prompt.open
         turn_end = chat.tokens(self.processor, frame.turn_end) if is_open else []
         videos = tuple(example.sample.identity for example in examples)
@@ -114,3 +167,15 @@ class ClipEncoder:
         names, behind = [example.sample.video_id for example in examples], longest_texts(texts, len(examples))
         check_context_length(names, prompts, behind, self.context_length, "the longest text behind it")
         return Encoded(prompts, texts)
+
+    def _encode_prompt(self, example: Example) -> dict[str, Tensor]:
+        clip = example.sample.video_id
+        if found := any_token(self.special_tokens).search(example.prompt.text):
+            raise ValueError(
+                f"clip {clip}: the prompt contains {found[0]}, a special token of the model: {REMEDY}, in the task "
+                "file or in a column of metadata_fields"
+            )
+        example = replace(example, sample=extended(example.sample, self.frame_multiple))
+        inputs = encode_prompt(self.processor, example, self.video_options(len(example.sample.frames)))
+        check_video_arrived(clip, inputs, self.placeholder_ids, self.visual_tokens)
+        return inputs

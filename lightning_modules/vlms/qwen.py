@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.rotary import video_positions
 
 
 class QwenVL(VLM):
     """Qwen2.5-VL or Qwen2-VL, depending on the checkpoint; ``max_pixels`` is the limit of one frame."""
 
     vision_modules = ("model.visual",)
+    _reported = False
 
-    def video_options(self) -> dict[str, Any]:
+    def video_options(self, frames: int = 1) -> dict[str, Any]:
         """Returns the pixel limits of a frame and disables the processor's limit over the whole video."""
         options: dict[str, Any] = {"cap_pixels_per_frame": False}
         if self.max_pixels is not None:
@@ -27,9 +30,25 @@ class QwenVL(VLM):
 
     def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         """Returns positions [3, B, P] of time, height and width (M-RoPE); text continues after the largest of them."""
-        names = ("input_ids", "mm_token_type_ids", "video_grid_thw", "second_per_grid_ts", "attention_mask")
-        positions: Tensor = model.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
-        return positions
+        vision, grids = model.config.vision_config, inputs["video_grid_thw"]
+        # Qwen2-VL has no such rate: its positions count steps, not seconds.
+        rate: float | None = getattr(vision, "tokens_per_second", None)
+        seconds = None
+        if rate is not None:
+            seconds = inputs["second_per_grid_ts"].float()
+            self._report_shared_times(seconds * rate, grids[:, 0])
+        video = inputs["input_ids"] == model.config.video_token_id
+        mask = inputs["attention_mask"].bool()
+        return video_positions(video, mask, grids, vision.spatial_merge_size, seconds, rate or 1)
+
+    def _report_shared_times(self, positions_per_step: Tensor, steps: Tensor) -> None:
+        if self._reported or not bool(((positions_per_step < 1) & (steps > 1)).any()):
+            return
+        self._reported = True
+        rank_zero_info(
+            "frames of some clips are so close in time that several share a position, as in the training of this "
+            "model; sampling at fewer frames per second avoids it"
+        )
 
     def text_position_ids(self, positions: Tensor) -> Tensor:
         """Returns positions [3, n, L]; the three axes are equal for text."""

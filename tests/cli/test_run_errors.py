@@ -28,6 +28,12 @@ def no_room_for_completions():
     return stage("generate", "--model.init_args.traces", "{samples: 1, sampling: {max_new_tokens: 3000}}")
 
 
+def special_token_in_a_question():
+    task = {"name": "t", "question": "who? <|end|>", "classes": ["a", "b"]}
+    Path("task.yaml").write_text(yaml.safe_dump(task))
+    return [*FIT, "--data.init_args.task", "task.yaml"]
+
+
 def adapter_of_another_base():
     trained("a", *LORA)
     shutil.copytree(embedded_folder(), "other")
@@ -203,6 +209,7 @@ def no_such_file():
 MISTAKES = {
     prompt_too_long: "clip …: its prompt",
     no_room_for_completions: "clip …: its prompt",
+    special_token_in_a_question: "…: '…' contains",
     adapter_of_another_base: "adapter_path: … was trained on another base",
     adapter_of_another_size: "the adapter in … has r",
     adapter_without_lora: "adapter_path: … is a LoRA adapter",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.vlms.prefix.head import Answer, Scored, Scoring, forward, scores_of
-from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout, next_positions, unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout, cache_keyword, next_positions, unwrap
 from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, plan_texts, targets
 
 
@@ -60,7 +60,7 @@ def prefill(layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, ans
     inputs = prompts.inputs
     positions = layout.position_ids(unwrap(model), inputs)
     out = forward(model, answer, **inputs, position_ids=positions, use_cache=True)
-    return out.logits, Prefix(out.past_key_values, inputs["attention_mask"].long(), next_positions(positions))
+    return out.logits, Prefix(out[cache_keyword(model)], inputs["attention_mask"].long(), next_positions(positions))
 
 
 def extend(
@@ -87,8 +87,8 @@ def extend(
         input_ids=ids,
         attention_mask=full,
         position_ids=layout.text_position_ids(prefix.start[:, None] + steps),
-        past_key_values=prefix.cache,
         use_cache=True,
+        **{cache_keyword(model): prefix.cache},
     )
     # ``forward`` puts the answer in the place of the logits.
     return out.logits, Prefix(prefix.cache, full, prefix.start + mask.sum(dim=1))

@@ -6,6 +6,8 @@ Letters: B prompts, P prompt tokens, n rows, L tokens of a row, A rotary axes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from inspect import signature
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -38,6 +40,16 @@ def unwrap(model: Any) -> Any:
 def text_config(model: nn.Module) -> Any:
     """Returns the configuration of the decoder."""
     return unwrap(model).config.get_text_config()
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """Returns the name of the argument and output for keys and values: ``cache`` from transformers 5.24 on."""
+    return _cache_keyword(type(unwrap(model).get_decoder()))
+
+
+@cache
+def _cache_keyword(decoder: type[nn.Module]) -> str:
+    return "cache" if "cache" in signature(decoder.forward).parameters else "past_key_values"
 
 
 def would_checkpoint(model: nn.Module) -> bool:

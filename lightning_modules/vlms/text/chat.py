@@ -1,4 +1,4 @@
-"""Encodes clips, prompts and texts as tensors with any chat template.
+"""Renders prompts and encodes texts with any chat template.
 
 To find the tokens before and after the words of user and assistant, the template is rendered around a sentinel; no
 particular template is assumed.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.video_utils import VideoMetadata
 
 from vidreason.datamodules.types import Example, Prompt, Text, TextBatch
 from vidreason.rewards.completion import THINK_CLOSE, THINK_OPEN, answer_start
@@ -73,7 +72,7 @@ def _spelt(processor: Any, words: str) -> Any:
     return processor.tokenizer(words, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
 
 
-def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
+def chat_frame(processor: Any, stop_ids: Collection[int], end_of_turn: str | None = None) -> ChatFrame:
     """Returns the tokens of the processor's chat template around the words of user and assistant.
 
     The assistant's words always follow the generation prompt, which is what the model sees when it is asked, also if
@@ -83,6 +82,7 @@ def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
     Args:
         processor: A processor with a chat template.
         stop_ids: Stop tokens of the model's generation config and tokenizer.
+        end_of_turn: End of the assistant's turn; None reads it from the template.
 
     Raises:
         ValueError: If the template begins an assistant's turn differently from the generation prompt, or no token ends
@@ -90,6 +90,8 @@ def chat_frame(processor: Any, stop_ids: Collection[int]) -> ChatFrame:
     """
     # Two sentinels for the assistant tell its words from the user's.
     opened = render(processor, SENTINEL)
+    if end_of_turn is not None:
+        return ChatFrame(opened.partition(SENTINEL)[2], "", tuple(tokens(processor, end_of_turn)))
     whole = render(processor, SENTINEL, assistant=SENTINEL * 2)
     before, _, after = whole.partition(SENTINEL * 2)
     longer, shorter = "".join(opened.split()), "".join(before.split())
@@ -128,31 +130,6 @@ def prompt_text(processor: Any, prompt: Prompt) -> str:
     if not prompt.open:
         return render(processor, prompt.text)
     return render(processor, prompt.text + SENTINEL).partition(SENTINEL)[0]
-
-
-def encode_prompts(processor: Any, examples: Sequence[Example], options: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns the processor's tensors for the prompts of all examples, left-padded."""
-    samples = [example.sample for example in examples]
-    metadata = [
-        VideoMetadata(
-            total_num_frames=sample.timing.total_frames,
-            fps=sample.timing.fps,
-            duration=sample.timing.duration,
-            frames_indices=list(sample.timing.indices),
-        )
-        for sample in samples
-    ]
-    made = processor(
-        text=[prompt_text(processor, example.prompt) for example in examples],
-        videos=[sample.frames for sample in samples],
-        video_metadata=metadata,
-        do_sample_frames=False,
-        padding=True,
-        add_special_tokens=False,
-        return_tensors="pt",
-        **options,
-    )
-    return {name: torch.as_tensor(value) for name, value in made.items() if name != "video_metadata"}
 
 
 def encode_texts(processor: Any, frame: ChatFrame, examples: Sequence[Example], banned: frozenset[int]) -> TextBatch:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import PILImageResampling
 from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import make_batched_videos
 
 PAD, END, USER, ASSISTANT, VIDEO = SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|video|>")
 VOCABULARY = 768
@@ -74,7 +75,7 @@ class TinyVLMProcessor(ProcessorMixin):
 
         Args:
             text: One or several texts with one ``<|video|>`` each, if there are videos.
-            videos: Uint8 frames [T, 3, H, W] per video, all of the same T.
+            videos: Uint8 frames [T, 3, H, W] per video, all of the same T; also as one list of videos per text.
             padding: Whether to pad the token rows to one length, on the left.
             return_tensors: Type of the returned tensors, ``pt`` for torch.
             add_special_tokens: Passed to the tokenizer, which adds none.
@@ -86,6 +87,7 @@ class TinyVLMProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         data: dict[str, Any] = {}
         if videos is not None:
+            videos = make_batched_videos(videos)
             counts = {len(video) for video in videos}
             if len(counts) > 1:
                 raise ValueError(

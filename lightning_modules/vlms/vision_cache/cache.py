@@ -164,12 +164,12 @@ class VisionCache:
         self, compute: Callable[..., Any], layout: PromptLayout, prompts: EncodedPrompts, keys: Sequence[str]
     ) -> Callable[..., Any]:
         """Returns the family's function ``compute`` with a look-up in the cache before it."""
-        shape = signature(compute)
+        names = list(signature(compute).parameters)
+        place = prompts.inputs["input_ids"].device
 
         def features(*args: Any, **kwargs: Any) -> Any:
-            call = shape.bind(*args, **kwargs)
-            given = {name: value for name, value in call.arguments.items() if name in prompts.inputs}
-            given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+            call = dict(zip(names, args, strict=False)) | kwargs
+            given = {name: call[name] for name in prompts.inputs if isinstance(call.get(name), Tensor)}
             if not any(name.startswith("pixel") for name in given):
                 return compute(*args, **kwargs)  # one of the two functions calls the other
             entries: dict[str, Entry] = {}
@@ -177,11 +177,12 @@ class VisionCache:
                 self._lookups += 1
                 entry = entries.get(key) or self._find(key)
                 if entry is None:
-                    one = layout.repeat_prompts(given, torch.tensor([i], device=prompts.inputs["input_ids"].device))
-                    call.arguments.update(one)
-                    # One video at a time: kernels may round differently in another batch.
+                    # All inputs of the prompt: pixels alone may not tell how many frames belong to which prompt.
+                    one = layout.repeat_prompts(prompts.inputs, torch.tensor([i], device=place))
+                    # By name, since decorators of transformers add keywords. One video at a time, since kernels may
+                    # round differently in another batch.
                     with torch.no_grad():
-                        entry = flatten(compute(*call.args, **call.kwargs))
+                        entry = flatten(compute(**{**call, **{name: one[name] for name in given}}))
                     self._keep(key, entry)
                 else:
                     self._hits += 1

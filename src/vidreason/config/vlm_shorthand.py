@@ -21,6 +21,10 @@ from vidreason.config.files import find_config, shipped_folder
 SECTIONS: Mapping[str, str] = {
     "qwen2_5_vl": "vlm/qwen2_5_vl_3b.yaml",
     "qwen2_vl": "vlm/qwen2_5_vl_3b.yaml",
+    "qwen3_vl": "vlm/qwen3_vl_4b.yaml",
+    "glm4v": "vlm/glm4_1v_9b.yaml",
+    "internvl": "vlm/internvl3_2b.yaml",
+    "llava_onevision": "vlm/llava_onevision_7b.yaml",
     "smolvlm": "vlm/smolvlm2_500m.yaml",
     "vidreason_tiny_vlm": "vlm/tiny.yaml",
 }

@@ -4,14 +4,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import family_builders as others
 import pytest
 import vlm_builders as builders
 
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.internvl import InternVL
+from vidreason.lightning_modules.vlms.llava_onevision import LlavaOnevision
 from vidreason.lightning_modules.vlms.qwen import QwenVL
+from vidreason.lightning_modules.vlms.qwen3 import GLM4V, Qwen3VL
 from vidreason.lightning_modules.vlms.smolvlm import SmolVLM
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
+CLASSES: dict[str, type[VLM]] = {
+    "qwen": QwenVL,
+    "qwen2": QwenVL,
+    "smolvlm": SmolVLM,
+    "tiny": TinyVLM,
+    "qwen3": Qwen3VL,
+    "glm": GLM4V,
+    "internvl": InternVL,
+    "onevision": LlavaOnevision,
+}
 FAMILIES = ("qwen", "smolvlm")
 
 
@@ -23,14 +37,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen2": builders.write_qwen(folder / "qwen2", two=True),
         "smolvlm": builders.write_smolvlm(folder / "smolvlm"),
         "tiny": builders.write_tiny(folder / "tiny"),
+        "qwen3": others.write_qwen3(folder / "qwen3"),
+        "glm": others.write_glm(folder / "glm"),
+        "internvl": others.write_internvl(folder / "internvl"),
+        "onevision": others.write_llava_onevision(folder / "onevision"),
     }
 
 
 @pytest.fixture(scope="session")
 def make_vlm(checkpoints: dict[str, Path]) -> Callable[..., VLM]:
     def make(family: str, **options: Any) -> VLM:
-        cls = {"smolvlm": SmolVLM, "tiny": TinyVLM}.get(family, QwenVL)
-        return cls(str(checkpoints[family]), **options)
+        return CLASSES[family](str(checkpoints[family]), **options)
 
     return make
 

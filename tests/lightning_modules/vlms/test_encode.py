@@ -109,6 +109,16 @@ def test_timing_and_pixels_reach_the_model(make_vlm: MakeVLM) -> None:
         make_vlm("smolvlm", max_pixels=100)
 
 
+@pytest.mark.parametrize("family", ["qwen", "qwen2", "qwen3", "glm"])
+def test_max_pixels_is_the_limit_of_one_frame(make_vlm: MakeVLM, family: str) -> None:
+    """480 x 640 divided by sqrt(480 * 640 / 200704), rounded down to multiples of 28: 364 x 504."""
+    vlm = make_vlm(family, max_pixels=200704)
+    inputs = vlm.encode([builders.make_example(frames=n, size=(480, 640), seed=n) for n in (1, 3, 16)]).prompts.inputs
+    assert inputs["video_grid_thw"].tolist() == [[1, 26, 36], [2, 26, 36], [8, 26, 36]]
+    visual = torch.isin(inputs["input_ids"], torch.tensor(sorted(vlm.placeholder_ids))).sum(1)
+    assert visual.tolist() == [13 * 18 * steps for steps in (1, 2, 8)]
+
+
 def test_clips_of_many_sizes_in_a_batch(make_vlm: MakeVLM) -> None:
     vlm = make_vlm("qwen")
     examples = [

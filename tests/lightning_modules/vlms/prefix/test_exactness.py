@@ -34,6 +34,17 @@ PAIRS = [
     (family, trained, MODES[(f + t) % 3], CHUNKS[f == t])
     for (f, family), (t, trained) in itertools.product(enumerate(FAMILIES), enumerate(TRAINED))
 ]
+# families that differ in what goes in and in positions, and share their decoder's layers with the ones above
+PAIRS += [
+    ("qwen3", "lora", MODES[2], None),
+    ("qwen3", "full", MODES[0], 2),
+    ("glm", "lora", MODES[0], 2),
+    ("glm", "full", MODES[1], None),
+    ("internvl", "lora", MODES[1], 2),
+    ("internvl", "full", MODES[0], None),
+    ("onevision", "lora", MODES[0], None),
+    ("onevision", "full", MODES[2], 2),
+]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in PAIRS]
 
 

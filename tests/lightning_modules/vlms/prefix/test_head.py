@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import vlm_builders as builders
+from published_positions import position_ids
 from torch import Tensor, nn
 from vlm_builders import make_prompts, make_texts
 
@@ -69,7 +70,7 @@ def own_logprobs(vlm: VLM, model: nn.Module, texts: TextBatch, row: int) -> Tens
     alone["attention_mask"] = torch.ones_like(alone["input_ids"])
     if "mm_token_type_ids" in alone:
         alone["mm_token_type_ids"] = torch.cat([alone["mm_token_type_ids"], torch.zeros_like(tail)], 1)
-    logits = model(**alone).logits[0, start - 1 : -1].float()
+    logits = model(**alone, position_ids=position_ids(model, alone)).logits[0, start - 1 : -1].float()
     logits[:, sorted(vlm.suppressed_ids)] = -torch.inf
     return logits.log_softmax(-1).gather(-1, tail[0, :, None])[:, 0]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import vlm_builders as builders
 from comparing import norm_of, relative_gap
+from published_positions import position_ids
 from vlm_builders import FAN, PROMPTS, TREE, gradients, make_prompts, make_texts
 
 from vidreason.lightning_modules.vlms.base import VLM
@@ -45,7 +46,7 @@ def test_shared_equals_naive(make_vlm: MakeVLM, route: str, family: str, options
 
 @pytest.mark.parametrize("route", ["expand", "packed"])
 def test_scores_equal_transformers_own_forward(make_vlm: MakeVLM, family: str, route: Any) -> None:
-    """Every row alone, without padding, cache or explicit positions; the model works out its own."""
+    """Every row alone, without padding or cache, at positions that are not ours."""
     vlm = make_vlm(family, route=route)
     model = vlm.build()
     prompts, texts = make_prompts(vlm), make_texts(vlm, FAN)
@@ -60,7 +61,7 @@ def test_scores_equal_transformers_own_forward(make_vlm: MakeVLM, family: str, r
             if "mm_token_type_ids" in alone:
                 kinds = alone["mm_token_type_ids"]
                 alone["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(tail)], 1)
-            logits = model(**alone).logits[0, start - 1 : -1].float() / 0.7
+            logits = model(**alone, position_ids=position_ids(model, alone)).logits[0, start - 1 : -1].float() / 0.7
             logits[:, sorted(vlm.suppressed_ids)] = -torch.inf
             theirs = logits.log_softmax(-1).gather(-1, tail[0, :, None])[:, 0]
             counted = texts.loss_mask[row, :length]

@@ -138,7 +138,7 @@ def test_refusals(make_tiny: MakeTiny) -> None:
 def test_the_processor_refuses_what_does_not_fit(make_tiny: MakeTiny) -> None:
     vlm = make_tiny()
     examples = [builders.make_example(frames=frames, size=(64, 96)) for frames in (4, 8)]
-    with pytest.raises(ValueError, match=r"one length in a batch, got \[4, 8\]"):
+    with pytest.raises(ValueError, match=r"one length in a batch, got .*\(4, 3, 64, 96\) and \(8, "):
         vlm.encode(examples)
     frames = torch.zeros(4, 3, 64, 96, dtype=torch.uint8)
     with pytest.raises(ValueError, match="1 videos do not match"):

@@ -19,7 +19,7 @@ from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptio
 from vidreason.lightning_modules.vlms.vision_cache.embedding_store import EmbeddingStore
 
 MakeVLM = Callable[..., VLM]
-FAMILIES = ("tiny", "qwen", "smolvlm")
+FAMILIES = ("tiny", "qwen", "smolvlm", "internvl", "onevision", "qwen3")
 
 
 def logprobs_and_gradient(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: TextBatch) -> list[Tensor]:

@@ -1,0 +1,55 @@
+"""Qwen3-VL and GLM-4.1V: a video is a sequence of images with their times as text, in three rotary axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vidreason.lightning_modules.vlms.qwen import QwenVL
+from vidreason.lightning_modules.vlms.rotary import frame_positions
+
+
+class Qwen3VL(QwenVL):
+    """Qwen3-VL; ``max_pixels`` is the limit of one frame."""
+
+    frame_multiple = 2
+    """The processor counts frames in pairs for its limit, and refuses a single frame."""
+    least_pixels = 128 * 32 * 32
+    """The processor's least number of pixels of a whole video."""
+
+    def video_options(self, frames: int = 1) -> dict[str, Any]:
+        """Returns the limit of all frames together, which is what the processor takes."""
+        options: dict[str, Any] = {"cap_pixels_per_frame": False}
+        return options | self._limit(frames)
+
+    def _limit(self, frames: int) -> dict[str, Any]:
+        if self.max_pixels is None:
+            return {}
+        most = self.max_pixels * frames
+        return {"size": {"shortest_edge": min(self.least_pixels, most), "longest_edge": most}}
+
+    def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Returns positions [3, B, P]; each pair of frames stands behind the text with its time."""
+        visual = inputs["input_ids"] == self._visual_token(model.config)
+        mask = inputs["attention_mask"].bool()
+        return frame_positions(visual, mask, inputs["video_grid_thw"], model.config.vision_config.spatial_merge_size)
+
+    def _visual_token(self, config: Any) -> int:
+        return int(config.video_token_id)
+
+
+class GLM4V(Qwen3VL):
+    """GLM-4.1V; ``max_pixels`` is the limit of one frame."""
+
+    end_of_turn = "<|user|>"  # its template leaves the end out: the next turn begins
+    least_pixels = 112 * 112
+
+    def video_options(self, frames: int = 1) -> dict[str, Any]:
+        """Returns the limit of all frames together, which is what the processor takes."""
+        return self._limit(frames)
+
+    def _visual_token(self, config: Any) -> int:
+        return int(config.image_token_id)

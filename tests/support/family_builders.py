@@ -1,0 +1,204 @@
+"""Tiny checkpoints of families that are not built in ``vlm_builders``, in the hub's format, with its chat templates."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    Glm4vConfig,
+    Glm4vImageProcessor,
+    Glm4vProcessor,
+    Glm4vVideoProcessor,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+from vlm_builders import DECODER, QWEN_TEMPLATE, byte_tokenizer, write_checkpoint
+
+QWEN_TURNS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, *tokens: str) -> list[int]:
+    return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+
+
+def _frames_template(video: str) -> str:
+    return QWEN_TEMPLATE.replace("<|vision_start|><|video_pad|><|vision_end|>", video)
+
+
+def write_qwen3(folder: Path, seed: int = 0) -> Path:
+    """A Qwen3-VL with DeepStack; its processor writes the times of the frames."""
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = byte_tokenizer(
+        [*QWEN_TURNS, *marks], "<|im_end|>", "<|endoftext|>", image_token="<|image_pad|>", video_token="<|video_pad|>"
+    )
+    start, stop, image, video = _ids(tokenizer, *marks)
+    end, pad = _ids(tokenizer, "<|im_end|>", "<|endoftext|>")
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0, "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={**DECODER, "head_dim": 16, "rope_parameters": rope, "eos_token_id": end, "pad_token_id": pad},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "deepstack_visual_indexes": [0, 1],
+            "num_position_embeddings": 64,
+            "patch_size": 14,
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=stop,
+        tie_word_embeddings=False,
+    )
+    sizes: dict[str, Any] = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
+        video_processor=Qwen3VLVideoProcessor(
+            **sizes, size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}, cap_pixels_per_frame=False
+        ),
+        tokenizer=tokenizer,
+        chat_template=_frames_template("<|video_pad|>"),
+    )
+    return write_checkpoint(folder, config, processor, seed, end, pad)
+
+
+def write_glm(folder: Path, seed: int = 0) -> Path:
+    """A GLM-4.1V; its template does not end turns."""
+    turns = ["<|endoftext|>", "<|user|>", "<|assistant|>"]
+    marks = [
+        "<|begin_of_image|>",
+        "<|end_of_image|>",
+        "<|begin_of_video|>",
+        "<|end_of_video|>",
+        "<|image|>",
+        "<|video|>",
+    ]
+    tokenizer = byte_tokenizer(
+        [*turns, *marks], "<|endoftext|>", "<|endoftext|>", image_token="<|image|>", video_token="<|video|>"
+    )
+    pad, end = _ids(tokenizer, "<|endoftext|>", "<|user|>")
+    image_start, image_end, video_start, video_end, image, video = _ids(tokenizer, *marks)
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    config = Glm4vConfig(
+        text_config={**DECODER, "rope_parameters": rope, "eos_token_id": [pad, end], "pad_token_id": pad},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "image_size": 112,
+            "patch_size": 14,
+        },
+        image_token_id=image,
+        video_token_id=video,
+        image_start_token_id=image_start,
+        image_end_token_id=image_end,
+        video_start_token_id=video_start,
+        video_end_token_id=video_end,
+        tie_word_embeddings=False,
+    )
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{% for c in m['content'] %}{% if c['type'] == 'video' %}"
+        "<|begin_of_video|><|video|><|end_of_video|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    processor = Glm4vProcessor(
+        image_processor=Glm4vImageProcessor(),
+        video_processor=Glm4vVideoProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}),
+        tokenizer=tokenizer,
+        chat_template=template,
+    )
+    return write_checkpoint(folder, config, processor, seed, end, pad)
+
+
+def write_internvl(folder: Path, seed: int = 0) -> Path:
+    """An InternVL whose frames are squared to 56 pixels, 4 tokens each."""
+    marks = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    tokenizer = byte_tokenizer([*QWEN_TURNS, *marks.values()], "<|im_end|>", "<|endoftext|>", **marks)
+    end, pad, image = _ids(tokenizer, "<|im_end|>", "<|endoftext|>", "<IMG_CONTEXT>")
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", **DECODER, "eos_token_id": end, "pad_token_id": pad},
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": [56, 56],
+            "patch_size": [14, 14],
+        },
+        image_token_id=image,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    size = {"height": 56, "width": 56}
+    processor = InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=size),
+        video_processor=InternVLVideoProcessor(size=size),
+        tokenizer=tokenizer,
+        image_seq_length=4,
+        chat_template=_frames_template("<video>\n"),
+    )
+    return write_checkpoint(folder, config, processor, seed, end, pad)
+
+
+def write_llava_onevision(folder: Path, seed: int = 0) -> Path:
+    """A LLaVA-OneVision whose frames are squared to 56 pixels, 4 tokens each, with the hub's chat template."""
+    tokenizer = byte_tokenizer(
+        [*QWEN_TURNS, "<image>", "<video>"],
+        "<|im_end|>",
+        "<|endoftext|>",
+        image_token="<image>",
+        video_token="<video>",
+    )
+    end, pad, image, video = _ids(tokenizer, "<|im_end|>", "<|endoftext|>", "<image>", "<video>")
+    config = LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **DECODER, "eos_token_id": end, "pad_token_id": pad},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 56,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] %}{% if c['type'] == 'video' %}"
+        "<video>{% endif %}{% endfor %}{% for c in m['content'] %}{% if c['type'] == 'text' %}\n{{ c['text'] }}"
+        "{% endif %}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    size = {"height": 56, "width": 56}
+    processor = LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size),
+        video_processor=LlavaOnevisionVideoProcessor(size=size),
+        tokenizer=tokenizer,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=template,
+    )
+    return write_checkpoint(folder, config, processor, seed, end, pad)
