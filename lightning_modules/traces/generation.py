@@ -85,6 +85,8 @@ class TraceGenerator:
         """The header of trace files that this generator writes."""
         counts = {"samples": self.options.samples, "seed": self.seed}
         sampling: dict[str, object] = {**asdict(self.options.sampling), **counts}
+        if self.vlm.chat_template_kwargs:  # They change the prompt, of which ``prompt_sha`` covers the words only.
+            sampling["chat_template_kwargs"] = self.vlm.chat_template_kwargs
         return TraceHeader(False, self.vlm.base_sha(), self.adapter_sha, self.view.sha(), self.task_sha, sampling)
 
     def records(self, model: nn.Module, batch: VideoBatch, label_names: Sequence[str]) -> list[TraceRecord]:

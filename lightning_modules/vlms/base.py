@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -74,7 +74,6 @@ class VLM(ClipEncoder, ABC):
         dtype: Dtype of the base's weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
         attn_implementation: Name of the attention in transformers, for example ``sdpa``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more compute.
-        max_pixels: Largest number of pixels of a frame, for families whose processor has such a limit.
         route: ``expand`` runs each prompt once and shares its keys and values with the texts; ``packed`` runs prompts
             and texts in one row; ``naive`` repeats the prompt for each text. ``auto`` packs if layers are recomputed or
             sharded, and where possible for long texts and texts that continue texts; otherwise it expands.
@@ -94,11 +93,11 @@ class VLM(ClipEncoder, ABC):
         dtype: Literal["float32", "bfloat16", "auto"] = "auto",
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
-        max_pixels: int | None = None,
         route: Literal["auto", "expand", "packed", "naive"] = "auto",
         completion_chunk: int | None = None,
         text_memory_gb: float | None = None,
         vision_cache: VisionCacheOptions | None = IN_MEMORY,
+        **kwargs: Any,
     ) -> None:
         if quantize != "none" and lora is None:
             raise ValueError("vlm.quantize: nf4 weights cannot be trained themselves; set vlm.lora")
@@ -106,7 +105,7 @@ class VLM(ClipEncoder, ABC):
             raise ValueError(f"vlm.completion_chunk must be at least 1 or null, got {completion_chunk}")
         if text_memory_gb is not None and not text_memory_gb > 0:
             raise ValueError(f"vlm.text_memory_gb must be positive or null, got {text_memory_gb}")
-        super().__init__(path, max_pixels)
+        super().__init__(path, **kwargs)
         self.lora = lora
         self.quantize = quantize
         self.freeze_vision = freeze_vision

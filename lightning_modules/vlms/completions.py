@@ -151,8 +151,15 @@ def generate_completions(
         The B·G completions, on the model's device.
 
     Raises:
-        ValueError: If a prompt and ``sampling.max_new_tokens`` exceed the model's context.
+        ValueError: If a prompt and ``sampling.max_new_tokens`` exceed the model's context, or the chat template begins
+            with the reasoning, but the form does not.
     """
+    if vlm.chat_frame.reasoning_start and form.mode != "think":
+        raise ValueError(
+            f"completion.mode is {form.mode}, but the chat template of {vlm.path} opens <think> itself: set "
+            "completion.mode to think, or vlm.chat_template_kwargs to what turns it off, for example "
+            "{enable_thinking: false}"
+        )
     names, room = [clip.video_id for clip in clips], [sampling.max_new_tokens] * len(clips)
     check_context_length(names, prompts, room, vlm.context_length, "max_new_tokens asks for")
     seeds = [[completion_seed(seed, step, clip.video_id, g) for g in range(group_size)] for clip in clips]

@@ -30,20 +30,22 @@ class ClipEncoder:
     Args:
         path: Folder of a model in the hub's format, or a hub id.
         max_pixels: Largest number of pixels of a frame, for families whose processor has such a limit.
+        chat_template_kwargs: Arguments of the chat template, for example ``enable_thinking: false``.
     """
 
-    def __init__(self, path: str, max_pixels: int | None) -> None:
-        self.path = path
-        self.max_pixels = max_pixels
-        self.video_options()  # raises here, not in a worker, if the family does not support max_pixels
-        self._processor: Any = None
-
     end_of_turn: str | None = None
-    """The tokens that end an assistant's turn, for families whose template leaves them out, or renders the turn
-    differently from the generation prompt; None reads them from the template."""
-
+    """What ends an assistant's turn, for families whose template leaves it out; None reads it from the template."""
     frame_multiple = 1
     """Clips are extended by their last frame to a multiple of this number of frames."""
+
+    def __init__(
+        self, path: str, max_pixels: int | None = None, chat_template_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        self.path = path
+        self.max_pixels = max_pixels
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.video_options()  # raises here, not in a worker, if the family does not support max_pixels
+        self._processor: Any = None
 
     def video_options(self, frames: int = 1) -> dict[str, Any]:
         """Returns the keyword arguments of the processor call that apply ``max_pixels`` to each frame of a clip.
@@ -107,7 +109,7 @@ class ClipEncoder:
     @cached_property
     def chat_frame(self) -> chat.ChatFrame:
         """The tokens of the chat template around the words of user and assistant."""
-        return chat.chat_frame(self.processor, self._model_stop_ids(), self.end_of_turn)
+        return chat.chat_frame(self.processor, self._model_stop_ids(), self.end_of_turn, self.chat_template_kwargs)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -176,6 +178,7 @@ class ClipEncoder:
                 "file or in a column of metadata_fields"
             )
         example = replace(example, sample=extended(example.sample, self.frame_multiple))
-        inputs = encode_prompt(self.processor, example, self.video_options(len(example.sample.frames)))
+        text = chat.prompt_text(self.processor, example.prompt, self.chat_template_kwargs)
+        inputs = encode_prompt(self.processor, text, example.sample, self.video_options(len(example.sample.frames)))
         check_video_arrived(clip, inputs, self.placeholder_ids, self.visual_tokens)
         return inputs

@@ -9,8 +9,6 @@ class LlavaOnevision(VLM):
     """LLaVA-OneVision."""
 
     vision_modules = ("model.vision_tower",)
-    # Its template begins an assistant's turn with "assistant ", but the generation prompt with "assistant\n".
-    end_of_turn = "<|im_end|>"
 
     @property
     def unquantised(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,21 @@ class _Row:
     parent: int
 
 
-def render(processor: Any, text: str, assistant: str | None = None) -> str:
-    """Returns the conversation as a string: a user turn that starts with the video, then the assistant's turn."""
+def render(processor: Any, text: str, options: Mapping[str, Any], assistant: str | None = None) -> str:
+    """Returns the conversation as a string: a user turn that starts with the video, then the assistant's turn.
+
+    Args:
+        processor: A processor with a chat template.
+        text: Words of the user.
+        options: Arguments of the chat template (``vlm.chat_template_kwargs``).
+        assistant: Words of the assistant; None ends with the generation prompt.
+    """
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}]
     if assistant is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": assistant}]})
-    rendered: str = processor.apply_chat_template(messages, add_generation_prompt=assistant is None, tokenize=False)
+    rendered: str = processor.apply_chat_template(
+        messages, add_generation_prompt=assistant is None, tokenize=False, **options
+    )
     return rendered
 
 
@@ -72,7 +81,9 @@ def _spelt(processor: Any, words: str) -> Any:
     return processor.tokenizer(words, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
 
 
-def chat_frame(processor: Any, stop_ids: Collection[int], end_of_turn: str | None = None) -> ChatFrame:
+def chat_frame(
+    processor: Any, stop_ids: Collection[int], end_of_turn: str | None, options: Mapping[str, Any]
+) -> ChatFrame:
     """Returns the tokens of the processor's chat template around the words of user and assistant.
 
     The assistant's words always follow the generation prompt, which is what the model sees when it is asked, also if
@@ -82,17 +93,16 @@ def chat_frame(processor: Any, stop_ids: Collection[int], end_of_turn: str | Non
     Args:
         processor: A processor with a chat template.
         stop_ids: Stop tokens of the model's generation config and tokenizer.
-        end_of_turn: End of the assistant's turn; None reads it from the template.
+        end_of_turn: What ends the assistant's turn; None reads it from the template.
+        options: Arguments of the chat template.
 
     Raises:
         ValueError: If the template begins an assistant's turn differently from the generation prompt, or no token ends
             the turn.
     """
     # Two sentinels for the assistant tell its words from the user's.
-    opened = render(processor, SENTINEL)
-    if end_of_turn is not None:
-        return ChatFrame(opened.partition(SENTINEL)[2], "", tuple(tokens(processor, end_of_turn)))
-    whole = render(processor, SENTINEL, assistant=SENTINEL * 2)
+    opened = render(processor, SENTINEL, options)
+    whole = render(processor, SENTINEL, options, assistant=SENTINEL * 2)
     before, _, after = whole.partition(SENTINEL * 2)
     longer, shorter = "".join(opened.split()), "".join(before.split())
     if opened.count(SENTINEL) != 1 or not (before.startswith(opened) or longer.startswith(shorter)):
@@ -105,7 +115,8 @@ def chat_frame(processor: Any, stop_ids: Collection[int], end_of_turn: str | Non
     if reasoning is not None and THINK_CLOSE not in lead:
         lead = f"\n{THINK_CLOSE}\n\n{lead}"  # A text without reasoning has to close the block before it begins.
     start = "" if reasoning is None else reasoning.group()
-    return ChatFrame(opened.partition(SENTINEL)[2], lead, _end_of_turn(processor, after, stop_ids), start)
+    end = _end_of_turn(processor, after, stop_ids) if end_of_turn is None else tuple(tokens(processor, end_of_turn))
+    return ChatFrame(opened.partition(SENTINEL)[2], lead, end, start)
 
 
 def _end_of_turn(processor: Any, after: str, stop_ids: Collection[int]) -> tuple[int, ...]:
@@ -125,11 +136,11 @@ def _end_of_turn(processor: Any, after: str, stop_ids: Collection[int]) -> tuple
     return (int(processor.tokenizer.eos_token_id),)
 
 
-def prompt_text(processor: Any, prompt: Prompt) -> str:
+def prompt_text(processor: Any, prompt: Prompt, options: Mapping[str, Any]) -> str:
     """Returns the rendered prompt: through the opening of the assistant's turn or, if open, the user's last word."""
     if not prompt.open:
-        return render(processor, prompt.text)
-    return render(processor, prompt.text + SENTINEL).partition(SENTINEL)[0]
+        return render(processor, prompt.text, options)
+    return render(processor, prompt.text + SENTINEL, options).partition(SENTINEL)[0]
 
 
 def encode_texts(processor: Any, frame: ChatFrame, examples: Sequence[Example], banned: frozenset[int]) -> TextBatch:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
-from vidreason.datamodules.types import Example, VideoSample
+from vidreason.datamodules.types import VideoSample
 from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN
-from vidreason.lightning_modules.vlms.text import chat
 
 
 def extended(sample: VideoSample, multiple: int) -> VideoSample:
@@ -31,9 +30,8 @@ def extended(sample: VideoSample, multiple: int) -> VideoSample:
     return replace(sample, frames=frames, timing=replace(sample.timing, indices=indices))
 
 
-def encode_prompt(processor: Any, example: Example, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the processor's tensors for the prompt of one example."""
-    sample = example.sample
+def encode_prompt(processor: Any, text: str, sample: VideoSample, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the processor's tensors for one clip and its rendered prompt."""
     metadata = VideoMetadata(
         total_num_frames=sample.timing.total_frames,
         fps=sample.timing.fps,
@@ -41,7 +39,7 @@ def encode_prompt(processor: Any, example: Example, options: Mapping[str, Any]) 
         frames_indices=list(sample.timing.indices),
     )
     made = processor(
-        text=[chat.prompt_text(processor, example.prompt)],
+        text=[text],
         videos=[[sample.frames]],  # by prompt: SmolVLM's processor miscounts a list of videos before transformers 5.23
         video_metadata=[metadata],
         do_sample_frames=False,

@@ -6,15 +6,18 @@ Qwen3.5), or an empty one in the generation prompt (Qwen3.5, GLM and Gemma 4 wit
 """
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import vlm_builders as builders
 
-from vidreason.datamodules.types import Text
+from vidreason.config.trainer_cli import build
+from vidreason.datamodules.types import Clip, Text
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.completions import completions_of
+from vidreason.lightning_modules.vlms.completions import completions_of, generate_completions
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.rewards.completion import parse_completion
+from vidreason.rewards.completion import CompletionForm, parse_completion
 
 MakeVLM = Callable[..., VLM]
 TRACE = "<think>a person leaves</think><answer>cat</answer>"
@@ -135,6 +138,43 @@ def test_completions_behind_an_opened_reasoning_are_well_formed(make_vlm: MakeVL
     again = vlm.encode([builders.make_example([finished.texts[0]])]).texts
     assert vlm.tokenizer.decode(again.ids[0].tolist()) == f"a person leaves</think><answer>cat</answer>{END}"
     assert parse_completion(TRACE).reasoning == completion.parsed.reasoning
+
+
+def switchable(vlm: VLM) -> VLM:
+    """Returns the family with a template that opens the reasoning unless ``enable_thinking`` is false."""
+    off = "enable_thinking is defined and not enable_thinking"
+    prompt = f"{OPENED}{{% if {off} %}}{EMPTY}{{% else %}}<think>\n{{% endif %}}"
+    vlm.processor.chat_template = template(f"{OPENED}TEXT{END}\n", prompt)
+    return vlm
+
+
+def test_arguments_of_the_template_reach_it(make_vlm: MakeVLM) -> None:
+    starts = {}
+    for arguments in (None, {"enable_thinking": True}, {"enable_thinking": False}):
+        vlm = switchable(make_vlm("qwen", chat_template_kwargs=arguments))
+        ids = vlm.encode([builders.make_example()]).prompts.inputs["input_ids"][0].tolist()
+        starts[str(arguments)] = vlm.tokenizer.decode(ids).partition(OPENED)[2], vlm.chat_frame.reasoning_start
+    assert list(starts.values()) == [("<think>\n", "<think>\n"), ("<think>\n", "<think>\n"), (EMPTY, "")]
+
+
+@pytest.mark.parametrize("mode", ["no_think", "answer_first"])
+def test_an_opened_reasoning_contradicts_other_forms(make_vlm: MakeVLM, mode: Any) -> None:
+    vlm = switchable(make_vlm("qwen"))
+    clip, form = Clip(Path("a.mp4"), "cat", "a"), CompletionForm(mode)
+    prompts = vlm.encode([builders.make_example()]).prompts
+    with pytest.raises(ValueError, match=f"completion.mode is {mode}, but .*opens <think>.*enable_thinking: false"):
+        generate_completions(vlm, vlm.build(), prompts, [clip], 1, Sampling(max_new_tokens=2), 0, form=form)
+    vlm = switchable(make_vlm("qwen", chat_template_kwargs={"enable_thinking": False}))
+    prompts = vlm.encode([builders.make_example()]).prompts
+    made = generate_completions(vlm, vlm.build(), prompts, [clip], 1, Sampling(max_new_tokens=2), 0, form=form)
+    assert not made.completions[0][0].text.startswith("<think>\n")
+
+
+def test_the_command_line_takes_arguments_of_the_template() -> None:
+    cli = build(
+        "fit", ["--config", "configs/sft_label.yaml", "--vlm.init_args.chat_template_kwargs.enable_thinking=false"]
+    )
+    assert cli.model.vlm.chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_a_turn_without_any_end_is_refused(make_vlm: MakeVLM) -> None:
