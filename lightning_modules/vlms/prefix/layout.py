@@ -6,7 +6,6 @@ Letters: B prompts, P prompt tokens, n rows, L tokens of a row, A rotary axes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from inspect import signature
 from typing import Any, Protocol
 
@@ -44,12 +43,7 @@ def text_config(model: nn.Module) -> Any:
 
 def cache_keyword(model: nn.Module) -> str:
     """Returns the name of the argument and output for keys and values: ``cache`` from transformers 5.24 on."""
-    return _cache_keyword(type(unwrap(model).get_decoder()))
-
-
-@cache
-def _cache_keyword(decoder: type[nn.Module]) -> str:
-    return "cache" if "cache" in signature(decoder.forward).parameters else "past_key_values"
+    return "cache" if "cache" in signature(unwrap(model).get_decoder().forward).parameters else "past_key_values"
 
 
 def would_checkpoint(model: nn.Module) -> bool:
