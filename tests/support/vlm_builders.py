@@ -74,7 +74,8 @@ def byte_tokenizer(specials: list[str], end: str, pad: str, **named: str) -> Pre
     )
 
 
-def _write(folder: Path, config: Any, processor: Any, seed: int, end: int, pad: int) -> Path:
+def write_checkpoint(folder: Path, config: Any, processor: Any, seed: int, end: int, pad: int) -> Path:
+    """Writes a model of random weights with its processor."""
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -134,7 +135,7 @@ def write_qwen(
         tokenizer=tokenizer,
         chat_template=QWEN_TEMPLATE,
     )
-    return _write(folder, config, processor, seed, ids["<|im_end|>"], ids["<|endoftext|>"])
+    return write_checkpoint(folder, config, processor, seed, ids["<|im_end|>"], ids["<|endoftext|>"])
 
 
 def write_smolvlm(folder: Path, seed: int = 0) -> Path:
@@ -181,7 +182,7 @@ def write_smolvlm(folder: Path, seed: int = 0) -> Path:
         tokenizer=tokenizer,
         image_seq_len=4,
     )
-    return _write(folder, config, processor, seed, end, pad)
+    return write_checkpoint(folder, config, processor, seed, end, pad)
 
 
 def write_tiny(folder: Path, seed: int = 0) -> Path:
@@ -210,7 +211,7 @@ def write_tiny(folder: Path, seed: int = 0) -> Path:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return _write(folder, config, processor, seed, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return write_checkpoint(folder, config, processor, seed, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def make_example(

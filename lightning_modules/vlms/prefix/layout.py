@@ -48,6 +48,19 @@ def would_checkpoint(model: nn.Module) -> bool:
     )
 
 
+def layers_with_state(model: nn.Module) -> str | None:
+    """Returns the kind of decoder layers whose cache padding would spoil, or None if all layers have full attention.
+
+    A sliding window keeps the last slots, padding or not, and the state of linear attention takes in every slot.
+    """
+    config = text_config(model)
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if kinds:
+        return f"{kinds[0].replace('_', '-')} layers"
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return "sliding-window layers" if slides else None
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Returns whether parameters are sharded over ranks by FSDP2, so that every forward gathers them."""
     return any(isinstance(module, FSDPModule) for module in model.modules())

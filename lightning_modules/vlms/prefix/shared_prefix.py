@@ -25,6 +25,7 @@ from vidreason.lightning_modules.vlms.prefix.head import Scored, Scoring
 from vidreason.lightning_modules.vlms.prefix.layout import (
     PromptLayout,
     is_sharded,
+    layers_with_state,
     text_config,
     unwrap,
     would_checkpoint,
@@ -125,11 +126,9 @@ def _not_expanded(recomputes: bool, sharded: bool) -> str | None:
 def not_packed(model: nn.Module, inputs: Mapping[str, Tensor]) -> str | None:
     """Returns why the packed route cannot be used, or None; the route needs a causal decoder with ``sdpa``."""
     config, name = text_config(model), type(unwrap(model)).__name__
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
-    if kinds:
-        return f"{name} has {kinds[0].replace('_', '-')} layers"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"{name} has sliding-window layers"
+    kind = layers_with_state(model)
+    if kind is not None:
+        return f"{name} has {kind}"
     if getattr(config, "num_kv_shared_layers", 0):
         return f"the last {config.num_kv_shared_layers} layers of {name} share keys and values"
     if getattr(config, "use_bidirectional_attention", None) or "token_type_ids" in inputs:
@@ -214,7 +213,7 @@ def _in_chunks(
         scored, prefix = expand_prompts(layout, model, prompts, texts, plan, scoring)
 
         def run(part: TextBatch) -> list[Scored]:
-            return expand_texts(layout, model, prefix.fork(), part, scoring)
+            return expand_texts(layout, model, prefix, part, scoring)
 
     def run_joined(part: TextBatch) -> tuple[Tensor, Tensor, Tensor]:
         found = run(part)

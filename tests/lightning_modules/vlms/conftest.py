@@ -4,15 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hybrid_builders
 import pytest
 import vlm_builders as builders
 
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.gemma4 import Gemma4
 from vidreason.lightning_modules.vlms.qwen import QwenVL
+from vidreason.lightning_modules.vlms.qwen3_5 import Qwen3_5
 from vidreason.lightning_modules.vlms.smolvlm import SmolVLM
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
 FAMILIES = ("qwen", "smolvlm")
+CLASSES: dict[str, type[VLM]] = {"smolvlm": SmolVLM, "tiny": TinyVLM, "gemma4": Gemma4, "qwen3_5": Qwen3_5}
+HYBRID = {"gemma4": hybrid_builders.write_gemma4, "qwen3_5": hybrid_builders.write_qwen3_5}
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +32,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def make_vlm(checkpoints: dict[str, Path]) -> Callable[..., VLM]:
+def make_vlm(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VLM]:
     def make(family: str, **options: Any) -> VLM:
-        cls = {"smolvlm": SmolVLM, "tiny": TinyVLM}.get(family, QwenVL)
-        return cls(str(checkpoints[family]), **options)
+        if family not in checkpoints:  # few tests use these
+            checkpoints[family] = HYBRID[family](tmp_path_factory.mktemp(family))
+        return CLASSES.get(family, QwenVL)(str(checkpoints[family]), **options)
 
     return make
 

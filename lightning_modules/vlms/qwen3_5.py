@@ -1,0 +1,16 @@
+"""Qwen3.5: M-RoPE like Qwen2.5-VL, and gated DeltaNet (linear attention) in most layers of the decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.qwen import QwenVL
+
+
+class Qwen3_5(QwenVL):  # noqa: N801  # the model's name
+    """Qwen3.5; the pixel limit of its processor is one for the whole video, so that ``max_pixels`` is refused."""
+
+    def video_options(self) -> dict[str, Any]:
+        """Returns no options, since the processor has no limit for one frame."""
+        return VLM.video_options(self)
