@@ -18,8 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
+from vidreason.lightning_modules.vlms.prefix.caches import new_cache
 from vidreason.lightning_modules.vlms.prefix.head import Answer, Scored, Scoring, forward, scores_of
-from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout, layers_with_state, next_positions, unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import (
+    PromptLayout,
+    layers_with_state,
+    next_positions,
+    unwrap,
+)
+from vidreason.lightning_modules.vlms.prefix.recompute import recomputed_layers
 from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, plan_texts, targets
 
 
@@ -41,7 +48,7 @@ class Prefix:
 
     def fork(self) -> Prefix:
         """Returns a prefix with the same keys and values that can be extended without changing this one."""
-        # Shallow copies suffice: a layer extends by torch.cat, which makes new tensors and leaves the old ones.
+        # Shallow copies suffice: a layer extends by making new tensors and leaves the old ones.
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         return Prefix(cache, self.mask, self.start)
@@ -61,8 +68,10 @@ def prefill(layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, ans
     """
     inputs = prompts.inputs
     positions = layout.position_ids(unwrap(model), inputs)
-    out = forward(model, answer, **inputs, position_ids=positions, use_cache=True)
-    return out.logits, Prefix(out.past_key_values, inputs["attention_mask"].long(), next_positions(positions))
+    cache = new_cache(model)
+    with recomputed_layers(model, cache):
+        out = forward(model, answer, **inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+    return out.logits, Prefix(cache, inputs["attention_mask"].long(), next_positions(positions))
 
 
 def extend(
@@ -83,15 +92,16 @@ def extend(
     """
     steps = torch.arange(ids.shape[1], device=ids.device)
     full = torch.cat([prefix.mask, mask.long()], dim=1)
-    out = forward(
-        model,
-        answer,
-        input_ids=ids,
-        attention_mask=full,
-        position_ids=layout.text_position_ids(prefix.start[:, None] + steps),
-        past_key_values=prefix.cache,
-        use_cache=True,
-    )
+    with recomputed_layers(model, prefix.cache):
+        out = forward(
+            model,
+            answer,
+            input_ids=ids,
+            attention_mask=full,
+            position_ids=layout.text_position_ids(prefix.start[:, None] + steps),
+            past_key_values=prefix.cache,
+            use_cache=True,
+        )
     # ``forward`` puts the answer in the place of the logits.
     return out.logits, Prefix(prefix.cache, full, prefix.start + mask.sum(dim=1))
 
