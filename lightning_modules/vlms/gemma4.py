@@ -18,10 +18,16 @@ class Gemma4(VLM):
 
     @cached_property
     def vision_modules(self) -> tuple[str, ...]:
-        """Dotted names of the vision tower and, in the smaller models, of the audio tower."""
+        """Dotted names of the vision tower and, in the smaller models, of what encodes sound."""
         with building.readable(self.path):
             config = AutoConfig.from_pretrained(self.path)
-        return ("model.vision_tower", *(("model.audio_tower",) if config.audio_config is not None else ()))
+        sound = () if config.audio_config is None else ("model.audio_tower", "model.embed_audio")
+        return ("model.vision_tower", *sound)
+
+    @property
+    def unquantised(self) -> tuple[str, ...]:
+        """Dotted names of the modules that stay in full precision under ``quantize``, including the projector."""
+        return (*super().unquantised, "model.embed_vision")
 
     def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
         """Returns the inputs of the prompts ``index`` [n]; frames of all videos share one axis."""

@@ -12,5 +12,5 @@ class Qwen3_5(QwenVL):  # noqa: N801  # the model's name
     """Qwen3.5; the pixel limit of its processor is one for the whole video, so that ``max_pixels`` is refused."""
 
     def video_options(self) -> dict[str, Any]:
-        """Returns no options, since the processor has no limit for one frame."""
-        return VLM.video_options(self)
+        """Disables the processor's own limit of a frame."""
+        return {**VLM.video_options(self), "cap_pixels_per_frame": False}

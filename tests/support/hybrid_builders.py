@@ -42,8 +42,8 @@ def write_gemma4(folder: Path, seed: int = 0) -> Path:
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "num_kv_shared_layers": 2,
             "sliding_window": 8,
-            "head_dim": 16,
-            "global_head_dim": 32,
+            "head_dim": 8,  # products of queries and keys are not scaled
+            "global_head_dim": 16,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 512,
             "final_logit_softcapping": 30.0,
