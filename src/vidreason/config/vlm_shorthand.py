@@ -21,6 +21,8 @@ from vidreason.config.files import find_config, shipped_folder
 SECTIONS: Mapping[str, str] = {
     "qwen2_5_vl": "vlm/qwen2_5_vl_3b.yaml",
     "qwen2_vl": "vlm/qwen2_5_vl_3b.yaml",
+    "qwen3_5": "vlm/qwen3_5_4b.yaml",
+    "gemma4": "vlm/gemma4_e2b.yaml",
     "smolvlm": "vlm/smolvlm2_500m.yaml",
     "vidreason_tiny_vlm": "vlm/tiny.yaml",
 }

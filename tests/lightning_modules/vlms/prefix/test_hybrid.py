@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,7 +131,15 @@ def test_checkpointing_keeps_a_fraction(make_vlm: MakeVLM, family: str) -> None:
 def test_the_video_matters_and_is_encoded_once(make_vlm: MakeVLM, family: str) -> None:
     vlm, model = build(make_vlm, family, "lora")
     texts, seen = make_texts(vlm, TREE), list[int]()
-    unwrap(model).get_submodule(vlm.vision_modules[0]).register_forward_hook(lambda *_: seen.append(1))
-    one, other = (vlm.score(model, make_prompts(vlm, seed), texts).logprobs for seed in (0, 50))
+    tower = unwrap(model).get_submodule(vlm.vision_modules[0])
+    tower.register_forward_pre_hook(lambda *_: seen.append(1))
+    clips = [[builders.make_example(prompt=p, seed=s + i) for i, p in enumerate(PROMPTS)] for s in (0, 50)]
+    one, other = (vlm.score(model, vlm.encode(examples).prompts, texts).logprobs for examples in clips)
     assert ((one - other).abs() > 1e-4)[texts.loss_mask].float().mean() > 0.9
     assert len(seen) == 2
+
+    known = [replace(clip, sample=replace(clip.sample, identity=clip.sample.video_id)) for clip in clips[0]]
+    for _ in range(2):
+        cached = vlm.score(model, vlm.encode(known).prompts, texts).logprobs
+        torch.testing.assert_close(cached, one, rtol=0, atol=1e-5)
+    assert len(seen) == 2 + len(PROMPTS), "the second time, the embeddings come from the cache"
