@@ -41,7 +41,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def would_checkpoint(model: nn.Module) -> bool:
-    """Returns whether decoder layers use gradient checkpointing, in which transformers silently drops the cache."""
+    """Returns whether decoder layers use gradient checkpointing, so that the backward pass recomputes them."""
     return any(
         isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training
         for layer in unwrap(model).get_decoder().modules()

@@ -143,3 +143,14 @@ def test_the_video_matters_and_is_encoded_once(make_vlm: MakeVLM, family: str) -
         cached = vlm.score(model, vlm.encode(known).prompts, texts).logprobs
         torch.testing.assert_close(cached, one, rtol=0, atol=1e-5)
     assert len(seen) == 2 + len(PROMPTS), "the second time, the embeddings come from the cache"
+
+
+@pytest.mark.parametrize("family", SLOW_FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_forwards_of_one_token_have_gradients(make_vlm: MakeVLM, family: str, checkpointing: bool) -> None:
+    """For one token behind a cache, linear attention has other kernels, one of which would write to its state."""
+    vlm, model = build(make_vlm, family, gradient_checkpointing=checkpointing)
+    prompts, texts = make_prompts(vlm), make_texts(vlm, [(0, -1, 2), (0, -1, 2), (1, -1, 2), (2, -1, 2)])
+    naive, found = (gradients(vlm, model, prompts, texts, route) for route in ("naive", "expand"))
+    torch.testing.assert_close(found.pop("logprobs"), naive.pop("logprobs"), rtol=0, atol=1e-5)
+    assert relative_gap(found, naive) < 1e-5
