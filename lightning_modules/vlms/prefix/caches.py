@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,15 +29,8 @@ class LinearState(LinearAttentionLayer):
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
     ) -> Tensor:
-        """Returns the inputs [n, C, W] of the convolution behind the last ones before them.
-
-        Raises:
-            ValueError: If the layer does not say how many of them it needs.
-        """
-        if conv_kernel_size is None:
-            raise ValueError(
-                f"transformers {__version__} cannot extend linear attention exactly: install 5.24 or newer"
-            )
+        """Returns the inputs [n, C, W] of the convolution behind the last ones before them."""
+        assert conv_kernel_size is not None, "the layer does not say how many inputs its convolution needs"
         before = self.conv_states[state_idx]
         full = conv_states if before is None else torch.cat([before, conv_states], dim=-1)
         # A slice alone would keep the memory of all inputs.
@@ -60,10 +54,16 @@ def _rows(states: dict[int, Tensor | None], indices: Tensor) -> dict[int, Tensor
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
-    """Returns an empty cache for the decoder of ``model``, which layers under gradient checkpointing may extend."""
+    """Returns an empty cache for the decoder of ``model``, which layers under gradient checkpointing may extend.
+
+    Raises:
+        ValueError: If the decoder has linear attention, and transformers is too old to extend it exactly.
+    """
     cache = (RecomputedCache if would_checkpoint(model) else DynamicCache)(config=text_config(model))
-    cache.layers = [
-        LinearState(number_of_states=layer.number_of_states) if type(layer) is LinearAttentionLayer else layer
-        for layer in cache.layers
-    ]
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is not LinearAttentionLayer:
+            continue
+        if "conv_kernel_size" not in signature(layer.update_conv_state).parameters:
+            raise ValueError(f"transformers {__version__} cannot extend linear attention: install 5.24 or newer")
+        cache.layers[index] = LinearState(number_of_states=layer.number_of_states)
     return cache

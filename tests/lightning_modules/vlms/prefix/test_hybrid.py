@@ -10,6 +10,7 @@ import torch
 import vlm_builders as builders
 from comparing import relative_gap
 from torch import Tensor, nn
+from transformers.cache_utils import LinearAttentionLayer
 from vlm_builders import PROMPTS, TREE, gradients, make_prompts, make_texts
 
 from vidreason.lightning_modules.vlms.base import VLM
@@ -154,3 +155,12 @@ def test_forwards_of_one_token_have_gradients(make_vlm: MakeVLM, family: str, ch
     naive, found = (gradients(vlm, model, prompts, texts, route) for route in ("naive", "expand"))
     torch.testing.assert_close(found.pop("logprobs"), naive.pop("logprobs"), rtol=0, atol=1e-5)
     assert relative_gap(found, naive) < 1e-5
+
+
+@pytest.mark.slow
+def test_an_old_transformers_is_refused(make_vlm: MakeVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of older versions do not say how many inputs the convolution of a layer needs."""
+    vlm, model = build(make_vlm, "qwen3_5")
+    monkeypatch.setattr(LinearAttentionLayer, "update_conv_state", lambda self, conv_states, **kwargs: conv_states)
+    with pytest.raises(ValueError, match="transformers .* cannot extend linear attention: install 5.24 or newer"):
+        vlm.score(model, make_prompts(vlm), make_texts(vlm, TREE))
