@@ -75,8 +75,8 @@ class VLM(ClipEncoder, ABC):
         attn_implementation: Name of the attention in transformers, for example ``sdpa``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more compute.
         route: ``expand`` runs each prompt once and shares its keys and values with the texts; ``packed`` runs prompts
-            and texts in one row; ``naive`` repeats the prompt for each text. ``auto`` packs if layers are recomputed or
-            sharded, and where possible for long texts and texts that continue texts; otherwise it expands.
+            and texts in one row; ``naive`` repeats the prompt for each text. Where packing is exact, ``auto`` packs if
+            layers are recomputed or sharded, long texts and texts that continue texts; otherwise it expands.
         completion_chunk: Texts per forward; null is all of them. With chunks, memory does not grow with the number of
             texts, but in training the texts are run twice.
         text_memory_gb: Memory limit in GB for the texts of a forward; if the estimate exceeds it, texts are run in

@@ -31,13 +31,17 @@ class LoRAOptions:
         r: Rank of the update.
         alpha: Scale of the update, which is multiplied by alpha / r.
         dropout: Dropout rate of the adapter's input in training.
-        target_modules: Last parts of the names of the linear layers that get an adapter.
+        target_modules: Last parts of the names of the linear layers that get an adapter; names that a model does not
+            have are ignored.
     """
 
     r: int = 16
     alpha: float = 32
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: tuple[str, ...] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        *(f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")),
+    )
 
 
 def attach_lora(

@@ -19,6 +19,8 @@ from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE, i
 
 POLICY = "policy"
 """Name of the adapter that a stage trains."""
+ATTENDING = ("", "text_config", "vision_config")
+"""Parts of a configuration to which ``attn_implementation`` applies."""
 CHECKPOINT_FILES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model"})
 
 
@@ -141,7 +143,8 @@ def load_base(
         model = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=precision,
-            attn_implementation=attn_implementation,
+            # Audio towers, which get no input here, do not support every attention.
+            attn_implementation=dict.fromkeys(ATTENDING, attn_implementation) | {"audio_config": "eager"},
             quantization_config=quantization,
             # bitsandbytes quantises while weights are moved to the GPU.
             device_map={"": torch.cuda.current_device()} if nf4 and torch.cuda.is_available() else None,

@@ -1,7 +1,8 @@
 """Route *expand*: each prompt runs once, and its keys and values are repeated for every text behind it.
 
-A text that others continue runs once too: one forward for each level of the tree ``TextBatch.parent``. The cache is
-differentiable, so that gradients reach the prompt and the vision tower. Sampling uses the same functions.
+A text that others continue runs once too: one forward for each level of the tree ``TextBatch.parent``, or, if padding
+would spoil the cache of a layer, one for each length of such texts. The cache is differentiable, so that gradients
+reach the prompt and the vision tower. Sampling uses the same functions.
 
 Letters: B prompts, n rows of one forward, S tokens already in the cache, W columns, K scored tokens.
 """
@@ -9,6 +10,7 @@ Letters: B prompts, n rows of one forward, S tokens already in the cache, W colu
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
+from vidreason.lightning_modules.vlms.prefix.caches import new_cache
 from vidreason.lightning_modules.vlms.prefix.head import Answer, Scored, Scoring, forward, scores_of
-from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout, cache_keyword, next_positions, unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import (
+    PromptLayout,
+    cache_keyword,
+    layers_with_state,
+    next_positions,
+    unwrap,
+)
+from vidreason.lightning_modules.vlms.prefix.recompute import recomputed_layers
 from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, plan_texts, targets
 
 
@@ -39,7 +49,7 @@ class Prefix:
 
     def fork(self) -> Prefix:
         """Returns a prefix with the same keys and values that can be extended without changing this one."""
-        # Shallow copies suffice: a layer extends by torch.cat, which makes new tensors and leaves the old ones.
+        # Shallow copies suffice: a layer extends by making new tensors and leaves the old ones.
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         return Prefix(cache, self.mask, self.start)
@@ -59,8 +69,10 @@ def prefill(layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, ans
     """
     inputs = prompts.inputs
     positions = layout.position_ids(unwrap(model), inputs)
-    out = forward(model, answer, **inputs, position_ids=positions, use_cache=True)
-    return out.logits, Prefix(out[cache_keyword(model)], inputs["attention_mask"].long(), next_positions(positions))
+    cache = new_cache(model)
+    with recomputed_layers(model, cache):
+        out = forward(model, answer, **inputs, position_ids=positions, use_cache=True, **{cache_keyword(model): cache})
+    return out.logits, Prefix(cache, inputs["attention_mask"].long(), next_positions(positions))
 
 
 def extend(
@@ -81,15 +93,16 @@ def extend(
     """
     steps = torch.arange(ids.shape[1], device=ids.device)
     full = torch.cat([prefix.mask, mask.long()], dim=1)
-    out = forward(
-        model,
-        answer,
-        input_ids=ids,
-        attention_mask=full,
-        position_ids=layout.text_position_ids(prefix.start[:, None] + steps),
-        use_cache=True,
-        **{cache_keyword(model): prefix.cache},
-    )
+    with recomputed_layers(model, prefix.cache):
+        out = forward(
+            model,
+            answer,
+            input_ids=ids,
+            attention_mask=full,
+            position_ids=layout.text_position_ids(prefix.start[:, None] + steps),
+            use_cache=True,
+            **{cache_keyword(model): prefix.cache},
+        )
     # ``forward`` puts the answer in the place of the logits.
     return out.logits, Prefix(prefix.cache, full, prefix.start + mask.sum(dim=1))
 
@@ -108,31 +121,34 @@ def expand_prompts(
 def expand_texts(
     layout: PromptLayout, model: nn.Module, prefix: Prefix, texts: TextBatch, scoring: Scoring
 ) -> list[Scored]:
-    """Forwards the texts behind the prefix of their prompts, which must not be used afterwards.
+    """Forwards the texts behind the prefix of their prompts, which stays as it is.
 
     Returns:
         The scores of all tokens that count, except those that a prompt predicts.
     """
     plan, device = plan_texts(texts), texts.ids.device
+    by_length = layers_with_state(model) is not None
     found = []
-    place = {-1 - b: b for b in range(len(prefix.start))}  # row of the cache; prompt b has the key -1 - b
-    for depth in range(max(plan.depth, default=-1) + 1):
-        rows = [row for row in range(len(plan)) if plan.depth[row] == depth and plan.widths[row]]
-        # No text of this depth has to be run, and therefore none below it.
-        if not rows:
-            break
-        behind = torch.tensor([place[plan.above(row)] for row in rows], device=device)
-        place = {row: i for i, row in enumerate(rows)}
-        # A state predicts the next token of its row, and its last one the first token of each text that continues it.
-        inner = [(place[row], col - 1, row, col) for row in rows for col in plan.inner_targets(row)]
-        first = [
-            (place[plan.parent[row]], plan.lengths[plan.parent[row]] - 1, row, 0)
-            for row in plan.first_targets(depth + 1)
-        ]
-        asked = targets([*inner, *first], device)
-        run, width = torch.tensor(rows, device=device), max(plan.widths[row] for row in rows)
-        answer = scores_of(asked, texts.ids[asked.text_rows, asked.text_cols], scoring)
-        ids, mask = texts.ids[run, :width], texts.mask[run, :width]
-        scores, prefix = extend(layout, model, prefix.select(behind), ids, mask, answer)
-        found.append(Scored(asked.text_rows, asked.text_cols, scores))
+
+    def run(prefix: Prefix, place: Mapping[int, int]) -> None:
+        """Forwards all texts behind a prefix, in which the row or prompt ``above`` (see ``TextPlan``) has a place."""
+        for rows in plan.forwards(place, by_length):
+            behind = torch.tensor([place[plan.above(row)] for row in rows], device=device)
+            here = {row: i for i, row in enumerate(rows)}
+            # A state predicts the next token of its row, and its last one the first token of texts that continue it.
+            inner = [(here[row], col - 1, row, col) for row in rows for col in plan.inner_targets(row)]
+            first = [
+                (here[plan.parent[row]], plan.lengths[plan.parent[row]] - 1, row, 0)
+                for row in plan.first_targets(plan.depth[rows[0]] + 1)
+                if plan.parent[row] in here
+            ]
+            asked = targets([*inner, *first], device)
+            answer = scores_of(asked, texts.ids[asked.text_rows, asked.text_cols], scoring)
+            index, width = torch.tensor(rows, device=device), max(plan.widths[row] for row in rows)
+            ids, mask = texts.ids[index, :width], texts.mask[index, :width]
+            scores, extended = extend(layout, model, prefix.fork().select(behind), ids, mask, answer)
+            found.append(Scored(asked.text_rows, asked.text_cols, scores))
+            run(extended, here)
+
+    run(prefix, {-1 - b: b for b in range(len(prefix.start))})
     return found

@@ -47,11 +47,24 @@ def cache_keyword(model: nn.Module) -> str:
 
 
 def would_checkpoint(model: nn.Module) -> bool:
-    """Returns whether decoder layers use gradient checkpointing, in which transformers silently drops the cache."""
+    """Returns whether decoder layers use gradient checkpointing, so that the backward pass recomputes them."""
     return any(
         isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training
         for layer in unwrap(model).get_decoder().modules()
     )
+
+
+def layers_with_state(model: nn.Module) -> str | None:
+    """Returns the kind of decoder layers whose cache padding would spoil, or None if all layers have full attention.
+
+    A sliding window keeps the last slots, padding or not, and the state of linear attention takes in every slot.
+    """
+    config = text_config(model)
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if kinds:
+        return f"{kinds[0].replace('_', '-')} layers"
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return "sliding-window layers" if slides else None
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """Route *packed*: one forward over prompts and texts in a single row without padding.
 
-It suits gradient checkpointing, which would drop a cache, and sharded weights, which every forward gathers. The
+It suits gradient checkpointing, under which it holds no cache, and sharded weights, which every forward gathers. The
 attention over the row is in ``packing.py``.
 
 Letters: B prompts, P tokens of all prompts together, R tokens of all texts that are run, A rotary axes.

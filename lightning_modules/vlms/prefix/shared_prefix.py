@@ -25,6 +25,7 @@ from vidreason.lightning_modules.vlms.prefix.head import Scored, Scoring
 from vidreason.lightning_modules.vlms.prefix.layout import (
     PromptLayout,
     is_sharded,
+    layers_with_state,
     text_config,
     unwrap,
     would_checkpoint,
@@ -70,13 +71,13 @@ def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, T
         ValueError: If the route would not be exact for this model or these settings; the message says why.
     """
     recomputes, sharded = would_checkpoint(model), is_sharded(model)
-    against = {"packed": not_packed(model, inputs), "expand": _not_expanded(recomputes, sharded)}
+    against = {"packed": not_packed(model, inputs), "expand": _not_expanded(sharded)}
     if options.route == "auto":
         choice = _fitting(against, recomputes, sharded, texts)
     else:
         choice = Choice(options.route, "as vlm.route says")
     if against.get(choice.route) is not None:
-        raise ValueError(_refusal(choice.route, against, recomputes))
+        raise ValueError(_refusal(choice.route, against))
     if options.completion_chunk is not None or options.text_memory_gb is not None:
         why = "every chunk would gather sharded layers" if sharded else None
         why = "route 'naive' has no prefix to keep" if choice.route == "naive" else why
@@ -88,35 +89,35 @@ def choose_route(options: RouteOptions, model: nn.Module, inputs: Mapping[str, T
     return choice
 
 
-def _refusal(route: Route, against: Mapping[str, str | None], recomputes: bool) -> str:
+def _refusal(route: Route, against: Mapping[str, str | None]) -> str:
     """Returns the error message about a route that cannot be used, with the alternatives."""
     also, ways_out = "", "packed (or auto)"
     if route == "packed":
         expand = against["expand"]
         also = f", and route 'expand' cannot serve it either: {expand}" if expand else ""
         ways_out = "naive" if expand else "expand or naive"
-    ways_out += ", or vlm.gradient_checkpointing to false" if recomputes else ""
     return f"route '{route}' cannot be exact here: {against[route]}{also}; set vlm.route to {ways_out}"
 
 
 def _fitting(against: Mapping[str, str | None], recomputes: bool, sharded: bool, texts: TextBatch) -> Choice:
     """Returns the route that ``auto`` chooses."""
-    if recomputes:
-        return Choice("packed", "decoder layers are recomputed in the backward pass")
     packs = against["packed"] is None
+    if packs and recomputes:
+        return Choice("packed", "decoder layers are recomputed in the backward pass")
     if sharded and (packs or against["expand"] is not None):
         return Choice("packed", "layers are sharded")
     if packs and bool((texts.parent >= 0).any()):
         return Choice("packed", "texts that continue texts then take one forward in all, not one a level")
     if packs and texts.ids.shape[1] > LONG:
         return Choice("packed", f"texts are longer than {LONG} tokens, and half of a mask over them would be waste")
-    return Choice("expand", "nothing is recomputed or sharded")
+    why = (
+        "nothing is recomputed or sharded" if packs else f"route 'packed' would not be exact, since {against['packed']}"
+    )
+    return Choice("expand", why)
 
 
-def _not_expanded(recomputes: bool, sharded: bool) -> str | None:
+def _not_expanded(sharded: bool) -> str | None:
     """Returns why the expand route cannot be used for a model, or None."""
-    if recomputes:
-        return "gradient checkpointing drops the prompt's keys and values in train mode"
     if sharded and torch.is_grad_enabled():
         return "gradients reach sharded layers through the cache, where nothing gathers their weights"
     return None
@@ -125,11 +126,9 @@ def _not_expanded(recomputes: bool, sharded: bool) -> str | None:
 def not_packed(model: nn.Module, inputs: Mapping[str, Tensor]) -> str | None:
     """Returns why the packed route cannot be used, or None; the route needs a causal decoder with ``sdpa``."""
     config, name = text_config(model), type(unwrap(model)).__name__
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
-    if kinds:
-        return f"{name} has {kinds[0].replace('_', '-')} layers"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"{name} has sliding-window layers"
+    kind = layers_with_state(model)
+    if kind is not None:
+        return f"{name} has {kind}"
     if getattr(config, "num_kv_shared_layers", 0):
         return f"the last {config.num_kv_shared_layers} layers of {name} share keys and values"
     if getattr(config, "use_bidirectional_attention", None) or "token_type_ids" in inputs:
@@ -214,7 +213,7 @@ def _in_chunks(
         scored, prefix = expand_prompts(layout, model, prompts, texts, plan, scoring)
 
         def run(part: TextBatch) -> list[Scored]:
-            return expand_texts(layout, model, prefix.fork(), part, scoring)
+            return expand_texts(layout, model, prefix, part, scoring)
 
     def run_joined(part: TextBatch) -> tuple[Tensor, Tensor, Tensor]:
         found = run(part)

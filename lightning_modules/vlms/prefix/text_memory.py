@@ -47,7 +47,8 @@ def text_bytes(model: nn.Module, tokens: int, context: int, route: str) -> int:
 
     In training, a layer keeps the states that norms, projections and attention need in the backward pass, and a copy of
     the keys and values of the context. With gradient checkpointing, all layers keep their input and one layer at a time
-    keeps its states. Without gradients, one layer at a time has states, and for ``expand`` all layers have a cache.
+    keeps its states. Without gradients, one layer at a time has states. In both cases, all layers have a cache for
+    ``expand``.
     """
     config, base = text_config(model), unwrap(model)
     layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
@@ -60,6 +61,7 @@ def text_bytes(model: nn.Module, tokens: int, context: int, route: str) -> int:
     states = tokens * (norms + 3 * queries + 3 * keys + 4 * int(config.intermediate_size))
     copies = 2 * keys * (context + tokens)
     layer, light = (states + copies) * bytes_each, tokens * hidden * bytes_each
+    cache = layers * copies * bytes_each if route == "expand" else 0
     if not torch.is_grad_enabled():
-        return layer + (layers * copies * bytes_each if route == "expand" else 0)
-    return layer + layers * light if would_checkpoint(model) else layers * layer
+        return layer + cache
+    return layer + layers * light + cache if would_checkpoint(model) else layers * layer

@@ -7,7 +7,7 @@ longest, K scored tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -68,6 +68,21 @@ class TextPlan:
             if self.widths[row]:
                 found.setdefault(self.above(row), []).append(row)
         return list(found.items())
+
+    def forwards(self, above: Collection[int], by_length: bool) -> list[list[int]]:
+        """Returns the rows to run behind the rows or prompts ``above`` (see ``above``), one list for each forward.
+
+        Args:
+            above: Rows, or prompts as -1 - owner.
+            by_length: Rows that others continue share a forward only if they have the same length, so that no padding
+                stands before what continues them.
+        """
+        continued = {self.parent[row] for row in range(len(self)) if self.widths[row]}
+        found: dict[int, list[int]] = {}
+        for row in range(len(self)):
+            if self.widths[row] and self.above(row) in above:
+                found.setdefault(self.lengths[row] if by_length and row in continued else 0, []).append(row)
+        return list(found.values())
 
 
 def plan_texts(texts: TextBatch) -> TextPlan:

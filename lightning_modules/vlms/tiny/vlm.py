@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.tiny.modeling import TinyVLMForConditionalGeneration, scratch_config
@@ -41,6 +42,10 @@ class TinyVLM(VLM):
         self.seed = seed
         folder = str(embedded_folder()) if path in {"embedded", "scratch"} else path
         super().__init__(folder, dtype=dtype, **kwargs)
+
+    def visual_tokens(self, inputs: Mapping[str, Tensor]) -> int:
+        """Returns the number of visual tokens of one prompt, which is the same for every frame."""
+        return int(inputs["pixel_values_videos"].shape[1] * self.processor.tokens_per_frame)
 
     def build(self, adapter_path: str | None = None) -> nn.Module:
         """Loads the model and attaches ``adapter_path`` or a new adapter; ``scratch`` makes random weights instead."""

@@ -25,6 +25,8 @@ SECTIONS: Mapping[str, str] = {
     "glm4v": "vlm/glm4_1v_9b.yaml",
     "internvl": "vlm/internvl3_2b.yaml",
     "llava_onevision": "vlm/llava_onevision_7b.yaml",
+    "qwen3_5": "vlm/qwen3_5_4b.yaml",
+    "gemma4": "vlm/gemma4_e2b.yaml",
     "smolvlm": "vlm/smolvlm2_500m.yaml",
     "vidreason_tiny_vlm": "vlm/tiny.yaml",
 }

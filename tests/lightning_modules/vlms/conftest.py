@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import family_builders as others
+import hybrid_builders
 import pytest
 import vlm_builders as builders
 
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.gemma4 import Gemma4
 from vidreason.lightning_modules.vlms.internvl import InternVL
 from vidreason.lightning_modules.vlms.llava_onevision import LlavaOnevision
 from vidreason.lightning_modules.vlms.qwen import QwenVL
 from vidreason.lightning_modules.vlms.qwen3 import GLM4V, Qwen3VL
+from vidreason.lightning_modules.vlms.qwen3_5 import Qwen3_5
 from vidreason.lightning_modules.vlms.smolvlm import SmolVLM
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
@@ -25,8 +28,11 @@ CLASSES: dict[str, type[VLM]] = {
     "glm": GLM4V,
     "internvl": InternVL,
     "onevision": LlavaOnevision,
+    "gemma4": Gemma4,
+    "qwen3_5": Qwen3_5,
 }
 FAMILIES = ("qwen", "smolvlm")
+HYBRID = {"gemma4": hybrid_builders.write_gemma4, "qwen3_5": hybrid_builders.write_qwen3_5}
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +51,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def make_vlm(checkpoints: dict[str, Path]) -> Callable[..., VLM]:
+def make_vlm(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VLM]:
     def make(family: str, **options: Any) -> VLM:
+        if family not in checkpoints:  # few tests use these
+            checkpoints[family] = HYBRID[family](tmp_path_factory.mktemp(family))
         return CLASSES[family](str(checkpoints[family]), **options)
 
     return make

@@ -1,6 +1,7 @@
 """Which route is taken, what each refuses, and that the packed attention leaves everything else as it was."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -52,9 +53,9 @@ def test_packed_refuses_by_name(make_vlm: MakeVLM, change: Any, why: str) -> Non
     with pytest.raises(ValueError, match=f"'packed' cannot be exact here: .*{why}; set vlm.route to expand or naive"):
         vlm.score(model, prompts, texts)
     model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    vlm.route = "auto"
-    with pytest.raises(ValueError, match=f"{why}, and route 'expand' cannot serve it .*; set vlm.route to naive, or"):
-        vlm.score(model, prompts, texts)
+    choice = choose_route(RouteOptions(), model, prompts.inputs, texts)
+    assert choice.route == "expand"
+    assert re.fullmatch(f"route 'packed' would not be exact, since .*{why}", choice.reason)
 
 
 def test_token_types_are_refused(make_vlm: MakeVLM) -> None:
@@ -92,7 +93,7 @@ def test_auto(make_vlm: MakeVLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest
             vlm.score(model, prompts, texts)
     assert taken == ["expand_prompts", "packed_scores", "expand_prompts", "packed_scores", "expand_prompts"]
     said = [r.message for r in caplog.records if "scored by route" in r.message]
-    assert len(said) == len(set(said)) == 3, "each choice is told once"
+    assert len(said) == len(set(said)) == 4, "each choice is told once"
     text_config(model).num_kv_shared_layers = 0
     vlm.route = "expand"
     with pytest.raises(ValueError, match="gradients reach sharded layers through the cache.*; set vlm.route to packed"):

@@ -39,3 +39,13 @@ def test_a_fan_stays_as_it_is() -> None:
     joined = join_only_children(texts, plan_texts(texts))
     assert joined.texts is texts
     assert joined.rows is None
+
+
+def test_forwards_put_no_padding_before_a_continuation() -> None:
+    """0, 1 and 2 have children and 3 has none; 4 to 7 are the children, of which 7 has nothing to run."""
+    plan = plan_texts(tree([-1, -1, -1, -1, 0, 1, 1, 2], [3, 2, 3, 5, 2, 4, 2, 1]))
+    assert plan.forwards([-1], by_length=False) == [[0, 1, 2, 3]]
+    assert plan.forwards([-1], by_length=True) == [[0], [1], [2, 3]]
+    assert plan.forwards([0, 1, 2], by_length=True) == [[4, 5, 6]]
+    assert plan.forwards([1], by_length=True) == [[5, 6]]
+    assert plan.forwards([3], by_length=True) == []

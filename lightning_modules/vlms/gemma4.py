@@ -1,0 +1,41 @@
+"""Gemma 4: frames of all videos along one axis, sliding windows, and layers that share keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.loading import building
+
+
+class Gemma4(VLM):
+    """Gemma 4; its processor gives every frame about the same number of tokens."""
+
+    @cached_property
+    def vision_modules(self) -> tuple[str, ...]:
+        """Dotted names of the vision tower and, in the smaller models, of what encodes sound."""
+        with building.readable(self.path):
+            config = AutoConfig.from_pretrained(self.path)
+        sound = () if config.audio_config is None else ("model.audio_tower", "model.embed_audio")
+        return ("model.vision_tower", *sound)
+
+    @property
+    def unquantised(self) -> tuple[str, ...]:
+        """Dotted names of the modules that stay in full precision under ``quantize``, including the projector."""
+        return (*super().unquantised, "model.embed_vision")
+
+    def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+        """Returns the inputs of the prompts ``index`` [n]; frames of all videos share one axis."""
+        frames = inputs["num_frames_per_video"].tolist()
+        of_frames = [name for name in ("pixel_values_videos", "video_position_ids") if name in inputs]
+        rest = {name: value for name, value in inputs.items() if name not in of_frames}
+        videos = {name: inputs[name].split(frames) for name in of_frames}
+        return {
+            **super().repeat_prompts(rest, index),
+            **{name: torch.cat([pieces[i] for i in index.tolist()]) for name, pieces in videos.items()},
+        }

@@ -1,0 +1,69 @@
+"""The cache behind which texts are forwarded."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, __version__
+from transformers.cache_utils import LinearAttentionLayer
+
+from vidreason.lightning_modules.vlms.prefix.layout import text_config, would_checkpoint
+from vidreason.lightning_modules.vlms.prefix.recompute import RecomputedCache
+
+
+class LinearState(LinearAttentionLayer):
+    """The convolution and recurrent states of a layer with linear attention, in tensors that are never written to.
+
+    The layer of transformers copies each new state into the old one, which the backward pass of earlier tokens needs,
+    and it cannot select rows. Here every change makes new dicts of new tensors, so that shallow copies are independent.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Layers that are told so do not call the kernel for one token, which writes to the convolution state.
+        self.record_past = True
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Returns the inputs [n, C, W] of the convolution behind the last ones before them."""
+        assert conv_kernel_size is not None, "the layer does not say how many inputs its convolution needs"
+        before = self.conv_states[state_idx]
+        full = conv_states if before is None else torch.cat([before, conv_states], dim=-1)
+        # A slice alone would keep the memory of all inputs.
+        self.conv_states = {**self.conv_states, state_idx: full[..., -conv_kernel_size:].clone()}
+        self.has_previous_state = {**self.has_previous_state, state_idx: True}
+        return full
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Replaces the recurrent state [n, ...] and returns it."""
+        self.recurrent_states = {**self.recurrent_states, state_idx: recurrent_states}
+        return recurrent_states
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows ``indices``, which may repeat."""
+        self.conv_states = _rows(self.conv_states, indices)
+        self.recurrent_states = _rows(self.recurrent_states, indices)
+
+
+def _rows(states: dict[int, Tensor | None], indices: Tensor) -> dict[int, Tensor | None]:
+    return {key: None if state is None else state[indices] for key, state in states.items()}
+
+
+def new_cache(model: nn.Module) -> DynamicCache:
+    """Returns an empty cache for the decoder of ``model``, which layers under gradient checkpointing may extend.
+
+    Raises:
+        ValueError: If the decoder has linear attention, and transformers is too old to extend it exactly.
+    """
+    cache = (RecomputedCache if would_checkpoint(model) else DynamicCache)(config=text_config(model))
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is not LinearAttentionLayer:
+            continue
+        if "conv_kernel_size" not in signature(layer.update_conv_state).parameters:
+            raise ValueError(f"transformers {__version__} cannot extend linear attention: install 5.24 or newer")
+        cache.layers[index] = LinearState(number_of_states=layer.number_of_states)
+    return cache
