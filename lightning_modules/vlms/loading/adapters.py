@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,17 +33,16 @@ class LoRAOptions:
         r: Rank of the update.
         alpha: Scale of the update, which is multiplied by alpha / r.
         dropout: Dropout rate of the adapter's input in training.
-        target_modules: Last parts of the names of the linear layers that get an adapter; names that a model does not
-            have are ignored.
+        target_modules: Linear layers that get an adapter: last parts of their names, or a regular expression that
+            matches whole names. Null is every linear layer of the decoder and, unless frozen, of the vision tower.
+        use_rslora: Scale the update by alpha / sqrt(r) instead (rank-stabilised LoRA, arXiv 2312.03732).
     """
 
     r: int = 16
     alpha: float = 32
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = (
-        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        *(f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")),
-    )
+    target_modules: tuple[str, ...] | str | None = None
+    use_rslora: bool = False
 
 
 def attach_lora(
@@ -54,18 +55,68 @@ def attach_lora(
         options: Options of the adapter.
         name: Name of the adapter.
         frozen: Dotted names of modules that get no adapter, such as a frozen vision tower.
+
+    Raises:
+        ValueError: If a target module is not there.
     """
+    layers = _linear_layers(model, frozen)
+    targets = options.target_modules
+    chosen = sorted({_last_parts(name) for name in layers}) if targets is None else targets
+    _check_reached(chosen, [name for name, _ in model.named_modules()], frozen)
     exclude = "|".join(rf"{re.escape(module)}\..*" for module in frozen)
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r, so a float works
         lora_dropout=options.dropout,
-        target_modules=list(options.target_modules),
+        target_modules=chosen if isinstance(chosen, str) else list(chosen),
         exclude_modules=exclude or None,
+        use_rslora=options.use_rslora,
     )
     wrapped = get_peft_model(model, config, adapter_name=name)
     assert isinstance(wrapped, PeftModel)
     return wrapped
+
+
+def reached_layers(model: PeftModel, name: str) -> str:
+    """Returns how many layers adapter ``name`` changes, by the last part of their names: ``q_proj 28, v_proj 28``."""
+    layers = [(key, module) for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    counts = Counter(key.rpartition(".")[2] for key, module in layers if name in module.active_adapters)
+    return ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
+
+
+def _linear_layers(model: PreTrainedModel, frozen: tuple[str, ...]) -> list[str]:
+    """Returns the names of the linear layers of decoder and, unless frozen, vision tower; the head is none of them."""
+    apart = [*map(model.get_submodule, frozen), model.get_output_embeddings()]
+    outside = {id(inner) for module in apart if module is not None for inner in module.modules()}
+    if frozen:  # What lies between a frozen tower and the decoder is not trained either.
+        inside = {id(inner) for inner in model.get_decoder().modules()}
+        outside |= {id(module) for module in model.modules()} - inside
+    return [key for key, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in outside]
+
+
+def _last_parts(name: str) -> str:
+    """Returns the last part of a module's name, with the one before it if it is a number: ``q_proj``, ``mlp.0``."""
+    before, _, last = name.rpartition(".")
+    return f"{before.rpartition('.')[2]}.{last}" if last.isdecimal() else last
+
+
+def _check_reached(targets: Sequence[str] | str, names: Sequence[str], frozen: tuple[str, ...]) -> None:
+    """Checks that every target names a layer outside the frozen modules.
+
+    Raises:
+        ValueError: If one does not; the adapter would leave that layer out without a word.
+    """
+    free = [name for name in names if not name.startswith(tuple(f"{module}." for module in frozen))]
+    if isinstance(targets, str):
+        missing = [] if any(re.fullmatch(targets, name) for name in free) else [targets]
+    else:
+        missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in free)]
+    if missing:
+        last = sorted({name.rpartition(".")[2] for name in free if name.endswith("proj")})
+        raise ValueError(
+            f"vlm.lora.target_modules: the model has no layer {', '.join(missing)} that is trained; among its layers "
+            f"are {', '.join(last)}; null takes every linear layer"
+        )
 
 
 def _peft(model: nn.Module, name: str) -> PeftModel:
@@ -150,13 +201,18 @@ def load_adapter(
 
 
 def _check_options(folder: Path, config: LoraConfig, options: LoRAOptions) -> None:
-    asked = (options.r, float(options.alpha), sorted(options.target_modules))
-    found = (config.r, float(config.lora_alpha), sorted(config.target_modules or ()))
-    if asked != found:
-        raise ValueError(
-            f"the adapter in {folder} has r, alpha, target_modules = {found}, but vlm.lora asks for {asked}: "
-            "set vlm.lora as the adapter has it"
-        )
+    found: dict[str, object] = {"r": config.r, "alpha": float(config.lora_alpha), "use_rslora": config.use_rslora}
+    asked: dict[str, object] = {"r": options.r, "alpha": float(options.alpha), "use_rslora": options.use_rslora}
+    if options.target_modules is not None:  # Null takes the layers of the adapter.
+        found["target_modules"] = _sorted(config.target_modules)
+        asked["target_modules"] = _sorted(options.target_modules)
+    if differing := [key for key in found if asked[key] != found[key]]:
+        values = "; ".join(f"{key} is {found[key]}, but vlm.lora has {asked[key]}" for key in differing)
+        raise ValueError(f"the adapter in {folder} has other options: {values}: set vlm.lora as the adapter has it")
+
+
+def _sorted(targets: Collection[str] | str | None) -> list[str] | str:
+    return targets if isinstance(targets, str) else sorted(targets or ())
 
 
 def copy_adapter(model: nn.Module, src: str, dst: str, trainable: bool = False) -> None:

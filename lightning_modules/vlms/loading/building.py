@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from vidreason.datamodules.file_hash import files_sha
-from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, attach_lora, load_adapter
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, attach_lora, load_adapter, reached_layers
 from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE, is_adapter_folder, read_info
 
 POLICY = "policy"
@@ -82,6 +84,8 @@ def equip(
         model = load_adapter(base, adapter, POLICY, options=lora)
     elif lora is not None:
         model = attach_lora(base, lora, POLICY, frozen)
+    if isinstance(model, PeftModel):
+        rank_zero_info(f"LoRA changes {reached_layers(model, POLICY)}")
     model.train()
     for tower in towers:
         tower.eval()

@@ -3,10 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import vlm_builders as builders
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from vidreason.datamodules.types import Encoded
@@ -170,6 +173,62 @@ def test_refusals_name_the_remedy(make_vlm: MakeVLM, tmp_path: Path) -> None:
         QwenVL("no-such-owner/no-such-model").encode([builders.make_example()])
     with pytest.raises(ValueError, match=r"set vlm\.lora"):
         QwenVL("anything", quantize="nf4")
+
+
+PATTERN = r".*self_attn\.(q|v)_proj"
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [(None, 2 * 7), (("v_proj", "self_attn.q_proj"), 2 * 2), (PATTERN, 2 * 2)],
+    ids=["all", "names", "pattern"],
+)
+def test_target_modules_are_names_or_a_pattern(
+    make_vlm: MakeVLM, tmp_path: Path, caplog: pytest.LogCaptureFixture, targets: Any, layers: int
+) -> None:
+    caplog.set_level("INFO")
+    vlm = make_vlm("qwen", lora=LoRAOptions(r=4, alpha=8, target_modules=targets))
+    model = vlm.build()
+    assert len(trainable_names(model)) == 2 * layers
+    (said,) = [record.message for record in caplog.records if "LoRA changes" in record.message]
+    assert "q_proj 2" in said
+    assert ("down_proj 2" in said) == (targets is None)
+    save_adapter(model, tmp_path / "a", "policy", {})
+    assert trainable_names(vlm.build(str(tmp_path / "a"))) == trainable_names(model)
+    other = make_vlm("qwen", lora=LoRAOptions(r=4, alpha=8, target_modules=("o_proj",)))
+    with pytest.raises(ValueError, match=r"target_modules is .*_proj.*, but vlm.lora has \['o_proj'\]"):
+        other.build(str(tmp_path / "a"))
+
+
+def test_a_target_that_the_model_lacks_is_refused(make_vlm: MakeVLM) -> None:
+    for targets in (("q_proj", "gate_up_proj"), r".*gate_up_proj", ("qkv",)):  # the last one is in the frozen tower
+        with pytest.raises(ValueError, match=r"no layer \S*(gate_up_proj|qkv) that is trained; .*down_proj"):
+            make_vlm("qwen", lora=LoRAOptions(target_modules=targets)).build()
+
+
+def test_fused_projections_are_reached(make_vlm: MakeVLM) -> None:
+    names = trainable_names(make_vlm("glm", lora=LORA).build())
+    assert any("gate_up_proj" in name for name in names)
+    assert not any("visual" in name for name in names)
+
+
+def test_an_adapter_of_another_trainer_is_taken_as_it_is(make_vlm: MakeVLM, tmp_path: Path) -> None:
+    """Written by PEFT alone, with a pattern and a rank-stabilised scale, as ms-swift and others do."""
+    vlm = make_vlm("qwen")
+    encoded = encode(vlm)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=PATTERN, use_rslora=True)
+    theirs = get_peft_model(vlm.build(), config)
+    builders.randomise_lora(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    wanted = logprobs(vlm, theirs, encoded)
+    options = LoRAOptions(r=4, alpha=8, use_rslora=True)
+    ours = make_vlm("qwen", lora=options)
+    torch.testing.assert_close(logprobs(ours, ours.build(str(tmp_path / "theirs")), encoded), wanted, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="use_rslora is True, but vlm.lora has False"):
+        make_vlm("qwen", lora=LORA).build(str(tmp_path / "theirs"))
+    fresh = ours.build()
+    scales = {layer.scaling["policy"] for layer in fresh.modules() if isinstance(layer, LoraLayer)}
+    assert scales == {8 / 4**0.5}
 
 
 def test_nf4_trains_after_an_eval_forward(make_vlm: MakeVLM, family: str) -> None:
