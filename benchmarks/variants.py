@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.functional.losses import grpo_loss
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN
+from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN, unwrap
 from vidreason.lightning_modules.vlms.vision_cache.cache import IN_MEMORY
 
 Score = Callable[[nn.Module, EncodedPrompts, TextBatch], Tensor]
@@ -53,6 +53,8 @@ def naive_logprobs(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: T
         inputs = vlm.repeat_prompts(prompts.inputs, texts.owner[index])
         inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        # Given, since those of transformers differ from the published ones for Qwen2.5-VL.
+        inputs["position_ids"] = vlm.position_ids(unwrap(model), inputs)
         for name in PER_TOKEN:
             if name in inputs:
                 inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids, dtype=inputs[name].dtype)], dim=1)

@@ -29,6 +29,11 @@ class Gemma4(VLM):
         """Dotted names of the modules that stay in full precision under ``quantize``, including the projector."""
         return (*super().unquantised, "model.embed_vision")
 
+    def visual_tokens(self, inputs: Mapping[str, Tensor]) -> int:
+        """Returns the number of visual tokens of one prompt: its patches without padding, pooled in squares."""
+        patches = int((inputs["video_position_ids"] >= 0).all(-1).sum())
+        return patches // int(self.processor.video_processor.pooling_kernel_size) ** 2
+
     def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
         """Returns the inputs of the prompts ``index`` [n]; frames of all videos share one axis."""
         frames = inputs["num_frames_per_video"].tolist()

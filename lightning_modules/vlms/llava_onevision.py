@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: frames of one size, pooled to a fixed number of tokens each, and one position per token."""
+"""LLaVA-OneVision and LLaVA-NeXT-Video: frames of one size, each pooled to a fixed number of tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from vidreason.lightning_modules.vlms.base import VLM
 
 
 class LlavaOnevision(VLM):
-    """LLaVA-OneVision."""
+    """LLaVA-OneVision or LLaVA-NeXT-Video, depending on the checkpoint."""
 
     vision_modules = ("model.vision_tower",)
 

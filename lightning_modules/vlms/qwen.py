@@ -30,6 +30,8 @@ class QwenVL(VLM):
 
     def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         """Returns positions [3, B, P] of time, height and width (M-RoPE); text continues after the largest of them."""
+        if "video_grid_thw" not in inputs:  # prompts of text alone, as benchmarks use
+            return self.text_position_ids(super().position_ids(model, inputs))
         vision, grids = model.config.vision_config, inputs["video_grid_thw"]
         # Qwen2-VL has no such rate: its positions count steps, not seconds.
         rate: float | None = getattr(vision, "tokens_per_second", None)

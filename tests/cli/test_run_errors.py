@@ -211,7 +211,7 @@ MISTAKES = {
     no_room_for_completions: "clip …: its prompt",
     special_token_in_a_question: "…: '…' contains",
     adapter_of_another_base: "adapter_path: … was trained on another base",
-    adapter_of_another_size: "the adapter in … has r",
+    adapter_of_another_size: "the adapter in … has other options",
     adapter_without_lora: "adapter_path: … is a LoRA adapter",
     no_adapter: "adapter_path: … is neither",
     calibrator_as_policy: "adapter_path: … was written by stage",

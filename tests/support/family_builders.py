@@ -8,10 +8,18 @@ from transformers import (
     Glm4vImageProcessor,
     Glm4vProcessor,
     Glm4vVideoProcessor,
+    Glm46VConfig,
+    Glm46VImageProcessor,
+    Glm46VProcessor,
+    Glm46VVideoProcessor,
     GotOcr2ImageProcessor,
     InternVLConfig,
     InternVLProcessor,
     InternVLVideoProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoProcessor,
+    LlavaNextVideoVideoProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
@@ -74,8 +82,13 @@ def write_qwen3(folder: Path, seed: int = 0) -> Path:
     return write_checkpoint(folder, config, processor, seed, end, pad)
 
 
-def write_glm(folder: Path, seed: int = 0) -> Path:
-    """A GLM-4.1V; its template does not end turns."""
+def write_glm(folder: Path, seed: int = 0, newer: bool = False) -> Path:
+    """A GLM-4.1V, or a GLM-4.6V if ``newer``; its template does not end turns."""
+    config_class: Any = Glm46VConfig if newer else Glm4vConfig
+    processors: tuple[Any, Any, Any] = (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor)
+    if newer:
+        processors = (Glm46VProcessor, Glm46VImageProcessor, Glm46VVideoProcessor)
+    processor_class, image_processor, video_processor = processors
     turns = ["<|endoftext|>", "<|user|>", "<|assistant|>"]
     marks = [
         "<|begin_of_image|>",
@@ -91,7 +104,7 @@ def write_glm(folder: Path, seed: int = 0) -> Path:
     pad, end = _ids(tokenizer, "<|endoftext|>", "<|user|>")
     image_start, image_end, video_start, video_end, image, video = _ids(tokenizer, *marks)
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-    config = Glm4vConfig(
+    config = config_class(
         text_config={**DECODER, "rope_parameters": rope, "eos_token_id": [pad, end], "pad_token_id": pad},
         vision_config={
             "depth": 2,
@@ -115,9 +128,9 @@ def write_glm(folder: Path, seed: int = 0) -> Path:
         "<|begin_of_video|><|video|><|end_of_video|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     )
-    processor = Glm4vProcessor(
-        image_processor=Glm4vImageProcessor(),
-        video_processor=Glm4vVideoProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}),
+    processor = processor_class(
+        image_processor=image_processor(),
+        video_processor=video_processor(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}),
         tokenizer=tokenizer,
         chat_template=template,
     )
@@ -199,6 +212,46 @@ def write_llava_onevision(folder: Path, seed: int = 0) -> Path:
         tokenizer=tokenizer,
         num_image_tokens=16,
         vision_feature_select_strategy="full",
+        chat_template=template,
+    )
+    return write_checkpoint(folder, config, processor, seed, end, pad)
+
+
+def write_llava_next_video(folder: Path, seed: int = 0) -> Path:
+    """A LLaVA-NeXT-Video whose frames are cropped to 56 pixels, 4 tokens each; its template does not end turns."""
+    tokenizer = byte_tokenizer(
+        ["<unk>", "<s>", "</s>", "<image>", "<video>"], "</s>", "<unk>", image_token="<image>", video_token="<video>"
+    )
+    end, pad, image, video = _ids(tokenizer, "</s>", "<unk>", "<image>", "<video>")
+    config = LlavaNextVideoConfig(
+        text_config={"model_type": "llama", **DECODER, "eos_token_id": end, "pad_token_id": pad},
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 56,
+            "patch_size": 14,
+            "projection_dim": 32,
+        },
+        image_token_index=image,
+        video_token_index=video,
+        tie_word_embeddings=False,
+    )
+    template = (
+        "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}{% if c['type'] == 'video' %}"
+        "<video>\n{% endif %}{% endfor %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }} "
+        "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    size = {"crop_size": {"height": 56, "width": 56}, "size": {"shortest_edge": 56}}
+    processor = LlavaNextVideoProcessor(
+        image_processor=LlavaNextImageProcessor(**size),
+        video_processor=LlavaNextVideoVideoProcessor(**size),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         chat_template=template,
     )
     return write_checkpoint(folder, config, processor, seed, end, pad)

@@ -28,6 +28,8 @@ CLASSES: dict[str, type[VLM]] = {
     "glm": GLM4V,
     "internvl": InternVL,
     "onevision": LlavaOnevision,
+    "nextvideo": LlavaOnevision,
+    "glm46": GLM4V,
     "gemma4": Gemma4,
     "qwen3_5": Qwen3_5,
 }
@@ -47,6 +49,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "glm": others.write_glm(folder / "glm"),
         "internvl": others.write_internvl(folder / "internvl"),
         "onevision": others.write_llava_onevision(folder / "onevision"),
+        "nextvideo": others.write_llava_next_video(folder / "nextvideo"),
+        "glm46": others.write_glm(folder / "glm46", newer=True),
     }
 
 

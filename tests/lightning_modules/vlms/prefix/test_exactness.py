@@ -44,6 +44,8 @@ PAIRS += [
     ("internvl", "full", MODES[0], None),
     ("onevision", "lora", MODES[0], None),
     ("onevision", "full", MODES[2], 2),
+    ("nextvideo", "lora", MODES[0], 2),
+    ("glm46", "full", MODES[2], None),
 ]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in PAIRS]
 
