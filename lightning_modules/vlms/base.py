@@ -117,6 +117,7 @@ class VLM(ClipEncoder, ABC):
         self.text_memory_gb = text_memory_gb
         self.vision_cache_options = vision_cache
         self._announced: set[Choice] = set()
+        self._logged_tokens = False
 
     # -- what a family defines ---------------------------------------------------------------------------------------
 
@@ -283,6 +284,18 @@ class VLM(ClipEncoder, ABC):
         return json.dumps([frames, self.video_options(), loading], sort_keys=True, default=str)
 
     def _vision_fed(self, model: nn.Module, prompts: EncodedPrompts, route: str) -> AbstractContextManager[None]:
+        if not self._logged_tokens:
+            self._logged_tokens = True
+            visual = torch.isin(prompts.inputs["input_ids"].cpu(), torch.tensor(sorted(self.placeholder_ids))).sum(1)
+            low, high, longest = (
+                int(visual.min()),
+                int(visual.max()),
+                int(prompts.inputs["attention_mask"].sum(1).max()),
+            )
+            rank_zero_info(
+                f"a clip becomes {low if low == high else f'{low} to {high}'} visual tokens in the first batch; its "
+                f"longest prompt has {longest} tokens"
+            )
         cache = self.vision_cache
         return nullcontext() if cache is None else cache.feeding(self, model, prompts, route)
 

@@ -58,10 +58,11 @@ class QwenVL(VLM):
 
     def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
         """Returns the inputs of the prompts ``index`` [n]; patches of all videos share one axis, split by the grids."""
-        patches, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
-        videos = torch.split(patches, grid.prod(-1).tolist())
         rest = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
-        return {
-            **super().repeat_prompts(rest, index),
-            "pixel_values_videos": torch.cat([videos[i] for i in index.tolist()]),
-        }
+        return {**super().repeat_prompts(rest, index), "pixel_values_videos": repeat_patches(inputs, index)}
+
+
+def repeat_patches(inputs: Mapping[str, Tensor], index: Tensor) -> Tensor:
+    """Returns the patches of the videos ``index`` [n], which share one axis, split by the grids of all videos."""
+    videos = torch.split(inputs["pixel_values_videos"], inputs["video_grid_thw"].prod(-1).tolist())
+    return torch.cat([videos[i] for i in index.tolist()])

@@ -1,4 +1,4 @@
-"""Qwen3-VL and GLM-4.1V: a video is a sequence of images with their times as text, in three rotary axes."""
+"""Qwen3-VL, Qwen3.5 and GLM-4.1V: a video is a sequence of images with their times as text, in three rotary axes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vidreason.lightning_modules.vlms.qwen import QwenVL
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.qwen import repeat_patches
 from vidreason.lightning_modules.vlms.rotary import frame_positions
 
 
-class Qwen3VL(QwenVL):
-    """Qwen3-VL; ``max_pixels`` is the limit of one frame."""
+class Qwen3VL(VLM):
+    """Qwen3-VL or Qwen3.5, depending on the checkpoint; ``max_pixels`` is the limit of one frame."""
 
+    vision_modules = ("model.visual",)
     frame_multiple = 2
     """The processor counts frames in pairs for its limit, and refuses a single frame."""
     least_pixels = 128 * 32 * 32
@@ -36,6 +38,15 @@ class Qwen3VL(QwenVL):
         visual = inputs["input_ids"] == self._visual_token(model.config)
         mask = inputs["attention_mask"].bool()
         return frame_positions(visual, mask, inputs["video_grid_thw"], model.config.vision_config.spatial_merge_size)
+
+    def text_position_ids(self, positions: Tensor) -> Tensor:
+        """Returns positions [3, n, L]; the three axes are equal for text."""
+        return positions.expand(3, *positions.shape)
+
+    def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+        """Returns the inputs of the prompts ``index`` [n]; patches of all videos share one axis."""
+        rest = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
+        return {**super().repeat_prompts(rest, index), "pixel_values_videos": repeat_patches(inputs, index)}
 
     def _visual_token(self, config: Any) -> int:
         return int(config.video_token_id)

@@ -61,7 +61,9 @@ def expand(value: str) -> dict[str, Any]:
     kind = _model_type(value)
     if kind not in SECTIONS:
         raise ValueError(
-            f"--vlm {value}: a model of type {kind!r}; without a section file it can be {', '.join(sorted(SECTIONS))}"
+            f"--vlm {value}: a model of type {kind!r}, which needs a family of its own: subclass "
+            "vidreason.lightning_modules.vlms.base.VLM and give its section as --vlm FILE.yaml (docs/extending.md); "
+            f"known types are {', '.join(sorted(SECTIONS))}"
         )
     section: dict[str, Any] = yaml.safe_load((shipped_folder() / SECTIONS[kind]).read_text(encoding="utf-8"))
     path = str(Path(value).expanduser().absolute()) if _is_folder(value) else value

@@ -15,7 +15,6 @@ from vidreason.lightning_modules.vlms.internvl import InternVL
 from vidreason.lightning_modules.vlms.llava_onevision import LlavaOnevision
 from vidreason.lightning_modules.vlms.qwen import QwenVL
 from vidreason.lightning_modules.vlms.qwen3 import GLM4V, Qwen3VL
-from vidreason.lightning_modules.vlms.qwen3_5 import Qwen3_5
 from vidreason.lightning_modules.vlms.smolvlm import SmolVLM
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 
@@ -31,7 +30,7 @@ CLASSES: dict[str, type[VLM]] = {
     "nextvideo": LlavaOnevision,
     "glm46": GLM4V,
     "gemma4": Gemma4,
-    "qwen3_5": Qwen3_5,
+    "qwen3_5": Qwen3VL,
 }
 FAMILIES = ("qwen", "smolvlm")
 HYBRID = {"gemma4": hybrid_builders.write_gemma4, "qwen3_5": hybrid_builders.write_qwen3_5}

@@ -173,3 +173,16 @@ def test_sampled_frequencies_follow_the_probabilities() -> None:
     noise = draw_noise([123], 20000)[0]
     counts = torch.bincount(inverse_cdf(probs.expand(20000, 4), noise), minlength=4) / 20000
     torch.testing.assert_close(counts, probs, rtol=0, atol=0.015)
+
+
+def test_the_log_says_how_many_tokens_a_clip_becomes(make_vlm: MakeVLM, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    vlm = make_vlm("qwen", max_pixels=56 * 56)
+    model, example = vlm.build(), builders.make_example(frames=8, size=(112, 112))
+    for _ in range(2):
+        prompts = vlm.encode([example]).prompts
+        vlm.generate(model, prompts, 1, Sampling(max_new_tokens=1))
+    length = prompts.inputs["input_ids"].shape[1]
+    (said,) = [record.message for record in caplog.records if "visual tokens" in record.message]
+    # Four pairs of frames, each of 4 x 4 patches, of which four make a token.
+    assert said == f"a clip becomes 16 visual tokens in the first batch; its longest prompt has {length} tokens"
