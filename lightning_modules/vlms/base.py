@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
 from vidreason.lightning_modules.vlms import generation
-from vidreason.lightning_modules.vlms.encoder import ClipEncoder
+from vidreason.lightning_modules.vlms.encoder import ClipEncoder, placeholder_tokens
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading import building
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded
 from vidreason.lightning_modules.vlms.prefix.head import Scoring
+from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 from vidreason.lightning_modules.vlms.prefix.shared_prefix import Choice, RouteOptions, choose_route, score_texts
 from vidreason.lightning_modules.vlms.text import chat
 from vidreason.lightning_modules.vlms.vision_cache.cache import IN_MEMORY, VisionCache, VisionCacheOptions
@@ -284,20 +285,22 @@ class VLM(ClipEncoder, ABC):
         return json.dumps([frames, self.video_options(), loading], sort_keys=True, default=str)
 
     def _vision_fed(self, model: nn.Module, prompts: EncodedPrompts, route: str) -> AbstractContextManager[None]:
-        if not self._logged_tokens:
-            self._logged_tokens = True
-            visual = torch.isin(prompts.inputs["input_ids"].cpu(), torch.tensor(sorted(self.placeholder_ids))).sum(1)
-            low, high, longest = (
-                int(visual.min()),
-                int(visual.max()),
-                int(prompts.inputs["attention_mask"].sum(1).max()),
-            )
-            rank_zero_info(
-                f"a clip becomes {low if low == high else f'{low} to {high}'} visual tokens in the first batch; its "
-                f"longest prompt has {longest} tokens"
-            )
+        self._log_tokens(model, prompts)
         cache = self.vision_cache
         return nullcontext() if cache is None else cache.feeding(self, model, prompts, route)
+
+    def _log_tokens(self, model: nn.Module, prompts: EncodedPrompts) -> None:
+        """Logs once how many visual tokens a clip becomes."""
+        placeholders = placeholder_tokens(unwrap(model).config)
+        if self._logged_tokens or not placeholders:
+            return
+        self._logged_tokens = True
+        visual = torch.isin(prompts.inputs["input_ids"].cpu(), torch.tensor(sorted(placeholders))).sum(1)
+        low, high, longest = int(visual.min()), int(visual.max()), int(prompts.inputs["attention_mask"].sum(1).max())
+        number = str(low) if low == high else f"{low} to {high}"
+        rank_zero_info(
+            f"a clip becomes {number} visual tokens in the first batch; its longest prompt has {longest} tokens"
+        )
 
     def base_sha(self) -> str:
         """Returns the SHA-256 of the base checkpoint's files."""

@@ -145,9 +145,7 @@ class ClipEncoder:
     def placeholder_ids(self) -> frozenset[int]:
         """The tokens that stand for parts of a video in a prompt."""
         with building.readable(self.path):
-            config = AutoConfig.from_pretrained(self.path)
-        names = ("video_token_id", "image_token_id", "video_token_index", "image_token_index")
-        return frozenset(getattr(config, name) for name in names if hasattr(config, name)) or self.suppressed_ids
+            return placeholder_tokens(AutoConfig.from_pretrained(self.path)) or self.suppressed_ids
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Encodes B clips with their prompts and texts as one batch; called in data workers.
@@ -182,3 +180,9 @@ class ClipEncoder:
         inputs = encode_prompt(self.processor, text, example.sample, self.video_options(len(example.sample.frames)))
         check_video_arrived(clip, inputs, self.placeholder_ids, self.visual_tokens)
         return inputs
+
+
+def placeholder_tokens(config: Any) -> frozenset[int]:
+    """Returns the tokens that a model's configuration names as placeholders of images and videos."""
+    names = ("video_token_id", "image_token_id", "video_token_index", "image_token_index")
+    return frozenset(getattr(config, name) for name in names if hasattr(config, name))
