@@ -59,7 +59,8 @@ def main(folder: Path) -> None:
         rows = output.prompt_logprobs[-len(request["completion"]) :]
         table = torch.tensor([[row[token].logprob for token in range(len(row))] for row in rows], dtype=torch.float64)
         answers.append({"ids": list(output.prompt_token_ids), "logprobs": table})
-    versions = {"vLLM": vllm.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    modules = {"vLLM": vllm, "transformers": transformers, "torch": torch}
+    versions = {name: str(module.__version__) for name, module in modules.items()}
     torch.save({"versions": versions, "answers": answers}, folder / "answers.pt")
 
 
