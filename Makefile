@@ -2,7 +2,7 @@ PYTHON ?= python
 LINKED = rewards datamodules lightning_modules callbacks configs
 QUIET_CPU = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help dev links lint format typecheck test slow smoke clean
+.PHONY: help dev links lint format typecheck test slow parity smoke clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -30,6 +30,9 @@ test:  ## the fast tier: no network, no GPU
 
 slow:  ## what takes longer than that
 	$(QUIET_CPU) $(PYTHON) -m pytest -n 0 -m slow  # many start two processes of their own
+
+parity:  ## log-probabilities against vLLM (VIDREASON_VLLM_PYTHON names its Python: tests/parity/make_environment.sh)
+	$(QUIET_CPU) $(PYTHON) -m pytest -n 0 -s -m slow tests/parity
 
 smoke:  ## the whole main job, small
 	$(PYTHON) -m vidreason demo --quick --run_dir runs/smoke

@@ -1,4 +1,7 @@
-"""Tiny checkpoints of families that are not built in ``vlm_builders``, in the hub's format, with its chat templates."""
+"""Tiny checkpoints of families that are not built in ``vlm_builders``, in the hub's format, with its chat templates.
+
+``sizes`` go into the text config.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +46,7 @@ def _frames_template(video: str) -> str:
     return QWEN_TEMPLATE.replace("<|vision_start|><|video_pad|><|vision_end|>", video)
 
 
-def write_qwen3(folder: Path, seed: int = 0) -> Path:
+def write_qwen3(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     """A Qwen3-VL with DeepStack; its processor writes the times of the frames."""
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = byte_tokenizer(
@@ -52,14 +55,15 @@ def write_qwen3(folder: Path, seed: int = 0) -> Path:
     start, stop, image, video = _ids(tokenizer, *marks)
     end, pad = _ids(tokenizer, "<|im_end|>", "<|endoftext|>")
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0, "mrope_interleaved": True}
+    text = {**DECODER, "head_dim": 16, "rope_parameters": rope, "eos_token_id": end, "pad_token_id": pad, **sizes}
     config = Qwen3VLConfig(
-        text_config={**DECODER, "head_dim": 16, "rope_parameters": rope, "eos_token_id": end, "pad_token_id": pad},
+        text_config=text,
         vision_config={
             "depth": 3,
             "hidden_size": 32,
             "intermediate_size": 48,
             "num_heads": 2,
-            "out_hidden_size": 64,
+            "out_hidden_size": text["hidden_size"],
             "deepstack_visual_indexes": [0, 1],
             "num_position_embeddings": 64,
             "patch_size": 14,
@@ -82,7 +86,7 @@ def write_qwen3(folder: Path, seed: int = 0) -> Path:
     return write_checkpoint(folder, config, processor, seed, end, pad)
 
 
-def write_glm(folder: Path, seed: int = 0, newer: bool = False) -> Path:
+def write_glm(folder: Path, seed: int = 0, newer: bool = False, **sizes: Any) -> Path:
     """A GLM-4.1V, or a GLM-4.6V if ``newer``; its template does not end turns."""
     config_class: Any = Glm46VConfig if newer else Glm4vConfig
     processors: tuple[Any, Any, Any] = (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor)
@@ -104,14 +108,15 @@ def write_glm(folder: Path, seed: int = 0, newer: bool = False) -> Path:
     pad, end = _ids(tokenizer, "<|endoftext|>", "<|user|>")
     image_start, image_end, video_start, video_end, image, video = _ids(tokenizer, *marks)
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    text = {**DECODER, "rope_parameters": rope, "eos_token_id": [pad, end], "pad_token_id": pad, **sizes}
     config = config_class(
-        text_config={**DECODER, "rope_parameters": rope, "eos_token_id": [pad, end], "pad_token_id": pad},
+        text_config=text,
         vision_config={
             "depth": 2,
             "hidden_size": 64,
             "intermediate_size": 96,
             "num_heads": 2,
-            "out_hidden_size": 64,
+            "out_hidden_size": text["hidden_size"],
             "image_size": 112,
             "patch_size": 14,
         },
@@ -137,7 +142,7 @@ def write_glm(folder: Path, seed: int = 0, newer: bool = False) -> Path:
     return write_checkpoint(folder, config, processor, seed, end, pad)
 
 
-def write_internvl(folder: Path, seed: int = 0) -> Path:
+def write_internvl(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     """An InternVL whose frames are squared to 56 pixels, 4 tokens each."""
     marks = {
         "start_image_token": "<img>",
@@ -148,7 +153,7 @@ def write_internvl(folder: Path, seed: int = 0) -> Path:
     tokenizer = byte_tokenizer([*QWEN_TURNS, *marks.values()], "<|im_end|>", "<|endoftext|>", **marks)
     end, pad, image = _ids(tokenizer, "<|im_end|>", "<|endoftext|>", "<IMG_CONTEXT>")
     config = InternVLConfig(
-        text_config={"model_type": "qwen2", **DECODER, "eos_token_id": end, "pad_token_id": pad},
+        text_config={"model_type": "qwen2", **DECODER, "eos_token_id": end, "pad_token_id": pad, **sizes},
         vision_config={
             "hidden_size": 32,
             "num_hidden_layers": 2,
@@ -172,7 +177,7 @@ def write_internvl(folder: Path, seed: int = 0) -> Path:
     return write_checkpoint(folder, config, processor, seed, end, pad)
 
 
-def write_llava_onevision(folder: Path, seed: int = 0) -> Path:
+def write_llava_onevision(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     """A LLaVA-OneVision whose frames are squared to 56 pixels, 4 tokens each, with the hub's chat template."""
     tokenizer = byte_tokenizer(
         [*QWEN_TURNS, "<image>", "<video>"],
@@ -183,7 +188,7 @@ def write_llava_onevision(folder: Path, seed: int = 0) -> Path:
     )
     end, pad, image, video = _ids(tokenizer, "<|im_end|>", "<|endoftext|>", "<image>", "<video>")
     config = LlavaOnevisionConfig(
-        text_config={"model_type": "qwen2", **DECODER, "eos_token_id": end, "pad_token_id": pad},
+        text_config={"model_type": "qwen2", **DECODER, "eos_token_id": end, "pad_token_id": pad, **sizes},
         vision_config={
             "model_type": "siglip_vision_model",
             "hidden_size": 32,

@@ -1,6 +1,10 @@
-"""Writes tiny checkpoints of families whose decoders mix full attention with sliding windows or linear attention."""
+"""Writes tiny checkpoints of families whose decoders mix full attention with sliding windows or linear attention.
+
+``sizes`` go into the text config.
+"""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     Gemma4AudioFeatureExtractor,
@@ -22,7 +26,7 @@ GEMMA_TEMPLATE = (
 )
 
 
-def write_gemma4(folder: Path, seed: int = 0) -> Path:
+def write_gemma4(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     """A Gemma 4 of about 0.3 M parameters: windows of 8 tokens, and two layers that share the keys of two others."""
     named = {
         "image_token": "<|image|>",
@@ -51,6 +55,7 @@ def write_gemma4(folder: Path, seed: int = 0) -> Path:
             "eos_token_id": ids["<turn|>"],
             "pad_token_id": ids["<pad>"],
             "tie_word_embeddings": False,
+            **sizes,
         },
         vision_config={
             "hidden_size": 32,
@@ -90,7 +95,7 @@ def write_gemma4(folder: Path, seed: int = 0) -> Path:
     return write_checkpoint(folder, config, processor, seed, ids["<turn|>"], ids["<pad>"])
 
 
-def write_qwen3_5(folder: Path, seed: int = 0) -> Path:
+def write_qwen3_5(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     """A Qwen3.5 of about 0.3 M parameters: linear attention in every layer except the second of three."""
     names = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
     named = {f"{name}_token": f"<|{name}|>" for name in ("vision_start", "vision_end")}
@@ -118,6 +123,7 @@ def write_qwen3_5(folder: Path, seed: int = 0) -> Path:
             },
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
+            **sizes,
         },
         vision_config={
             "depth": 2,
@@ -126,7 +132,7 @@ def write_qwen3_5(folder: Path, seed: int = 0) -> Path:
             "num_heads": 2,
             "patch_size": 14,
             "spatial_merge_size": 2,
-            "out_hidden_size": 64,
+            "out_hidden_size": sizes.get("hidden_size", DECODER["hidden_size"]),
             "num_position_embeddings": 64,
         },
         image_token_id=ids["<|image_pad|>"],
