@@ -13,7 +13,7 @@ from vidreason.datamodules.atomic_files import atomic_file, flush_to_disk
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """As Lightning's, but a crash or a full disk leaves the earlier checkpoint, and no half one beside it for long."""
+    """Writes a checkpoint beside the earlier one and then replaces that, so that a crash or a full disk keeps it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes a checkpoint.

@@ -83,6 +83,7 @@ class VLM(ClipEncoder, ABC):
         text_memory_gb: Memory limit in GB for the texts of a forward; if the estimate exceeds it, texts are run in
             chunks.
         vision_cache: Where embeddings of a frozen vision path are cached; null disables the cache.
+        kwargs: Options of :class:`ClipEncoder`.
     """
 
     def __init__(

@@ -34,9 +34,10 @@ class ClipEncoder:
     """
 
     end_of_turn: str | None = None
-    """What ends an assistant's turn, for families whose template leaves it out; None reads it from the template."""
+    """Text of the tokens that end an assistant's turn. A family sets it if the chat template of its models does not
+    write them; None takes them from the template."""
     frame_multiple = 1
-    """Clips are extended by their last frame to a multiple of this number of frames."""
+    """Number of frames that the processor takes at a time; the last frame of a clip is repeated up to a multiple."""
 
     def __init__(
         self, path: str, max_pixels: int | None = None, chat_template_kwargs: dict[str, Any] | None = None

@@ -1,8 +1,9 @@
-"""Multimodal rotary positions (M-RoPE) of Qwen2-VL and Qwen2.5-VL (arXiv 2409.12191, 2502.13923).
+"""Multimodal rotary positions (M-RoPE) of the Qwen and GLM families, as published with their weights.
 
-They are stated here because ``get_rope_index`` of transformers 5.19 to 5.24 differs from what the weights were trained
-with: it lets the text behind a video start behind its height and width only, so that texts and frames share positions
-wherever a video's times reach further.
+``video_positions`` is the rule of Qwen2-VL and Qwen2.5-VL (arXiv 2409.12191, 2502.13923), ``frame_positions`` that of
+Qwen3-VL, Qwen3.5 and GLM-4.1V. They are not taken from the installed transformers: ``get_rope_index`` of versions 5.19
+to 5.24 lets the text behind a video of the first two start behind its height and width only, so that texts and frames
+share positions wherever a video's times reach further.
 
 Letters: B prompts, P tokens of a prompt.
 """

@@ -126,7 +126,7 @@ def test_trainer_options_without_effect_are_refused(make_vlm, make_data, make_tr
 
 
 class ReturnsItsLoss(VLMModule):
-    """Lets Lightning optimise."""
+    """A stage that returns its loss, so that Lightning runs the backward pass and the optimizer step."""
 
     def training_step(self, batch, batch_idx):
         return self.vlm.score(self.policy, batch.prompts, batch.texts).logprobs.sum()

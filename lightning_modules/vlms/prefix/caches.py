@@ -1,4 +1,4 @@
-"""The cache behind which texts are forwarded."""
+"""The cache of a decoder, which holds the prompts (and texts) behind which further texts are forwarded."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class VideoCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method in LightningCLI
-        """Returns the command to run; making the parsers of the others would take a quarter of the start-up."""
+        """Returns the command to run, so that no time is spent on the parsers of the others."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

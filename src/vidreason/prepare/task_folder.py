@@ -29,7 +29,7 @@ class PrepareOptions:
     source: Path
     out: Path
     reading: SourceOptions
-    """How a table is read."""
+    """Names of columns, root folder and row filter of a source that is a table."""
     overwrite: bool
     """True replaces the files of an earlier call."""
     new_splits: bool

@@ -22,10 +22,10 @@ SEEDS = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
 
 
 @pytest.fixture
-def often_ending(checkpoints: dict[str, Path], tmp_path: Path) -> QwenVL:
+def often_ending(make_vlm: MakeVLM, tmp_path: Path) -> QwenVL:
     """A model on whose 60 stop ids a fifth or so of all steps end."""
     folder = tmp_path / "often_ending"
-    shutil.copytree(checkpoints["qwen"], folder)
+    shutil.copytree(make_vlm("qwen").path, folder)
     file = folder / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(range(100, 160))}))
     return QwenVL(str(folder))

@@ -5,26 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import vlm_builders as builders
+from families import FAMILIES
 
 from vidreason.datamodules.types import Example
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
 
 MakeVLM = Callable[..., VLM]
-FAMILIES = (
-    "qwen",
-    "qwen2",
-    "qwen3",
-    "glm",
-    "smolvlm",
-    "internvl",
-    "onevision",
-    "nextvideo",
-    "glm46",
-    "tiny",
-    "gemma4",
-    "qwen3_5",
-)
 OF_ONE_LENGTH = ("tiny", "onevision", "nextvideo")
 NAMES = ["delivery", "visitor", "a cat"]
 SIZES = ((56, 56), (40, 90), (112, 56), (64, 96))

@@ -1,4 +1,4 @@
-"""What would train or decide without the video, or with a prompt that is not what it says, is refused by name."""
+"""Encoding refuses clips that the model would not see and prompts that contain its special tokens."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import vlm_builders as builders
+from families import FAMILIES
 
 from vidreason.datamodules.task import ClassSpec, Task
 from vidreason.datamodules.types import Clip
@@ -14,20 +15,6 @@ from vidreason.datamodules.words import check_words
 from vidreason.lightning_modules.vlms.base import VLM
 
 MakeVLM = Callable[..., VLM]
-FAMILIES = (
-    "qwen",
-    "qwen2",
-    "qwen3",
-    "glm",
-    "smolvlm",
-    "internvl",
-    "onevision",
-    "nextvideo",
-    "glm46",
-    "tiny",
-    "gemma4",
-    "qwen3_5",
-)
 
 
 class Changed:

@@ -43,7 +43,7 @@ def build(make_vlm: MakeVLM, family: str, trained: str = "full", **options: Any)
 
 
 def kept_bytes(run: Callable[[], Tensor]) -> int:
-    """What a forward keeps for its backward pass, each storage once."""
+    """Returns the bytes of the tensors that a forward pass keeps for its backward pass; shared memory counts once."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

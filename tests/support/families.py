@@ -1,0 +1,35 @@
+"""All model families that tests use, each with its class and with the function that writes a tiny checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import family_builders as others
+import hybrid_builders as hybrids
+import vlm_builders as builders
+
+from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.gemma4 import Gemma4
+from vidreason.lightning_modules.vlms.internvl import InternVL
+from vidreason.lightning_modules.vlms.llava_onevision import LlavaOnevision
+from vidreason.lightning_modules.vlms.qwen import QwenVL
+from vidreason.lightning_modules.vlms.qwen3 import GLM4V, Qwen3VL
+from vidreason.lightning_modules.vlms.smolvlm import SmolVLM
+from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
+
+FAMILIES: dict[str, tuple[type[VLM], Callable[[Path], Path]]] = {
+    "qwen": (QwenVL, builders.write_qwen),
+    "qwen2": (QwenVL, partial(builders.write_qwen, two=True)),
+    "smolvlm": (SmolVLM, builders.write_smolvlm),
+    "tiny": (TinyVLM, builders.write_tiny),
+    "qwen3": (Qwen3VL, others.write_qwen3),
+    "glm": (GLM4V, others.write_glm),
+    "glm46": (GLM4V, partial(others.write_glm, newer=True)),
+    "internvl": (InternVL, others.write_internvl),
+    "onevision": (LlavaOnevision, others.write_llava_onevision),
+    "nextvideo": (LlavaOnevision, others.write_llava_next_video),
+    "gemma4": (Gemma4, hybrids.write_gemma4),
+    "qwen3_5": (Qwen3VL, hybrids.write_qwen3_5),
+}
