@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import stage_world as world
 import yaml
+from covering import sample
 
 from vidreason.callbacks.progress import RunProgress
 from vidreason.config.trainer_cli import build
@@ -98,7 +99,7 @@ def test_a_recipe_is_switched_on_by_its_overlay(recipe):
     assert overlong in ([], [longest])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", sample(RECIPES, "gspo.yaml", "rlcr.yaml"))
 def test_a_recipe_trains(recipe, make_vlm, make_data, make_trainer):
     module = build("fit", ["--config", str(CONFIGS / "grpo.yaml"), "--config", str(CONFIGS / "recipes" / recipe)]).model
     module.vlm = make_vlm()

@@ -90,6 +90,7 @@ def own_texts(folder):
     return {name: [r.text.strip() for r in group] for name, group in TraceStore.open(folder).by_video(False).items()}
 
 
+@pytest.mark.slow
 def test_targets_are_labels_and_the_bases_own_texts(world, taught, tmp_path):
     data, rows = world
     assert all(any(rule in row["rationale"] for rule in RULES.values()) for row in rows), (

@@ -187,6 +187,7 @@ def write(path: Path, level: int) -> None:
 DOWNSTREAM_DATA = "class_path: datamodules.blinks.Blinks\ninit_args: {batch_size: 2, frames: {num_frames: 4}}\n"
 
 
+@pytest.mark.slow
 def test_a_project_with_its_own_datamodules_trains(tmp_path, monkeypatch):
     """One file of the user's, the installed console script, no PYTHONPATH, nothing of theirs installed."""
     package = tmp_path / "datamodules"

@@ -9,7 +9,7 @@ import pytest
 import small_grpo
 import stage_world as world
 import torch
-from covering import covering
+from covering import covering, sample
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -37,7 +37,7 @@ ADAMW = OptimOptions(adamw)
 ANSWER = DecideOptions("answer", sampling=SHORT)
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", sample([True, False], True))
 def test_deepintuit_from_descriptions_to_calibrated_predictions(make_vlm, make_data, make_trainer, lora):
     def run(folder, module, command="fit", **kwargs):
         callbacks = [AdapterCheckpoint(), PredictionWriter(), TraceWriter()]
@@ -99,7 +99,7 @@ class Interrupted(RationaleSFTModule):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stop_at", sample([1, 2, 3, 4, 5], 2, 5))
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_vlm, make_data, make_trainer, stop_at):
     """Own rationales, so that the resumed run must not write them with half-trained weights."""
 

@@ -65,6 +65,7 @@ def test_flops_are_counted_where_torch_does_not() -> None:
     assert counter.get_total_flops() == 5 * 2 * 4 * 8 * 24 * 16
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     load("gpu_grpo").main(["--smoke", "--json", str(file)])
@@ -149,6 +150,7 @@ def test_scaling_draws_its_figure(tmp_path: Path) -> None:
 STRATEGY_ARMS = {"lora": 4, "qlora": 4, "fsdp": 4, "fsdp_qlora": 4}
 
 
+@pytest.mark.slow
 def test_the_strategies_script_runs_on_a_cpu(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     load("gpu_strategies").main(["--smoke", "--json", str(file)])

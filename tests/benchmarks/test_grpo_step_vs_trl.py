@@ -8,6 +8,9 @@ import pytest
 pytest.importorskip("trl")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     variants, parent = import_module("grpo_step_variants"), import_module("grpo_step_vs_trl")

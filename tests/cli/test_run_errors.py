@@ -14,9 +14,17 @@ from vidreason.cli.main import main
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.tiny.vlm import embedded_folder
 
+TRAINED: dict[tuple[str, ...], Path] = {}
+"""A copy of the run folder of each training, by the command's further options"""
+
 
 def trained(run_dir: str, *options: str) -> str:
-    assert main([*FIT, "--run_dir", run_dir, *options]) == 0
+    """Trains once for each set of options; fixture ``here`` makes the same folder for every test."""
+    if options not in TRAINED:
+        assert main([*FIT, "--run_dir", run_dir, *options]) == 0
+        TRAINED[options] = shutil.copytree(run_dir, Path.cwd().parent / f"trained_{len(TRAINED)}")
+    else:
+        shutil.copytree(TRAINED[options], run_dir)
     return run_dir
 
 

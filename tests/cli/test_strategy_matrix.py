@@ -90,7 +90,7 @@ class Cell:
 
 ONE_PROCESS = [Cell(stage, strategy) for stage in COMMANDS for strategy in OVERLAYS if strategy != "multi_node"]
 TWO_PROCESSES = [Cell(stage, strategy, 2) for stage in COMMANDS for strategy in SEVERAL]
-FEW = [Cell("sft_label", "fsdp_qlora"), Cell("grpo", "qlora")]
+FEW = [Cell("grpo", "fsdp_qlora")]
 
 
 def name_of(cell: Cell) -> str:

@@ -21,3 +21,22 @@ def covering(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
         for i, a in enumerate(first)
         for j, b in enumerate(second)
     ]
+
+
+def sample(values: Sequence[Any], *fast: Any) -> list[Any]:
+    """Returns values as parameters; those that are not among ``fast`` are marked slow.
+
+    Args:
+        values: Values of one argument, or tuples with one value for each of several.
+        fast: The values that the fast tier takes.
+
+    Raises:
+        ValueError: If a value of ``fast`` is not among the values.
+    """
+    for value in fast:
+        if value not in values:
+            raise ValueError(f"{value!r} is not among {values!r}")
+    return [
+        pytest.param(*value if isinstance(value, tuple) else (value,), marks=() if value in fast else pytest.mark.slow)
+        for value in values
+    ]
