@@ -75,8 +75,9 @@ def write_qwen3(folder: Path, seed: int = 0, **sizes: Any) -> Path:
         tie_word_embeddings=False,
     )
     sizes: dict[str, Any] = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    halves = [0.5] * 3  # as on the hub: equal to those of videos, for which vLLM takes them too
     processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
+        image_processor=Qwen2VLImageProcessor(**sizes, image_mean=halves, image_std=halves),
         video_processor=Qwen3VLVideoProcessor(
             **sizes, size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}, cap_pixels_per_frame=False
         ),

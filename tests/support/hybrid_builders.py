@@ -142,8 +142,9 @@ def write_qwen3_5(folder: Path, seed: int = 0, **sizes: Any) -> Path:
         tie_word_embeddings=False,
     )
     size = {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}}
+    halves = [0.5] * 3  # as on the hub: equal to those of videos, for which vLLM takes them too
     processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**size),
+        image_processor=Qwen2VLImageProcessor(**size, image_mean=halves, image_std=halves),
         video_processor=Qwen3VLVideoProcessor(**size),
         tokenizer=tokenizer,
         chat_template=QWEN_TEMPLATE,
