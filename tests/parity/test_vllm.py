@@ -19,7 +19,7 @@ import transformers
 import vlm_builders as builders
 from torch import Tensor
 
-from vidreason.datamodules.types import Example, FrameTiming, TextBatch
+from vidreason.datamodules.types import Example, FrameTiming
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.gemma4 import Gemma4
 from vidreason.lightning_modules.vlms.internvl import InternVL
@@ -63,6 +63,8 @@ CLIPS = (
     Clip(8, (28, 84), 1.0),
 )
 """At 4 and 1 frames per second, the times of 16 frames reach beyond a spatial grid of 2 x 2."""
+SLOW = tuple(clip._replace(rate=clip.rate / 4) for clip in CLIPS)
+"""Pairs of frames begin at whole seconds. GLM-4.6V's processor writes tenths, which vLLM rounds down."""
 
 
 def qwen_embeddings(model: Any, inputs: Mapping[str, Tensor], clip: Clip) -> dict[str, Any]:
@@ -90,23 +92,35 @@ class Family(NamedTuple):
     write: Callable[..., Path]
     sizes: Mapping[str, Any]
     embeddings: Callable[[Any, Mapping[str, Tensor], Clip], dict[str, Any]] | None = None
-    """Returns the embeddings of a video as vLLM takes them; None if only pixels are compared."""
+    """Returns the embeddings of a video as vLLM takes them; None if it takes pixels only."""
     dtype: str = "float32"
+    adapter: bool = True
+    """Whether vLLM takes LoRA adapters of this family."""
+    clips: tuple[Clip, ...] = CLIPS
 
 
 MROPE = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0}
 INTERLEAVED = {**MROPE, "mrope_section": [12, 10, 10], "mrope_interleaved": True}
+WHOLE = {**MROPE, "partial_rotary_factor": 1.0}
 HALF = {**INTERLEAVED, "mrope_section": [6, 5, 5], "partial_rotary_factor": 0.5}
+SMALL_GEMMA = {"head_dim": 64, "global_head_dim": 128, "use_bidirectional_attention": None}
+"""As in E2B and E4B. In larger models visual tokens see each other, which vLLM's attention on the CPU leaves out."""
 FAMILIES = {
     "Qwen2.5-VL": Family(QwenVL, builders.write_qwen, {"rope_parameters": MROPE}, qwen_embeddings),
     "Qwen2-VL": Family(QwenVL, builders.write_qwen, {"rope_parameters": MROPE, "two": True}, qwen_embeddings),
     "Qwen3-VL": Family(Qwen3VL, others.write_qwen3, {"head_dim": 64, "rope_parameters": INTERLEAVED}, qwen3_embeddings),
-    "GLM-4.1V": Family(GLM4V, others.write_glm, {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}}),
+    "GLM-4.1V": Family(GLM4V, others.write_glm, {"rope_parameters": WHOLE}),
+    "GLM-4.6V": Family(GLM4V, others.write_glm, {"rope_parameters": WHOLE, "newer": True, "flash": True}, clips=SLOW),
     "InternVL3": Family(InternVL, others.write_internvl, {}),
-    "LLaVA-OneVision": Family(LlavaOnevision, others.write_llava_onevision, {}),
-    "Gemma 4": Family(Gemma4, hybrids.write_gemma4, {"head_dim": 64, "global_head_dim": 128}),
+    "LLaVA-OneVision": Family(LlavaOnevision, others.write_llava_onevision, {}, adapter=False),
+    "LLaVA-NeXT-Video": Family(LlavaOnevision, others.write_llava_next_video, {"image": 32, "patch": 4}),
+    "Gemma 4": Family(Gemma4, hybrids.write_gemma4, SMALL_GEMMA),
     "Qwen3.5": Family(
-        Qwen3VL, hybrids.write_qwen3_5, {"head_dim": 64, "rope_parameters": HALF}, qwen3_embeddings, "bfloat16"
+        Qwen3VL,
+        hybrids.write_qwen3_5,
+        {"head_dim": 64, "rope_parameters": HALF, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+        qwen3_embeddings,
+        "bfloat16",
     ),
 }
 
@@ -176,13 +190,14 @@ class Compared:
             self.exact[False] = family.vlm(path, dtype="float32").build().eval()
             self.exact[True] = family.vlm(path, lora=lora, dtype="float32").build(str(adapter_folder)).eval()
         vlm = self.vlms[False]
-        self.examples = {clip: example_of(clip, seed) for seed, clip in enumerate(CLIPS)}
+        self.examples = {clip: example_of(clip, seed) for seed, clip in enumerate(family.clips)}
         self.encoded = {clip: vlm.encode([example]).prompts for clip, example in self.examples.items()}
-        self.texts = {clip: builders.make_texts(vlm, [(0, -1, 12)], seed) for seed, clip in enumerate(CLIPS)}
+        self.texts = {clip: builders.make_texts(vlm, [(0, -1, 12)], seed) for seed, clip in enumerate(family.clips)}
         for clip, texts in self.texts.items():
             self.texts[clip] = replace(texts, loss_mask=texts.mask)
         kinds = (False, True) if family.embeddings else (False,)
-        self.cases = [Case(clip, adapter, kind) for adapter in (False, True) for kind in kinds for clip in CLIPS]
+        adapters = (False, True) if family.adapter else (False,)
+        self.cases = [Case(clip, adapter, kind) for adapter in adapters for kind in kinds for clip in family.clips]
         requests = []
         for case in self.cases:
             request = request_of(vlm, self.examples[case.clip], self.texts[case.clip].ids[0].tolist())
@@ -221,10 +236,17 @@ class Compared:
         return table.log_softmax(-1).gather(-1, self.texts[case.clip].ids[0, :, None])[:, 0]
 
     def prompt_ids(self, case: Case) -> tuple[list[int], list[int]]:
-        """Tokens of the prompt and its completion after the placeholders were repeated, of vidreason and of vLLM."""
-        texts: TextBatch = self.texts[case.clip]
+        """Tokens of the prompt and its completion after the placeholders were repeated, of vidreason and of vLLM.
+
+        The placeholders of images and of videos count as one token: InternVL's processor repeats that of images in
+        videos, and vLLM that of videos.
+        """
+        vlm, texts = self.vlms[False], self.texts[case.clip]
         mine = self.encoded[case.clip].inputs["input_ids"][0].tolist() + texts.ids[0].tolist()
-        return mine, self.answers[self.cases.index(case)]["ids"]
+        names = [vlm.processor.image_token, vlm.processor.video_token]
+        image, video = vlm.tokenizer.convert_tokens_to_ids(names)
+        told = self.answers[self.cases.index(case)]["ids"]
+        return [video if i == image else i for i in mine], [video if i == image else i for i in told]
 
     def differences(self) -> dict[Case, float]:
         """The largest absolute difference of each case, in nats."""
@@ -269,7 +291,7 @@ def test_logprobs_equal_those_of_vllm(
     found = pair.differences()
     versions = ", ".join(f"{library} {version}" for library, version in pair.versions.items())
     table += [(name, versions, case, difference) for case, difference in found.items()]
-    base, tuned = (pair.ours(Case(CLIPS[0], adapter, embedded=False)) for adapter in (False, True))
+    base, tuned = (pair.ours(Case(FAMILIES[name].clips[0], adapter, embedded=False)) for adapter in (False, True))
     assert (base - tuned).abs().max() > 0.01, "the adapter changes nothing"
     assert max(found.values()) < pair.tolerance, found
 

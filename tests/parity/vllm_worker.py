@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     engine = vllm.LLM(
         model=job["model"],
         dtype=job["dtype"],
-        max_model_len=1024,
+        max_model_len=2048,
         enforce_eager=True,
         enable_prefix_caching=False,
         limit_mm_per_prompt={"video": 1, "image": 0},

@@ -67,6 +67,7 @@ def write_gemma4(folder: Path, seed: int = 0, **sizes: Any) -> Path:
             "patch_size": 4,
             "pooling_kernel_size": 2,
             "position_embedding_size": 64,
+            "default_output_length": 70,  # transformers does without; vLLM reads it
         },
         audio_config={
             "hidden_size": 32,
