@@ -7,28 +7,23 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import family_builders as others
-import hybrid_builders as hybrids
 import pytest
 import torch
 import transformers
 import vlm_builders as builders
+from figures import write_json
 from torch import Tensor
+from vllm_families import FAMILIES, SIZES, Clip, Family
 
 from vidreason.datamodules.types import Example, FrameTiming
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.gemma4 import Gemma4
-from vidreason.lightning_modules.vlms.internvl import InternVL
-from vidreason.lightning_modules.vlms.llava_onevision import LlavaOnevision
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY
 from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 from vidreason.lightning_modules.vlms.qwen import QwenVL
-from vidreason.lightning_modules.vlms.qwen3 import GLM4V, Qwen3VL
 from vidreason.lightning_modules.vlms.text import chat
 
 PYTHON = os.environ.get("VIDREASON_VLLM_PYTHON")
@@ -43,86 +38,6 @@ pytestmark = [
 WORKER = Path(__file__).with_name("vllm_worker.py")
 TOLERANCE = 1e-4
 RANK = 8
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
-"""Heads of 64, the smallest that vLLM's attention on the CPU takes."""
-
-
-class Clip(NamedTuple):
-    """A clip of noise, of which every frame is taken."""
-
-    frames: int
-    size: tuple[int, int]
-    rate: float
-
-
-CLIPS = (
-    Clip(16, (56, 56), 8.0),
-    Clip(16, (56, 56), 4.0),
-    Clip(16, (56, 56), 1.0),
-    Clip(2, (112, 56), 4.0),
-    Clip(8, (28, 84), 1.0),
-)
-"""At 4 and 1 frames per second, the times of 16 frames reach beyond a spatial grid of 2 x 2."""
-SLOW = tuple(clip._replace(rate=clip.rate / 4) for clip in CLIPS)
-"""Pairs of frames begin at whole seconds. GLM-4.6V's processor writes tenths, which vLLM rounds down."""
-
-
-def qwen_embeddings(model: Any, inputs: Mapping[str, Tensor], clip: Clip) -> dict[str, Any]:
-    """Embeddings of a video of Qwen2-VL or Qwen2.5-VL as vLLM takes them."""
-    grids = inputs["video_grid_thw"]
-    features = model.model.get_video_features(inputs["pixel_values_videos"], grids)
-    times = {name: inputs[name] for name in ("second_per_grid_ts",) if name in inputs}
-    return {"video_embeds": torch.cat(list(features.pooler_output)), "video_grid_thw": grids, **times}
-
-
-def qwen3_embeddings(model: Any, inputs: Mapping[str, Tensor], clip: Clip) -> dict[str, Any]:
-    """Embeddings of a video of Qwen3-VL or Qwen3.5 as vLLM takes them: those of DeepStack side by side, with times."""
-    grids = inputs["video_grid_thw"]
-    features = model.model.get_video_features(inputs["pixel_values_videos"], grids)
-    layers = getattr(features, "deepstack_features", None) or ()
-    parts = [part if isinstance(part, Tensor) else torch.cat(list(part)) for part in (features.pooler_output, *layers)]
-    times = [(first + 0.5) / clip.rate for first in range(0, clip.frames, 2)]  # of the middle of two frames
-    return {"video_embeds": torch.cat(parts, dim=-1), "video_grid_thw": grids, "timestamps": [times]}
-
-
-class Family(NamedTuple):
-    """A model family with what differs between families in these tests."""
-
-    vlm: type[VLM]
-    write: Callable[..., Path]
-    sizes: Mapping[str, Any]
-    embeddings: Callable[[Any, Mapping[str, Tensor], Clip], dict[str, Any]] | None = None
-    """Returns the embeddings of a video as vLLM takes them; None if it takes pixels only."""
-    dtype: str = "float32"
-    adapter: bool = True
-    """Whether vLLM takes LoRA adapters of this family."""
-    clips: tuple[Clip, ...] = CLIPS
-
-
-MROPE = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0}
-INTERLEAVED = {**MROPE, "mrope_section": [12, 10, 10], "mrope_interleaved": True}
-WHOLE = {**MROPE, "partial_rotary_factor": 1.0}
-HALF = {**INTERLEAVED, "mrope_section": [6, 5, 5], "partial_rotary_factor": 0.5}
-SMALL_GEMMA = {"head_dim": 64, "global_head_dim": 128, "use_bidirectional_attention": None}
-"""As in E2B and E4B. In larger models visual tokens see each other, which vLLM's attention on the CPU leaves out."""
-FAMILIES = {
-    "Qwen2.5-VL": Family(QwenVL, builders.write_qwen, {"rope_parameters": MROPE}, qwen_embeddings),
-    "Qwen2-VL": Family(QwenVL, builders.write_qwen, {"rope_parameters": MROPE, "two": True}, qwen_embeddings),
-    "Qwen3-VL": Family(Qwen3VL, others.write_qwen3, {"head_dim": 64, "rope_parameters": INTERLEAVED}, qwen3_embeddings),
-    "GLM-4.1V": Family(GLM4V, others.write_glm, {"rope_parameters": WHOLE}),
-    "GLM-4.6V": Family(GLM4V, others.write_glm, {"rope_parameters": WHOLE, "newer": True, "flash": True}, clips=SLOW),
-    "InternVL3": Family(InternVL, others.write_internvl, {}),
-    "LLaVA-OneVision": Family(LlavaOnevision, others.write_llava_onevision, {}, adapter=False),
-    "LLaVA-NeXT-Video": Family(LlavaOnevision, others.write_llava_next_video, {"image": 32, "patch": 4}),
-    "Gemma 4": Family(Gemma4, hybrids.write_gemma4, SMALL_GEMMA),
-    "Qwen3.5": Family(
-        Qwen3VL,
-        hybrids.write_qwen3_5,
-        {"head_dim": 64, "rope_parameters": HALF, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
-        qwen3_embeddings,
-        "bfloat16",
-    ),
-}
 
 
 class Case(NamedTuple):
@@ -132,10 +47,15 @@ class Case(NamedTuple):
     adapter: bool
     embedded: bool
 
+    def __str__(self) -> str:
+        height, width = self.clip.size
+        clip = f"{self.clip.frames} frames of {height} x {width} at {self.clip.rate / self.clip.every:.3g} fps"
+        return f"{clip}, {'LoRA' if self.adapter else 'base'}, {'embeddings' if self.embedded else 'pixels'}"
+
 
 def example_of(clip: Clip, seed: int) -> Example:
     made = builders.make_example(prompt=builders.PROMPTS[1], frames=clip.frames, size=clip.size, seed=seed)
-    timing = FrameTiming(fps=clip.rate, total_frames=clip.frames, indices=tuple(range(clip.frames)))
+    timing = FrameTiming(fps=clip.rate, total_frames=clip.frames * clip.every, indices=clip.indices)
     return replace(made, sample=replace(made.sample, timing=timing))
 
 
@@ -211,7 +131,10 @@ class Compared:
             requests.append(request)
         job = {"model": path, "dtype": family.dtype, "rank": RANK, "requests": requests}
         told = ask_vllm(folder / "job", job)
-        self.versions: dict[str, str] = told["versions"]
+        self.versions = {
+            "vidreason": {"transformers": transformers.__version__, "torch": torch.__version__},
+            "vLLM": told["versions"],
+        }
         self.answers: list[dict[str, Any]] = told["answers"]
 
     def ours(self, case: Case, exact: bool = False) -> Tensor:
@@ -267,33 +190,33 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Compar
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[list[tuple[str, str, Case, float]]]:
-    """Rows of family, versions, case and difference; printed at the end (``-s`` shows them)."""
-    rows: list[tuple[str, str, Case, float]] = []
-    yield rows
-    for (family, versions), of_family in groupby(rows, key=lambda row: row[:2]):
-        print(f"\n{family}: vidreason with transformers {transformers.__version__}; {versions}")
-        for _, _, case, difference in of_family:
-            adapter, kind = "LoRA" if case.adapter else "base", "embeddings" if case.embedded else "pixels"
-            height, width = case.clip.size
-            clip = f"{case.clip.frames} frames of {height} x {width} at {case.clip.rate:g} fps"
-            print(f"  {clip:<36} {adapter:<5} {kind:<11} {difference:.1e}")
+def figures() -> Iterator[dict[str, Any]]:
+    """Figures by family; printed at the end (``-s`` shows them), and written to VIDREASON_PARITY_JSON if it is set."""
+    found: dict[str, Any] = {}
+    yield found
+    for family, of_family in found.items():
+        print(f"\n{family}: {of_family['versions']}, tolerance {of_family['tolerance']:.1e}")
+        for case, difference in of_family["differences"].items():
+            print(f"  {case:<54} {difference:.1e}")
+    path = os.environ.get("VIDREASON_PARITY_JSON")
+    write_json(Path(path) if path else None, found)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logprobs_equal_those_of_vllm(
-    compared: Callable[[str], Compared], table: list[tuple[str, str, Case, float]], name: str
-) -> None:
+def test_logprobs_equal_those_of_vllm(compared: Callable[[str], Compared], figures: dict[str, Any], name: str) -> None:
     pair = compared(name)
     for case in pair.cases:
         mine, theirs = pair.prompt_ids(case)
         assert mine == theirs, f"{case}: the prompts differ"
-    found = pair.differences()
-    versions = ", ".join(f"{library} {version}" for library, version in pair.versions.items())
-    table += [(name, versions, case, difference) for case, difference in found.items()]
+    found, tolerance = pair.differences(), pair.tolerance
+    figures[name] = {
+        "versions": pair.versions,
+        "tolerance": tolerance,
+        "differences": {str(case): difference for case, difference in found.items()},
+    }
     base, tuned = (pair.ours(Case(FAMILIES[name].clips[0], adapter, embedded=False)) for adapter in (False, True))
     assert (base - tuned).abs().max() > 0.01, "the adapter changes nothing"
-    assert max(found.values()) < pair.tolerance, found
+    assert max(found.values()) < tolerance, found
 
 
 def test_positions_of_transformers_break_parity(

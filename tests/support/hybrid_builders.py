@@ -26,8 +26,11 @@ GEMMA_TEMPLATE = (
 )
 
 
-def write_gemma4(folder: Path, seed: int = 0, **sizes: Any) -> Path:
-    """A Gemma 4 of about 0.3 M parameters: windows of 8 tokens, and two layers that share the keys of two others."""
+def write_gemma4(folder: Path, seed: int = 0, gain: float = 1.0, **sizes: Any) -> Path:
+    """A Gemma 4 of about 0.3 M parameters: windows of 8 tokens, and two layers that share the keys of two others.
+
+    Products of queries and keys are not scaled, except by the weights of their norms (``gain``).
+    """
     named = {
         "image_token": "<|image|>",
         "boi_token": "<|image>",
@@ -46,7 +49,7 @@ def write_gemma4(folder: Path, seed: int = 0, **sizes: Any) -> Path:
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "num_kv_shared_layers": 2,
             "sliding_window": 8,
-            "head_dim": 8,  # products of queries and keys are not scaled
+            "head_dim": 8,
             "global_head_dim": 16,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 512,
@@ -93,7 +96,7 @@ def write_gemma4(folder: Path, seed: int = 0, **sizes: Any) -> Path:
         tokenizer=tokenizer,
         chat_template=GEMMA_TEMPLATE,
     )
-    return write_checkpoint(folder, config, processor, seed, ids["<turn|>"], ids["<pad>"])
+    return write_checkpoint(folder, config, processor, seed, ids["<turn|>"], ids["<pad>"], gain)
 
 
 def write_qwen3_5(folder: Path, seed: int = 0, **sizes: Any) -> Path:
