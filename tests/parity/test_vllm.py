@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +75,18 @@ def request_of(vlm: VLM, example: Example, completion: list[int]) -> dict[str, A
             "video_backend": "opencv",
         },
         "options": vlm.video_options(len(example.sample.frames)),
-        "embeddings": None,
+        "embedded": None,
         "adapter": None,
     }
+
+
+def image_prompt(vlm: VLM, ids: list[int]) -> list[int]:
+    """The prompt ``ids`` with one placeholder of an image for each run of visual tokens and the marks around it."""
+    names = ("image_token", "video_token", "start_image_token", "end_image_token")
+    tokens = [getattr(vlm.processor, name) for name in names if hasattr(vlm.processor, name)]
+    image, *others = vlm.tokenizer.convert_tokens_to_ids(tokens)
+    runs = groupby(ids, {image, *others}.__contains__)
+    return [i for visual, run in runs for i in ([image] if visual else run)]
 
 
 def ask_vllm(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +137,9 @@ class Compared:
                 assert family.embeddings is not None
                 with torch.no_grad():
                     inputs = self.encoded[case.clip].inputs
-                    request["embeddings"] = family.embeddings(unwrap(self.models[False]), inputs, case.clip)
+                    request["embedded"] = family.embeddings(unwrap(self.models[False]), inputs, case.clip)
+                if "image" in request["embedded"]:
+                    request["prompt"] = image_prompt(vlm, inputs["input_ids"][0].tolist())
             requests.append(request)
         job = {"model": path, "dtype": family.dtype, "rank": RANK, "requests": requests}
         told = ask_vllm(folder / "job", job)

@@ -49,22 +49,36 @@ SLOW = (*(clip._replace(rate=clip.rate / 4) for clip in CLIPS[:-1]), Clip(5, (84
 
 
 def qwen_embeddings(model: Any, inputs: Mapping[str, Tensor], clip: Clip) -> dict[str, Any]:
-    """Embeddings of a video of Qwen2-VL or Qwen2.5-VL as vLLM takes them."""
+    """The multimodal data of vLLM: the embeddings of a video of Qwen2-VL or Qwen2.5-VL."""
     grids = inputs["video_grid_thw"]
     features = model.model.get_video_features(inputs["pixel_values_videos"], grids)
     times = {name: inputs[name] for name in ("second_per_grid_ts",) if name in inputs}
-    return {"video_embeds": torch.cat(list(features.pooler_output)), "video_grid_thw": grids, **times}
+    return {"video": {"video_embeds": torch.cat(list(features.pooler_output)), "video_grid_thw": grids, **times}}
 
 
 def qwen3_embeddings(model: Any, inputs: Mapping[str, Tensor], clip: Clip) -> dict[str, Any]:
-    """Embeddings of a video of Qwen3-VL or Qwen3.5 as vLLM takes them: those of DeepStack side by side, with times."""
+    """The same for Qwen3-VL or Qwen3.5: embeddings of the layers of DeepStack side by side, with times."""
     grids = inputs["video_grid_thw"]
     features = model.model.get_video_features(inputs["pixel_values_videos"], grids)
     layers = getattr(features, "deepstack_features", None) or ()
     parts = [part if isinstance(part, Tensor) else torch.cat(list(part)) for part in (features.pooler_output, *layers)]
     first, second = clip.indices[::2], (*clip.indices[1::2], clip.indices[-1])  # the last frame may pair with itself
     times = [(one + other) / 2 / clip.rate for one, other in zip(first, second, strict=False)]
-    return {"video_embeds": torch.cat(parts, dim=-1), "video_grid_thw": grids, "timestamps": [times]}
+    return {"video": {"video_embeds": torch.cat(parts, dim=-1), "video_grid_thw": grids, "timestamps": [times]}}
+
+
+def internvl_embeddings(model: Any, inputs: Mapping[str, Tensor], clip: Clip) -> dict[str, Any]:
+    """The same for InternVL, of whose videos vLLM takes no embeddings: those of the frames, as images."""
+    settings = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
+    return {
+        "image": list(model.model.get_image_features(pixel_values=inputs["pixel_values"], **settings).pooler_output)
+    }
+
+
+def llava_embeddings(model: Any, inputs: Mapping[str, Tensor], clip: Clip) -> dict[str, Any]:
+    """The same for LLaVA-OneVision, of whose videos vLLM takes no embeddings: those of a video as one image."""
+    settings = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    return {"image": list(model.model.get_video_features(inputs["pixel_values_videos"], **settings).pooler_output)}
 
 
 class Family(NamedTuple):
@@ -74,7 +88,7 @@ class Family(NamedTuple):
     write: Callable[..., Path]
     sizes: Mapping[str, Any]
     embeddings: Callable[[Any, Mapping[str, Tensor], Clip], dict[str, Any]] | None = None
-    """Returns the embeddings of a video as vLLM takes them; None if it takes pixels only."""
+    """Returns the embeddings of a video as the multimodal data of vLLM; None if it takes pixels only."""
     dtype: str = "float32"
     adapter: bool = True
     """Whether vLLM takes LoRA adapters of this family."""
@@ -96,8 +110,8 @@ FAMILIES = {
     "Qwen3-VL": Family(Qwen3VL, others.write_qwen3, {"head_dim": 64, "rope_parameters": INTERLEAVED}, qwen3_embeddings),
     "GLM-4.1V": Family(GLM4V, others.write_glm, {"rope_parameters": WHOLE}),
     "GLM-4.6V": Family(GLM4V, others.write_glm, {"rope_parameters": WHOLE, "newer": True, "flash": True}, clips=SLOW),
-    "InternVL3": Family(InternVL, others.write_internvl, {}),
-    "LLaVA-OneVision": Family(LlavaOnevision, others.write_llava_onevision, {}, adapter=False),
+    "InternVL3": Family(InternVL, others.write_internvl, {}, internvl_embeddings),
+    "LLaVA-OneVision": Family(LlavaOnevision, others.write_llava_onevision, {}, llava_embeddings, adapter=False),
     "LLaVA-NeXT-Video": Family(LlavaOnevision, others.write_llava_next_video, {"image": 32, "patch": 4}),
     "Gemma 4": Family(Gemma4, hybrids.write_gemma4, SMALL_GEMMA),
     "Qwen3.5, full attention": Family(
