@@ -36,8 +36,6 @@ class ClipEncoder:
     end_of_turn: str | None = None
     """Text of the tokens that end an assistant's turn. A family sets it if the chat template of its models does not
     write them; None takes them from the template."""
-    frame_multiple = 1
-    """Number of frames that the processor takes at a time; the last frame of a clip is repeated up to a multiple."""
 
     def __init__(
         self, path: str, max_pixels: int | None = None, chat_template_kwargs: dict[str, Any] | None = None
@@ -47,6 +45,10 @@ class ClipEncoder:
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.video_options()  # raises here, not in a worker, if the family does not support max_pixels
         self._processor: Any = None
+
+    def frame_count(self, frames: int) -> int:
+        """Returns how many frames of a clip the processor gets; the last one is repeated up to this number."""
+        return frames
 
     def video_options(self, frames: int = 1) -> dict[str, Any]:
         """Returns the keyword arguments of the processor call that apply ``max_pixels`` to each frame of a clip.
@@ -176,7 +178,7 @@ class ClipEncoder:
                 f"clip {clip}: the prompt contains {found[0]}, a special token of the model: {REMEDY}, in the task "
                 "file or in a column of metadata_fields"
             )
-        example = replace(example, sample=extended(example.sample, self.frame_multiple))
+        example = replace(example, sample=extended(example.sample, self.frame_count(len(example.sample.frames))))
         text = chat.prompt_text(self.processor, example.prompt, self.chat_template_kwargs)
         inputs = encode_prompt(self.processor, text, example.sample, self.video_options(len(example.sample.frames)))
         check_video_arrived(clip, inputs, self.placeholder_ids, self.visual_tokens)

@@ -17,10 +17,15 @@ class Qwen3VL(VLM):
     """Qwen3-VL or Qwen3.5, depending on the checkpoint; ``max_pixels`` is the limit of one frame."""
 
     vision_modules = ("model.visual",)
-    frame_multiple = 2
-    """The processor counts frames in pairs for its limit, and refuses a single frame."""
     least_pixels = 128 * 32 * 32
     """The processor's least number of pixels of a whole video."""
+
+    def frame_count(self, frames: int) -> int:
+        """Returns an even number under ``max_pixels``, since the processor's limit counts pairs, and two for one frame.
+
+        Otherwise all frames go to the processor as they are: how far it shrinks them depends on their number.
+        """
+        return frames + frames % 2 if self.max_pixels is not None or frames == 1 else frames
 
     def video_options(self, frames: int = 1) -> dict[str, Any]:
         """Returns the limit of all frames together, which is what the processor takes."""

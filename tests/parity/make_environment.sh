@@ -17,11 +17,14 @@ if ! "$python" -c "import torchvision" 2>/dev/null; then
     # These came in builds for CUDA, whose compiled parts do not load beside a +cpu torch. Sound and decoding are not
     # needed; of torchvision only what is written in Python is, and its import asks for two operators to exist.
     "$folder/bin/uv" pip uninstall --python "$python" torchaudio torchcodec
-    cat >> "$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchvision/extension.py" <<'END'
+    extension=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchvision/extension.py
+    cp "$extension" "$extension.new"  # the file itself may be a link into the cache of uv
+    cat >> "$extension.new" <<'END'
 
 if not _has_ops():
     for _name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 END
+    mv "$extension.new" "$extension"
 fi
 "$python" -c "import torchvision, vllm; print('vLLM', vllm.__version__)"

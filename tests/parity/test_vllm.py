@@ -11,24 +11,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import family_builders as others
-import hybrid_builders as hybrids
 import pytest
 import torch
 import transformers
 import vlm_builders as builders
+from figures import write_json
 from torch import Tensor
+from vllm_families import FAMILIES, SIZES, Clip, Family
 
-from vidreason.datamodules.types import Example, FrameTiming, TextBatch
+from vidreason.datamodules.types import Example, FrameTiming
 from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.gemma4 import Gemma4
-from vidreason.lightning_modules.vlms.internvl import InternVL
-from vidreason.lightning_modules.vlms.llava_onevision import LlavaOnevision
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY
 from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 from vidreason.lightning_modules.vlms.qwen import QwenVL
-from vidreason.lightning_modules.vlms.qwen3 import GLM4V, Qwen3VL
 from vidreason.lightning_modules.vlms.text import chat
 
 PYTHON = os.environ.get("VIDREASON_VLLM_PYTHON")
@@ -43,72 +39,6 @@ pytestmark = [
 WORKER = Path(__file__).with_name("vllm_worker.py")
 TOLERANCE = 1e-4
 RANK = 8
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
-"""Heads of 64, the smallest that vLLM's attention on the CPU takes."""
-
-
-class Clip(NamedTuple):
-    """A clip of noise, of which every frame is taken."""
-
-    frames: int
-    size: tuple[int, int]
-    rate: float
-
-
-CLIPS = (
-    Clip(16, (56, 56), 8.0),
-    Clip(16, (56, 56), 4.0),
-    Clip(16, (56, 56), 1.0),
-    Clip(2, (112, 56), 4.0),
-    Clip(8, (28, 84), 1.0),
-)
-"""At 4 and 1 frames per second, the times of 16 frames reach beyond a spatial grid of 2 x 2."""
-
-
-def qwen_embeddings(model: Any, inputs: Mapping[str, Tensor], clip: Clip) -> dict[str, Any]:
-    """Embeddings of a video of Qwen2-VL or Qwen2.5-VL as vLLM takes them."""
-    grids = inputs["video_grid_thw"]
-    features = model.model.get_video_features(inputs["pixel_values_videos"], grids)
-    times = {name: inputs[name] for name in ("second_per_grid_ts",) if name in inputs}
-    return {"video_embeds": torch.cat(list(features.pooler_output)), "video_grid_thw": grids, **times}
-
-
-def qwen3_embeddings(model: Any, inputs: Mapping[str, Tensor], clip: Clip) -> dict[str, Any]:
-    """Embeddings of a video of Qwen3-VL or Qwen3.5 as vLLM takes them: those of DeepStack side by side, with times."""
-    grids = inputs["video_grid_thw"]
-    features = model.model.get_video_features(inputs["pixel_values_videos"], grids)
-    layers = getattr(features, "deepstack_features", None) or ()
-    parts = [part if isinstance(part, Tensor) else torch.cat(list(part)) for part in (features.pooler_output, *layers)]
-    times = [(first + 0.5) / clip.rate for first in range(0, clip.frames, 2)]  # of the middle of two frames
-    return {"video_embeds": torch.cat(parts, dim=-1), "video_grid_thw": grids, "timestamps": [times]}
-
-
-class Family(NamedTuple):
-    """A model family with what differs between families in these tests."""
-
-    vlm: type[VLM]
-    write: Callable[..., Path]
-    sizes: Mapping[str, Any]
-    embeddings: Callable[[Any, Mapping[str, Tensor], Clip], dict[str, Any]] | None = None
-    """Returns the embeddings of a video as vLLM takes them; None if only pixels are compared."""
-    dtype: str = "float32"
-
-
-MROPE = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0}
-INTERLEAVED = {**MROPE, "mrope_section": [12, 10, 10], "mrope_interleaved": True}
-HALF = {**INTERLEAVED, "mrope_section": [6, 5, 5], "partial_rotary_factor": 0.5}
-FAMILIES = {
-    "Qwen2.5-VL": Family(QwenVL, builders.write_qwen, {"rope_parameters": MROPE}, qwen_embeddings),
-    "Qwen2-VL": Family(QwenVL, builders.write_qwen, {"rope_parameters": MROPE, "two": True}, qwen_embeddings),
-    "Qwen3-VL": Family(Qwen3VL, others.write_qwen3, {"head_dim": 64, "rope_parameters": INTERLEAVED}, qwen3_embeddings),
-    "GLM-4.1V": Family(GLM4V, others.write_glm, {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}}),
-    "InternVL3": Family(InternVL, others.write_internvl, {}),
-    "LLaVA-OneVision": Family(LlavaOnevision, others.write_llava_onevision, {}),
-    "Gemma 4": Family(Gemma4, hybrids.write_gemma4, {"head_dim": 64, "global_head_dim": 128}),
-    "Qwen3.5": Family(
-        Qwen3VL, hybrids.write_qwen3_5, {"head_dim": 64, "rope_parameters": HALF}, qwen3_embeddings, "bfloat16"
-    ),
-}
 
 
 class Case(NamedTuple):
@@ -118,10 +48,15 @@ class Case(NamedTuple):
     adapter: bool
     embedded: bool
 
+    def __str__(self) -> str:
+        height, width = self.clip.size
+        clip = f"{self.clip.frames} frames of {height} x {width} at {self.clip.rate / self.clip.every:.3g} fps"
+        return f"{clip}, {'LoRA' if self.adapter else 'base'}, {'embeddings' if self.embedded else 'pixels'}"
+
 
 def example_of(clip: Clip, seed: int) -> Example:
     made = builders.make_example(prompt=builders.PROMPTS[1], frames=clip.frames, size=clip.size, seed=seed)
-    timing = FrameTiming(fps=clip.rate, total_frames=clip.frames, indices=tuple(range(clip.frames)))
+    timing = FrameTiming(fps=clip.rate, total_frames=clip.frames * clip.every, indices=clip.indices)
     return replace(made, sample=replace(made.sample, timing=timing))
 
 
@@ -140,9 +75,18 @@ def request_of(vlm: VLM, example: Example, completion: list[int]) -> dict[str, A
             "video_backend": "opencv",
         },
         "options": vlm.video_options(len(example.sample.frames)),
-        "embeddings": None,
+        "embedded": None,
         "adapter": None,
     }
+
+
+def image_prompt(vlm: VLM, ids: list[int]) -> list[int]:
+    """The prompt ``ids`` with one placeholder of an image for each run of visual tokens and the marks around it."""
+    names = ("image_token", "video_token", "start_image_token", "end_image_token")
+    tokens = [getattr(vlm.processor, name) for name in names if hasattr(vlm.processor, name)]
+    image, *others = vlm.tokenizer.convert_tokens_to_ids(tokens)
+    runs = groupby(ids, {image, *others}.__contains__)
+    return [i for visual, run in runs for i in ([image] if visual else run)]
 
 
 def ask_vllm(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,13 +120,14 @@ class Compared:
             self.exact[False] = family.vlm(path, dtype="float32").build().eval()
             self.exact[True] = family.vlm(path, lora=lora, dtype="float32").build(str(adapter_folder)).eval()
         vlm = self.vlms[False]
-        self.examples = {clip: example_of(clip, seed) for seed, clip in enumerate(CLIPS)}
+        self.examples = {clip: example_of(clip, seed) for seed, clip in enumerate(family.clips)}
         self.encoded = {clip: vlm.encode([example]).prompts for clip, example in self.examples.items()}
-        self.texts = {clip: builders.make_texts(vlm, [(0, -1, 12)], seed) for seed, clip in enumerate(CLIPS)}
+        self.texts = {clip: builders.make_texts(vlm, [(0, -1, 12)], seed) for seed, clip in enumerate(family.clips)}
         for clip, texts in self.texts.items():
             self.texts[clip] = replace(texts, loss_mask=texts.mask)
         kinds = (False, True) if family.embeddings else (False,)
-        self.cases = [Case(clip, adapter, kind) for adapter in (False, True) for kind in kinds for clip in CLIPS]
+        adapters = (False, True) if family.adapter else (False,)
+        self.cases = [Case(clip, adapter, kind) for adapter in adapters for kind in kinds for clip in family.clips]
         requests = []
         for case in self.cases:
             request = request_of(vlm, self.examples[case.clip], self.texts[case.clip].ids[0].tolist())
@@ -192,11 +137,16 @@ class Compared:
                 assert family.embeddings is not None
                 with torch.no_grad():
                     inputs = self.encoded[case.clip].inputs
-                    request["embeddings"] = family.embeddings(unwrap(self.models[False]), inputs, case.clip)
+                    request["embedded"] = family.embeddings(unwrap(self.models[False]), inputs, case.clip)
+                if "image" in request["embedded"]:
+                    request["prompt"] = image_prompt(vlm, inputs["input_ids"][0].tolist())
             requests.append(request)
         job = {"model": path, "dtype": family.dtype, "rank": RANK, "requests": requests}
         told = ask_vllm(folder / "job", job)
-        self.versions: dict[str, str] = told["versions"]
+        self.versions = {
+            "vidreason": {"transformers": transformers.__version__, "torch": torch.__version__},
+            "vLLM": told["versions"],
+        }
         self.answers: list[dict[str, Any]] = told["answers"]
 
     def ours(self, case: Case, exact: bool = False) -> Tensor:
@@ -221,10 +171,17 @@ class Compared:
         return table.log_softmax(-1).gather(-1, self.texts[case.clip].ids[0, :, None])[:, 0]
 
     def prompt_ids(self, case: Case) -> tuple[list[int], list[int]]:
-        """Tokens of the prompt and its completion after the placeholders were repeated, of vidreason and of vLLM."""
-        texts: TextBatch = self.texts[case.clip]
+        """Tokens of the prompt and its completion after the placeholders were repeated, of vidreason and of vLLM.
+
+        The placeholders of images and of videos count as one token: InternVL's processor repeats that of images in
+        videos, and vLLM that of videos.
+        """
+        vlm, texts = self.vlms[False], self.texts[case.clip]
         mine = self.encoded[case.clip].inputs["input_ids"][0].tolist() + texts.ids[0].tolist()
-        return mine, self.answers[self.cases.index(case)]["ids"]
+        names = [vlm.processor.image_token, vlm.processor.video_token]
+        image, video = vlm.tokenizer.convert_tokens_to_ids(names)
+        told = self.answers[self.cases.index(case)]["ids"]
+        return [video if i == image else i for i in mine], [video if i == image else i for i in told]
 
     def differences(self) -> dict[Case, float]:
         """The largest absolute difference of each case, in nats."""
@@ -245,33 +202,33 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Compar
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[list[tuple[str, str, Case, float]]]:
-    """Rows of family, versions, case and difference; printed at the end (``-s`` shows them)."""
-    rows: list[tuple[str, str, Case, float]] = []
-    yield rows
-    for (family, versions), of_family in groupby(rows, key=lambda row: row[:2]):
-        print(f"\n{family}: vidreason with transformers {transformers.__version__}; {versions}")
-        for _, _, case, difference in of_family:
-            adapter, kind = "LoRA" if case.adapter else "base", "embeddings" if case.embedded else "pixels"
-            height, width = case.clip.size
-            clip = f"{case.clip.frames} frames of {height} x {width} at {case.clip.rate:g} fps"
-            print(f"  {clip:<36} {adapter:<5} {kind:<11} {difference:.1e}")
+def figures() -> Iterator[dict[str, Any]]:
+    """Figures by family; printed at the end (``-s`` shows them), and written to VIDREASON_PARITY_JSON if it is set."""
+    found: dict[str, Any] = {}
+    yield found
+    for family, of_family in found.items():
+        print(f"\n{family}: {of_family['versions']}, tolerance {of_family['tolerance']:.1e}")
+        for case, difference in of_family["differences"].items():
+            print(f"  {case:<54} {difference:.1e}")
+    path = os.environ.get("VIDREASON_PARITY_JSON")
+    write_json(Path(path) if path else None, found)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logprobs_equal_those_of_vllm(
-    compared: Callable[[str], Compared], table: list[tuple[str, str, Case, float]], name: str
-) -> None:
+def test_logprobs_equal_those_of_vllm(compared: Callable[[str], Compared], figures: dict[str, Any], name: str) -> None:
     pair = compared(name)
     for case in pair.cases:
         mine, theirs = pair.prompt_ids(case)
         assert mine == theirs, f"{case}: the prompts differ"
-    found = pair.differences()
-    versions = ", ".join(f"{library} {version}" for library, version in pair.versions.items())
-    table += [(name, versions, case, difference) for case, difference in found.items()]
-    base, tuned = (pair.ours(Case(CLIPS[0], adapter, embedded=False)) for adapter in (False, True))
+    found, tolerance = pair.differences(), pair.tolerance
+    figures[name] = {
+        "versions": pair.versions,
+        "tolerance": tolerance,
+        "differences": {str(case): difference for case, difference in found.items()},
+    }
+    base, tuned = (pair.ours(Case(FAMILIES[name].clips[0], adapter, embedded=False)) for adapter in (False, True))
     assert (base - tuned).abs().max() > 0.01, "the adapter changes nothing"
-    assert max(found.values()) < pair.tolerance, found
+    assert max(found.values()) < tolerance, found
 
 
 def test_positions_of_transformers_break_parity(

@@ -16,13 +16,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def prompt_of(request: dict[str, Any]) -> dict[str, Any]:
-    """Returns a prompt of vLLM: tokens with one placeholder for the video, then the completion."""
-    video = request["embeddings"]
-    if video is None:
-        video = (request["frames"].numpy(), {**request["metadata"], "do_sample_frames": False})
+    """Returns a prompt of vLLM: tokens with one placeholder for the video, or each image, then the completion."""
+    pixels = {"video": (request["frames"].numpy(), {**request["metadata"], "do_sample_frames": False})}
     return {
         "prompt_token_ids": request["prompt"] + request["completion"],
-        "multi_modal_data": {"video": video},
+        "multi_modal_data": request["embedded"] or pixels,
         "mm_processor_kwargs": request["options"],
     }
 
@@ -36,17 +34,17 @@ def main(folder: Path) -> None:
 
     job = torch.load(folder / "requests.pt")
     adapters = sorted({request["adapter"] for request in job["requests"] if request["adapter"]})
-    embeddings = any(request["embeddings"] is not None for request in job["requests"])
+    embedded = [request["embedded"] for request in job["requests"] if request["embedded"]]
     # Options only where they are needed: not every family accepts them.
     options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": job["rank"]} if adapters else {}
-    options |= {"enable_mm_embeds": True} if embeddings else {}
+    options |= {"enable_mm_embeds": True} if embedded else {}
     engine = vllm.LLM(
         model=job["model"],
         dtype=job["dtype"],
-        max_model_len=1024,
+        max_model_len=2048,
         enforce_eager=True,
         enable_prefix_caching=False,
-        limit_mm_per_prompt={"video": 1, "image": 0},
+        limit_mm_per_prompt={"video": 1, "image": max([len(data.get("image", ())) for data in embedded], default=0)},
         max_logprobs=-1,
         **options,
     )

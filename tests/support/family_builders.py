@@ -6,6 +6,7 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from transformers import (
     Glm4vConfig,
     Glm4vImageProcessor,
@@ -42,6 +43,16 @@ def _ids(tokenizer: PreTrainedTokenizerFast, *tokens: str) -> list[int]:
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
 
+def _named_as_on_the_hub(folder: Path) -> Path:
+    """Gives the vision tower of a LLaVA the names that it has on the hub; transformers reads both, vLLM only these."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for name in [name for name in weights if name.startswith("vision_tower.")]:
+        weights[name.replace("vision_tower.", "vision_tower.vision_model.", 1)] = weights.pop(name)
+    save_file(weights, path, {"format": "pt"})
+    return folder
+
+
 def _frames_template(video: str) -> str:
     return QWEN_TEMPLATE.replace("<|vision_start|><|video_pad|><|vision_end|>", video)
 
@@ -75,8 +86,9 @@ def write_qwen3(folder: Path, seed: int = 0, **sizes: Any) -> Path:
         tie_word_embeddings=False,
     )
     sizes: dict[str, Any] = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    halves = [0.5] * 3  # as on the hub: equal to those of videos, for which vLLM takes them too
     processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
+        image_processor=Qwen2VLImageProcessor(**sizes, image_mean=halves, image_std=halves),
         video_processor=Qwen3VLVideoProcessor(
             **sizes, size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}, cap_pixels_per_frame=False
         ),
@@ -86,9 +98,12 @@ def write_qwen3(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     return write_checkpoint(folder, config, processor, seed, end, pad)
 
 
-def write_glm(folder: Path, seed: int = 0, newer: bool = False, **sizes: Any) -> Path:
-    """A GLM-4.1V, or a GLM-4.6V if ``newer``; its template does not end turns."""
-    config_class: Any = Glm46VConfig if newer else Glm4vConfig
+def write_glm(folder: Path, seed: int = 0, newer: bool = False, flash: bool = False, **sizes: Any) -> Path:
+    """A GLM-4.1V, or a GLM-4.6V if ``newer``; its template does not end turns.
+
+    GLM-4.6V-Flash (``flash``) is the older model with the newer processor.
+    """
+    config_class: Any = Glm46VConfig if newer and not flash else Glm4vConfig
     processors: tuple[Any, Any, Any] = (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor)
     if newer:
         processors = (Glm46VProcessor, Glm46VImageProcessor, Glm46VVideoProcessor)
@@ -133,9 +148,10 @@ def write_glm(folder: Path, seed: int = 0, newer: bool = False, **sizes: Any) ->
         "<|begin_of_video|><|video|><|end_of_video|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     )
+    size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
     processor = processor_class(
-        image_processor=image_processor(),
-        video_processor=video_processor(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}),
+        image_processor=image_processor(size=size),
+        video_processor=video_processor(size=size),
         tokenizer=tokenizer,
         chat_template=template,
     )
@@ -219,29 +235,29 @@ def write_llava_onevision(folder: Path, seed: int = 0, **sizes: Any) -> Path:
         vision_feature_select_strategy="full",
         chat_template=template,
     )
-    return write_checkpoint(folder, config, processor, seed, end, pad)
+    return _named_as_on_the_hub(write_checkpoint(folder, config, processor, seed, end, pad))
 
 
-def write_llava_next_video(folder: Path, seed: int = 0) -> Path:
-    """A LLaVA-NeXT-Video whose frames are cropped to 56 pixels, 4 tokens each; its template does not end turns."""
+def write_llava_next_video(folder: Path, seed: int = 0, image: int = 56, patch: int = 14, **sizes: Any) -> Path:
+    """A LLaVA-NeXT-Video whose frames are cropped to squares, 4 patches a token; its template does not end turns."""
     tokenizer = byte_tokenizer(
         ["<unk>", "<s>", "</s>", "<image>", "<video>"], "</s>", "<unk>", image_token="<image>", video_token="<video>"
     )
-    end, pad, image, video = _ids(tokenizer, "</s>", "<unk>", "<image>", "<video>")
+    end, pad, *visual = _ids(tokenizer, "</s>", "<unk>", "<image>", "<video>")
     config = LlavaNextVideoConfig(
-        text_config={"model_type": "llama", **DECODER, "eos_token_id": end, "pad_token_id": pad},
+        text_config={"model_type": "llama", **DECODER, "eos_token_id": end, "pad_token_id": pad, **sizes},
         vision_config={
             "model_type": "clip_vision_model",
             "hidden_size": 32,
             "num_hidden_layers": 3,
             "num_attention_heads": 2,
             "intermediate_size": 48,
-            "image_size": 56,
-            "patch_size": 14,
+            "image_size": image,
+            "patch_size": patch,
             "projection_dim": 32,
         },
-        image_token_index=image,
-        video_token_index=video,
+        image_token_index=visual[0],
+        video_token_index=visual[1],
         tie_word_embeddings=False,
     )
     template = (
@@ -249,14 +265,14 @@ def write_llava_next_video(folder: Path, seed: int = 0) -> Path:
         "<video>\n{% endif %}{% endfor %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }} "
         "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
-    size = {"crop_size": {"height": 56, "width": 56}, "size": {"shortest_edge": 56}}
+    size = {"crop_size": {"height": image, "width": image}, "size": {"shortest_edge": image}}
     processor = LlavaNextVideoProcessor(
         image_processor=LlavaNextImageProcessor(**size),
         video_processor=LlavaNextVideoVideoProcessor(**size),
         tokenizer=tokenizer,
-        patch_size=14,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=template,
     )
-    return write_checkpoint(folder, config, processor, seed, end, pad)
+    return _named_as_on_the_hub(write_checkpoint(folder, config, processor, seed, end, pad))

@@ -26,8 +26,11 @@ GEMMA_TEMPLATE = (
 )
 
 
-def write_gemma4(folder: Path, seed: int = 0, **sizes: Any) -> Path:
-    """A Gemma 4 of about 0.3 M parameters: windows of 8 tokens, and two layers that share the keys of two others."""
+def write_gemma4(folder: Path, seed: int = 0, gain: float = 1.0, **sizes: Any) -> Path:
+    """A Gemma 4 of about 0.3 M parameters: windows of 8 tokens, and two layers that share the keys of two others.
+
+    Products of queries and keys are not scaled, except by the weights of their norms (``gain``).
+    """
     named = {
         "image_token": "<|image|>",
         "boi_token": "<|image>",
@@ -46,7 +49,7 @@ def write_gemma4(folder: Path, seed: int = 0, **sizes: Any) -> Path:
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "num_kv_shared_layers": 2,
             "sliding_window": 8,
-            "head_dim": 8,  # products of queries and keys are not scaled
+            "head_dim": 8,
             "global_head_dim": 16,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 512,
@@ -67,6 +70,7 @@ def write_gemma4(folder: Path, seed: int = 0, **sizes: Any) -> Path:
             "patch_size": 4,
             "pooling_kernel_size": 2,
             "position_embedding_size": 64,
+            "default_output_length": 70,  # transformers does without; vLLM reads it
         },
         audio_config={
             "hidden_size": 32,
@@ -92,7 +96,7 @@ def write_gemma4(folder: Path, seed: int = 0, **sizes: Any) -> Path:
         tokenizer=tokenizer,
         chat_template=GEMMA_TEMPLATE,
     )
-    return write_checkpoint(folder, config, processor, seed, ids["<turn|>"], ids["<pad>"])
+    return write_checkpoint(folder, config, processor, seed, ids["<turn|>"], ids["<pad>"], gain)
 
 
 def write_qwen3_5(folder: Path, seed: int = 0, **sizes: Any) -> Path:
@@ -142,8 +146,9 @@ def write_qwen3_5(folder: Path, seed: int = 0, **sizes: Any) -> Path:
         tie_word_embeddings=False,
     )
     size = {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}}
+    halves = [0.5] * 3  # as on the hub: equal to those of videos, for which vLLM takes them too
     processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**size),
+        image_processor=Qwen2VLImageProcessor(**size, image_mean=halves, image_std=halves),
         video_processor=Qwen3VLVideoProcessor(**size),
         tokenizer=tokenizer,
         chat_template=QWEN_TEMPLATE,

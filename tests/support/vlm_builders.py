@@ -74,13 +74,17 @@ def byte_tokenizer(specials: list[str], end: str, pad: str, **named: str) -> Pre
     )
 
 
-def write_checkpoint(folder: Path, config: Any, processor: Any, seed: int, end: int, pad: int) -> Path:
-    """Writes a model with random weights, its generation config and its processor."""
+def write_checkpoint(
+    folder: Path, config: Any, processor: Any, seed: int, end: int, pad: int, gain: float = 1.0
+) -> Path:
+    """Writes a model with random weights, its generation config and its processor; ``gain`` scales normed queries."""
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:  # far enough from uniform that a difference shows
             torch.nn.init.normal_(parameter, std=0.08 if "lm_head" not in name else 0.2)
+        elif name.endswith("q_norm.weight"):
+            parameter.data *= gain
     model.generation_config.eos_token_id = [end]
     model.generation_config.pad_token_id = pad
     model.save_pretrained(folder)

@@ -20,9 +20,9 @@ from vidreason.datamodules.types import VideoSample
 from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN
 
 
-def extended(sample: VideoSample, multiple: int) -> VideoSample:
-    """Returns a sample whose last frame is repeated until the number of frames is a multiple."""
-    missing = -len(sample.frames) % multiple
+def extended(sample: VideoSample, frames: int) -> VideoSample:
+    """Returns a sample of ``frames`` frames, of which the last one is repeated if there are fewer."""
+    missing = frames - len(sample.frames)
     if not missing:
         return sample
     indices = (*sample.timing.indices, *[sample.timing.indices[-1]] * missing)

@@ -119,6 +119,16 @@ def test_max_pixels_is_the_limit_of_one_frame(make_vlm: MakeVLM, family: str) ->
     assert visual.tolist() == [13 * 18 * steps for steps in (1, 2, 8)]
 
 
+@pytest.mark.parametrize("family", ["qwen3", "glm"])
+def test_without_max_pixels_an_odd_clip_is_shrunk_like_the_hub_does(make_vlm: MakeVLM, family: str) -> None:
+    """With a twelfth frame, the limit of all frames together would leave 11 frames fewer pixels."""
+    vlm, example = make_vlm(family), builders.make_example(frames=11, size=(140, 84))
+    of_hub = vlm.processor.video_processor([example.sample.frames], do_sample_frames=False, return_tensors="pt")
+    inputs = vlm.encode([example]).prompts.inputs
+    assert inputs["video_grid_thw"].tolist() == of_hub["video_grid_thw"].tolist() == [[6, 6, 2]]
+    torch.testing.assert_close(inputs["pixel_values_videos"], of_hub["pixel_values_videos"])
+
+
 def test_clips_of_many_sizes_in_a_batch(make_vlm: MakeVLM) -> None:
     vlm = make_vlm("qwen")
     examples = [
