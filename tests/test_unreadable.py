@@ -8,10 +8,10 @@ import pytest
 import small_grpo
 import strategy_ranks as ranks
 import torch
-from comparing import relative_gap
 from covering import sample
 from safetensors.torch import load_file
 
+from vidreason.testing.samples import relative_gap
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.functional.aggregation import LOSS_TYPES

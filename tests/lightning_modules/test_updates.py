@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import relative_gap
 from covering import covering, sample
 from lightning.pytorch.plugins.precision import MixedPrecision
 from small_grpo import make
 from stage_world import SHORT, LostClips, parameters
 
+from vidreason.testing.samples import relative_gap
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.fit.optimizer_step import UpdateOptions

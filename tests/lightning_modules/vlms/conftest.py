@@ -29,3 +29,12 @@ def family(request: pytest.FixtureRequest) -> str:
     """The name of one of the two families that most tests use."""
     name: str = request.param
     return name
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests of a contract slow, except those that its class names as fast."""
+    for item in items:
+        fast = getattr(getattr(item, "cls", None), "fast", None)
+        if fast is not None and item.name not in fast:
+            item.add_marker(pytest.mark.slow)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import vlm_builders as builders
-from comparing import norm_of, relative_gap
+from vidreason.testing.samples import norm_of, relative_gap
 from torch import Tensor, nn
 from vlm_builders import make_prompts, make_texts
 

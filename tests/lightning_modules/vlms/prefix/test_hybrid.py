@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import vlm_builders as builders
-from comparing import relative_gap
+from vidreason.testing.samples import relative_gap
 from torch import Tensor, nn
 from transformers.cache_utils import LinearAttentionLayer
 from vlm_builders import PROMPTS, TREE, gradients, make_prompts, make_texts

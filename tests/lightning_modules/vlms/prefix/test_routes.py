@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import vlm_builders as builders
-from comparing import norm_of
+from vidreason.testing.samples import norm_of
 from torch import nn
 from vlm_builders import make_prompts, make_texts
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import vlm_builders as builders
-from comparing import norm_of, relative_gap
+from vidreason.testing.samples import norm_of, relative_gap
 from published_positions import position_ids
 from vlm_builders import FAN, PROMPTS, TREE, gradients, make_prompts, make_texts
 

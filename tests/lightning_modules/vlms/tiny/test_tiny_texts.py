@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import vlm_builders as builders
-from comparing import relative_gap
+from vidreason.testing.samples import relative_gap
 from vlm_builders import FAN, PROMPTS, TREE, gradients, make_prompts, make_texts
 
 from vidreason.datamodules.porch.texts import PHRASES
