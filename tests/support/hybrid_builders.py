@@ -95,7 +95,7 @@ def write_gemma4(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     return write_checkpoint(folder, config, processor, seed, ids["<turn|>"], ids["<pad>"])
 
 
-def write_qwen3_5(folder: Path, seed: int = 0, **sizes: Any) -> Path:
+def write_qwen3_5(folder: Path, seed: int = 0, config_class: Any = Qwen3_5Config, **sizes: Any) -> Path:
     """A Qwen3.5 of about 0.3 M parameters: linear attention in every layer except the second of three."""
     names = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
     named = {f"{name}_token": f"<|{name}|>" for name in ("vision_start", "vision_end")}
@@ -104,7 +104,7 @@ def write_qwen3_5(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     named |= {"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
     tokenizer = byte_tokenizer(specials, "<|im_end|>", "<|endoftext|>", **named)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in specials}
-    config = Qwen3_5Config(
+    config = config_class(
         text_config={
             **DECODER,
             "num_hidden_layers": 3,
