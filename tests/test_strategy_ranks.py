@@ -9,6 +9,7 @@ import json
 import pytest
 import strategy_ranks as ranks
 import torch
+
 from vidreason.testing.samples import relative_gap
 
 small_base, clip_folder = ranks.world.small_base, ranks.world.clip_folder

@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 import uneven_ranks as ranks
+
 from vidreason.testing.samples import relative_gap
 
 small_base, clip_folder = ranks.world.small_base, ranks.world.clip_folder

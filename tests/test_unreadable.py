@@ -11,13 +11,13 @@ import torch
 from covering import sample
 from safetensors.torch import load_file
 
-from vidreason.testing.samples import relative_gap
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.functional.aggregation import LOSS_TYPES
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.traces.targets import TargetOptions
 from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
+from vidreason.testing.samples import relative_gap
 
 world, grpo = ranks.world, ranks.grpo
 small_base, clip_folder, make_vlm, make_trainer = (

@@ -9,7 +9,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from small_grpo import make
 from stage_world import SHORT, LostClips, parameters
 
-from vidreason.testing.samples import relative_gap
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.fit.optimizer_step import UpdateOptions
@@ -19,6 +18,7 @@ from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.traces.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.traces.targets import TargetOptions
+from vidreason.testing.samples import relative_gap
 
 LOST = ("train_4",)
 

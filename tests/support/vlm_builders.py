@@ -89,13 +89,15 @@ def byte_tokenizer(specials: list[str], end: str, pad: str, **named: str) -> Pre
     )
 
 
-def write_checkpoint(folder: Path, config: Any, processor: Any, seed: int, end: int, pad: int) -> Path:
+def write_checkpoint(
+    folder: Path, config: Any, processor: Any, seed: int, end: int, pad: int, head_std: float = 0.2
+) -> Path:
     """Writes a model with random weights, its generation config and its processor."""
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:  # far enough from uniform that a difference shows
-            torch.nn.init.normal_(parameter, std=0.08 if "lm_head" not in name else 0.2)
+            torch.nn.init.normal_(parameter, std=0.08 if "lm_head" not in name else head_std)
     model.generation_config.eos_token_id = [end]
     model.generation_config.pad_token_id = pad
     model.save_pretrained(folder)

@@ -125,7 +125,7 @@ class FamilyContract:
         """Returns the cases of ``test_routes_equal_naive``; ``all_cases`` takes the tests four times longer."""
         return pairwise_cases(cls.routes)
 
-    # -- what goes in --------------------------------------------------------------------------------------------------
+    # -- what goes in ------------------------------------------------------------------------------------------------
 
     def test_processor_agrees_with_transformers(self) -> None:
         """Ids and pixels of a clip are those that the processor makes of the same frames in a conversation."""
@@ -163,7 +163,7 @@ class FamilyContract:
                 close(scores.sum(1).softmax(0), rows.sum(1).softmax(0))
                 assert vlm.generate(model, alone.prompts, 1, Sampling(6, temperature=0)).texts == (written[i],)
 
-    # -- routes --------------------------------------------------------------------------------------------------------
+    # -- routes ------------------------------------------------------------------------------------------------------
 
     def test_routes_equal_naive(self, case: Case) -> None:
         """Log-probs and entropies to 1e-5 nats, the whole gradient to 1e-5 of its norm."""
@@ -216,7 +216,7 @@ class FamilyContract:
         assert vlm.vision_cache is not None
         assert vlm.vision_cache.take_statistics().hits == len(PROMPTS)
 
-    # -- against transformers --------------------------------------------------------------------------------------------
+    # -- against transformers ----------------------------------------------------------------------------------------
 
     def test_label_scores_equal_transformers(self) -> None:
         """Label names with commas, or that begin like others, each scored alone in one forward of the whole text."""
@@ -262,7 +262,7 @@ class FamilyContract:
         close(self.of_transformers(vlm, self.stock(tmp_path / "weights"), clip, tmp_path / "weights"), trained)
         assert (self.of_transformers(vlm, self.stock(), clip) - trained).abs().max() > 1e-3
 
-    # -- what the tests share --------------------------------------------------------------------------------------------
+    # -- what the tests share ----------------------------------------------------------------------------------------
 
     def vlm(self, **options: Any) -> VLM:
         """Returns the family on its checkpoint, in fp32."""
