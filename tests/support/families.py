@@ -9,7 +9,7 @@ from pathlib import Path
 import family_builders as others
 import hybrid_builders as hybrids
 import vlm_builders as builders
-from transformers import Glm4vMoeConfig, Qwen3_5MoeConfig, Qwen3VLMoeConfig
+from transformers import Qwen3_5MoeConfig, Qwen3VLMoeConfig
 
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.gemma4 import Gemma4
@@ -36,19 +36,8 @@ FAMILIES: dict[str, tuple[type[VLM], Callable[[Path], Path]]] = {
 }
 
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
-GLM_EXPERTS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 WITH_EXPERTS: dict[str, tuple[type[VLM], Callable[[Path], Path]]] = {
     "qwen3_moe": (Qwen3VL, partial(others.write_qwen3, config_class=Qwen3VLMoeConfig, **EXPERTS)),
-    "glm_moe": (
-        GLM4V,
-        partial(
-            others.write_glm,
-            config_class=Glm4vMoeConfig,
-            moe_intermediate_size=32,
-            num_experts_per_tok=2,
-            **GLM_EXPERTS,
-        ),
-    ),
     "internvl_moe": (InternVL, partial(others.write_internvl, model_type="qwen3_moe", head_dim=16, **EXPERTS)),
     "gemma4_moe": (
         Gemma4,

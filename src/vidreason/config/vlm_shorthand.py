@@ -25,7 +25,6 @@ SECTIONS: Mapping[str, str] = {
     "qwen3_vl_moe": "vlm/qwen3_vl_4b.yaml",
     "glm4v": "vlm/glm4_1v_9b.yaml",
     "glm46v": "vlm/glm4_1v_9b.yaml",
-    "glm4v_moe": "vlm/glm4_1v_9b.yaml",
     "internvl": "vlm/internvl3_2b.yaml",
     "llava_onevision": "vlm/llava_onevision_7b.yaml",
     "llava_next_video": "vlm/llava_next_video_7b.yaml",

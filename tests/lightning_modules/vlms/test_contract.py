@@ -1,12 +1,16 @@
 """Every family passes the contract; a user's own family does by the same import."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import pytest
+import torch
 from families import FAMILIES, WITH_EXPERTS
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.vlms.smolvlm import SmolVLM
 from vidreason.testing import FamilyContract
 from vidreason.testing.contract import Case, all_cases, pairwise_cases
 
@@ -115,10 +119,6 @@ class TestQwen3VLExperts(Experts):
     name = "qwen3_moe"
 
 
-class TestGLMExperts(Experts):
-    name = "glm_moe"
-
-
 class TestInternVLExperts(Experts):
     name = "internvl_moe"
 
@@ -131,6 +131,38 @@ class TestGemma4Experts(Experts):
 class TestQwen35Experts(Experts):
     name = "qwen3_5_moe"
     routes = ("expand",)
+
+
+class OneTooFar(SmolVLM):
+    """Positions of texts begin one behind those of the prompt, and so differ from the naive route."""
+
+    def text_position_ids(self, positions: Tensor) -> Tensor:
+        return positions + 1
+
+
+class OnePosition(SmolVLM):
+    """Positions that no model was trained with."""
+
+    def position_ids(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.zeros_like(inputs["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "test", "arguments"),
+    [
+        (OneTooFar, "test_routes_equal_naive", (Case("lora", "expand", False, None, "fan"),)),
+        (OnePosition, "test_label_scores_equal_transformers", ()),
+    ],
+)
+def test_a_faulty_family_fails(
+    make_vlm: Callable[..., VLM], kind: type[VLM], test: str, arguments: tuple[object, ...]
+) -> None:
+    class Faulty(FamilyContract):
+        family = kind
+        path = make_vlm("smolvlm").path
+
+    with pytest.raises(AssertionError):
+        getattr(Faulty(), test)(*arguments)
 
 
 def test_every_family_is_under_contract() -> None:
