@@ -2,7 +2,7 @@ PYTHON ?= python
 LINKED = rewards datamodules lightning_modules callbacks configs
 QUIET_CPU = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help dev links lint format typecheck test slow parity smoke clean
+.PHONY: help dev links lint format typecheck test slow parity floor smoke clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -33,6 +33,10 @@ slow:  ## what takes longer than that
 
 parity:  ## log-probabilities against vLLM (VIDREASON_VLLM_PYTHON names its Python: tests/parity/make_environment.sh)
 	$(QUIET_CPU) $(PYTHON) -m pytest -n 0 -s -m slow tests/parity
+
+floor: links  ## the contract of all model families with the oldest transformers that setup.cfg allows
+	$(PYTHON) -m pip install --quiet --no-deps --target build/floor "transformers==$$(sed -n 's/^ *transformers>=\([0-9.]*\).*/\1/p' setup.cfg)"
+	PYTHONPATH=build/floor:.typing $(QUIET_CPU) $(PYTHON) -m pytest -n 0 -m "not gpu" -k "not Gemma4" tests/lightning_modules/vlms/test_contract.py
 
 smoke:  ## the whole main job, small
 	$(PYTHON) -m vidreason demo --quick --run_dir runs/smoke

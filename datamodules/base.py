@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -128,8 +128,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
             check_disjoint(given)
             self._clips, made = complete_splits(given, DEFAULT_FRACTIONS, self.split_seed)
             self._made = (*self._made, *made)
-            special: Collection[str] = getattr(self.encoder, "special_tokens", ())  # an encoder need not have any
-            check_words(self.task, (clip for clips in self._clips.values() for clip in clips), special)
+            check_words(self.task, (clip for clips in self._clips.values() for clip in clips), self.encoder)
             for leak in find_leaks(self._clips.get("train", ()), self.task.metadata_fields):
                 _LOG.warning("%s; leave it out of the task's metadata_fields unless it is known in use, too", leak)
             sizes = ", ".join(f"{name} {len(clips)}" for name, clips in self._clips.items())

@@ -17,6 +17,7 @@ from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import BatchEncoder, Clip
+from vidreason.datamodules.words import check_words
 
 INFERENCE_SPLIT = "inference"
 """The only split of an ``InferenceDataModule``."""
@@ -58,7 +59,12 @@ class InferenceDataModule(VideoDataModule):
         return self._given if split == INFERENCE_SPLIT else ()
 
     def setup(self, stage: str) -> None:
-        """Uses the clips as they are; no splits are made."""
+        """Uses the clips as they are; no splits are made.
+
+        Raises:
+            ValueError: If the task or a clip's metadata contains a special token of the model.
+        """
+        check_words(self._task, self._given, self.encoder)
         self._clips = {INFERENCE_SPLIT: self._given}
 
     def set_clips(self, clips: Sequence[Clip], in_memory: Mapping[str, tuple[Tensor, float]]) -> None:

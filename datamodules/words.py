@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.types import Clip
+from vidreason.datamodules.types import BatchEncoder, Clip
 
 REMEDY = "remove it, or write it differently"
 
@@ -26,18 +26,18 @@ def any_token(special: Collection[str]) -> re.Pattern[str]:
     return re.compile("|".join(tokens) or r"(?!)")
 
 
-def check_words(task: Task, clips: Iterable[Clip], special: Collection[str]) -> None:
+def check_words(task: Task, clips: Iterable[Clip], encoder: BatchEncoder) -> None:
     """Checks that neither a task nor the metadata that it shows contain a special token of the model.
 
     Args:
         task: Question, classes and prompt templates.
         clips: Clips whose columns ``task.metadata_fields`` may enter prompts.
-        special: Special tokens of the model.
+        encoder: The model family, whose ``special_tokens`` these are; one without this attribute has none.
 
     Raises:
         ValueError: If there is such a token; the message names file and field.
     """
-    pattern = any_token(special)
+    pattern = any_token(getattr(encoder, "special_tokens", ()))
     for where, text in _fields(task, clips):
         if found := pattern.search(text):
             raise ValueError(f"{where} contains {found[0]}, a special token of the model: {REMEDY}")
@@ -51,6 +51,8 @@ def _fields(task: Task, clips: Iterable[Clip]) -> Iterator[tuple[str, str]]:
         yield f"{file}: 'classes[{number}].definition'", spec.definition
     for kind, template in task.prompts.items():
         yield f"{file}: 'prompts.{kind}'", template
+    for name in task.metadata_fields:
+        yield f"{file}: 'metadata_fields'", name
     for clip in clips:
         for name in task.metadata_fields:
             yield f"{clip.where or clip.video_id}: '{name}'", clip.fields.get(name, "")

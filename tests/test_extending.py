@@ -79,3 +79,15 @@ def test_all_run_from_the_installed_command(project):
             command = [sys.executable, "-m", *argv]
             done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_family_passes_the_tests_of_the_shipped_ones(project):
+    (code,) = blocks("Tests of a model family", "python")
+    ((program, *arguments),) = commands("Tests of a model family")
+    assert program == "pytest"
+    (project / arguments[0]).write_text(code, encoding="utf-8")
+    command = [sys.executable, "-m", program, *arguments, "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20

@@ -6,7 +6,8 @@ A signal to one of two ranks, in the midst of a batch, stops both where they can
 import pytest
 import resume_ranks as resume
 import torch
-from comparing import relative_gap
+
+from vidreason.testing.samples import relative_gap
 
 small_base, clip_folder = resume.world.small_base, resume.world.clip_folder
 

@@ -9,7 +9,8 @@ import json
 import pytest
 import strategy_ranks as ranks
 import torch
-from comparing import relative_gap
+
+from vidreason.testing.samples import relative_gap
 
 small_base, clip_folder = ranks.world.small_base, ranks.world.clip_folder
 

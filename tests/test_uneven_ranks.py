@@ -10,7 +10,8 @@ import json
 import pytest
 import torch
 import uneven_ranks as ranks
-from comparing import relative_gap
+
+from vidreason.testing.samples import relative_gap
 
 small_base, clip_folder = ranks.world.small_base, ranks.world.clip_folder
 

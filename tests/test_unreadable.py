@@ -8,7 +8,6 @@ import pytest
 import small_grpo
 import strategy_ranks as ranks
 import torch
-from comparing import relative_gap
 from covering import sample
 from safetensors.torch import load_file
 
@@ -18,6 +17,7 @@ from vidreason.lightning_modules.functional.aggregation import LOSS_TYPES
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.traces.targets import TargetOptions
 from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
+from vidreason.testing.samples import relative_gap
 
 world, grpo = ranks.world, ranks.grpo
 small_base, clip_folder, make_vlm, make_trainer = (

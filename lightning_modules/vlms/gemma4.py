@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from vidreason.lightning_modules.vlms.base import VLM
@@ -28,6 +29,19 @@ class Gemma4(VLM):
     def unquantised(self) -> tuple[str, ...]:
         """Dotted names of the modules that stay in full precision under ``quantize``, including the projector."""
         return (*super().unquantised, "model.embed_vision")
+
+    def build(self, adapter_path: str | None = None) -> nn.Module:
+        """Loads the base and attaches an adapter, as in other families.
+
+        Raises:
+            ValueError: Also if transformers is too old to run the model on videos.
+        """
+        # Before, its forward does not tell the vision tower how many frames belong to which video.
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+            raise ValueError(
+                f"transformers {transformers.__version__} cannot run Gemma 4 on videos: install 5.23 or newer"
+            )
+        return super().build(adapter_path)
 
     def visual_tokens(self, inputs: Mapping[str, Tensor]) -> int:
         """Returns the number of visual tokens of one prompt: its patches without padding, pooled in squares."""

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import relative_gap
 from covering import covering, sample
 from lightning.pytorch.plugins.precision import MixedPrecision
 from small_grpo import make
@@ -19,6 +18,7 @@ from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.traces.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.traces.targets import TargetOptions
+from vidreason.testing.samples import relative_gap
 
 LOST = ("train_4",)
 

@@ -1,11 +1,14 @@
 """Frames and pixels that ``vidreason init`` suggests, from what was measured of the clips."""
 
 import pytest
+from vlm_builders import make_example, write_qwen
 
 from vidreason.datamodules.sources.probing import ClipProbe
+from vidreason.lightning_modules.vlms.qwen import QwenVL
 from vidreason.lightning_modules.vlms.tiny.configuration import TinyVLMConfig
+from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 from vidreason.prepare import frames
-from vidreason.prepare.frames import suggest_frames
+from vidreason.prepare.frames import suggest_frames, visual_tokens
 
 
 def probes(seconds=4.0, sizes=((320, 240),)):
@@ -30,3 +33,18 @@ def test_pixels_follow_from_the_measured_sizes():
 
 def test_the_embedded_base_takes_the_suggested_frames():
     assert TinyVLMConfig().max_frames == frames.EMBEDDED_FRAMES
+
+
+@pytest.mark.parametrize("size", [(480, 640), (120, 160)])
+def test_visual_tokens_are_about_those_of_the_processors(tmp_path, size):
+    """Sides are rounded to whole tokens, which is left out."""
+    suggestion = suggest_frames(probes(sizes=[size[::-1]]))
+    for name, vlm in {
+        "the embedded base": TinyVLM(),
+        "Qwen2.5-VL": QwenVL(str(write_qwen(tmp_path / "qwen")), max_pixels=frames.MOST_PIXELS),
+    }.items():
+        height, width = (int(side * min(1, suggestion.max_pixels / size[0] / size[1]) ** 0.5) for side in size)
+        example = make_example(frames=suggestion.num_frames, size=(height, width))
+        inputs = vlm.encode([example]).prompts.inputs
+        count = int(sum((inputs["input_ids"] == token).sum() for token in vlm.placeholder_ids))
+        assert visual_tokens(suggestion)[name] == pytest.approx(count, rel=0.1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import family_builders as others
 import hybrid_builders as hybrids
 import vlm_builders as builders
+from transformers import Qwen3_5MoeConfig, Qwen3VLMoeConfig
 
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.gemma4 import Gemma4
@@ -33,3 +34,18 @@ FAMILIES: dict[str, tuple[type[VLM], Callable[[Path], Path]]] = {
     "gemma4": (Gemma4, hybrids.write_gemma4),
     "qwen3_5": (Qwen3VL, hybrids.write_qwen3_5),
 }
+
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+WITH_EXPERTS: dict[str, tuple[type[VLM], Callable[[Path], Path]]] = {
+    "qwen3_moe": (Qwen3VL, partial(others.write_qwen3, config_class=Qwen3VLMoeConfig, **EXPERTS)),
+    "internvl_moe": (InternVL, partial(others.write_internvl, model_type="qwen3_moe", head_dim=16, **EXPERTS)),
+    "gemma4_moe": (
+        Gemma4,
+        partial(hybrids.write_gemma4, enable_moe_block=True, moe_intermediate_size=32, num_experts=4, top_k_experts=2),
+    ),
+    "qwen3_5_moe": (
+        Qwen3VL,
+        partial(hybrids.write_qwen3_5, config_class=Qwen3_5MoeConfig, shared_expert_intermediate_size=32, **EXPERTS),
+    ),
+}
+"""The same families with a mixture of experts in their decoders."""

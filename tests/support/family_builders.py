@@ -57,7 +57,7 @@ def _frames_template(video: str) -> str:
     return QWEN_TEMPLATE.replace("<|vision_start|><|video_pad|><|vision_end|>", video)
 
 
-def write_qwen3(folder: Path, seed: int = 0, **sizes: Any) -> Path:
+def write_qwen3(folder: Path, seed: int = 0, config_class: Any = Qwen3VLConfig, **sizes: Any) -> Path:
     """A Qwen3-VL with DeepStack; its processor writes the times of the frames."""
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = byte_tokenizer(
@@ -67,7 +67,7 @@ def write_qwen3(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     end, pad = _ids(tokenizer, "<|im_end|>", "<|endoftext|>")
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0, "mrope_interleaved": True}
     text = {**DECODER, "head_dim": 16, "rope_parameters": rope, "eos_token_id": end, "pad_token_id": pad, **sizes}
-    config = Qwen3VLConfig(
+    config = config_class(
         text_config=text,
         vision_config={
             "depth": 3,
@@ -98,12 +98,14 @@ def write_qwen3(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     return write_checkpoint(folder, config, processor, seed, end, pad)
 
 
-def write_glm(folder: Path, seed: int = 0, newer: bool = False, flash: bool = False, **sizes: Any) -> Path:
+def write_glm(
+    folder: Path, seed: int = 0, newer: bool = False, flash: bool = False, config_class: Any = None, **sizes: Any
+) -> Path:
     """A GLM-4.1V, or a GLM-4.6V if ``newer``; its template does not end turns.
 
     GLM-4.6V-Flash (``flash``) is the older model with the newer processor.
     """
-    config_class: Any = Glm46VConfig if newer and not flash else Glm4vConfig
+    config_class = config_class or (Glm46VConfig if newer and not flash else Glm4vConfig)
     processors: tuple[Any, Any, Any] = (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor)
     if newer:
         processors = (Glm46VProcessor, Glm46VImageProcessor, Glm46VVideoProcessor)

@@ -19,6 +19,9 @@ from transformers import (
 )
 from vlm_builders import DECODER, QWEN_TEMPLATE, byte_tokenizer, write_checkpoint
 
+HEAD_STD = 0.05
+"""Logits near 0: fp32 rounds the states of these decoders so coarsely that log-probs of -10 differ by 1e-5."""
+
 GEMMA_TEMPLATE = (
     "{% for m in messages %}<|turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{% for c in m['content'] %}{% if c['type'] == 'video' %}<|video|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
@@ -96,10 +99,10 @@ def write_gemma4(folder: Path, seed: int = 0, gain: float = 1.0, **sizes: Any) -
         tokenizer=tokenizer,
         chat_template=GEMMA_TEMPLATE,
     )
-    return write_checkpoint(folder, config, processor, seed, ids["<turn|>"], ids["<pad>"], gain)
+    return write_checkpoint(folder, config, processor, seed, ids["<turn|>"], ids["<pad>"], gain, HEAD_STD)
 
 
-def write_qwen3_5(folder: Path, seed: int = 0, **sizes: Any) -> Path:
+def write_qwen3_5(folder: Path, seed: int = 0, config_class: Any = Qwen3_5Config, **sizes: Any) -> Path:
     """A Qwen3.5 of about 0.3 M parameters: linear attention in every layer except the second of three."""
     names = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
     named = {f"{name}_token": f"<|{name}|>" for name in ("vision_start", "vision_end")}
@@ -108,7 +111,7 @@ def write_qwen3_5(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     named |= {"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
     tokenizer = byte_tokenizer(specials, "<|im_end|>", "<|endoftext|>", **named)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in specials}
-    config = Qwen3_5Config(
+    config = config_class(
         text_config={
             **DECODER,
             "num_hidden_layers": 3,
@@ -153,4 +156,4 @@ def write_qwen3_5(folder: Path, seed: int = 0, **sizes: Any) -> Path:
         tokenizer=tokenizer,
         chat_template=QWEN_TEMPLATE,
     )
-    return write_checkpoint(folder, config, processor, seed, ids["<|im_end|>"], ids["<|endoftext|>"])
+    return write_checkpoint(folder, config, processor, seed, ids["<|im_end|>"], ids["<|endoftext|>"], head_std=HEAD_STD)

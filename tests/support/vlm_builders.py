@@ -1,6 +1,6 @@
 """Writes tiny checkpoints of real families to disk, in the hub's own format. Random weights, seconds to build."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,29 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from vidreason.datamodules.types import Clip, EncodedPrompts, Example, FrameTiming, Prompt, Text, TextBatch, VideoSample
-from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.testing.samples import (
+    FAN,
+    PROMPTS,
+    TREE,
+    gradients,
+    make_example,
+    make_prompts,
+    make_texts,
+    randomise_lora,
+    text_rows,
+)
+
+__all__ = [  # with what tests need besides a checkpoint
+    "FAN",
+    "PROMPTS",
+    "TREE",
+    "gradients",
+    "make_example",
+    "make_prompts",
+    "make_texts",
+    "randomise_lora",
+    "text_rows",
+]
 
 CORPUS = [
     "<think>a person walks to the door and leaves a parcel</think><answer>delivery</answer>",
@@ -43,12 +64,6 @@ DECODER = {
     "max_position_embeddings": 4096,
     "bos_token_id": None,
 }
-PROMPTS = ("what happens?", "describe the video, step by step, and say who arrives at the door", "who?")
-FAN = [(0, -1, 5), (0, -1, 1), (2, -1, 7), (0, -1, 3), (1, -1, 4)]
-TREE = [*FAN, (0, 0, 2), (2, 2, 4), (0, 0, 1), (0, 3, 6), (0, 5, 3), (0, 5, 1), (1, 4, 1)]
-"""Texts behind ``PROMPTS`` as (owner, parent, length): unequal counts and lengths, one token, parents that are any
-earlier row, three levels"""
-
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% for c in m['content'] %}{% if c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
@@ -75,14 +90,24 @@ def byte_tokenizer(specials: list[str], end: str, pad: str, **named: str) -> Pre
 
 
 def write_checkpoint(
-    folder: Path, config: Any, processor: Any, seed: int, end: int, pad: int, gain: float = 1.0
+    folder: Path,
+    config: Any,
+    processor: Any,
+    seed: int,
+    end: int,
+    pad: int,
+    gain: float = 1.0,
+    head_std: float = 0.2,
 ) -> Path:
-    """Writes a model with random weights, its generation config and its processor; ``gain`` scales normed queries."""
+    """Writes a model with random weights, its generation config and its processor.
+
+    ``gain`` scales normed queries, ``head_std`` is the standard deviation of the language-model head.
+    """
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:  # far enough from uniform that a difference shows
-            torch.nn.init.normal_(parameter, std=0.08 if "lm_head" not in name else 0.2)
+            torch.nn.init.normal_(parameter, std=0.08 if "lm_head" not in name else head_std)
         elif name.endswith("q_norm.weight"):
             parameter.data *= gain
     model.generation_config.eos_token_id = [end]
@@ -216,65 +241,3 @@ def write_tiny(folder: Path, seed: int = 0) -> Path:
         eos_token_id=tokenizer.eos_token_id,
     )
     return write_checkpoint(folder, config, processor, seed, tokenizer.eos_token_id, tokenizer.pad_token_id)
-
-
-def make_example(
-    texts: Sequence[Text | str] = (),
-    prompt: str = "what happens?",
-    open_prompt: bool = False,
-    seed: int = 0,
-    frames: int = 4,
-    size: tuple[int, int] = (56, 56),
-    identity: str = "",
-) -> Example:
-    """A clip of noise with a prompt and texts."""
-    pixels = torch.randint(0, 256, (frames, 3, *size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    name = f"clip{seed}"
-    timing = FrameTiming(fps=4.0, total_frames=16, indices=tuple(range(0, 16, 16 // frames))[:frames])
-    sample = VideoSample(name, pixels, None, timing, Clip(Path(f"{name}.mp4"), None, name), identity)
-    return Example(sample, Prompt(prompt, open_prompt), tuple(Text(t) if isinstance(t, str) else t for t in texts))
-
-
-def text_rows(rows: Sequence[tuple[int, int, int]], vocab: Sequence[int], seed: int = 0) -> TextBatch:
-    """Random texts, each given as (owner, parent, length); about a quarter of the tokens does not count."""
-    generator = torch.Generator().manual_seed(seed)
-    length = max(row[2] for row in rows)
-    ids = torch.tensor(vocab)[torch.randint(len(vocab), (len(rows), length), generator=generator)]
-    mask = torch.arange(length) < torch.tensor([row[2] for row in rows])[:, None]
-    loss = mask & (torch.rand(len(rows), length, generator=generator) < 0.75)
-    owner, parent = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
-    return TextBatch(ids, mask, loss, torch.zeros_like(mask), owner, parent)
-
-
-def make_prompts(vlm: VLM, seed: int = 0, words: Sequence[str] = PROMPTS) -> EncodedPrompts:
-    """Each of the prompts behind a clip of its own."""
-    size = (64, 96) if type(vlm).__name__ == "TinyVLM" else (56, 56)
-    return vlm.encode([make_example(prompt=p, seed=seed + i, size=size) for i, p in enumerate(words)]).prompts
-
-
-def make_texts(vlm: VLM, rows: Sequence[tuple[int, int, int]] = TREE, seed: int = 0) -> TextBatch:
-    """``text_rows`` of tokens that the family may write."""
-    return text_rows(rows, sorted(set(range(10, 500)) - vlm.suppressed_ids), seed)
-
-
-def gradients(
-    vlm: VLM, model: torch.nn.Module, prompts: EncodedPrompts, texts: TextBatch, route: Any
-) -> dict[str, torch.Tensor]:
-    """Of a weighted sum of log-probs and entropies, by parameter; and both under ``logprobs`` and ``entropy``."""
-    vlm.route = route
-    model.zero_grad()
-    scores = vlm.score(model, prompts, texts, temperature=0.8, with_entropy=True)
-    assert scores.entropy is not None
-    weights = torch.randn(scores.logprobs.shape, generator=torch.Generator().manual_seed(1))
-    (scores.logprobs * weights + scores.entropy * weights.flip(0)).sum().backward()
-    out = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    out["logprobs"], out["entropy"] = scores.logprobs.detach(), scores.entropy.detach()
-    return out
-
-
-def randomise_lora(model: torch.nn.Module, seed: int = 0) -> None:
-    """Gives LoRA's B values: at initialisation it is 0, and with it the gradient of A."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1, generator=generator)

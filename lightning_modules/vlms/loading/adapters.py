@@ -74,13 +74,24 @@ def attach_lora(
     )
     wrapped = get_peft_model(model, config, adapter_name=name)
     assert isinstance(wrapped, PeftModel)
+    reached = {key for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if missed := sorted(key for key in layers if _is_target(chosen, key) and key not in reached):
+        raise ValueError(
+            f"vlm.lora: PEFT leaves out {len(missed)} of the layers that should get an adapter, for example "
+            f"{missed[0]}: name others in vlm.lora.target_modules"
+        )
     return wrapped
 
 
 def reached_layers(model: PeftModel, name: str) -> str:
     """Returns how many layers adapter ``name`` changes, by the last part of their names: ``q_proj 28, v_proj 28``."""
     layers = [(key, module) for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    counts = Counter(key.rpartition(".")[2] for key, module in layers if name in module.active_adapters)
+    counts = Counter(
+        # The experts of a layer are one parameter, which PEFT wraps by its name.
+        getattr(module, "parameter_name", key.rpartition(".")[2])
+        for key, module in layers
+        if name in module.active_adapters
+    )
     return ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
 
 
@@ -100,6 +111,13 @@ def _last_parts(name: str) -> str:
     return f"{before.rpartition('.')[2]}.{last}" if last.isdecimal() else last
 
 
+def _is_target(targets: Sequence[str] | str, name: str) -> bool:
+    """Returns whether ``targets``, as in ``LoRAOptions.target_modules``, name a layer."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
 def _check_reached(targets: Sequence[str] | str, names: Sequence[str], frozen: tuple[str, ...]) -> None:
     """Checks that every target names a layer outside the frozen modules.
 
@@ -107,10 +125,8 @@ def _check_reached(targets: Sequence[str] | str, names: Sequence[str], frozen: t
         ValueError: If one does not; the adapter would leave that layer out without a word.
     """
     free = [name for name in names if not name.startswith(tuple(f"{module}." for module in frozen))]
-    if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in free) else [targets]
-    else:
-        missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in free)]
+    each = [targets] if isinstance(targets, str) else targets
+    missing = [t for t in each if not any(_is_target(t if targets is t else [t], name) for name in free)]
     if missing:
         last = sorted({name.rpartition(".")[2] for name in free if name.endswith("proj")})
         raise ValueError(

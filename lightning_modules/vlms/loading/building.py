@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
@@ -156,6 +156,12 @@ def load_base(
     assert isinstance(model, PreTrainedModel)
     if nf4:
         _keep_trainable_on_cpu(model)
+        experts = {name: p.numel() for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3}
+        if experts:  # bitsandbytes quantises linear layers, and these are stacked in one parameter
+            rank_zero_warn(
+                f"vlm.quantize: nf4 leaves the experts in {str(precision).removeprefix('torch.')}: "
+                f"{sum(experts.values()) / 1e6:.3g} M parameters, for example {next(iter(experts))}"
+            )
     return model
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, __version__
+from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from vidreason.lightning_modules.vlms.prefix.layout import text_config, would_checkpoint
@@ -54,16 +53,9 @@ def _rows(states: dict[int, Tensor | None], indices: Tensor) -> dict[int, Tensor
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
-    """Returns an empty cache for the decoder of ``model``, which layers under gradient checkpointing may extend.
-
-    Raises:
-        ValueError: If the decoder has linear attention, and transformers is too old to extend it exactly.
-    """
+    """Returns an empty cache for the decoder of ``model``, which layers under gradient checkpointing may extend."""
     cache = (RecomputedCache if would_checkpoint(model) else DynamicCache)(config=text_config(model))
     for index, layer in enumerate(cache.layers):
-        if type(layer) is not LinearAttentionLayer:
-            continue
-        if "conv_kernel_size" not in signature(layer.update_conv_state).parameters:
-            raise ValueError(f"transformers {__version__} cannot extend linear attention: install 5.24 or newer")
-        cache.layers[index] = LinearState(number_of_states=layer.number_of_states)
+        if type(layer) is LinearAttentionLayer:
+            cache.layers[index] = LinearState(number_of_states=layer.number_of_states)
     return cache

@@ -69,6 +69,8 @@ class TinyVLMProcessor(ProcessorMixin):
         padding: bool = True,
         return_tensors: str = "pt",
         add_special_tokens: bool = False,
+        images: None = None,
+        audio: None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Encodes texts and the videos in them.
@@ -79,6 +81,8 @@ class TinyVLMProcessor(ProcessorMixin):
             padding: Whether to pad the token rows to one length, on the left.
             return_tensors: Type of the returned tensors, ``pt`` for torch.
             add_special_tokens: Passed to the tokenizer, which adds none.
+            images: Not supported; ``apply_chat_template`` passes it.
+            audio: Not supported; ``apply_chat_template`` passes it.
             **kwargs: Passed to the video processor (``video_metadata``, ``do_sample_frames``).
 
         Raises:

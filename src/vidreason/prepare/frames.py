@@ -18,6 +18,10 @@ EMBEDDED_FRAMES = FrameOptions().num_frames
 """Maximum number of frames of the embedded base."""
 MOST_PIXELS = 448 * 448
 """Pixels of a frame; 256 visual tokens for two frames in Qwen2.5-VL."""
+FEWEST_PIXELS = 128 * 28 * 28
+"""Pixels to which Qwen2.5-VL enlarges smaller frames."""
+EMBEDDED_TOKENS = 6
+"""Visual tokens of a frame in the embedded base."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,17 @@ def suggest_frames(probes: Sequence[ClipProbe]) -> FrameSuggestion:
     shrinks = f"; only larger ones shrink, up to {largest.width} x {largest.height}" if max(sizes) > large else ""
     why_pixels = f"nine clips in ten have no more (the median clip is {typical.width} x {typical.height}){shrinks}"
     return FrameSuggestion(num_frames, max(large, 1), why_frames, why_pixels)
+
+
+def visual_tokens(frames: FrameSuggestion) -> dict[str, int]:
+    """Returns about how many visual tokens a clip becomes in some models, before sides are rounded to whole tokens.
+
+    The Qwen models merge two frames and squares of 28 or 32 pixels to a token.
+    """
+    pairs = math.ceil(frames.num_frames / 2)
+    enlarged = max(frames.max_pixels, FEWEST_PIXELS)
+    return {
+        "the embedded base": EMBEDDED_TOKENS * frames.num_frames,
+        "Qwen2.5-VL": pairs * round(enlarged / 28**2),
+        "Qwen3-VL": pairs * round(frames.max_pixels / 32**2),
+    }

@@ -102,10 +102,14 @@ def split_lines(assignment: Assignment, labels: Sequence[str], seed: int) -> lis
 
 
 def frame_lines(frames: FrameSuggestion) -> list[str]:
-    """Returns lines on the suggested frame count and pixel budget, with reasons."""
+    """Returns lines on the suggested frame count and pixel budget, with reasons and the visual tokens of a clip."""
+    from vidreason.prepare.frames import visual_tokens
+
+    tokens = ", ".join(f"{count} in {model}" for model, count in visual_tokens(frames).items())
     return [
         f"frames per clip: {frames.num_frames} ({frames.why_frames})",
         f"pixels per frame: {frames.max_pixels} ({frames.why_pixels})",
+        f"visual tokens per clip: about {tokens}; a stage logs those of its own model",
     ]
 
 

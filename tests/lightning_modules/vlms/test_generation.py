@@ -53,9 +53,7 @@ def test_generated_logprobs_equal_scores(make_vlm: MakeVLM, family: str, samplin
     assert generated.owner.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen", "qwen2", "qwen3", "glm", "glm46", "smolvlm", "internvl", "onevision", "nextvideo"]
-)
+@pytest.mark.parametrize("family", ["qwen", "qwen2"])
 def test_greedy_equals_forwards_of_the_whole_text(make_vlm: MakeVLM, family: str) -> None:
     """Without prefill or cache, and at positions that are not ours."""
     vlm = make_vlm(family)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 import vlm_builders as builders
 from families import FAMILIES
 
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.inference_data import InferenceDataModule
 from vidreason.datamodules.task import ClassSpec, Task
 from vidreason.datamodules.types import Clip
 from vidreason.datamodules.words import check_words
@@ -80,6 +83,10 @@ CLIPS = [
 ]
 
 
+def encoder(*special: str) -> Any:
+    return SimpleNamespace(special_tokens=frozenset(special))
+
+
 @pytest.mark.parametrize(
     ("task", "clips", "where"),
     [
@@ -91,14 +98,25 @@ CLIPS = [
             r"a.yaml: 'classes\[0\].definition'",
         ),
         (replace(TASK, prompts={"label": "<image> {question}"}), [], "a.yaml: 'prompts.label'"),
+        (replace(TASK, metadata_fields=("<image>",)), [], "a.yaml: 'metadata_fields'"),
         (TASK, CLIPS, "clips.csv, row 2: 'note'"),
     ],
 )
 def test_words_of_a_task_are_refused_with_file_and_field(task: Task, clips: list[Clip], where: str) -> None:
     with pytest.raises(ValueError, match=rf"^{where} contains [<[][^\n]*$"):
-        check_words(task, clips, {"<image>", "<|im_end|>", "[IMG]"})
+        check_words(task, clips, encoder("<image>", "<|im_end|>", "[IMG]"))
 
 
 def test_plain_words_and_hidden_columns_pass() -> None:
-    check_words(TASK, CLIPS[:1], {"<image>", "<|im_end|>"})
-    check_words(TASK, CLIPS, ())
+    check_words(TASK, CLIPS[:1], encoder("<image>", "<|im_end|>"))
+    check_words(TASK, CLIPS, encoder())
+    check_words(TASK, CLIPS, object())  # type: ignore[arg-type]  # an encoder need not have any
+
+
+@pytest.mark.parametrize(("word", "where"), [("<image>", "a.yaml: 'question'"), ("fine", "clips.csv, row 2: 'note'")])
+def test_clips_to_decide_about_are_checked_too(word: str, where: str) -> None:
+    """``classify`` may read the task from the run folder, where it can be edited."""
+    task = replace(TASK, question=f"{word}: who?")
+    data = InferenceDataModule(task, encoder("<image>", "<|im_end|>"), FrameOptions(), seed=0, batch_size=2)
+    with pytest.raises(ValueError, match=rf"^{where} contains <[^\n]*$"):
+        data.set_clips(CLIPS, {})

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import family_builders
 import pytest
 import torch
 import vlm_builders as builders
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import Glm4vMoeConfig
 
 from vidreason.datamodules.types import Encoded
 from vidreason.lightning_modules.vlms.base import VLM
@@ -24,6 +26,7 @@ from vidreason.lightning_modules.vlms.loading.adapters import (
 )
 from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha, read_info, save_weights
 from vidreason.lightning_modules.vlms.qwen import QwenVL
+from vidreason.lightning_modules.vlms.qwen3 import GLM4V
 
 MakeVLM = Callable[..., VLM]
 LORA = LoRAOptions(r=4, alpha=8)
@@ -204,6 +207,24 @@ def test_a_target_that_the_model_lacks_is_refused(make_vlm: MakeVLM) -> None:
     for targets in (("q_proj", "gate_up_proj"), r".*gate_up_proj", ("qkv",)):  # the last one is in the frozen tower
         with pytest.raises(ValueError, match=r"no layer \S*(gate_up_proj|qkv) that is trained; .*down_proj"):
             make_vlm("qwen", lora=LoRAOptions(target_modules=targets)).build()
+
+
+def test_a_layer_that_peft_leaves_out_is_an_error(make_vlm: MakeVLM, tmp_path: Path) -> None:
+    """For GLM-4.5V, PEFT takes names of linear layers for those of experts, and leaves the layers out."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    sizes = {"moe_intermediate_size": 32, "first_k_dense_replace": 1, **experts}
+    path = str(family_builders.write_glm(tmp_path / "glm", config_class=Glm4vMoeConfig, **sizes))
+    with pytest.raises(ValueError, match=r"PEFT leaves out 6 of the layers .*layers.0.mlp.down_proj: name others"):
+        GLM4V(path, lora=LORA).build()
+    GLM4V(path, lora=LoRAOptions(target_modules=("q_proj", "v_proj"))).build()
+
+
+@pytest.mark.filterwarnings("default")
+def test_nf4_says_that_experts_are_left(make_vlm: MakeVLM, recwarn: pytest.WarningsRecorder) -> None:
+    make_vlm("qwen3_moe", lora=LORA, quantize="nf4", dtype="float32").build()
+    (said,) = [str(warning.message) for warning in recwarn if "vlm.quantize" in str(warning.message)]
+    # Two layers of four experts of 64 x 64 and 64 x 32.
+    assert said.startswith("vlm.quantize: nf4 leaves the experts in float32: 0.0492 M parameters, for example model.")
 
 
 def test_fused_projections_are_reached(make_vlm: MakeVLM) -> None:

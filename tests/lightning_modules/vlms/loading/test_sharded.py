@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import vlm_builders as builders
-from comparing import relative_gap
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.prefix.layout import unwrap
+from vidreason.testing.samples import relative_gap
 
 
 def run(rank: int, folder: Path, vlm: VLM) -> None:

@@ -1,36 +1,27 @@
 """Families whose decoders mix full attention with sliding windows (Gemma 4) or linear attention (Qwen3.5)."""
 
-import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import vlm_builders as builders
-from comparing import relative_gap
 from torch import Tensor, nn
-from transformers.cache_utils import LinearAttentionLayer
-from vlm_builders import PROMPTS, TREE, gradients, make_prompts, make_texts
+from vlm_builders import TREE, gradients, make_prompts, make_texts
 
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.prefix import expand
-from vidreason.lightning_modules.vlms.prefix.layout import unwrap
+from vidreason.testing.samples import relative_gap
 
 MakeVLM = Callable[..., VLM]
 FAMILIES = ("gemma4", "qwen3_5")
 TRAINED: dict[str, dict[str, Any]] = {
     "lora": {"lora": LoRAOptions(r=4, alpha=8)},
     "full": {"freeze_vision": False},
-    "nf4": {"lora": LoRAOptions(r=4, alpha=8), "quantize": "nf4"},
 }
-# gradient checkpointing and chunks
-CASES = [
-    pytest.param(*case, marks=() if case[1:] == ("lora", True, 2) else pytest.mark.slow)
-    for case in itertools.product(FAMILIES, TRAINED, (False, True), (None, 2))
-]
 SLOW_FAMILIES = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 
 
@@ -57,34 +48,11 @@ def kept_bytes(run: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize(("family", "trained", "checkpointing", "chunk"), CASES)
-def test_equals_naive(make_vlm: MakeVLM, family: str, trained: str, checkpointing: bool, chunk: int | None) -> None:
-    vlm, model = build(make_vlm, family, trained, gradient_checkpointing=checkpointing)
-    prompts, texts = make_prompts(vlm), make_texts(vlm, TREE)
-    naive = gradients(vlm, model, prompts, texts, "naive")
-    vlm.completion_chunk = chunk
-    found = gradients(vlm, model, prompts, texts, "auto")
-    for name in ("logprobs", "entropy"):
-        torch.testing.assert_close(found.pop(name), naive.pop(name), rtol=0, atol=1e-5)
-    assert relative_gap(found, naive) < 1e-5
-    reached = {name.split(".lora_")[0].rpartition(".")[2] for name, value in found.items() if value.abs().max() > 0}
-    linear = {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"} if family == "qwen3_5" else set()
-    assert trained == "full" or linear | {"q_proj", "k_proj", "down_proj"} <= reached
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_transformers(make_vlm: MakeVLM, family: str) -> None:
-    vlm, model = build(make_vlm, family)
-    ours = vlm.generate(model, make_prompts(vlm), 2, Sampling(16, temperature=0))
-    model.eval()
-    assert len(set(ours.texts)) == len(PROMPTS)
-    for i, prompt in enumerate(PROMPTS):
-        alone = vlm.encode([builders.make_example(prompt=prompt, seed=i)]).prompts.inputs
-        theirs = model.generate(  # type: ignore[operator]
-            **alone, do_sample=False, max_new_tokens=16, suppress_tokens=sorted(vlm.suppressed_ids)
-        )
-        for row in (2 * i, 2 * i + 1):
-            assert ours.ids[row][ours.mask[row]].tolist() == theirs[0, alone["input_ids"].shape[1] :].tolist()
+def test_adapters_reach_linear_attention(make_vlm: MakeVLM) -> None:
+    _, model = build(make_vlm, "qwen3_5", "lora")
+    reached = {name.split(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    linear = {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}
+    assert reached == linear | {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 @pytest.mark.slow
@@ -129,24 +97,6 @@ def test_checkpointing_keeps_a_fraction(make_vlm: MakeVLM, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", SLOW_FAMILIES)
-def test_the_video_matters_and_is_encoded_once(make_vlm: MakeVLM, family: str) -> None:
-    vlm, model = build(make_vlm, family, "lora")
-    texts, seen = make_texts(vlm, TREE), list[int]()
-    tower = unwrap(model).get_submodule(vlm.vision_modules[0])
-    tower.register_forward_pre_hook(lambda *_: seen.append(1))
-    clips = [[builders.make_example(prompt=p, seed=s + i) for i, p in enumerate(PROMPTS)] for s in (0, 50)]
-    one, other = (vlm.score(model, vlm.encode(examples).prompts, texts).logprobs for examples in clips)
-    assert ((one - other).abs() > 1e-4)[texts.loss_mask].float().mean() > 0.9
-    assert len(seen) == 2
-
-    known = [replace(clip, sample=replace(clip.sample, identity=clip.sample.video_id)) for clip in clips[0]]
-    for _ in range(2):
-        cached = vlm.score(model, vlm.encode(known).prompts, texts).logprobs
-        torch.testing.assert_close(cached, one, rtol=0, atol=1e-5)
-    assert len(seen) == 2 + len(PROMPTS), "the second time, the embeddings come from the cache"
-
-
-@pytest.mark.parametrize("family", SLOW_FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_forwards_of_one_token_have_gradients(make_vlm: MakeVLM, family: str, checkpointing: bool) -> None:
     """For one token behind a cache, linear attention has other kernels, one of which would write to its state."""
@@ -157,10 +107,8 @@ def test_forwards_of_one_token_have_gradients(make_vlm: MakeVLM, family: str, ch
     assert relative_gap(found, naive) < 1e-5
 
 
-@pytest.mark.slow
 def test_an_old_transformers_is_refused(make_vlm: MakeVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches of older versions do not say how many inputs the convolution of a layer needs."""
-    vlm, model = build(make_vlm, "qwen3_5")
-    monkeypatch.setattr(LinearAttentionLayer, "update_conv_state", lambda self, conv_states, **kwargs: conv_states)
-    with pytest.raises(ValueError, match="transformers .* cannot extend linear attention: install 5.24 or newer"):
-        vlm.score(model, make_prompts(vlm), make_texts(vlm, TREE))
+    vlm = make_vlm("gemma4")
+    monkeypatch.setattr(transformers, "__version__", "5.22.3")
+    with pytest.raises(ValueError, match=r"^transformers 5.22.3 cannot run Gemma 4 on videos: install 5.23 or newer$"):
+        vlm.build()

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import vlm_builders as builders
-from comparing import norm_of
 from torch import nn
 from vlm_builders import make_prompts, make_texts
 
@@ -20,6 +19,7 @@ from vidreason.lightning_modules.vlms.prefix import packing, shared_prefix
 from vidreason.lightning_modules.vlms.prefix.layout import text_config, unwrap
 from vidreason.lightning_modules.vlms.prefix.packing import NAME, packed_attention
 from vidreason.lightning_modules.vlms.prefix.shared_prefix import RouteOptions, choose_route
+from vidreason.testing.samples import norm_of
 
 MakeVLM = Callable[..., VLM]
 WORDS = ("what happens at the door?", "who?")

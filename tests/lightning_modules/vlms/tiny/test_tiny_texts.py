@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import vlm_builders as builders
-from comparing import relative_gap
 from vlm_builders import FAN, PROMPTS, TREE, gradients, make_prompts, make_texts
 
 from vidreason.datamodules.porch.texts import PHRASES
@@ -16,6 +15,7 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 from vidreason.rewards.completion import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
+from vidreason.testing.samples import relative_gap
 
 MakeTiny = Callable[..., TinyVLM]
 
