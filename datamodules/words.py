@@ -26,13 +26,13 @@ def any_token(special: Collection[str]) -> re.Pattern[str]:
     return re.compile("|".join(tokens) or r"(?!)")
 
 
-def check_words(task: Task, clips: Iterable[Clip], encoder: BatchEncoder) -> None:
+def check_words(task: Task, clips: Iterable[Clip], encoder: BatchEncoder | None) -> None:
     """Checks that neither a task nor the metadata that it shows contain a special token of the model.
 
     Args:
         task: Question, classes and prompt templates.
         clips: Clips whose columns ``task.metadata_fields`` may enter prompts.
-        encoder: The model family, whose ``special_tokens`` these are; one without this attribute has none.
+        encoder: The model family, whose ``special_tokens`` these are; there are none without this attribute.
 
     Raises:
         ValueError: If there is such a token; the message names file and field.

@@ -43,7 +43,8 @@ CLIPS = (
     Clip(8, (28, 84), 1.0),
     Clip(11, (140, 84), 29.97, every=13),
 )
-"""At 4 and 1 frames per second, the times of 16 frames reach beyond a spatial grid of 2 x 2. Some shrink the last clip."""
+"""At 4 and 1 frames per second, the times of 16 frames reach beyond a spatial grid of 2 x 2. The last clip is so
+large that some families shrink it."""
 SLOW = (*(clip._replace(rate=clip.rate / 4) for clip in CLIPS[:-1]), Clip(11, (140, 84), 30.0, every=15))
 """Pairs of frames begin at whole seconds. GLM-4.6V's processor writes tenths, which vLLM rounds down."""
 

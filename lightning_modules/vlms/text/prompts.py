@@ -20,9 +20,9 @@ from vidreason.datamodules.types import VideoSample
 from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN
 
 
-def extended(sample: VideoSample, frames: int) -> VideoSample:
-    """Returns a sample of ``frames`` frames, of which the last one is repeated if there are fewer."""
-    missing = frames - len(sample.frames)
+def extended(sample: VideoSample, count: int) -> VideoSample:
+    """Returns a sample of ``count`` frames, of which the last one is repeated if there are fewer."""
+    missing = count - len(sample.frames)
     if not missing:
         return sample
     indices = (*sample.timing.indices, *[sample.timing.indices[-1]] * missing)

@@ -88,6 +88,11 @@ def pairwise_cases(routes: Sequence[str]) -> list[Case]:
     return chosen
 
 
+def frame_count(vlm: VLM, example: Example) -> int:
+    """Returns how many frames of a clip the family's processor gets."""
+    return vlm.frame_count(len(example.sample.frames))
+
+
 class FamilyContract:
     """What a model family promises; a subclass names the family and a small checkpoint.
 
@@ -133,7 +138,7 @@ class FamilyContract:
         vlm, processor = self.vlm(), AutoProcessor.from_pretrained(self.path)
         for example in self.clips()[:4]:
             ours = vlm.encode([replace(example, texts=())]).prompts.inputs
-            theirs = transformers_own.encoded(processor, example, vlm.frame_multiple)
+            theirs = transformers_own.encoded(processor, example, frame_count(vlm, example))
             assert ours.keys() == theirs.keys()
             for name, value in theirs.items():
                 assert ours[name].equal(value), name
@@ -229,7 +234,8 @@ class FamilyContract:
         stock, processor = self.stock(), AutoProcessor.from_pretrained(self.path)
         assert len(set(ours.texts)) == len(PROMPTS)
         for i, prompt in enumerate(PROMPTS):
-            inputs = transformers_own.encoded(processor, make_example(prompt=prompt, seed=i), vlm.frame_multiple)
+            example = make_example(prompt=prompt, seed=i)
+            inputs = transformers_own.encoded(processor, example, frame_count(vlm, example))
             wanted = transformers_own.greedy(stock, inputs, vlm, 16, self.passes_positions)
             for row in (2 * i, 2 * i + 1):
                 assert ours.ids[row][ours.mask[row]].tolist() == wanted
@@ -298,7 +304,7 @@ class FamilyContract:
     def of_transformers(self, vlm: VLM, model: Any, clip: Example, path: str | Path | None = None) -> Tensor:
         """Returns log-probs [N, L] of the clip's texts by ``model``, with the processor in ``path``."""
         processor, texts = AutoProcessor.from_pretrained(path or self.path), vlm.encode([clip]).texts
-        inputs = transformers_own.encoded(processor, clip, vlm.frame_multiple)
+        inputs = transformers_own.encoded(processor, clip, frame_count(vlm, clip))
         return transformers_own.logprobs(model, inputs, texts, vlm, self.passes_positions)
 
 

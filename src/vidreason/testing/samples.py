@@ -84,7 +84,7 @@ def gradients(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, texts: TextBa
     assert scores.entropy is not None
     weights = torch.randn(scores.logprobs.shape, generator=torch.Generator().manual_seed(1))
     loss = (scores.logprobs * weights + scores.entropy * weights.flip(0)).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     out = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     out["logprobs"], out["entropy"] = scores.logprobs.detach(), scores.entropy.detach()
     return out
@@ -100,7 +100,8 @@ def randomise_lora(model: nn.Module, seed: int = 0) -> None:
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:
     """Returns the norm of all tensors together, []."""
-    return torch.stack([tensor.norm() for tensor in tensors]).norm()
+    total: Tensor = torch.stack([tensor.norm() for tensor in tensors]).norm()
+    return total
 
 
 def relative_gap(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:

@@ -18,15 +18,15 @@ from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN, unwrap
 from vidreason.lightning_modules.vlms.text.prompts import extended
 
 
-def encoded(processor: Any, example: Example, frame_multiple: int) -> dict[str, Tensor]:
+def encoded(processor: Any, example: Example, count: int) -> dict[str, Tensor]:
     """Returns what a processor makes of a conversation that asks the example's prompt about its frames.
 
     Args:
         processor: The processor as ``AutoProcessor`` loads it.
         example: A clip with its prompt.
-        frame_multiple: Number of frames that the processor needs a multiple of.
+        count: Number of frames that the processor gets; the last one is repeated up to it.
     """
-    sample = extended(example.sample, frame_multiple)
+    sample = extended(example.sample, count)
     metadata = VideoMetadata(
         total_num_frames=sample.timing.total_frames,
         fps=sample.timing.fps,

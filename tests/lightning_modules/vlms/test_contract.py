@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.smolvlm import SmolVLM
-from vidreason.testing import FamilyContract
-from vidreason.testing.contract import Case, all_cases, pairwise_cases
+from vidreason.testing.contract import Case, FamilyContract, all_cases, pairwise_cases
 
 SAVED = "test_a_saved_adapter_runs_in_transformers"
 
