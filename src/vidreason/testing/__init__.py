@@ -1,6 +1,6 @@
 """The tests that every model family passes, for a family of your own: subclass :class:`FamilyContract`.
 
-The tests need pytest, which the package itself does not.
+It imports pytest, which is not installed with the package.
 """
 
 from vidreason.testing.contract import FamilyContract
