@@ -54,7 +54,7 @@ def test_the_video_matters(make_tiny: MakeTiny, route: Any) -> None:
 def test_greedy_equals_transformers(make_tiny: MakeTiny) -> None:
     vlm = make_tiny()
     model = vlm.build()
-    prompts = make_prompts(vlm)
+    prompts = make_prompts(vlm, size=(64, 96))
     ours = vlm.generate(model, prompts, 1, Sampling(24, temperature=0))
     model.eval()
     options = {"do_sample": False, "max_new_tokens": 24, "suppress_tokens": sorted(vlm.suppressed_ids)}
