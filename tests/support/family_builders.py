@@ -195,8 +195,8 @@ def write_internvl(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     return write_checkpoint(folder, config, processor, seed, end, pad)
 
 
-def write_llava_onevision(folder: Path, seed: int = 0, **sizes: Any) -> Path:
-    """A LLaVA-OneVision whose frames are squared to 56 pixels, 4 tokens each, with the hub's chat template."""
+def write_llava_onevision(folder: Path, seed: int = 0, image: int = 56, **sizes: Any) -> Path:
+    """A LLaVA-OneVision whose frames are squared, a token for 4 patches, with the hub's chat template."""
     tokenizer = byte_tokenizer(
         [*QWEN_TURNS, "<image>", "<video>"],
         "<|im_end|>",
@@ -204,7 +204,7 @@ def write_llava_onevision(folder: Path, seed: int = 0, **sizes: Any) -> Path:
         image_token="<image>",
         video_token="<video>",
     )
-    end, pad, image, video = _ids(tokenizer, "<|im_end|>", "<|endoftext|>", "<image>", "<video>")
+    end, pad, *visual = _ids(tokenizer, "<|im_end|>", "<|endoftext|>", "<image>", "<video>")
     config = LlavaOnevisionConfig(
         text_config={"model_type": "qwen2", **DECODER, "eos_token_id": end, "pad_token_id": pad, **sizes},
         vision_config={
@@ -213,12 +213,12 @@ def write_llava_onevision(folder: Path, seed: int = 0, **sizes: Any) -> Path:
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "intermediate_size": 48,
-            "image_size": 56,
+            "image_size": image,
             "patch_size": 14,
             "vision_use_head": False,
         },
-        image_token_id=image,
-        video_token_id=video,
+        image_token_id=visual[0],
+        video_token_id=visual[1],
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
         tie_word_embeddings=False,
@@ -228,12 +228,12 @@ def write_llava_onevision(folder: Path, seed: int = 0, **sizes: Any) -> Path:
         "<video>{% endif %}{% endfor %}{% for c in m['content'] %}{% if c['type'] == 'text' %}\n{{ c['text'] }}"
         "{% endif %}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    size = {"height": 56, "width": 56}
+    size = {"height": image, "width": image}
     processor = LlavaOnevisionProcessor(
         image_processor=LlavaOnevisionImageProcessor(size=size),
         video_processor=LlavaOnevisionVideoProcessor(size=size),
         tokenizer=tokenizer,
-        num_image_tokens=16,
+        num_image_tokens=(image // 14) ** 2,
         vision_feature_select_strategy="full",
         chat_template=template,
     )

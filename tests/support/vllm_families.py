@@ -43,8 +43,10 @@ CLIPS = (
     Clip(8, (28, 84), 1.0),
     Clip(11, (140, 84), 29.97, every=13),
 )
-"""At 4 and 1 frames per second, the times of 16 frames reach beyond a spatial grid of 2 x 2. The last clip is so
-large that some families shrink it."""
+"""At 4 and 1 frames per second, the times of 16 frames reach beyond a spatial grid of 2 x 2.
+
+Processors with a limit of the whole video shrink the last clip.
+"""
 SLOW = (*(clip._replace(rate=clip.rate / 4) for clip in CLIPS[:-1]), Clip(11, (140, 84), 30.0, every=15))
 """Pairs of frames begin at whole seconds. GLM-4.6V's processor writes tenths, which vLLM rounds down."""
 
@@ -112,7 +114,9 @@ FAMILIES = {
     "GLM-4.1V": Family(GLM4V, others.write_glm, {"rope_parameters": WHOLE}),
     "GLM-4.6V": Family(GLM4V, others.write_glm, {"rope_parameters": WHOLE, "newer": True, "flash": True}, clips=SLOW),
     "InternVL3": Family(InternVL, others.write_internvl, {}, internvl_embeddings),
-    "LLaVA-OneVision": Family(LlavaOnevision, others.write_llava_onevision, {}, llava_embeddings, adapter=False),
+    "LLaVA-OneVision": Family(
+        LlavaOnevision, others.write_llava_onevision, {"image": 70}, llava_embeddings, adapter=False
+    ),
     "LLaVA-NeXT-Video": Family(LlavaOnevision, others.write_llava_next_video, {"image": 32, "patch": 4}),
     "Gemma 4": Family(Gemma4, hybrids.write_gemma4, SMALL_GEMMA),
     "Qwen3.5, full attention": Family(
