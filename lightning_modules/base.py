@@ -37,7 +37,12 @@ from vidreason.lightning_modules.fit.optimizer_step import (
     UpdateOptions,
     check_trainer_options,
 )
-from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, check_checkpoint_file
+from vidreason.lightning_modules.fit.resume import (
+    ResumeFit,
+    check_attached,
+    check_checkpoint_file,
+    load_trained_weights,
+)
 from vidreason.lightning_modules.fit.schedule import OptimOptions, count_steps
 from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable
 from vidreason.lightning_modules.fit.stopping import run_unless_stopped
@@ -107,6 +112,7 @@ class VLMModule(L.LightningModule):
         self.adapter_options = vlm.lora  # Of the adapter that is trained or run; None for the weights themselves.
         self.metrics = nn.ModuleDict()
         self.checkpoint_to_resume: Path | None = None  # Checked before texts are written; Lightning names it later.
+        self.resume_weights_only = False  # Whether a fit takes no more than the weights of that checkpoint.
         self._start: StartingWeights | None = None
         self._written: frozenset[str] = frozenset()  # Clips whose texts an earlier ``predict`` has written.
         self._fit_callbacks: list[Callback] = [ResumeFit(), SkipUnreadable()]
@@ -194,7 +200,9 @@ class VLMModule(L.LightningModule):
             self.model = self.build_model()
             set_train_mode(self.model)  # Frozen parts (a tower's BatchNorm) stay in eval mode.
         path, self.checkpoint_to_resume = self.checkpoint_to_resume, None
-        if path is not None:
+        if path is not None and self.resume_weights_only:
+            load_trained_weights(path, self)
+        elif path is not None:
             check_checkpoint_file(path, self, self.trainer)
         if self.trainer.state.fn != TrainerFn.PREDICTING:
             self.prepare_views()

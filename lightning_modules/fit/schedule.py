@@ -35,6 +35,13 @@ class OptimOptions:
         if self.warmup < 0:
             raise ValueError(f"optim.warmup must be a share of the steps or a number of them, got {self.warmup}")
 
+    def described(self) -> dict[str, Any]:
+        """Returns what a resumed fit must have in common with the interrupted one, as plain values."""
+        defaults = self.optimizer([nn.Parameter(torch.zeros(1))]).defaults
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+        kept = {key: value for key, value in plain.items() if isinstance(value, bool | int | float | str | list)}
+        return {**kept, "schedule": self.schedule, "warmup": self.warmup}
+
     def build(self, module: nn.Module, total_steps: int) -> Any:
         """Returns the optimizer of all trainable parameters and a schedule that is stepped after every step.
 

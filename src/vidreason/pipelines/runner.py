@@ -20,6 +20,7 @@ from vidreason.pipelines.spec import PipelineSpec, StageSpec
 from vidreason.pipelines.state import changed_inputs, find_taken_stage, save_state, unreadable_note
 from vidreason.pipelines.summary import write_summary
 from vidreason.run_folder import COMMAND_FILE, PIPELINE_FILE, RunState, StageRecord, artefact_path
+from vidreason.run_lock import lock_run_folder
 
 
 class PipelineRun:
@@ -77,7 +78,7 @@ class PipelineRun:
         return True
 
     def run(self) -> int:
-        """Runs every stage that has not finished with its current inputs.
+        """Runs every stage that has not finished with its current inputs, while no other process writes there.
 
         Returns:
             0, or the exit status of the stage that failed.
@@ -85,6 +86,10 @@ class PipelineRun:
         Raises:
             ValueError: If a stage of ``use`` has other inputs, or a stage did not write its artefact.
         """
+        with lock_run_folder(self.run_dir):
+            return self._run_locked()
+
+    def _run_locked(self) -> int:
         write_text(self.run_dir / PIPELINE_FILE, self.spec.as_yaml())
         try:
             if not self.prepare():
