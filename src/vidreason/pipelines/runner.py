@@ -51,7 +51,7 @@ class PipelineRun:
         self.spec, self.run_dir, self.commands, self.again = spec, run_dir, commands, again
         self.use = {spec.stage(name).name: folder for name, folder in (use or {}).items()}
         self.state = RunState.load(run_dir) or RunState(spec.name)
-        self.inputs = StageInputs(spec, run_dir, self.state)
+        self.inputs = StageInputs(spec, run_dir, self.state, commands.own_inputs)
         names = [stage.name for stage in spec.stages]
         self.stages = spec.stages[: names.index(spec.stage(until).name) + 1] if until else spec.stages
         if self.state.pipeline != spec.name:
@@ -145,7 +145,7 @@ class PipelineRun:
         record = self.state.stages.get(stage.name)
         if record is not None and record.taken:
             record = None  # taken from another run by an earlier call; this one runs it itself
-        changed = [] if record is None else changed_inputs(record.inputs, inputs)
+        changed = [] if record is None else changed_inputs(record.inputs, inputs, prove=record.done)
         if record is not None and (changed or record.folder != self.spec.folder(stage.name)):
             print(f"{title}: runs again, changed: {', '.join(changed) or 'its place in the pipeline'}")
             record = None
