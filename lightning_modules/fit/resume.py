@@ -35,7 +35,9 @@ from vidreason.lightning_modules.fit.same_fit import (
     check_same_fit,
     identity,
     resumable,
+    stage_name,
 )
+from vidreason.lightning_modules.functional.finite import check_weights
 
 KEY = "vidreason"
 FORMAT = 2
@@ -79,6 +81,7 @@ class ResumeFit(L.Callback):
             ValueError: If it does not; the message names the difference and the remedy.
         """
         saved = checked_entry(checkpoint, pl_module)
+        check_weights(checkpoint["state_dict"], "--ckpt_path", START_AGAIN)
         if (stage := resumable(pl_module)) is not None:
             for name, state in stage.stateful().items():
                 state.load_state_dict(saved["stateful"][name])
@@ -128,11 +131,6 @@ def check_attached(trainer: L.Trainer, callbacks: Sequence[L.Callback], name: st
             )
 
 
-def stage_name(module: L.LightningModule) -> str:
-    """Returns the attribute ``stage_name`` of a module, or the name of its class."""
-    return str(getattr(module, "stage_name", type(module).__name__))
-
-
 def check_checkpoint_file(
     path: str | Path, module: L.LightningModule, trainer: L.Trainer | None = None
 ) -> dict[str, Any]:
@@ -164,6 +162,7 @@ def load_trained_weights(path: str | Path, module: L.LightningModule) -> None:
     checkpoint = read_checkpoint(path)
     checked_entry(checkpoint, module)
     state: dict[str, Any] = checkpoint["state_dict"]
+    check_weights(state, f"--ckpt_path {path}", "give an earlier checkpoint")
     lacking = [name for name, p in module.named_parameters() if p.requires_grad and name not in state]
     if lacking:
         raise ValueError(

@@ -133,6 +133,11 @@ def identity(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
     }
 
 
+def stage_name(module: L.LightningModule) -> str:
+    """Returns the attribute ``stage_name`` of a module, or the name of its class."""
+    return str(getattr(module, "stage_name", type(module).__name__))
+
+
 def resumable(module: L.LightningModule) -> ResumableStage | None:
     """Returns the module if it is a stage of this package, which can be resumed exactly."""
     return cast(ResumableStage, module) if hasattr(module, "stateful") else None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import get_scheduler
 
@@ -64,6 +65,12 @@ class OptimOptions:
         warmup = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+        if not any(scheduler.base_lrs):
+            raise ValueError("model.init_args.optim.optimizer: lr is 0, so that nothing can be learnt: raise it")
+        if not any(scheduler.lr_lambdas[0](step) for step in range(total_steps)):
+            rank_zero_warn(
+                f"the learning rate is 0 in all {total_steps} steps, a warm-up of {warmup}: nothing is learnt"
+            )
         # Automatic optimisation steps the schedule by the interval; in manual optimisation the stage does.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -42,6 +42,7 @@ from vidreason.lightning_modules.fit.skip_unreadable import TooManyUnreadableErr
 from vidreason.lightning_modules.fit.stopping import StopOnSignal
 from vidreason.lightning_modules.rl.objective import PolicyLoss
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.weights.lineage import describe_weights
 from vidreason.run_folder import CHECKPOINTS_FOLDER, LAST_CHECKPOINT, TENSORBOARD_FOLDER
 from vidreason.run_lock import lock_run_folder
 from vidreason.signals import StopRequested, check_stop, handle_signals
@@ -245,6 +246,8 @@ class VideoCLI(LightningCLI):
         say(f"run folder: {self.run_dir}")
         if isinstance(self.model, VLMModule):
             say(f"strategy: {describe(self.trainer, self.model, trains=subcommand == 'fit')}")
+            weights = getattr(self.model, "calibrator_path", None) or self.model.adapter_path
+            say(f"weights: {describe_weights(weights)}")
         try:
             with handle_signals():
                 super()._run_subcommand(subcommand)
