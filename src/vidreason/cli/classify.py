@@ -16,6 +16,7 @@ from vidreason import exit_codes
 from vidreason.config.options import CommandParser
 from vidreason.datamodules.sources.folders import clips_below
 from vidreason.pipelines.table import percent, render_table
+from vidreason.spelling import printable
 
 if TYPE_CHECKING:
     from vidreason.inference import Decision
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
             if options.json:
                 tqdm.write(json_line(decision))  # to stdout, without breaking the bar on stderr
     if not options.json:
-        print(report(decided))
+        print(printable(report(decided)))
     return exit_codes.ERROR if any(decision.error is not None for decision in decided) else exit_codes.OK
 
 

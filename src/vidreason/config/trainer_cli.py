@@ -29,14 +29,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vidreason import exit_codes
 from vidreason.config.command_files import config_files, given_batch_size, order_files, point_at_shipped
-from vidreason.config.errors import explain
+from vidreason.config.errors import explain_call, missing_package
 from vidreason.config.fit_start import CKPT_KEYWORDS, end_fit, prepare_fit
 from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.run_record import RunRecord, from_the_start
 from vidreason.config.strict_parser import StrictParser
 from vidreason.lightning_internals import forward_sigterm
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.fit.checkpoint_io import AtomicCheckpointIO
+from vidreason.lightning_modules.fit.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.lightning_modules.fit.skip_unreadable import TooManyUnreadableError
 from vidreason.lightning_modules.fit.stopping import StopOnSignal
@@ -75,6 +75,7 @@ class VideoCLI(LightningCLI):
         self.execute = execute
         self.with_trainer = with_trainer
         self.argv, self.files = argv, order_files(argv)
+        config_files(argv)  # a mistake in a YAML file is found before the parser meets it
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -198,8 +199,8 @@ class VideoCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            raise _cause_of(error) from None
+        except (ValueError, ModuleNotFoundError) as error:
+            raise missing_package(str(error)) or _cause_of(error) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer | None:  # type: ignore[override]
         """Builds the Trainer with logs and checkpoints in the run folder, unless the YAML sets other places."""
@@ -244,6 +245,9 @@ class VideoCLI(LightningCLI):
     def _run_locked(self, subcommand: str) -> None:
         """Runs a command whose run folder no other process writes to."""
         say(f"run folder: {self.run_dir}")
+        checkpoint = self.config_init[subcommand].ckpt_path
+        if subcommand != "fit" and checkpoint and checkpoint not in CKPT_KEYWORDS:
+            read_checkpoint(checkpoint)  # refuses what is none by name
         if isinstance(self.model, VLMModule):
             say(f"strategy: {describe(self.trainer, self.model, trains=subcommand == 'fit')}")
             weights = getattr(self.model, "calibrator_path", None) or self.model.adapter_path
@@ -300,7 +304,7 @@ def run(command: str, argv: Sequence[str]) -> int:
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
             VideoCLI(command, argv)
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
-        print(f"error: {explain(str(error), config_files(argv), argv)}", file=sys.stderr)
+        print(f"error: {explain_call(str(error), argv)}", file=sys.stderr)
         return exit_codes.USAGE
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
@@ -328,7 +332,7 @@ def build_stage(command: str, argv: Sequence[str]) -> BuiltStage:
     return BuiltStage(cli.model, cli.datamodule, trainer.accelerator, trainer.precision or "32-true")
 
 
-def _cause_of(error: ValueError) -> ValueError:
+def _cause_of(error: Exception) -> Exception:
     """Returns the innermost error that the parser wrapped in "does not validate against any of the Union subtypes"."""
     cause = error.__cause__
     return _cause_of(cause) if isinstance(cause, ValueError) else error

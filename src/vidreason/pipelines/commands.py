@@ -152,13 +152,12 @@ def check_stage(built: Builds, argv: list[str]) -> str | None:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
-    from vidreason.config.command_files import config_files
-    from vidreason.config.errors import explain
+    from vidreason.config.errors import explain_call
 
     try:
         built(argv)
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
-        return explain(str(error), config_files(argv), argv)
+        return explain_call(str(error), argv)
     except MisconfigurationException as error:
         return str(error)
     return None

@@ -20,6 +20,7 @@ import yaml
 from vidreason.config.files import find_config, shipped_folder
 from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.sources.rows import read_table
+from vidreason.datamodules.sources.table_paths import spellings
 from vidreason.pipelines.content import code_prints, listing_print
 
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -166,7 +167,8 @@ def _listed_clips(manifest: Path, roots: Sequence[Path]) -> list[Path]:
     except ValueError:  # not a table of clips, or one that the stage will reject
         return []
     folders = (manifest.parent, *roots)
-    return [folder / row.get("path") for row in rows if row.get("path") for folder in folders]
+    texts = [text for row in rows if row.get("path") for text in spellings(row.get("path"))]
+    return [folder / text for text in texts for folder in folders]
 
 
 def _leaves(content: object, key: str = "") -> Iterator[tuple[str, object]]:
