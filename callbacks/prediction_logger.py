@@ -83,7 +83,9 @@ class PredictionLogger(L.Callback):
 
 
 def _verdict(p: Prediction) -> str:
-    return f"{p.video_id}: is {p.label}, decided {p.pred or 'nothing'} at {max(p.probs.values()):.2f}"
+    return f"{p.video_id}: is {p.label}, decided {p.pred or 'nothing'}" + (
+        f" at {max(p.probs.values()):.2f}" if p.probs else ""
+    )
 
 
 def prediction_table(predictions: list[Prediction]) -> str:
@@ -93,7 +95,7 @@ def prediction_table(predictions: list[Prediction]) -> str:
             p.video_id,
             p.label or "",
             "failed" if p.failed else (p.pred or "unparsed"),
-            max(p.probs.values()),
+            max(p.probs.values()) if p.probs else "",
             p.traces[0].text if p.traces else "",
         ]
         for p in predictions

@@ -9,6 +9,7 @@ from typing import Any
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.sources.rows import Row, Table, read_table
+from vidreason.datamodules.sources.table_paths import on_windows_drive, spellings
 from vidreason.datamodules.split_names import ALMOST_SPLITS
 from vidreason.datamodules.splits import (
     DEFAULT_FRACTIONS,
@@ -158,8 +159,9 @@ class ManifestDataModule(VideoDataModule):
 
     def _clip(self, row: Row) -> Clip:
         root = self.root or (self.manifest if self.manifest.is_dir() else self.manifest.parent)
+        places = [root / text for text in spellings(row.get("path"))]
         return Clip(
-            path=root / row.get("path"),
+            path=next((path for path in places if path.exists()), places[0]),
             label=row.get("label"),
             video_id=row.get("video_id") or row.get("path"),
             split=row.get("split"),
@@ -182,7 +184,7 @@ class ManifestDataModule(VideoDataModule):
         missing = [clip for clip in clips if not clip.path.is_file()]
         self._check_none(
             f"missing file, looked for from {self.root or self.manifest.parent}",
-            [f"{self._place(clip)}: {clip.path}" for clip in missing],
+            [f"{self._place(clip)}: {clip.path}{_windows_drive(clip)}" for clip in missing],
         )
         odd = [clip for clip in clips if clip.split.lower() in ALMOST_SPLITS]
         self._check_none(
@@ -230,6 +232,10 @@ class ManifestDataModule(VideoDataModule):
 def _list(names: Sequence[str]) -> str:
     shown = ", ".join(names[:30])
     return f"{shown} and {len(names) - 30} more" if len(names) > 30 else shown
+
+
+def _windows_drive(clip: Clip) -> str:
+    return " (a path of a Windows drive; make it relative to root)" if on_windows_drive(clip.video_id) else ""
 
 
 def _suggestion(label: str, names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -202,7 +203,13 @@ def _header_from(line: str, path: Path) -> TraceHeader:
 
 def _record_from(line: str, where: str) -> TraceRecord:
     content = _known(_object(line, where), TraceRecord, where, optional=("kept", "reject_reason"))
-    return TraceRecord(**content)
+    record = TraceRecord(**content)
+    if not math.isfinite(record.logprob_sum):
+        raise ValueError(
+            f"{where}: logprob_sum is {record.logprob_sum}: the weights that wrote this text were not finite; write "
+            "the file again with those of a stage that trained well"
+        )
+    return record
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 from vidreason.datamodules.types import VideoBatch
+from vidreason.spelling import printable
 
 
 def warn_unreadable(batch: VideoBatch, consequence: str) -> None:
@@ -18,4 +19,4 @@ def warn_unreadable(batch: VideoBatch, consequence: str) -> None:
         warnings.simplefilter("always")  # Python shows the same text only once otherwise.
         for failed in batch.failed:
             message = f"{failed.clip.path}: {consequence}, the clip cannot be read ({failed.error})"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(printable(message), stacklevel=2)

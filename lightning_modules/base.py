@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
@@ -31,13 +32,19 @@ from vidreason.lightning_modules.decisions.deciders import AnswerDecider, Decide
 from vidreason.lightning_modules.decisions.evaluation import SplitMetrics, evaluate_batch
 from vidreason.lightning_modules.decisions.predictions import Prediction
 from vidreason.lightning_modules.fit.fsdp import shard_weights
+from vidreason.lightning_modules.fit.non_finite import StopOnNonFinite
 from vidreason.lightning_modules.fit.optimizer_step import (
     OptimizerStep,
     StepResult,
     UpdateOptions,
     check_trainer_options,
 )
-from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, check_checkpoint_file
+from vidreason.lightning_modules.fit.resume import (
+    ResumeFit,
+    check_attached,
+    check_checkpoint_file,
+    load_trained_weights,
+)
 from vidreason.lightning_modules.fit.schedule import OptimOptions, count_steps
 from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable
 from vidreason.lightning_modules.fit.stopping import run_unless_stopped
@@ -47,9 +54,10 @@ from vidreason.lightning_modules.vlms.loading.adapters import save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
 from vidreason.lightning_modules.vlms.loading.weight_folders import read_info
 from vidreason.lightning_modules.weights.export import StartingWeights, export_weights, trained_state
-from vidreason.lightning_modules.weights.lineage import REVIEWED, Lineage
+from vidreason.lightning_modules.weights.lineage import REVIEWED, Lineage, other_task
 from vidreason.lightning_modules.weights.parameters import set_train_mode, trainable
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
+from vidreason.run_folder import TASK_FILE
 
 T = TypeVar("T")
 
@@ -107,9 +115,10 @@ class VLMModule(L.LightningModule):
         self.adapter_options = vlm.lora  # Of the adapter that is trained or run; None for the weights themselves.
         self.metrics = nn.ModuleDict()
         self.checkpoint_to_resume: Path | None = None  # Checked before texts are written; Lightning names it later.
+        self.resume_weights_only = False  # Whether a fit takes no more than the weights of that checkpoint.
         self._start: StartingWeights | None = None
         self._written: frozenset[str] = frozenset()  # Clips whose texts an earlier ``predict`` has written.
-        self._fit_callbacks: list[Callback] = [ResumeFit(), SkipUnreadable()]
+        self._fit_callbacks: list[Callback] = [ResumeFit(), SkipUnreadable(), StopOnNonFinite()]
 
     # ------------------------------------------------------------------ where it runs
 
@@ -149,6 +158,7 @@ class VLMModule(L.LightningModule):
         check_attached(self.trainer, self._fit_callbacks, type(self).__name__)
         data, task = self.data, self.data.task
         self.read_artefacts(task)
+        self.check_task(task, refuse=stage != "fit")
         if stage == "predict":
             self.trainer.predict_loop.return_predictions = False  # Callbacks write them; they need not stay in memory.
             view = self.trace_generator(task).view
@@ -157,10 +167,29 @@ class VLMModule(L.LightningModule):
             return
         data.connect(batch_size=self.batch_size, train_view=self.train_view(task), eval_view=self.decider(task).view)
         splits, scaled = data.test_split_names if stage == "test" else ("val",), self.scales_probabilities
-        self.metrics = nn.ModuleDict({_metric_key(s): SplitMetrics(data.label_names, scaled) for s in splits})
+        known = getattr(self.decider(task), "gives_probabilities", True)
+        self.metrics = nn.ModuleDict({_metric_key(s): SplitMetrics(data.label_names, scaled, known) for s in splits})
 
     def read_artefacts(self, task: Task) -> None:
         """Reads ``vidreason.json`` of earlier stages before weights are built; does nothing by default."""
+
+    def check_task(self, task: Task, refuse: bool = True) -> None:
+        """Checks that the starting weights were trained on the classes and definitions of ``task``.
+
+        Args:
+            task: The task that they are used for.
+            refuse: Whether another task is an error; a fit may begin with weights of another task.
+
+        Raises:
+            ValueError: If they were trained on others; the message names what differs.
+        """
+        differs = None if self.adapter_path is None else other_task(read_info(self.adapter_path), task)
+        if differs is None:
+            return
+        text = f"adapter_path: {self.adapter_path} was trained on {differs}"
+        if refuse:
+            raise ValueError(f"{text}; give the task of its run folder ({TASK_FILE}), or weights of this task")
+        rank_zero_warn(text)
 
     def train_view(self, task: Task) -> ClipView:
         """Returns the prompts and target texts of training."""
@@ -194,7 +223,9 @@ class VLMModule(L.LightningModule):
             self.model = self.build_model()
             set_train_mode(self.model)  # Frozen parts (a tower's BatchNorm) stay in eval mode.
         path, self.checkpoint_to_resume = self.checkpoint_to_resume, None
-        if path is not None:
+        if path is not None and self.resume_weights_only:
+            load_trained_weights(path, self)
+        elif path is not None:
             check_checkpoint_file(path, self, self.trainer)
         if self.trainer.state.fn != TrainerFn.PREDICTING:
             self.prepare_views()
@@ -297,6 +328,7 @@ class VLMModule(L.LightningModule):
             parent_sha=self.start.sha,
             task_sha=self.data.task.sha(),
             label_names=tuple(self.data.label_names),
+            definitions=tuple(spec.definition for spec in self.data.task.classes),
             seed=self.seed,
             global_step=self.trainer.global_step,
         )

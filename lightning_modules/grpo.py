@@ -138,6 +138,8 @@ class GRPOModule(VLMModule):
         super().__init__(vlm, optim=optim, updates=updates, decide=decide, traces=traces, **kwargs)
         self.automatic_optimization = False
         self.rewards = [AccuracyReward(), FormatReward()] if rewards is None else rewards
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("model.init_args.rewards: every weight is 0, so that nothing can be learnt; set one")
         self.rollouts = rollouts
         self.loss = loss
         self.counters = RolloutCounters()

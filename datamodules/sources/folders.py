@@ -73,10 +73,11 @@ def read_layout(folder: Path) -> Layout:
     hidden: list[Path] = []
     inner: dict[Path, None] = {}
     for place in homes:
-        files, hidden_here = _files_below(place.path)
+        files, hidden_here, odd = _files_below(place.path)
         hidden += hidden_here
         found_here = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
         others.update(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in VIDEO_SUFFIXES)
+        others.update(f"{path.name} (not a regular file)" for path in odd)
         clips += [FolderClip(path, place.label, place.split) for path in found_here]
         deeper = (path.relative_to(place.path) for path in found_here)
         inner.update(dict.fromkeys(place.path / path.parts[0] for path in deeper if len(path.parts) > 1))
@@ -142,13 +143,14 @@ def _clips(folder: Path) -> list[Path]:
     )
 
 
-def _files_below(home: Path) -> tuple[list[Path], list[Path]]:
-    """Returns all files below a folder except hidden ones, and the folders that were skipped, both sorted.
+def _files_below(home: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Returns all files below a folder except hidden ones, the folders that were skipped, and what is no regular file.
 
     A link to a parent folder is followed once.
     """
     found: list[Path] = []
     hidden: list[Path] = []
+    odd: list[Path] = []
     seen: set[str] = set()
     for place, folders, files in os.walk(home, followlinks=True):
         real = os.path.realpath(place)
@@ -158,5 +160,7 @@ def _files_below(home: Path) -> tuple[list[Path], list[Path]]:
         seen.add(real)
         hidden += [path for name in folders if _is_hidden(path := Path(place, name))]
         folders[:] = sorted(name for name in folders if not name.startswith(("_", ".")))
-        found += [path for name in files if not name.startswith(".") and (path := Path(place, name)).is_file()]
-    return sorted(found), sorted(hidden)
+        shown = [Path(place, name) for name in files if not name.startswith(".")]
+        found += [path for path in shown if path.is_file()]
+        odd += [path for path in shown if not path.is_file()]  # a FIFO, a socket, a link that leads nowhere
+    return sorted(found), sorted(hidden), sorted(odd)

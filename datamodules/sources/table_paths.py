@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,17 @@ def path_of(value: str) -> str:
         if isinstance(items, list) and len(items) == 1 and isinstance(items[0], str):
             return items[0]
     return value
+
+
+def spellings(value: str) -> list[str]:
+    """Returns the ways to read a path of a table: as it is, in other Unicode forms, with backslashes as separators."""
+    forms = [value, unicodedata.normalize("NFC", value), unicodedata.normalize("NFD", value)]
+    return list(dict.fromkeys([*forms, *(form.replace("\\", "/") for form in forms)]))
+
+
+def on_windows_drive(value: str) -> bool:
+    r"""Returns whether a path is absolute on Windows, such as ``C:\\clips\\a.mp4``."""
+    return re.match(r"[A-Za-z]:[\\/]|\\\\", value) is not None
 
 
 def locator(table: Path, values: Sequence[str], root: Path | None) -> tuple[Callable[[str], Path], list[str]]:
@@ -47,7 +59,9 @@ def locator(table: Path, values: Sequence[str], root: Path | None) -> tuple[Call
     else:
         places = " and ".join(str(absolute(folder) / sample[0]) for folder in roots)
         raise ValueError(
-            f"{table}: path not found: {sample[0]!r} of the first row, looked for {places}; give --root DIR"
+            f"{table}: path not found: {sample[0]!r} of the first row, looked for {places}; "
+            + ("make the paths, which are of a Windows drive, relative and " * on_windows_drive(sample[0]))
+            + "give --root DIR"
         )
     best = absolute(roots[hits.index(max(hits))])
     notes = [f"paths are relative to {best}"] if len(roots) > 1 and best != absolute(table.parent) else []
@@ -56,7 +70,7 @@ def locator(table: Path, values: Sequence[str], root: Path | None) -> tuple[Call
 
 def _find(root: Path, value: str) -> Path | None:
     """Returns the file of a path, in either Unicode normal form, with a video suffix added if it has none."""
-    for text in dict.fromkeys((value, unicodedata.normalize("NFC", value), unicodedata.normalize("NFD", value))):
+    for text in spellings(value):
         path = root / text
         if path.is_file():
             return absolute(path)

@@ -22,6 +22,7 @@ from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.decisions.closed_set import class_logprobs
 from vidreason.lightning_modules.decisions.predictions import BatchDecisions, Trace
 from vidreason.lightning_modules.functional.calibration import apply_temperature
+from vidreason.lightning_modules.functional.finite import check_rows
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.completions import Completion, generate_completions
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -91,6 +92,11 @@ class AnswerDecider:
     form: CompletionForm
 
     @property
+    def gives_probabilities(self) -> bool:
+        """False for a single answer: how often the model would give it is not known."""
+        return self.samples > 1
+
+    @property
     def view(self) -> ClipView:
         """The reasoning prompt."""
         return ReasonView(self.task, form=self.form)
@@ -137,7 +143,9 @@ class ReviewDecider:
 def score_classes(vlm: VLM, model: nn.Module, batch: VideoBatch, label_names: Sequence[str]) -> Tensor:
     """Returns the logarithms of the class probabilities [B, C] of the readable clips of a batch."""
     scores = vlm.score(model, batch.prompts, batch.texts)
-    return class_logprobs(scores.logprobs, batch.texts, len(label_names), len(batch))
+    found = class_logprobs(scores.logprobs, batch.texts, len(label_names), len(batch))
+    check_rows(found, batch.video_ids, "the class log-probabilities are")
+    return found
 
 
 def decide_by_probs(
@@ -177,6 +185,7 @@ def decide_by_answers(groups: Sequence[Sequence[Completion]], label_names: Seque
         pred=torch.tensor([v.chosen for v in votes]),
         answers=tuple(group[0].parsed.answer for group in groups),
         traces=tuple(tuple(Trace(c.text, c.parsed.answer) for c in group) for group in groups),
+        has_probs=min(map(len, groups), default=0) > 1,
     )
 
 

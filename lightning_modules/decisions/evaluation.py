@@ -18,7 +18,7 @@ from vidreason.lightning_modules.decisions.predictions import BatchDecisions, Pr
 from vidreason.lightning_modules.vlms.base import VLM
 
 _SCALED = ("ece", "nll", "brier")
-"""Metrics that temperature scaling changes; they are also logged as ``<name>_scaled``."""
+"""Metrics of probabilities, which temperature scaling changes; they are also logged as ``<name>_scaled``."""
 
 
 class SplitMetrics(nn.Module):
@@ -27,10 +27,12 @@ class SplitMetrics(nn.Module):
     Args:
         label_names: The C class names.
         scaled: Whether decisions have probabilities from before and after temperature scaling.
+        probabilities: Whether decisions have probabilities; without, there is no ECE, NLL and Brier score.
     """
 
-    def __init__(self, label_names: Sequence[str], scaled: bool = False) -> None:
+    def __init__(self, label_names: Sequence[str], scaled: bool = False, probabilities: bool = True) -> None:
         super().__init__()
+        self.probabilities = probabilities
         self.label_names = tuple(label_names)
         self.plain = ClassificationMetrics(label_names)
         self.scaled = ClassificationMetrics(label_names) if scaled else None
@@ -69,6 +71,8 @@ class SplitMetrics(nn.Module):
             return {}
         values = self.plain.compute()
         self.plain.reset()
+        if not self.probabilities:
+            values = {name: value for name, value in values.items() if name not in _SCALED}
         if self.scaled is not None:
             after = self.scaled.compute()
             values |= {f"{name}_scaled": after[name] for name in _SCALED}

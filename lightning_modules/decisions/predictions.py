@@ -57,7 +57,7 @@ class BatchDecisions:
     """Decisions about B clips."""
 
     probs: Tensor
-    """[B, C] fp32, rows sum to 1."""
+    """[B, C] fp32, rows sum to 1; without meaning if ``has_probs`` is False."""
     pred: Tensor
     """[B] int64, -1 if no answer could be parsed."""
     answers: tuple[str | None, ...]
@@ -66,6 +66,12 @@ class BatchDecisions:
     """[B][K], K may be 0."""
     unscaled: Tensor | None = None
     """[B, C] fp32 before temperature scaling; None if ``probs`` are not scaled."""
+    has_probs: bool = True
+    """False for single sampled answers: how often the model would give them is not known."""
+
+    def probabilities(self, row: int, label_names: Sequence[str]) -> dict[str, float]:
+        """Returns class to probability of clip ``row`` of the batch; empty if there is none."""
+        return dict(zip(label_names, self.probs[row].tolist(), strict=True)) if self.has_probs else {}
 
     def prediction(self, row: int, clip: Clip, split: str, label_names: Sequence[str]) -> Prediction:
         """Returns the prediction about clip ``row`` of the batch."""
@@ -76,7 +82,7 @@ class BatchDecisions:
             group=clip.group,
             label=clip.label,
             pred=label_names[pred] if pred >= 0 else None,
-            probs=dict(zip(label_names, self.probs[row].tolist(), strict=True)),
+            probs=self.probabilities(row, label_names),
             answer=self.answers[row],
             unparsed=pred < 0,
             failed=False,

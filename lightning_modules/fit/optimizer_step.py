@@ -137,6 +137,9 @@ def check_trainer_options(trainer: L.Trainer, stage: str, automatic: bool, updat
     Raises:
         ValueError: If one is set; the message names the option to use instead.
     """
+    for option in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(trainer, option) == 0:
+            raise ValueError(f"trainer.{option} is 0, so that nothing would be trained: raise it")
     if automatic:
         if updates != UpdateOptions():
             raise ValueError(

@@ -27,6 +27,7 @@ from vidreason.lightning_internals import (
 )
 from vidreason.lightning_modules.fit.skip_unreadable import TooManyUnreadableError
 from vidreason.lightning_modules.fit.stopping import stopped_consistently
+from vidreason.lightning_modules.functional.finite import NonFiniteError
 from vidreason.lightning_modules.vlms.loading.weight_folders import read_info
 from vidreason.lightning_modules.weights.lineage import Lineage
 from vidreason.signals import StopNow
@@ -140,7 +141,7 @@ class RunCheckpoint(CheckpointWriter):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves if the fit stops in a state that can be resumed; on several ranks, only if all stop together."""
-        if isinstance(exception, StopNow):
+        if isinstance(exception, StopNow | NonFiniteError):
             return
         # Saving is a collective operation, and an OSError may come from a full disk, on which it would fail again.
         together = stopped_consistently(trainer, exception) or isinstance(exception, TooManyUnreadableError)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import get_scheduler
 
@@ -35,6 +36,13 @@ class OptimOptions:
         if self.warmup < 0:
             raise ValueError(f"optim.warmup must be a share of the steps or a number of them, got {self.warmup}")
 
+    def described(self) -> dict[str, Any]:
+        """Returns what a resumed fit must have in common with the interrupted one, as plain values."""
+        defaults = self.optimizer([nn.Parameter(torch.zeros(1))]).defaults
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+        kept = {key: value for key, value in plain.items() if isinstance(value, bool | int | float | str | list)}
+        return {**kept, "schedule": self.schedule, "warmup": self.warmup}
+
     def build(self, module: nn.Module, total_steps: int) -> Any:
         """Returns the optimizer of all trainable parameters and a schedule that is stepped after every step.
 
@@ -57,6 +65,12 @@ class OptimOptions:
         warmup = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+        if not any(scheduler.base_lrs):
+            raise ValueError("model.init_args.optim.optimizer: lr is 0, so that nothing can be learnt: raise it")
+        if not any(scheduler.lr_lambdas[0](step) for step in range(total_steps)):
+            rank_zero_warn(
+                f"the learning rate is 0 in all {total_steps} steps, a warm-up of {warmup}: nothing is learnt"
+            )
         # Automatic optimisation steps the schedule by the interval; in manual optimisation the stage does.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

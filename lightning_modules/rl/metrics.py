@@ -110,13 +110,13 @@ class RolloutCounters:
         """Checks that at least one completion has parsed, since otherwise the rewards give no signal.
 
         Args:
-            max_steps: Steps without a parsed completion after which the stage stops.
+            max_steps: Steps without a parsed completion after which the stage stops; 0 never stops it.
             example: A completion for the message.
 
         Raises:
             NoParsedCompletionsError: If no completion of the first ``max_steps`` steps has parsed.
         """
-        if self.parsed == 0 and self.steps >= max_steps:
+        if max_steps and self.parsed == 0 and self.steps >= max_steps:
             raise NoParsedCompletionsError(
                 f"none of the completions of the first {self.steps} steps names a class in an <answer> block (the last "
                 f"one begins {example[:60]!r}), so no reward can teach this policy. Run the cold start first:\n"

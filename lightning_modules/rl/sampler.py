@@ -35,7 +35,7 @@ class RolloutOptions:
         sampling: Sampling options of the completions.
         resample: Number of times that groups with equal rewards, which have no learning signal, are sampled again.
         balance_classes: Draw the prompts so that all classes are equally frequent.
-        max_unparsed_steps: Stop if no completion has parsed in this many first steps.
+        max_unparsed_steps: Stop if no completion has parsed in this many first steps; 0 never stops.
     """
 
     group_size: int = 8
@@ -49,8 +49,13 @@ class RolloutOptions:
             raise ValueError(
                 "rollouts.sampling.temperature must be positive: greedy completions of a prompt are all equal"
             )
-        if self.group_size < 1:
-            raise ValueError(f"rollouts.group_size must be at least 1, got {self.group_size}")
+        if self.group_size < 2:
+            raise ValueError(
+                f"rollouts.group_size must be at least 2, got {self.group_size}: the advantage of a completion is its "
+                "reward compared with those of the others"
+            )
+        if self.max_unparsed_steps < 0:
+            raise ValueError(f"rollouts.max_unparsed_steps must be 0 (no check) or more, got {self.max_unparsed_steps}")
         if self.resample < 0:
             raise ValueError(f"rollouts.resample must not be negative, got {self.resample}")
 

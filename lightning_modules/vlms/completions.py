@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vidreason.datamodules.types import Clip, EncodedPrompts, TextBatch
+from vidreason.lightning_modules.functional.finite import check_rows
 from vidreason.lightning_modules.vlms.base import VLM, Generated
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.text.context import check_context_length
@@ -164,6 +165,8 @@ def generate_completions(
     check_context_length(names, prompts, room, vlm.context_length, "max_new_tokens asks for")
     seeds = [[completion_seed(seed, step, clip.video_id, g) for g in range(group_size)] for clip in clips]
     generated = vlm.generate(model, prompts, group_size, sampling, seeds)
+    logprobs = generated.logprobs.where(generated.mask, 0.0).view(len(clips), -1)
+    check_rows(logprobs, names, "the log-probabilities of sampled tokens are")
     rows = completions_of(generated, form)
     completions = tuple(rows[b * group_size : (b + 1) * group_size] for b in range(len(clips)))
     return CompletionBatch(tuple(clips), prompts, vlm.texts_from(generated), generated.logprobs, completions)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.vlms.loading import weight_folders
 from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE
 
@@ -25,6 +27,8 @@ class Lineage:
     task_sha: str
     """SHA-256 of the task (classes and prompts)."""
     label_names: tuple[str, ...]
+    definitions: tuple[str, ...]
+    """[C] definitions of the classes, in the order of ``label_names``."""
     seed: int
     global_step: int
     """Number of optimizer steps."""
@@ -48,3 +52,30 @@ def read_info(folder: str | Path) -> dict[str, object]:
     if not info:
         raise ValueError(f"{folder}: no {INFO_FILE} here; expected the adapter/ or weights/ folder that a stage wrote")
     return info
+
+
+def describe_weights(path: str | Path | None) -> str:
+    """Returns which stage wrote the weights in a folder: ``stage grpo, step 40 (runs/x/.../adapter)``."""
+    if path is None:
+        return "the base, untrained"
+    info = weight_folders.read_info(path)
+    return f"stage {info.get('stage', 'of another program')}, step {info.get('global_step', '?')} ({path})"
+
+
+def other_task(info: Mapping[str, object], task: Task) -> str | None:
+    """Returns in which classes or definitions the task of some weights differs from another one; None if in none.
+
+    Args:
+        info: Content of ``vidreason.json``; weights of another program, which have none, fit every task.
+        task: The task that they are used for.
+    """
+    names, definitions = (info.get(key) for key in ("label_names", "definitions"))
+    if isinstance(names, list) and names != list(task.label_names):
+        return f"the classes {', '.join(map(str, names))}, not {', '.join(task.label_names)}"
+    now = [spec.definition for spec in task.classes]
+    if isinstance(definitions, list) and definitions != now:
+        changed = zip(task.label_names, definitions, now, strict=True)
+        return "other definitions: " + "; ".join(
+            f"{n} was {old!r}, is {new!r}" for n, old, new in changed if old != new
+        )
+    return None

@@ -31,6 +31,7 @@ from vidreason.datamodules.types import Clip, VideoBatch
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.decisions.deciders import AnswerDecider, Decider, ReviewDecider
 from vidreason.lightning_modules.decisions.predictions import BatchDecisions
+from vidreason.lightning_modules.weights.lineage import describe_weights
 
 Video = str | os.PathLike[str] | np.ndarray | Tensor
 
@@ -44,7 +45,8 @@ class Decision:
     label: str | None
     """None if the clip could not be read, or no answer could be parsed."""
     probs: Mapping[str, float]
-    """Calibrated probability of every class, in the task's order; empty if the clip could not be read."""
+    """Probability of every class, in the task's order: of a calibration stage temperature-scaled, of several sampled
+    answers their shares. Empty if the clip could not be read, or the stage samples a single answer."""
     traces: tuple[str, ...]
     """The completions that the decision is based on; empty if the model decides without reasoning."""
     seconds: float
@@ -56,8 +58,8 @@ class Decision:
 class VideoClassifier:
     """Decides about clips with the model of a finished run.
 
-    Use :meth:`from_run`. Weights are loaded once, with a policy and its calibrator as two adapters on one base. Each
-    adapter encodes a clip once for all its traces and labels.
+    Use :meth:`from_run`; ``answers`` says which stage answers. Weights are loaded once, with a policy and its
+    calibrator as two adapters on one base. Each adapter encodes a clip once for all its traces and labels.
 
     Example::
 
@@ -73,10 +75,12 @@ class VideoClassifier:
             raise ValueError(f"{stage.folder}: {type(built.model).__name__} is no stage that decides about clips")
         self._module, data = built.model, built.data
         self._task, self._known = _task_and_clips(data, stage.task_file)
+        self.answers = describe_weights(stage.weights[-1] if stage.weights else None)
         self._data = InferenceDataModule(self._task, self._module.vlm, data.frames, data.seed, batch_size)
         self._fabric = L.Fabric(accelerator=built.accelerator, devices=1, precision=built.precision)
         with torch.inference_mode(), quietly(), _random_state_restored():
             self._module.read_artefacts(self._task)
+            self._module.check_task(self._task)
             self._model = self._module.build_model().to(self._fabric.device).eval()
 
     @classmethod
@@ -198,7 +202,7 @@ class VideoClassifier:
             return Decision(name, None, {}, (), seconds, found)
         decisions, row = found
         chosen = int(decisions.pred[row])
-        probs = dict(zip(self.label_names, decisions.probs[row].tolist(), strict=True))
+        probs = decisions.probabilities(row, self.label_names)
         texts = tuple(trace.text for trace in decisions.traces[row])
         return Decision(name, self.label_names[chosen] if chosen >= 0 else None, probs, texts, seconds)
 
@@ -219,14 +223,19 @@ def _random_state_restored() -> Iterator[None]:
 
 
 def _task_and_clips(data: VideoDataModule, saved_task: Path) -> tuple[Task, KnownClips]:
-    """Returns task and clips of the run's data set; if it is gone, the task in the run folder and no clips."""
+    """Returns the task of the run, and the clips of its data set, none if that is gone.
+
+    The run folder's copy of the task counts: the file of the data set may have changed since.
+    """
+    saved = Task.from_yaml(saved_task) if saved_task.is_file() else None
     try:
         data.setup("test")
-        return data.task, KnownClips(clip for split in data.splits() for clip in data.clips(split))
+        known = KnownClips(clip for split in data.splits() for clip in data.clips(split))
+        return saved or data.task, known
     except (ValueError, OSError):
-        if not saved_task.is_file():
+        if saved is None:
             raise
-        return Task.from_yaml(saved_task), KnownClips(())
+        return saved, KnownClips(())
 
 
 def _frames(video: np.ndarray | Tensor, fps: float | None, name: str) -> tuple[Tensor, float]:

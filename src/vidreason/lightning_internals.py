@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 # ---------------------------------------------------------------------------------------------------- loop counters
 
@@ -47,6 +48,18 @@ def between_steps(trainer: L.Trainer) -> bool:
 def set_logged_steps(trainer: L.Trainer, steps: int) -> None:
     """Sets the step of the next log entry; after some restarts, Lightning's own counter is one too high."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = steps
+
+
+def set_current_rate(scheduler: object) -> None:
+    """Sets the rates of an optimizer to those that its schedule has at the current step.
+
+    A restored optimizer has the rates of the schedule that it was saved with, which may have ended elsewhere.
+    """
+    if isinstance(scheduler, LambdaLR):
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def write_loop_state(

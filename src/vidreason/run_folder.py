@@ -7,6 +7,7 @@ uses the standard library only, so that every part of the package can import it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +26,8 @@ UNREADABLE_FILE = "unreadable.csv"
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FOLDER = "weights"
 """Replaces the adapter folder after full fine-tuning."""
+FINISHED_FILE = "finished.json"
+"""Written when a fit has finished; an interrupted fit has none."""
 CHECKPOINTS_FOLDER = "checkpoints"
 LAST_CHECKPOINT = "last.ckpt"
 TENSORBOARD_FOLDER = "tb"
@@ -134,6 +137,8 @@ def find_stage_folder(run: Path, name: str | None = None) -> Path:
     """
     if (run / STATE_FILE).is_file():
         folder = run / _stage_of(run, name)
+        if name is None:
+            _check_pipeline_finished(run)
     elif (run / CONFIG_FILE).is_file():
         if name is not None:
             raise ValueError(f"--stage {name}: {run} is the folder of a single stage, leave --stage out")
@@ -144,7 +149,35 @@ def find_stage_folder(run: Path, name: str | None = None) -> Path:
         raise ValueError(f"--run {run}: no finished run there ({STATE_FILE} or {CONFIG_FILE}){hint}")
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder}: has no {CONFIG_FILE}, so the stage never started")
+    done = (FINISHED_FILE,) if not was_tested(folder) else (PREDICTIONS_FILE,)
+    if not any((folder / file).is_file() for file in done) and not (run / STATE_FILE).is_file():
+        raise ValueError(
+            f"--run {run}: has not finished (no {done[0]}); its command, which goes on where it stopped, is in "
+            f"{folder / COMMAND_FILE}"
+        )
     return folder
+
+
+def _check_pipeline_finished(run: Path) -> None:
+    """Checks that every stage of a pipeline has ended, so that the last one answers.
+
+    Raises:
+        ValueError: If one has not; the message names it and the stages that can be asked.
+    """
+    state = RunState.load(run)
+    assert state is not None
+    names = [*state.stages]
+    if (run / PIPELINE_FILE).is_file():
+        # Written by PipelineSpec.as_yaml; no YAML library here, where only the standard library is used.
+        text = (run / PIPELINE_FILE).read_text(encoding="utf-8")
+        names = re.findall(r"^- name: (\w+)$", text, flags=re.MULTILINE) or names
+    open_ = [name for name in names if name not in state.stages or not state.stages[name].done]
+    if open_:
+        ready = [n for n, r in state.stages.items() if r.status == "finished" and r.command[:1] in (["test"], ["fit"])]
+        raise ValueError(
+            f"--run {run}: the pipeline has not finished ({', '.join(open_)}): give its command again"
+            + (f", or ask a stage by name: --stage {' or '.join(ready)}" if ready else "")
+        )
 
 
 def _stage_of(run: Path, name: str | None) -> str:

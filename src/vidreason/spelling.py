@@ -1,4 +1,4 @@
-"""Which name may have been meant."""
+"""Names in messages: which one may have been meant, and how to print it."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def did_you_mean(name: str, known: Iterable[str], before: str = ": ") -> str:
     """
     near = nearest(name, known)
     return f"{before}did you mean {near!r}?" if near is not None and near != name else ""
+
+
+def printable(text: str) -> str:
+    r"""Returns a text without control characters, which could rewrite a terminal; line breaks stay.
+
+    >>> print(printable("run\x1b[2J\u202e"))
+    run\x1b[2J\u202e
+    """
+    shown = (c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)

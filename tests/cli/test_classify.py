@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -64,6 +65,11 @@ def home(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "grpo": StageRecord("skipped", "stages/03_grpo", {}, ["fit"]),
     }
     save_state(RunState("two", 4, records), home / "runs/x")
+    (home / "runs/half").mkdir()
+    (home / "runs/half/pipeline.yaml").write_text("stages:\n- name: calibration\n- name: grpo\n- name: test\n")
+    save_state(RunState("two", 4, {"calibration": records["calibration"]}), home / "runs/half")
+    shutil.copytree(home / "runs/label", home / "runs/cut")
+    (home / "runs/cut/finished.json").unlink()
     return home
 
 
@@ -154,20 +160,45 @@ def test_command(
     assert sum(lines[1]["probs"].values()) == pytest.approx(1)
     assert lines[2]["probs"] == pytest.approx(predictions(home)["8.mp4"]["probs"], abs=1e-6)
     assert lines[1]["error"] is None
+    before = sorted(Path().rglob("*"))
     assert main(["classify", "clips/8.mp4", "--run", "runs/x"]) == 0
-    out = capsys.readouterr().out
+    assert sorted(Path().rglob("*")) == before, "asking writes nothing"
+    out, err = capsys.readouterr()
+    assert re.search(r"^answers: stage calibration, step 2 \(.*01_calibration/adapter\)$", err, flags=re.MULTILINE)
     assert "clips/8.mp4" in out
     assert predictions(home)["8.mp4"]["pred"] in out
+
+
+def test_weights_of_another_task_are_refused_by_name(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
+    task = (home / "task.yaml").read_text()
+    argv = ["test", "--config", "configs/test.yaml", "--vlm", "vlm.yaml", *SETTINGS, "--run_dir", "runs/t"]
+    argv += ["--model.init_args.adapter_path", "runs/label/adapter", "--data.init_args.task", "other.yaml"]
+    for old, new, named in (
+        ("light, very", "daylight", "other definitions: bright was 'light, very', is 'daylight'"),
+        ("dark,", "dim,", "the classes dark, bright, not dim, bright"),
+    ):
+        (home / "other.yaml").write_text(task.replace(old, new))
+        if new == "dim,":
+            (home / "clips/dim.csv").write_text((home / "clips/manifest.csv").read_text().replace("dark", "dim"))
+            argv += ["--data.init_args.manifest", "clips/dim.csv"]
+        assert main(argv) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: adapter_path: runs/label/adapter was trained on {named}; ")
 
 
 @pytest.mark.parametrize(
     ("run", "stage", "message"),
     [
-        ("runs", None, "it holds the runs x, choose one"),
+        ("runs", None, "it holds the runs half, x, choose one"),
         ("nowhere", None, "no finished run there"),
         ("runs/x", "tset", "has the stages calibration, test, grpo"),
         ("runs/x", "grpo", "is skipped, not finished"),
         ("runs/label", "sft_label", "leave --stage out"),
+        ("runs/half", None, r"has not finished \(grpo, test\): .* or ask a stage by name: --stage calibration$"),
+        ("runs/cut", None, r"has not finished \(no finished.json\)"),
     ],
 )
 def test_what_cannot_be_asked(home: Path, run: str, stage: str | None, message: str) -> None:

@@ -93,12 +93,14 @@ def test_a_full_disk_keeps_what_was_written_before(fill, monkeypatch):
     store = Path("runs/generate/traces.jsonl")
     store.write_text(store.read_text().rpartition('{"video_id"')[0])  # one clip is left to write
     before[store.as_posix()] = store.read_bytes()
-    for name, command in (("traces", argv), ("predictions", stage("test")), ("last.ckpt", list(FIT))):
+    longer = [*FIT, "--ckpt_path", "runs/sft_label/checkpoints/last.ckpt", "--trainer.max_steps", "2"]
+    for name, command in (("traces", argv), ("predictions", stage("test")), ("last.ckpt", longer)):
         with monkeypatch.context():
             fill(name)
             assert main(command) == 1
     changed = [name for name, content in before.items() if Path(name).read_bytes() != content]
     assert [name for name in changed if "/weights/" not in name] == []
+    assert main(longer) == 0, "the command that the message advises goes on"
 
 
 @pytest.mark.usefixtures("here")

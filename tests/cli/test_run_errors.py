@@ -1,6 +1,7 @@
 """Every message about commands and runs in docs/errors.md is produced here, as it stands there."""
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -118,7 +119,22 @@ def checkpoint_of_more_texts():
     assert main(stage("calibration", *options)) == 0
     lines = Path("a/traces.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     Path("a/traces.jsonl").write_text("".join(lines[:-2]), encoding="utf-8")
-    return stage("calibration", *options, "--ckpt_path", "a/checkpoints/last.ckpt")
+    return stage("calibration", *options, "--ckpt_path", "a/checkpoints/last.ckpt", "--trainer.max_steps", "2")
+
+
+def checkpoint_of_another_rate():
+    begun = trained("a")
+    rate = ("--model.init_args.optim.optimizer.init_args.lr", "0.5")
+    return [*FIT, *rate, "--ckpt_path", f"{begun}/checkpoints/last.ckpt"]
+
+
+def pickle_as_checkpoint():
+    Path("p.ckpt").write_bytes(pickle.dumps({"path": Path("x")}))
+    return [*FIT, "--ckpt_path", "p.ckpt"]
+
+
+def folder_of_another_fit():
+    return [*FIT, "--run_dir", trained("a"), "--model.init_args.batch_size", "1"]
 
 
 def clipping_by_the_trainer():
@@ -228,6 +244,9 @@ MISTAKES = {
     checkpoint_of_an_earlier_version: "this checkpoint was written by …, not",
     checkpoint_of_another_batch_size: "this checkpoint was written at",
     checkpoint_of_another_seed: "this checkpoint was written with seed",
+    checkpoint_of_another_rate: "model.init_args.optim",
+    pickle_as_checkpoint: "--ckpt_path …: not a checkpoint",
+    folder_of_another_fit: "… holds … fit",
     checkpoint_of_other_clips: "this checkpoint was written with … training",
     checkpoint_of_other_weights: "adapter_path: holds other weights",
     checkpoint_of_more_texts: "…: holds … texts",
@@ -258,6 +277,7 @@ MISTAKES = {
 TOO_MANY = "… of … training clips"
 NOT_SUPPORTED = "training clips cannot be read"
 LEFT_OUT = "… could not be read"
+LOCKED = "…: … is writing there"
 MOVED = "… has moved to … (in …)"
 
 
@@ -339,7 +359,12 @@ def test_a_stage_that_does_not_support_masked_samples_fails(capfd, monkeypatch):
 
 def test_every_documented_message_is_produced_above():
     everything = [*documented("Commands and runs"), *documented("Failures")]
-    elsewhere = {TOO_MANY_GPUS, FULL_DISK, MOVED}  # test_devices.py, test_full_disk.py, test_moved_keys.py
+    elsewhere = {
+        TOO_MANY_GPUS,
+        FULL_DISK,
+        MOVED,
+        LOCKED,
+    }  # test_devices, test_full_disk, test_moved_keys, test_fit_folder
     starts = {*MISTAKES.values(), *elsewhere, TOO_MANY, NOT_SUPPORTED, LEFT_OUT}
     assert len(everything) == len(starts)
     assert all(sum(row.startswith(start) for start in starts) == 1 for row in everything)

@@ -146,7 +146,7 @@ def test_fit_fills_the_run_folder_and_can_be_repeated(project, capsys):
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert list((run / "tb").glob("events*"))
     assert not Path("lightning_logs").exists()
-    assert main(argv) == 0
+    assert main([*argv, "--force"]) == 0
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["run_dir"] == "runs/x y"
@@ -181,7 +181,7 @@ def test_the_yaml_decides_where_it_says_so(project):
     path = Path("configs/trainer/cpu.yaml")
     path.write_text(path.read_text() + "logger: false\nenable_checkpointing: false\ndefault_root_dir: runs/from_yaml\n")
     assert main(FIT) == 0
-    assert {file.name for file in Path("runs/from_yaml").iterdir()} == {"command.txt", "config.yaml"}
+    assert {file.name for file in Path("runs/from_yaml").iterdir()} == {"command.txt", "config.yaml", "finished.json"}
 
 
 @pytest.fixture

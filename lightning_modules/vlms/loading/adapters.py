@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vidreason.lightning_modules.functional.finite import check_weights
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded_state_dict
 from vidreason.lightning_modules.vlms.loading.weight_folders import CONFIG_FILE, is_adapter_folder, published
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+BAD_WEIGHTS = "the training that wrote them failed; give the weights of an earlier step or stage"
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ def save_adapter(
     peft_model, folder = _peft(model, name), Path(folder)
     state = unsharded_state_dict(peft_model) if state is None and is_sharded(peft_model) else state
     weights: dict[str, Tensor] = get_peft_model_state_dict(peft_model, state, adapter_name=name)
+    check_weights(weights, str(folder), "no weights are written; lower the learning rate")
     config = deepcopy(peft_model.peft_config[name])
     config.inference_mode = True  # what PEFT itself writes; loading overrides it
     with published(folder, info) as draft:
@@ -190,7 +193,8 @@ def load_adapter(
     folder = Path(folder)
     if not is_adapter_folder(folder) or not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} is not an adapter folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}")
-    config = LoraConfig.from_pretrained(str(folder))
+    config, weights = LoraConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_FILE)
+    check_weights(weights, str(folder), BAD_WEIGHTS)
     config.inference_mode = not trainable
     config.base_model_name_or_path = None  # a folder may have moved: PEFT would warn, and lineage compares hashes
     if options is not None:
@@ -205,7 +209,7 @@ def load_adapter(
         wrapped = get_peft_model(model, config, adapter_name=name)
         assert isinstance(wrapped, PeftModel)
         peft_model = wrapped
-    result: Any = set_peft_model_state_dict(peft_model, load_file(folder / WEIGHTS_FILE), adapter_name=name)
+    result: Any = set_peft_model_state_dict(peft_model, weights, adapter_name=name)
     missing = [key for key in result.missing_keys if f".{name}." in key]
     if result.unexpected_keys or missing:
         odd = [*result.unexpected_keys, *missing][0]

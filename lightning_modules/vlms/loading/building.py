@@ -16,7 +16,14 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTra
 from transformers.utils.hub import cached_file
 
 from vidreason.datamodules.file_hash import files_sha
-from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions, attach_lora, load_adapter, reached_layers
+from vidreason.lightning_modules.functional.finite import check_weights
+from vidreason.lightning_modules.vlms.loading.adapters import (
+    BAD_WEIGHTS,
+    LoRAOptions,
+    attach_lora,
+    load_adapter,
+    reached_layers,
+)
 from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE, is_adapter_folder, read_info
 
 POLICY = "policy"
@@ -60,6 +67,8 @@ def build(
     """Builds a model in train mode, with frozen modules in eval mode; ``VLM`` documents the arguments."""
     path, adapter = _sources(path, adapter_path, lora, base_sha)
     base = load_base(path, nf4=nf4, unquantised=unquantised, dtype=dtype, attn_implementation=attn_implementation)
+    if path == adapter_path:
+        check_weights(base.state_dict(), f"adapter_path: {path}", BAD_WEIGHTS)
     return equip(base, adapter, lora=lora, frozen=frozen, gradient_checkpointing=gradient_checkpointing)
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from vidreason.datamodules.atomic_files import flush_to_disk, naming, replace_folder
 from vidreason.datamodules.file_hash import files_sha
+from vidreason.lightning_modules.functional.finite import check_weights
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded_state_dict
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 
@@ -82,8 +83,11 @@ def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, 
         info: Content of ``vidreason.json``.
         processor: Processor of the model, written to the same folder.
     """
+    state = unsharded_state_dict(model) if is_sharded(model) else None
+    weights = model.state_dict() if state is None else state
+    check_weights(weights, str(folder), "no weights are written; lower the learning rate")
     with published(Path(folder), info) as draft:
-        model.save_pretrained(draft, state_dict=unsharded_state_dict(model) if is_sharded(model) else None)
+        model.save_pretrained(draft, state_dict=state)
         if processor is not None:
             processor.save_pretrained(draft)
 

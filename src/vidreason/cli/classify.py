@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from vidreason import exit_codes
 from vidreason.config.options import CommandParser
 from vidreason.datamodules.sources.folders import clips_below
 from vidreason.pipelines.table import percent, render_table
+from vidreason.spelling import printable
 
 if TYPE_CHECKING:
     from vidreason.inference import Decision
@@ -46,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     from vidreason.inference import VideoClassifier  # imports torch: mistakes in the options are reported before
 
     classifier = VideoClassifier.from_run(options.run, options.stage)
+    print(f"answers: {classifier.answers}", file=sys.stderr, flush=True)
     decided: list[Decision] = []
     bar = tqdm(total=len(paths), desc="classifying", unit="clip", disable=len(paths) < 2, leave=False)
     with bar:
@@ -55,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
             if options.json:
                 tqdm.write(json_line(decision))  # to stdout, without breaking the bar on stderr
     if not options.json:
-        print(report(decided))
+        print(printable(report(decided)))
     return exit_codes.ERROR if any(decision.error is not None for decision in decided) else exit_codes.OK
 
 
@@ -85,8 +88,7 @@ def report(decisions: Sequence[Decision]) -> str:
     """Returns a table of decisions, then a trace of each clip, then the clips that could not be read."""
     read = [decision for decision in decisions if decision.error is None]
     rows = [
-        [d.video, d.label or "-", percent(d.probs[d.label] if d.label else None), _runner_up(d), f"{d.seconds:.1f}"]
-        for d in read
+        [d.video, d.label or "-", percent(d.probs.get(d.label or "")), _runner_up(d), f"{d.seconds:.1f}"] for d in read
     ]
     parts = [render_table(["clip", "label", "probability %", "next", "seconds"], rows)] if rows else []
     for decision in read:
@@ -100,6 +102,8 @@ def report(decisions: Sequence[Decision]) -> str:
 def _runner_up(decision: Decision) -> str:
     """Returns the most probable of the other classes, with its probability in percent."""
     others = [(p, name) for name, p in decision.probs.items() if name != decision.label]
+    if not others:
+        return "-"
     share, name = max(others)
     return f"{name} {percent(share)}"
 
@@ -108,6 +112,6 @@ def _telling_trace(decision: Decision) -> str:
     """Returns the first trace that answers the decided label, or the first trace."""
     from vidreason.rewards.completion import match_label, parse_completion
 
-    names = list(decision.probs)
+    names = list(decision.probs) or [decision.label or ""]
     agree = (t for t in decision.traces if match_label(parse_completion(t).answer, names) == decision.label)
     return next(agree, decision.traces[0])

@@ -12,13 +12,15 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
 import vidreason
 from vidreason import exit_codes
-from vidreason.spelling import did_you_mean
+from vidreason.spelling import did_you_mean, printable
 
 COMMANDS = {
     "demo": "the whole main job on the embedded default, within minutes",
@@ -82,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _append_current_folder()
     logging.getLogger(_KERNEL_LOGGER).addFilter(_not_about_optional_kernels)
     try:
-        return _dispatch(command, rest)
+        with _without_warnings_of_libraries():
+            return _dispatch(command, rest)
     except SystemExit as stop:
         return _exit_status(stop)
     except KeyboardInterrupt:
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if show_traceback or not raised_by_user_code(error):
             raise
-        print(f"error: {message_of(error)}", file=sys.stderr)
+        print(f"error: {printable(message_of(error))}", file=sys.stderr)
         return _FAILURES.get(_kind_of(error), exit_codes.USAGE)
     except OSError as error:
         if show_traceback or (error.filename is None and error.errno not in _SYSTEM_SAYS_NO):
@@ -119,6 +122,9 @@ def raised_by_user_code(error: ValueError) -> bool:
     innermost = Path(files[-1])
     if Path(vidreason.__file__).parent in innermost.parents:
         return True
+    # Lightning raises ValueError where its settings do not fit each other, such as an interval longer than an epoch.
+    if re.search(r"/lightning/pytorch/(trainer|loops)/", innermost.as_posix()):
+        return True
     libraries = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     return innermost.is_file() and libraries.isdisjoint(innermost.parents)
 
@@ -136,6 +142,16 @@ def message_of(error: ValueError) -> str:
     if _WORKER_ERROR.match(text):
         text = text.splitlines()[-1].partition(": ")[2]
     return text
+
+
+@contextmanager
+def _without_warnings_of_libraries() -> Iterator[None]:
+    """Hides what libraries say to programmers, of which one run may print hundreds; ``python -W`` shows it."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", category)
+        yield
 
 
 def _dispatch(command: str, rest: list[str]) -> int:

@@ -18,21 +18,63 @@ from vidreason.config.vlm_shorthand import expand, is_shorthand
 
 _FILE_OPTIONS = ("-c", "--config", "--trainer", "--model", "--data", "--vlm")
 _REPLACING = ("--data", "--vlm")
+YAML_SUFFIXES = (".yaml", ".yml")
+_TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl")
 
 
 def config_files(argv: Sequence[str]) -> list[Path]:
-    """Returns the YAML files of a command line and, recursively, the files that they name."""
+    """Returns the YAML files of a command line and, recursively, the files that they name.
+
+    Raises:
+        ArgumentError: If one is not valid YAML.
+    """
     found: list[Path] = []
     waiting = [path for _, _, value in _file_options(argv) if (path := find_config(value)) is not None]
     while waiting:
         path = waiting.pop(0)
         found.append(path)
+        check_yaml(path)
         # a file name as a YAML value: after a colon, a space, a bracket or a comma, quoted or not
         for name in re.findall(r"""[:\[\s,]['"]?([\w./-]+\.ya?ml)\b""", path.read_text(encoding="utf-8")):
             section = path.parent / name
             if section.is_file() and section not in found + waiting:  # files may name each other
                 waiting.append(section)
     return found
+
+
+def check_yaml(path: Path) -> None:
+    """Checks that a file is YAML, since the parser would report a mistake in it in other words.
+
+    Raises:
+        ArgumentError: If it is not; the message has line and column.
+    """
+    if path.suffix not in YAML_SUFFIXES:
+        return
+    try:
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentError(None, f"{path}: not in UTF-8 (byte {error.start}): save it as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = f"{path}{place}: not valid YAML: {error.problem or error.context}"
+        raise argparse.ArgumentError(None, f"{problem}; check the indentation and quotes there") from error
+
+
+def check_section(option: str, value: str) -> None:
+    """Checks that the value of an option that takes a YAML file is not another file or a folder.
+
+    Raises:
+        ArgumentError: If it is; the message names what was expected.
+    """
+    path = Path(value)
+    wanted = f"{option} {value}: a section file (.yaml with class_path and init_args) is expected, not "
+    if option == "--vlm" or not path.exists() or path.suffix in YAML_SUFFIXES:
+        return
+    if path.is_dir() or path.suffix.lower() in _TABLE_SUFFIXES:
+        what = "a folder" if path.is_dir() else "a table"
+        remedy = f"; `vidreason init {value} --out task` writes one: {option} task/data.yaml" * (option == "--data")
+        raise argparse.ArgumentError(None, f"{wanted}{what}{remedy}")
 
 
 def _file_options(argv: Sequence[str]) -> Iterator[tuple[int, str, str]]:
@@ -78,6 +120,7 @@ def order_files(argv: Sequence[str]) -> OrderedFiles:
     # backwards, so that deleting an option leaves the indices of earlier ones valid
     for index, option, value in reversed(list(_file_options(argv))):
         del flags[index : index + (1 if "=" in argv[index] else 2)]
+        check_section(option, value)
         path = find_config(value)
         if path is not None and path != Path(value):
             say(f"{value}: not in this folder, using the installed package's {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import get_args, get_type_hints
 import lightning as L
 import yaml
 
+from vidreason.config.command_files import config_files
 from vidreason.config.files import find_config
 from vidreason.config.moved_keys import GROUPS, MODEL, explain_moved, moved_settings, new_place
 from vidreason.spelling import did_you_mean, nearest
@@ -33,6 +35,24 @@ _NOT_GIVEN = ("self", "args", "kwargs", "vlm", "encoder", "params")
 """Arguments of classes that no YAML file sets."""
 
 
+def missing_package(message: str) -> ValueError | None:
+    """Returns the error of a class that needs a package which is not installed; None for any other message."""
+    lacking = re.search(r"Requirement '(.+?)' not met|No module named '(.+?)'", message)
+    if lacking is None:
+        return None
+    named = re.search(r"class_path '([\w.]+)'", message)
+    package = lacking[1] or lacking[2]
+    return ValueError(f"{named[1] + ': ' if named else ''}needs a package: pip install '{package}', or leave it out")
+
+
+def explain_call(message: str, argv: Sequence[str]) -> str:
+    """Returns an error of the parser about a command line in one line; one about a YAML file's syntax as it is."""
+    try:
+        return explain(message, config_files(argv), argv)
+    except argparse.ArgumentError as error:
+        return str(error)
+
+
 def explain(message: str, files: Sequence[Path], flags: Sequence[str] = ()) -> str:
     """Returns an error of the parser in one line.
 
@@ -45,8 +65,6 @@ def explain(message: str, files: Sequence[Path], flags: Sequence[str] = ()) -> s
     variable = re.search(r"Environment variable '(\w+)' not found", message)
     if variable:
         return _unset_variable(variable[1], files)
-    if "Problems parsing config" in message:
-        return _broken_yaml(files) or _flat(message)
     missing_file = re.search(r"Expected a path but (\S+) either not accessible|File does not exist: '(.+?)'", message)
     if missing_file:
         return _missing_file(missing_file[1] or missing_file[2], files)
@@ -108,17 +126,6 @@ def _unset_variable(name: str, files: Sequence[Path]) -> str:
     users = [path for path in files if f"oc.env:{name}" in path.read_text(encoding="utf-8")]
     used_by = f", which {users[0]} uses," if users else ""
     return f"the environment variable {name}{used_by} is not set: export {name}=..."
-
-
-def _broken_yaml(files: Sequence[Path]) -> str | None:
-    for path in files:
-        try:
-            yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line = f", line {mark.line + 1}" if mark else ""
-            return f"{path}{line}: not valid YAML: {error.problem or error.context}"
-    return None
 
 
 def _missing_file(name: str, files: Sequence[Path]) -> str:

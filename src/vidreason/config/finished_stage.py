@@ -26,6 +26,8 @@ class FinishedStage:
     folder: Path
     options: tuple[str, ...]
     """Options of ``vidreason test``: the config of the stage, with current paths of the weights."""
+    weights: tuple[str, ...] = ()
+    """Paths of the weights; empty for the base."""
 
     @property
     def task_file(self) -> Path:
@@ -49,12 +51,13 @@ def find_stage(run: Path, name: str | None = None) -> FinishedStage:
     given = {key: model.get(key) for key in _WEIGHT_KEYS}
     # a test evaluates the weights that its config names; a training starts from those and writes its own
     weights = given if was_tested(folder) else _own_weights(folder, "calibrator_path" in model)
-    options = ["--config", str(config_file)]
+    options, used = ["--config", str(config_file)], list[str]()
     for key in _WEIGHT_KEYS:
         if key in model:
             path = weights.get(key)
-            options += [f"--model.init_args.{key}", "null" if path is None else _present(path, run)]
-    return FinishedStage(folder, tuple(options))
+            used += [] if path is None else [_present(path, run)]
+            options += [f"--model.init_args.{key}", "null" if path is None else used[-1]]
+    return FinishedStage(folder, tuple(options), tuple(used))
 
 
 def _own_weights(folder: Path, calibrates: bool) -> dict[str, str | None]:

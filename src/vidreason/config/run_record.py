@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from vidreason.datamodules.atomic_files import atomic_file, write_text
+from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.run_folder import COMMAND_FILE, CONFIG_FILE, TASK_FILE, named_after
+from vidreason.run_folder import COMMAND_FILE, CONFIG_FILE, FINISHED_FILE, TASK_FILE, named_after
+
+_FILE_SUFFIXES = (".yaml", ".yml", ".csv", ".tsv", ".json", ".jsonl")
+_PATH_KEYS = ("path", "folder", "root", "manifest", "task", "adapter_path", "calibrator_path", "traces_file")
 
 
 class RunRecord(SaveConfigCallback):
@@ -35,9 +39,15 @@ class RunRecord(SaveConfigCallback):
         self._earlier: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes the record when the run starts."""
+        """Writes the record when the run starts; a fit that resumes may still be refused and waits."""
         self._trainer = trainer
-        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or not trainer.ckpt_path:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the record of a fit that resumes."""
+        if not self.already_saved:
+            super().setup(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the latest metrics: a fit that resumes after its last validation would not log them again."""
@@ -57,10 +67,12 @@ class RunRecord(SaveConfigCallback):
         config = folder / CONFIG_FILE
         if trained_here and name != "fit":
             command, config = (path.with_name(named_after(path.name, name)) for path in (command, config))
+        if name == "fit":
+            (folder / FINISHED_FILE).unlink(missing_ok=True)
         write_text(command, from_the_start(self.command_line) + "\n")
-        with atomic_file(config) as draft:
-            self.parser.save(self.config, draft, skip_unset=False, overwrite=True, multifile=False)
-        self._log_text(trainer, config.read_text(encoding="utf-8"))
+        text = yaml.safe_dump(saved_config(self.parser, self.config), sort_keys=False, allow_unicode=True)
+        write_text(config, text)
+        self._log_text(trainer, text)
         data: object = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, VideoDataModule):
             data.task.to_yaml(folder / TASK_FILE)  # for using the model without the data set
@@ -91,6 +103,25 @@ class RunRecord(SaveConfigCallback):
                 logger.log_hyperparams(_settings(self.config), metrics or None, trainer.global_step)
 
 
+def saved_config(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    """Returns a parsed configuration as plain values, with absolute paths, so that it can be used from any folder."""
+    content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False))
+    return {key: value if key == "run_dir" else _absolute(value) for key, value in content.items()}
+
+
+def _absolute(value: Any, key: str = "") -> Any:
+    """Returns a value with the names of files and folders that exist made absolute, at any depth."""
+    if isinstance(value, dict):
+        return {name: _absolute(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_absolute(item, key) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    # A word such as "train" is the name of a split, also where the current folder has a folder of that name.
+    may_be_path = "/" in value or value.endswith(_FILE_SUFFIXES) or key in _PATH_KEYS
+    return str(Path(value).absolute()) if may_be_path and Path(value).exists() else value
+
+
 def _settings(config: Namespace) -> dict[str, Any]:
     """Returns the settings that distinguish runs: arguments of model, VLM and data, and the length of the fit."""
     keys = ("model.", "vlm.", "data.", "seed_everything", "trainer.max_epochs", "trainer.max_steps")
@@ -102,8 +133,9 @@ def _settings(config: Namespace) -> dict[str, Any]:
 
 
 def from_the_start(command_line: str) -> str:
-    """Returns a command line without its ``--ckpt_path``."""
-    words = [word for word in shlex.split(command_line) if not word.startswith("--ckpt_path=")]
+    """Returns a command line without ``--ckpt_path``, ``--force`` and ``--reset_optimizer``, which apply once."""
+    once = ("--force", "--reset_optimizer")
+    words = [w for w in shlex.split(command_line) if not w.startswith("--ckpt_path=") and w not in once]
     if "--ckpt_path" in words:
         at = words.index("--ckpt_path")
         del words[at : at + 2]

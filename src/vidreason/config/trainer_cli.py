@@ -7,10 +7,14 @@ and one-line errors for mistakes of the user.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,26 +29,28 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vidreason import exit_codes
 from vidreason.config.command_files import config_files, given_batch_size, order_files, point_at_shipped
-from vidreason.config.errors import explain
+from vidreason.config.errors import explain_call, missing_package
+from vidreason.config.fit_start import CKPT_KEYWORDS, end_fit, prepare_fit
 from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.run_record import RunRecord, from_the_start
 from vidreason.config.strict_parser import StrictParser
 from vidreason.lightning_internals import forward_sigterm
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.fit.checkpoint_io import AtomicCheckpointIO
-from vidreason.lightning_modules.fit.resume import check_checkpoint_file
+from vidreason.lightning_modules.fit.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.lightning_modules.fit.skip_unreadable import TooManyUnreadableError
 from vidreason.lightning_modules.fit.stopping import StopOnSignal
 from vidreason.lightning_modules.rl.objective import PolicyLoss
 from vidreason.lightning_modules.vlms.base import VLM
+from vidreason.lightning_modules.weights.lineage import describe_weights
 from vidreason.run_folder import CHECKPOINTS_FOLDER, LAST_CHECKPOINT, TENSORBOARD_FOLDER
+from vidreason.run_lock import lock_run_folder
 from vidreason.signals import StopRequested, check_stop, handle_signals
 
 # A user's loss is a subclass named by class_path; by default jsonargparse accepts no subclasses of a dataclass.
 set_parsing_settings(subclasses_enabled=[PolicyLoss])
 
-_CKPT_KEYWORDS = ("last", "best", "hpc", "registry")  # values of Trainer(ckpt_path=...) that are not paths
+_SCRATCH_VARIABLE = "VIDREASON_SCRATCH"
 
 
 class VideoCLI(LightningCLI):
@@ -61,6 +67,7 @@ class VideoCLI(LightningCLI):
     """
 
     run_dir: Path
+    _scratch: str | None = None
 
     def __init__(self, command: str, argv: Sequence[str], execute: bool = True, with_trainer: bool = True) -> None:
         self.command = command
@@ -68,6 +75,7 @@ class VideoCLI(LightningCLI):
         self.execute = execute
         self.with_trainer = with_trainer
         self.argv, self.files = argv, order_files(argv)
+        config_files(argv)  # a mistake in a YAML file is found before the parser meets it
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -115,6 +123,20 @@ class VideoCLI(LightningCLI):
         parser.add_argument(
             "--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME for NAME.yaml)."
         )
+        if self.command == "fit":
+            parser.add_argument(
+                "--force",
+                action="store_true",
+                help="Start again where the run folder holds another fit, whose files move to NAME.old.",
+            )
+            parser.add_argument(
+                "--reset_optimizer",
+                action="store_true",
+                help="Take only the weights of --ckpt_path: optimizer, schedule and clips begin anew.",
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: LightningCLI would read hyperparameters, which the checkpoints here do not have."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses ``args`` (never ``sys.argv``, because pipelines pass their own) and determines the run folder.
@@ -136,13 +158,28 @@ class VideoCLI(LightningCLI):
         # left out of config.yaml, which could not be used with another --run_dir otherwise
         config.trainer.default_root_dir = None
         self.run_dir = Path(config.run_dir)
+        if config.trainer.fast_dev_run and self.execute:
+            self.run_dir = self._scratch_folder()
+            say(f"fast_dev_run: files go to a temporary folder, nothing in {config.run_dir} changes")
+        # left out of config.yaml: they apply to this call
+        self.force, self.reset_optimizer = (bool(config.pop(key, False)) for key in ("force", "reset_optimizer"))
+        if self.reset_optimizer and not config.ckpt_path:
+            raise argparse.ArgumentError(
+                None, "--reset_optimizer: give the checkpoint whose weights to take: --ckpt_path"
+            )
         checkpoint = config.ckpt_path
-        if checkpoint and checkpoint not in _CKPT_KEYWORDS and not Path(checkpoint).exists():
+        if checkpoint and checkpoint not in CKPT_KEYWORDS and not Path(checkpoint).exists():
             raise argparse.ArgumentError(None, f"--ckpt_path {checkpoint}: no such file")
         for section in ("model", "data", "vlm"):
             point_at_shipped(config.get(section))
         if self.config.subcommand == "fit":
             self._say_which_batch_size_counts(config)
+
+    def _scratch_folder(self) -> Path:
+        """Returns a folder that is removed after the run, the same for all processes that this one starts."""
+        if _SCRATCH_VARIABLE not in os.environ:
+            os.environ[_SCRATCH_VARIABLE] = self._scratch = tempfile.mkdtemp(prefix="vidreason_")
+        return Path(os.environ[_SCRATCH_VARIABLE])
 
     def _say_which_batch_size_counts(self, config: Namespace) -> None:
         """Warns in one line if the user sets the batch size of the data, which the stage overrides with its own."""
@@ -162,8 +199,8 @@ class VideoCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            raise _cause_of(error) from None
+        except (ValueError, ModuleNotFoundError) as error:
+            raise missing_package(str(error)) or _cause_of(error) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer | None:  # type: ignore[override]
         """Builds the Trainer with logs and checkpoints in the run folder, unless the YAML sets other places."""
@@ -189,20 +226,32 @@ class VideoCLI(LightningCLI):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
-    def before_fit(self) -> None:
-        """Checks that the checkpoint to resume belongs to this stage, before anything is written."""
-        checkpoint = self.config[self.subcommand].ckpt_path
-        if checkpoint and checkpoint not in _CKPT_KEYWORDS and isinstance(self.model, VLMModule):
-            check_checkpoint_file(checkpoint, self.model)
-            self.model.checkpoint_to_resume = Path(checkpoint)
-
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.execute:
             return
         check_machines(self.trainer)
+        try:
+            with lock_run_folder(self.run_dir) if self.trainer.is_global_zero else nullcontext():
+                fit = prepare_fit(self, self.force, self.reset_optimizer) if subcommand == "fit" else None
+                if fit is None or fit.runs:
+                    self._run_locked(subcommand)
+                if fit is not None and fit.runs:
+                    end_fit(self, fit)
+        finally:
+            if self._scratch is not None:
+                del os.environ[_SCRATCH_VARIABLE]
+                shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _run_locked(self, subcommand: str) -> None:
+        """Runs a command whose run folder no other process writes to."""
         say(f"run folder: {self.run_dir}")
+        checkpoint = self.config_init[subcommand].ckpt_path
+        if subcommand != "fit" and checkpoint and checkpoint not in CKPT_KEYWORDS:
+            read_checkpoint(checkpoint)  # refuses what is none by name
         if isinstance(self.model, VLMModule):
             say(f"strategy: {describe(self.trainer, self.model, trains=subcommand == 'fit')}")
+            weights = getattr(self.model, "calibrator_path", None) or self.model.adapter_path
+            say(f"weights: {describe_weights(weights)}")
         try:
             with handle_signals():
                 super()._run_subcommand(subcommand)
@@ -226,7 +275,8 @@ class VideoCLI(LightningCLI):
         ]
         saved = [folder / LAST_CHECKPOINT for folder in folders if (folder / LAST_CHECKPOINT).is_file()]
         if not saved:
-            return f"interrupted before the first checkpoint; start again with: {self.command_line}"
+            again = self.command_line.replace(" --force", "")
+            return f"interrupted before the first checkpoint; start again with: {again}"
         path = saved[0]
         if path.is_relative_to(Path.cwd()):
             path = path.relative_to(Path.cwd())
@@ -254,7 +304,7 @@ def run(command: str, argv: Sequence[str]) -> int:
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
             VideoCLI(command, argv)
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
-        print(f"error: {explain(str(error), config_files(argv), argv)}", file=sys.stderr)
+        print(f"error: {explain_call(str(error), argv)}", file=sys.stderr)
         return exit_codes.USAGE
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
@@ -282,7 +332,7 @@ def build_stage(command: str, argv: Sequence[str]) -> BuiltStage:
     return BuiltStage(cli.model, cli.datamodule, trainer.accelerator, trainer.precision or "32-true")
 
 
-def _cause_of(error: ValueError) -> ValueError:
+def _cause_of(error: Exception) -> Exception:
     """Returns the innermost error that the parser wrapped in "does not validate against any of the Union subtypes"."""
     cause = error.__cause__
     return _cause_of(cause) if isinstance(cause, ValueError) else error

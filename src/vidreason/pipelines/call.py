@@ -164,4 +164,9 @@ def _read_overrides(arguments: Sequence[str], known: Iterable[str]) -> dict[str,
             value = text
         # YAML also parses dates, for example; such values stay as they were typed
         overrides[match[1]] = value if isinstance(value, int | float | list | dict | None) else text
+    if any(key.endswith("trainer.fast_dev_run") and value for key, value in overrides.items()):
+        raise ValueError(
+            "trainer.fast_dev_run writes nothing, but a stage needs what the one before has written: try each stage "
+            "with `vidreason fit`, or make the pipeline short with --trainer.max_steps"
+        )
     return overrides

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import logging
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vidreason import exit_codes
 from vidreason.config.quiet import quietly
+from vidreason.pipelines.content import UNPROVEN, listing_print
 
 if TYPE_CHECKING:
     from vidreason.config.trainer_cli import VideoCLI
@@ -31,6 +33,8 @@ class Commands:
     """Builds what a command would use, without weights; returns the error in one line, or None."""
     train_clips: Callable[[list[str]], int | None]
     """Returns the number of training clips of a command; None if the data module does not provide it."""
+    own_inputs: Callable[[list[str]], dict[str, str]] = lambda argv: {}
+    """Fingerprints what the user's own data module and rewards of a command say that they read."""
 
 
 class Builds:
@@ -53,7 +57,12 @@ class Builds:
 def trainer_commands() -> Commands:
     """Returns the commands of this package."""
     built = Builds()
-    return Commands(partial(run_stage, built), partial(check_stage, built), partial(count_train_clips, built))
+    return Commands(
+        partial(run_stage, built),
+        partial(check_stage, built),
+        partial(count_train_clips, built),
+        partial(fingerprint_own_classes, built),
+    )
 
 
 def run_stage(built: Builds, argv: list[str]) -> int:
@@ -143,13 +152,12 @@ def check_stage(built: Builds, argv: list[str]) -> str | None:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
-    from vidreason.config.command_files import config_files
-    from vidreason.config.errors import explain
+    from vidreason.config.errors import explain_call
 
     try:
         built(argv)
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
-        return explain(str(error), config_files(argv), argv)
+        return explain_call(str(error), argv)
     except MisconfigurationException as error:
         return str(error)
     return None
@@ -179,3 +187,39 @@ def count_train_clips(built: Builds, argv: list[str]) -> int | None:
             return len(data.clips("train"))
     except (argparse.ArgumentError, OmegaConfBaseException, MisconfigurationException, ValueError, OSError):
         return None  # e.g. the stage finished on another machine, which has the data set
+
+
+def fingerprint_own_classes(built: Builds, argv: list[str]) -> dict[str, str]:
+    """Fingerprints what the user's own data module and rewards read, of which no YAML file tells.
+
+    A data module lists its clips in ``samples()``. What else an object reads, it tells by a method ``fingerprint()``,
+    whose result may be of any type with a stable text.
+
+    Args:
+        built: Cache of built commands.
+        argv: Arguments after ``vidreason``.
+    """
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from vidreason.datamodules.base import VideoDataModule
+
+    try:
+        cli = built(argv)
+        data, prints = cli.datamodule, dict[str, str]()
+        for thing in (data, cli.model, *getattr(cli.model, "rewards", ())):
+            if not type(thing).__module__.startswith("vidreason.") and hasattr(thing, "fingerprint"):
+                prints[f"{type(thing).__name__}.fingerprint()"] = str(thing.fingerprint())
+        key = f"{type(data).__name__}.samples()"
+        if isinstance(data, VideoDataModule) and not type(data).__module__.startswith("vidreason."):
+            with quietly(logging.WARNING):
+                data.prepare_data()
+                clips = [(split, clip) for split in data.splits() for clip in data.samples(split)]
+            told = "".join(f"{split} {clip}\n" for split, clip in clips)
+            content = listing_print(clip.path for _, clip in clips)
+            prints[key] = f"{hashlib.sha256(told.encode()).hexdigest()[:16]} {content}"
+        elif not isinstance(data, VideoDataModule) and not hasattr(data, "fingerprint"):
+            prints[key] = f"{UNPROVEN}{type(data).__name__} has neither samples() nor fingerprint()"
+        return prints
+    except (argparse.ArgumentError, OmegaConfBaseException, MisconfigurationException, ValueError, OSError) as error:
+        return {"own classes": f"{UNPROVEN}{' '.join(str(error).split())[:100]}"}

@@ -1,8 +1,8 @@
 """Fingerprints (short hashes) of the inputs of a stage; a stage runs again if one of them changes.
 
 YAML files are hashed by their parsed content, so comments and the order of keys do not matter. The files that they name
-(sections, task files, manifests) are included. Model folders, folders of clips and the clips of a manifest are hashed
-by names, sizes and modification times, because reading them would take too long.
+(sections, task files, manifests) are included, and so are the files of models, the clips of manifests and folders, and
+the code of classes of the user's own (``content.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,17 +20,20 @@ import yaml
 from vidreason.config.files import find_config, shipped_folder
 from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.sources.rows import read_table
+from vidreason.datamodules.sources.table_paths import spellings
+from vidreason.pipelines.content import code_prints, listing_print
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _FILE_SUFFIXES = (*_YAML_SUFFIXES, ".csv", ".jsonl", ".json")
 _FOLDER_KEYS = ("path", "manifest", "adapter_path")  # other keys name folders that are written to
-_MANIFEST_SUFFIXES = (".csv", ".jsonl")
+_MANIFEST_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:(\w+)(?:,([^}]*))?\}")
 _PROSE = ("README.md",)  # peft writes one beside an adapter
 
 
 def fingerprint_settings(
-    settings: Mapping[str, object], folder: Path | None = None, label: str = "set"
+    settings: Mapping[str, object], folder: Path | None = None, label: str = "set", roots: Sequence[Path] = ()
 ) -> dict[str, str]:
     """Fingerprints dotted settings and the files that they name.
 
@@ -38,6 +41,7 @@ def fingerprint_settings(
         settings: Dotted key to value.
         folder: Folder in which relative paths are searched before the current folder.
         label: Prefix of the keys of the result.
+        roots: Folders besides its own that the paths of a manifest may be relative to.
 
     Returns:
         One entry per setting (the value as JSON), and one per file that it names.
@@ -45,16 +49,18 @@ def fingerprint_settings(
     prints: dict[str, str] = {}
     for key, value in settings.items():
         prints[f"{label} {key}"] = json.dumps(value, sort_keys=True, default=str)
-        prints |= _named_files(key, value, folder or Path())
+        for leaf, item in _leaves(value, key):
+            prints |= _named_files(leaf, item, folder or Path(), roots)
     return prints
 
 
-def fingerprint_config(path: Path, name: str) -> dict[str, str]:
+def fingerprint_config(path: Path, name: str, roots: Sequence[Path] = ()) -> dict[str, str]:
     """Fingerprints a YAML file and, recursively, the files that it names.
 
     Args:
         path: The file.
         name: Name of the file in the result, independent of its location.
+        roots: Folders besides its own that the paths of a manifest may be relative to.
 
     Raises:
         ValueError: If the file is not valid YAML.
@@ -62,8 +68,28 @@ def fingerprint_config(path: Path, name: str) -> dict[str, str]:
     content = read_yaml(path)
     prints = {f"file {name}": _sha(json.dumps(content, sort_keys=True, default=str))}
     for key, value in _leaves(content):
-        prints |= _named_files(key, value, path.parent)
+        prints |= _named_files(key, value, path.parent, roots)
     return prints
+
+
+def named_values(last_key: str, files: Sequence[Path], settings: Mapping[str, object]) -> list[str]:
+    """Returns the values of a key such as ``root`` in settings, YAML files and, recursively, the files they name."""
+    found: dict[str, None] = {}
+    waiting: list[tuple[object, Path]] = [(dict(settings), Path()), *((read_yaml(file), file.parent) for file in files)]
+    seen = set(files)
+    while waiting:
+        content, folder = waiting.pop()
+        for key, value in _leaves(content):
+            for item in value if isinstance(value, list) else [value]:
+                if not isinstance(item, str):
+                    continue
+                if key.rpartition(".")[2] == last_key:
+                    found[_resolved(item)] = None
+                file = _find(item, folder) if item.endswith(_YAML_SUFFIXES) else None
+                if file is not None and file not in seen:
+                    seen.add(file)
+                    waiting.append((read_yaml(file), file.parent))
+    return list(found)
 
 
 def fingerprint_artefact(path: Path) -> str:
@@ -94,43 +120,55 @@ def read_yaml(path: Path) -> object:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _named_files(key: str, value: object, folder: Path) -> dict[str, str]:
+def _resolved(value: str) -> str:
+    """Returns a value with OmegaConf's ``${oc.env:NAME,default}`` resolved, so that a file it points to is found."""
+    return _ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[2] or ""), value)
+
+
+def _find(name: str, folder: Path) -> Path | None:
+    places = (folder / name, Path(name), shipped_folder() / name, find_config(name))
+    return next((path for path in places if path is not None and path.exists()), None)
+
+
+def _named_files(key: str, value: object, folder: Path, roots: Sequence[Path]) -> dict[str, str]:
     """Returns fingerprints of the files and folders that a setting names; {} if it names none."""
     if isinstance(value, list):
-        return {name: sha for item in value for name, sha in _named_files(key, item, folder).items()}
+        return {name: sha for item in value for name, sha in _named_files(key, item, folder, roots).items()}
     if not isinstance(value, str) or not value:
         return {}
-    # OmegaConf's ${oc.env:NAME,default} is resolved, so that the file it points to is found
-    text = _ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[2] or ""), value)
-    last_key = key.rsplit(".", 1)[-1]
-    is_path = text.endswith(_FILE_SUFFIXES) or last_key in _FOLDER_KEYS
-    if not is_path:
+    text, last_key = _resolved(value), key.rsplit(".", 1)[-1]
+    if last_key == "class_path":
+        return code_prints(text)
+    if not text.endswith(_FILE_SUFFIXES) and last_key not in _FOLDER_KEYS:
         return {}
-    places = (folder / text, Path(text), shipped_folder() / text, find_config(text))
-    found = next((path for path in places if path is not None and path.exists()), None)
+    found = _find(text, folder)
     if found is None:
-        return {}
+        return _hub_model(text) if last_key == "path" and _HUB_ID.fullmatch(text) else {}
     if found.suffix in _YAML_SUFFIXES:
-        return fingerprint_config(found, value)
+        return fingerprint_config(found, value, roots)
     if found.is_file():
-        clips = _listing(_listed_clips(found)) if found.suffix in _MANIFEST_SUFFIXES else ""
-        return {f"file {value}": content_sha(found) + (f" with clips {_sha(clips)}" if clips else "")}
-    return {f"folder {value}": _sha(_listing(sorted(found.rglob("*"))))}
+        clips = _listed_clips(found, roots) if found.suffix in _MANIFEST_SUFFIXES else []
+        return {f"file {value}": content_sha(found) + (f" with clips {listing_print(clips)}" if clips else "")}
+    return {f"folder {value}": listing_print([found])}
 
 
-def _listed_clips(manifest: Path) -> list[Path]:
-    """Returns the clips that a manifest lists: a clip that is replaced changes the data."""
+def _hub_model(name: str) -> dict[str, str]:
+    """Returns the commit of a hub's model in the local cache, which its files belong to."""
+    from huggingface_hub import try_to_load_from_cache  # seconds to import
+
+    config = try_to_load_from_cache(name, "config.json")
+    return {f"model {name}": Path(config).parent.name if isinstance(config, str) else "not on this machine"}
+
+
+def _listed_clips(manifest: Path, roots: Sequence[Path]) -> list[Path]:
+    """Returns the clips that a manifest lists, in every folder where they may lie: a replaced clip changes the data."""
     try:
         rows = read_table(manifest).rows
     except ValueError:  # not a table of clips, or one that the stage will reject
         return []
-    return [manifest.parent / row.get("path") for row in rows if row.get("path")]
-
-
-def _listing(files: Iterable[Path]) -> str:
-    """Returns names, sizes and times of files."""
-    stats = [(file.as_posix(), file.stat()) for file in files if file.is_file()]
-    return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+    folders = (manifest.parent, *roots)
+    texts = [text for row in rows if row.get("path") for text in spellings(row.get("path"))]
+    return [folder / text for text in texts for folder in folders]
 
 
 def _leaves(content: object, key: str = "") -> Iterator[tuple[str, object]]:

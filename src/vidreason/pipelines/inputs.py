@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vidreason import __version__
@@ -14,6 +14,7 @@ from vidreason.pipelines.fingerprints import (
     fingerprint_config,
     fingerprint_embedded_weights,
     fingerprint_settings,
+    named_values,
 )
 from vidreason.pipelines.spec import PipelineSpec, Reference, StageSpec, locate_config
 from vidreason.pipelines.state import changed_inputs
@@ -29,10 +30,17 @@ class StageInputs:
         spec: The pipeline.
         run_dir: Its run folder.
         state: The state of the run; every method reads its current content.
+        own_inputs: Fingerprints what the user's own classes of a command say that they read.
     """
 
-    def __init__(self, spec: PipelineSpec, run_dir: Path, state: RunState) -> None:
-        self.spec, self.run_dir, self.state = spec, run_dir, state
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        run_dir: Path,
+        state: RunState,
+        own_inputs: Callable[[list[str]], dict[str, str]] = lambda argv: {},
+    ) -> None:
+        self.spec, self.run_dir, self.state, self.own_inputs = spec, run_dir, state, own_inputs
 
     def command_line(self, stage: StageSpec, folder: Path) -> list[str]:
         """Returns the arguments after ``vidreason`` that run a stage, resuming from a checkpoint if there is one."""
@@ -58,11 +66,16 @@ class StageInputs:
     def given(self, stage: StageSpec) -> dict[str, str]:
         """Returns fingerprints of the inputs that the user controls: config, settings, data, base."""
         inputs = {"command": stage.command, "vidreason": __version__, "base": fingerprint_embedded_weights()}
-        inputs |= fingerprint_config(locate_config(stage.config), stage.config)
+        names = [name for name in (stage.config, stage.strategy) if name is not None]
+        files, settings = [locate_config(name) for name in names], self._settings(stage)
+        roots = [Path(value) for value in named_values("root", files, settings)]
+        for file, name in zip(files, names, strict=True):
+            inputs |= fingerprint_config(file, name, roots)
         inputs |= fingerprint_settings(shorthand_settings(self.spec.vlm))
-        if stage.strategy is not None:
-            inputs |= fingerprint_config(locate_config(stage.strategy), stage.strategy)
-        return inputs | fingerprint_settings(self._settings(stage))
+        inputs |= fingerprint_settings(settings, roots=roots)
+        if any(key.startswith("code ") for key in inputs):
+            inputs |= self.own_inputs(self.command_line(stage, self.run_dir / self.spec.folder(stage.name)))
+        return inputs
 
     def as_before(self, stage: StageSpec, before: Mapping[str, str]) -> bool:
         """Returns whether the inputs that the user controls are unchanged since ``before``."""

@@ -20,6 +20,7 @@ from vidreason.pipelines.spec import PipelineSpec, StageSpec
 from vidreason.pipelines.state import changed_inputs, find_taken_stage, save_state, unreadable_note
 from vidreason.pipelines.summary import write_summary
 from vidreason.run_folder import COMMAND_FILE, PIPELINE_FILE, RunState, StageRecord, artefact_path
+from vidreason.run_lock import lock_run_folder
 
 
 class PipelineRun:
@@ -50,7 +51,7 @@ class PipelineRun:
         self.spec, self.run_dir, self.commands, self.again = spec, run_dir, commands, again
         self.use = {spec.stage(name).name: folder for name, folder in (use or {}).items()}
         self.state = RunState.load(run_dir) or RunState(spec.name)
-        self.inputs = StageInputs(spec, run_dir, self.state)
+        self.inputs = StageInputs(spec, run_dir, self.state, commands.own_inputs)
         names = [stage.name for stage in spec.stages]
         self.stages = spec.stages[: names.index(spec.stage(until).name) + 1] if until else spec.stages
         if self.state.pipeline != spec.name:
@@ -77,7 +78,7 @@ class PipelineRun:
         return True
 
     def run(self) -> int:
-        """Runs every stage that has not finished with its current inputs.
+        """Runs every stage that has not finished with its current inputs, while no other process writes there.
 
         Returns:
             0, or the exit status of the stage that failed.
@@ -85,6 +86,10 @@ class PipelineRun:
         Raises:
             ValueError: If a stage of ``use`` has other inputs, or a stage did not write its artefact.
         """
+        with lock_run_folder(self.run_dir):
+            return self._run_locked()
+
+    def _run_locked(self) -> int:
         write_text(self.run_dir / PIPELINE_FILE, self.spec.as_yaml())
         try:
             if not self.prepare():
@@ -140,7 +145,7 @@ class PipelineRun:
         record = self.state.stages.get(stage.name)
         if record is not None and record.taken:
             record = None  # taken from another run by an earlier call; this one runs it itself
-        changed = [] if record is None else changed_inputs(record.inputs, inputs)
+        changed = [] if record is None else changed_inputs(record.inputs, inputs, prove=record.done)
         if record is not None and (changed or record.folder != self.spec.folder(stage.name)):
             print(f"{title}: runs again, changed: {', '.join(changed) or 'its place in the pipeline'}")
             record = None

@@ -7,6 +7,7 @@ of several that exists). The command determines which artefact a stage writes.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Literal, cast
 
 import yaml
 
+from vidreason.config.command_files import check_section, check_yaml
 from vidreason.config.files import PREFIX, find_config, shipped_folder
 from vidreason.config.moved_keys import PIPELINE_MOVED, explain_moved
 from vidreason.pipelines.fingerprints import read_yaml
@@ -163,9 +165,15 @@ def locate_config(name: str) -> Path:
     """Returns the path of a config file in the current folder or, failing that, among the shipped files.
 
     Raises:
-        ValueError: If it is in neither place.
+        ValueError: If it is in neither place, or no YAML file.
     """
-    path = find_config(name)
+    try:
+        check_section("--data", name)
+        path = find_config(name)
+        if path is not None:
+            check_yaml(path)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
     if path is None:
         raise ValueError(f"no file {name!r}, neither from {Path.cwd()} nor among the shipped configs")
     return path

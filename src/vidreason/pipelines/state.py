@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vidreason.datamodules.atomic_files import write_text
+from vidreason.pipelines.content import UNPROVEN
 from vidreason.run_folder import STATE_FILE, STATE_VERSION, UNREADABLE_FILE, RunState, StageRecord
 
 
@@ -20,13 +21,20 @@ def save_state(state: RunState, run_dir: Path) -> None:
     write_text(run_dir / STATE_FILE, json.dumps({"vidreason_state": STATE_VERSION, **asdict(state)}, indent=1))
 
 
-def changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def changed_inputs(before: Mapping[str, str], now: Mapping[str, str], prove: bool = True) -> list[str]:
     """Returns the sorted names of inputs that were added, removed or changed.
+
+    Args:
+        before: Fingerprints by name.
+        now: Fingerprints by name.
+        prove: Whether an input that cannot be proven unchanged counts as changed; it is then named with the reason.
 
     >>> changed_inputs({"set seed": "0", "file a.yaml": "x"}, {"set seed": "1", "file a.yaml": "x"})
     ['set seed']
     """
-    return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    changed = {key for key in {*before, *now} if before.get(key) != now.get(key)}
+    unproven = [f"{key} ({value})" for key, value in now.items() if value.startswith(UNPROVEN) and key not in changed]
+    return sorted([*changed, *(unproven if prove else [])])
 
 
 def find_taken_stage(name: str, folder: Path) -> tuple[Path, StageRecord]:

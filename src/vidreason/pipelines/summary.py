@@ -87,8 +87,8 @@ def probability_scores(predictions: Sequence[Prediction]) -> tuple[float, float,
 
     from vidreason.lightning_modules.decisions.metrics import UNDECIDED, ClassificationMetrics
 
-    classes = next((tuple(p.probs) for p in predictions if p.probs), None)
-    if classes is None:
+    classes = next((tuple(p.probs) for p in predictions if p.probs and not p.failed), None)
+    if classes is None:  # single sampled answers; what could not be read has uniform ones
         return None
     metrics = ClassificationMetrics(classes)
     equal = dict.fromkeys(classes, 1 / len(classes))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len
 
+from vidreason.spelling import printable
+
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table with the first column aligned left and the others right; a wide character takes two places.
@@ -21,6 +23,7 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     走路   12
     run     3
     """
+    header, *rows = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(cell_len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def blank(cell: str, width: int) -> str:

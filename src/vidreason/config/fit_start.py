@@ -1,0 +1,73 @@
+"""How ``vidreason fit`` begins and ends: from the content of its run folder and the checkpoint to resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from vidreason.config.fit_folder import begin_fit, clear_folder, mark_finished
+from vidreason.config.machine import say
+from vidreason.config.run_record import saved_config
+from vidreason.lightning_internals import batches_done
+from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.fit.resume import check_checkpoint_file
+
+if TYPE_CHECKING:
+    from vidreason.config.trainer_cli import VideoCLI
+
+CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
+"""Values of ``Trainer(ckpt_path=...)`` that are not paths."""
+
+
+class PreparedFit(NamedTuple):
+    """A fit that is about to begin."""
+
+    runs: bool
+    """False if there is nothing to do."""
+    batches: int | None = None
+    """Finished batches of the checkpoint that is resumed."""
+
+
+def prepare_fit(cli: VideoCLI, force: bool, reset_optimizer: bool) -> PreparedFit:
+    """Decides from the content of the run folder whether a fit starts, is resumed, or has nothing to do.
+
+    Args:
+        cli: The command, whose ``ckpt_path`` is set if an unfinished fit is resumed.
+        force: Whether to start again where the folder holds another fit.
+        reset_optimizer: Whether to take only the weights of the checkpoint.
+
+    Raises:
+        ValueError: If the folder holds another fit, or the checkpoint to resume belongs to another stage.
+    """
+    init = cli.config_init["fit"]
+    config = saved_config(cli._parser("fit"), cli.config["fit"])
+    given = init.ckpt_path if init.ckpt_path not in CKPT_KEYWORDS else None
+    if force:
+        if cli.trainer.is_global_zero:
+            clear_folder(cli.run_dir, config)
+    else:
+        beginning = begin_fit(cli.run_dir, config, given, reset_optimizer)
+        if beginning.action == "nothing":
+            say(f"{cli.run_dir}: this fit has finished: nothing to do (--force starts it again)")
+            return PreparedFit(runs=False)
+        if beginning.checkpoint is not None and given is None:
+            init.ckpt_path = given = str(beginning.checkpoint)
+            say(f"{cli.run_dir}: holds this fit, unfinished; resuming from {given}")
+    batches = None
+    if given is not None and isinstance(cli.model, VLMModule):
+        saved = check_checkpoint_file(given, cli.model)
+        cli.model.checkpoint_to_resume = Path(given)
+        cli.model.resume_weights_only = reset_optimizer
+        batches = None if reset_optimizer else saved["progress"]["batches"]
+    if reset_optimizer:
+        init.ckpt_path = None
+    return PreparedFit(True, batches)
+
+
+def end_fit(cli: VideoCLI, fit: PreparedFit) -> None:
+    """Records that a fit has finished, and says so if its checkpoint left nothing to train."""
+    trainer = cli.trainer
+    if fit.batches is not None and fit.batches == batches_done(trainer):
+        say(f"nothing to do: the checkpoint has all {fit.batches} batches; raise trainer.max_epochs or max_steps")
+    if trainer.is_global_zero:
+        mark_finished(cli.run_dir, trainer.global_step, trainer.current_epoch)

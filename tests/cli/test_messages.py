@@ -1,0 +1,104 @@
+"""Mistakes that other projects' users report most: each is one line that names the cause and a remedy that works."""
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+from errors_page import FIT
+
+from vidreason.cli.main import main
+from vidreason.datamodules.manifest import ManifestDataModule
+from vidreason.datamodules.sources.folders import read_layout
+from vidreason.spelling import printable
+
+
+def said(capfd, argv) -> str:
+    """The error of a command that is refused with status 2."""
+    capfd.readouterr()
+    assert main(list(argv)) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0].removeprefix("error: ")
+
+
+SLIPS = {
+    "blank": (lambda text: text.replace("  batch", "   batch", 1).encode(), "bad.yaml, line 4, column 3: not"),
+    "tab": (lambda text: text.replace("  batch_size", "\tbatch_size", 1).encode(), "bad.yaml, line 3, column 1: not"),
+    "utf-16": (lambda text: text.encode("utf-16"), "bad.yaml: not in UTF-8 (byte 0): save it as UTF-8"),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+@pytest.mark.parametrize("option", ["--data", "--config"])
+def test_a_slip_in_yaml_has_line_and_column(here, capfd, slip, option):
+    break_it, message = SLIPS[slip]
+    Path("bad.yaml").write_bytes(break_it("class_path: x\ninit_args:\n  batch_size: 2\n  manifest: a\n"))
+    assert said(capfd, [*FIT, option, "bad.yaml"]).startswith(message)
+
+
+@pytest.mark.parametrize(("value", "what"), [("t.csv", "a table"), ("clips", "a folder")])
+def test_data_that_are_no_section_are_named_with_the_command_that_writes_one(here, capfd, value, what):
+    message = said(capfd, [*FIT, "--data", value])
+    assert f"--data {value}: a section file (.yaml with class_path and init_args) is expected, not {what}" in message
+    assert f"`vidreason init {value} --out task` writes one: --data task/data.yaml" in message
+    pipeline = ["pipeline", "--config", "configs/pipelines/zero_shot.yaml", "--run_dir", "x", "--data", value]
+    assert what in said(capfd, pipeline)
+
+
+def test_a_logger_without_its_package(here, capfd):
+    message = said(capfd, [*FIT, "--trainer.logger", "lightning.pytorch.loggers.WandbLogger"])
+    assert message.startswith("lightning.pytorch.loggers.WandbLogger: needs a package: pip install 'wandb")
+
+
+def test_an_interval_that_lightning_refuses(here, capfd):
+    assert "`val_check_interval` (50) must be less than" in said(capfd, [*FIT, "--trainer.val_check_interval", "50"])
+
+
+def test_backslashes_are_separators_where_no_file_has_that_name(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for name in ("a.mp4", "b.mp4", "odd\\c.mp4"):
+        (tmp_path / "clips" / name).write_bytes(b"x")
+    table = tmp_path / "t.csv"
+    table.write_text("path,label,split\nclips\\a.mp4,a,train\nclips\\b.mp4,b,train\nclips/odd\\c.mp4,b,train\n")
+    data = ManifestDataModule(table)
+    found = {clip.path.relative_to(tmp_path).as_posix() for split in data.splits() for clip in data.samples(split)}
+    assert found == {"clips/a.mp4", "clips/b.mp4", "clips/odd\\c.mp4"}
+    table.write_text("path,label,split\nC:\\clips\\a.mp4,a,train\nclips/b.mp4,b,train\n")
+    with pytest.raises(ValueError, match="a path of a Windows drive; make it relative to root"):
+        ManifestDataModule(table).samples("train")
+
+
+def test_no_file_of_a_class_folder_is_passed_over_without_being_listed(tmp_path):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.mp4").write_bytes(b"x")
+    os.mkfifo(tmp_path / "a" / "pipe.mp4")
+    (tmp_path / "b" / "lost.mp4").symlink_to("nowhere")
+    layout = read_layout(tmp_path)
+    assert len(layout.clips) == 2
+    assert layout.others == {"pipe.mp4 (not a regular file)": 1, "lost.mp4 (not a regular file)": 1}
+
+
+def test_names_are_printed_without_control_characters(here, capfd):
+    task = {"name": "t", "question": "what?", "classes": ["a", "b\x1b[2J"]}
+    Path("task.yaml").write_text(yaml.safe_dump(task))
+    message = said(capfd, [*FIT, "--data.init_args.task", "task.yaml"])
+    assert "\x1b" not in message
+    assert printable("走路 é\n") == "走路 é\n"
+
+
+def test_warnings_of_libraries_to_programmers_are_hidden(monkeypatch, capfd):
+    from vidreason.cli import configs
+
+    def noisy(argv):
+        warnings.warn("will be removed in v6", FutureWarning, stacklevel=2)
+        warnings.warn("this one is for you", UserWarning, stacklevel=2)
+        return 0
+
+    monkeypatch.setattr(configs, "main", noisy)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        assert main(["configs"]) == 0
+    assert [str(one.message) for one in seen] == ["this one is for you"]

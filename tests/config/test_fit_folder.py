@@ -1,0 +1,125 @@
+"""What a fit does in a folder that an earlier one has used: the table of docs/resume.md, cell by cell."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidreason.cli.main import main
+
+FIT = ["fit", "--config", "configs/stage.yaml", "--run_dir", "runs/x", "--trainer.max_steps", "5"]
+OTHER = ["--model.init_args.optimizer.init_args.lr", "0.2"]
+LAST = Path("runs/x/checkpoints/last.ckpt")
+
+
+def content(folder: str = "runs/x") -> dict[str, bytes]:
+    return {path.as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def steps() -> int:
+    return int(torch.load(LAST, weights_only=True)["global_step"])
+
+
+@pytest.fixture
+def used(project, request):
+    """The run folder as an earlier fit has left it."""
+    state = request.param
+    if state == "finished fit":
+        assert main(FIT) == 0
+        assert steps() == 5
+    if state == "unfinished fit":
+        assert main([*FIT, "--model.init_args.interrupt_at", "2"]) == 130
+        assert steps() == 3
+        # as if it had been interrupted from outside: the setting is one of these tests
+        config = Path("runs/x/config.yaml")
+        config.write_text(config.read_text().replace("interrupt_at: 2", "interrupt_at: -1"))
+    return state
+
+
+EVERY = pytest.mark.parametrize("used", ["nothing", "unfinished fit", "finished fit"], indirect=True)
+
+
+@EVERY
+def test_the_same_configuration_starts_is_resumed_or_has_nothing_to_do(used, capsys):
+    before = content()
+    capsys.readouterr()
+    assert main(FIT) == 0
+    said = capsys.readouterr().err
+    assert steps() == 5
+    assert (f"resuming from {LAST}" in said) == (used == "unfinished fit")
+    assert ("nothing to do" in said) == (used == "finished fit")
+    assert (content() == before) == (used == "finished fit")
+
+
+@EVERY
+def test_another_configuration_never_writes_over_a_fit(used, capsys):
+    before = content()
+    capsys.readouterr()
+    assert main([*FIT, *OTHER]) == (0 if used == "nothing" else 2)
+    if used == "nothing":
+        return
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert content() == before
+    assert "model.init_args.optimizer.init_args.lr is 0.2, was 0.1" in said
+    assert "--ckpt_path" not in said, "the checkpoint would be refused"
+    assert re.search(r"--force .* or another --run_dir$", said)
+    assert main([*FIT, *OTHER, "--force"]) == 0
+    assert steps() == 5
+    assert content("runs/x.old") == {name.replace("runs/x", "runs/x.old"): held for name, held in before.items()}
+    assert main([*FIT, *OTHER]) == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("used", ["finished fit"], indirect=True)
+def test_a_finished_fit_goes_on_from_its_checkpoint_as_the_message_says(used, capsys):
+    longer = [*FIT, "--trainer.max_steps", "7"]
+    assert main(longer) == 2
+    remedy = re.search(r"give (--ckpt_path \S+) to go on", capsys.readouterr().err)
+    assert main([*longer, *remedy[1].split()]) == 0
+    assert steps() == 7
+
+
+@pytest.mark.parametrize("used", ["finished fit"], indirect=True)
+def test_force_moves_nothing_that_the_fit_reads(used, capsys):
+    before = content()
+    assert main([*FIT, "--force", "--ckpt_path", str(LAST)]) == 2
+    assert "ckpt_path is" in capsys.readouterr().err
+    assert content() == before
+
+
+@pytest.mark.parametrize("used", ["finished fit"], indirect=True)
+def test_fast_dev_run_writes_nothing(used, capsys):
+    before = content("runs")
+    assert main([*FIT, "--trainer.fast_dev_run", "true"]) == 0
+    assert main([*FIT[:-4], "--run_dir", "runs/new", "--trainer.fast_dev_run", "true"]) == 0
+    assert content("runs") == before
+
+
+HOLD = "import sys; sys.path[:0] = [{path!r}]; from run_lock import *; from pathlib import Path\n"
+HOLD += "with lock_run_folder(Path('runs/x')): print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_second_process_stops_and_takes_over_what_a_killed_one_left(project, capsys):
+    code = HOLD.format(path=str(Path(sys.modules["vidreason"].__file__).parent))
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    assert main(FIT) == 2
+    assert f"runs/x: process {holder.pid} on " in capsys.readouterr().err
+    assert not LAST.exists()
+    holder.kill()
+    holder.wait()
+    assert main(FIT) == 0
+    assert f"taking over the lock of process {holder.pid} on " in capsys.readouterr().err
+    assert steps() == 5
+    assert not Path("runs/x/run.lock").exists()
+
+
+def test_the_folder_may_move(project, capsys):
+    assert main(FIT) == 0
+    shutil.move("runs", "elsewhere")
+    assert main([*FIT[:-4], "--run_dir", "elsewhere/x", *FIT[-2:]]) == 0
+    assert "nothing to do" in capsys.readouterr().err
