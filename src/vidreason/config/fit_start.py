@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from lightning.pytorch.cli import LightningCLI
 
 from vidreason.config.fit_folder import begin_fit, clear_folder, mark_finished
 from vidreason.config.machine import say
@@ -11,9 +13,6 @@ from vidreason.config.run_record import saved_config
 from vidreason.lightning_internals import batches_done
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.fit.resume import check_checkpoint_file
-
-if TYPE_CHECKING:
-    from vidreason.config.trainer_cli import VideoCLI
 
 CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
 """Values of ``Trainer(ckpt_path=...)`` that are not paths."""
@@ -28,11 +27,12 @@ class PreparedFit(NamedTuple):
     """Finished batches of the checkpoint that is resumed."""
 
 
-def prepare_fit(cli: VideoCLI, force: bool, reset_optimizer: bool) -> PreparedFit:
+def prepare_fit(cli: LightningCLI, run_dir: Path, force: bool, reset_optimizer: bool) -> PreparedFit:
     """Decides from the content of the run folder whether a fit starts, is resumed, or has nothing to do.
 
     Args:
         cli: The command, whose ``ckpt_path`` is set if an unfinished fit is resumed.
+        run_dir: Its run folder.
         force: Whether to start again where the folder holds another fit.
         reset_optimizer: Whether to take only the weights of the checkpoint.
 
@@ -44,15 +44,15 @@ def prepare_fit(cli: VideoCLI, force: bool, reset_optimizer: bool) -> PreparedFi
     given = init.ckpt_path if init.ckpt_path not in CKPT_KEYWORDS else None
     if force:
         if cli.trainer.is_global_zero:
-            clear_folder(cli.run_dir, config)
+            clear_folder(run_dir, config)
     else:
-        beginning = begin_fit(cli.run_dir, config, given, reset_optimizer)
+        beginning = begin_fit(run_dir, config, given, reset_optimizer)
         if beginning.action == "nothing":
-            say(f"{cli.run_dir}: this fit has finished: nothing to do (--force starts it again)")
+            say(f"{run_dir}: this fit has finished: nothing to do (--force starts it again)")
             return PreparedFit(runs=False)
         if beginning.checkpoint is not None and given is None:
             init.ckpt_path = given = str(beginning.checkpoint)
-            say(f"{cli.run_dir}: holds this fit, unfinished; resuming from {given}")
+            say(f"{run_dir}: holds this fit, unfinished; resuming from {given}")
     batches = None
     if given is not None and isinstance(cli.model, VLMModule):
         saved = check_checkpoint_file(given, cli.model)
@@ -64,10 +64,10 @@ def prepare_fit(cli: VideoCLI, force: bool, reset_optimizer: bool) -> PreparedFi
     return PreparedFit(True, batches)
 
 
-def end_fit(cli: VideoCLI, fit: PreparedFit) -> None:
+def end_fit(cli: LightningCLI, run_dir: Path, fit: PreparedFit) -> None:
     """Records that a fit has finished, and says so if its checkpoint left nothing to train."""
     trainer = cli.trainer
     if fit.batches is not None and fit.batches == batches_done(trainer):
         say(f"nothing to do: the checkpoint has all {fit.batches} batches; raise trainer.max_epochs or max_steps")
     if trainer.is_global_zero:
-        mark_finished(cli.run_dir, trainer.global_step, trainer.current_epoch)
+        mark_finished(run_dir, trainer.global_step, trainer.current_epoch)

@@ -232,11 +232,11 @@ class VideoCLI(LightningCLI):
         check_machines(self.trainer)
         try:
             with lock_run_folder(self.run_dir) if self.trainer.is_global_zero else nullcontext():
-                fit = prepare_fit(self, self.force, self.reset_optimizer) if subcommand == "fit" else None
+                fit = prepare_fit(self, self.run_dir, self.force, self.reset_optimizer) if subcommand == "fit" else None
                 if fit is None or fit.runs:
                     self._run_locked(subcommand)
                 if fit is not None and fit.runs:
-                    end_fit(self, fit)
+                    end_fit(self, self.run_dir, fit)
         finally:
             if self._scratch is not None:
                 del os.environ[_SCRATCH_VARIABLE]
