@@ -114,6 +114,9 @@ FAMILIES = {
     "GLM-4.1V": Family(GLM4V, others.write_glm, {"rope_parameters": WHOLE}),
     "GLM-4.6V": Family(GLM4V, others.write_glm, {"rope_parameters": WHOLE, "newer": True, "flash": True}, clips=SLOW),
     "InternVL3": Family(InternVL, others.write_internvl, {}, internvl_embeddings),
+    "InternVL3.5": Family(
+        InternVL, others.write_internvl, {"model_type": "qwen3", "head_dim": 64}, internvl_embeddings
+    ),
     "LLaVA-OneVision": Family(
         LlavaOnevision, others.write_llava_onevision, {"image": 70}, llava_embeddings, adapter=False
     ),
