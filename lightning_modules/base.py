@@ -18,7 +18,6 @@ from typing import Any, ClassVar, TypeVar
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
@@ -39,12 +38,7 @@ from vidreason.lightning_modules.fit.optimizer_step import (
     UpdateOptions,
     check_trainer_options,
 )
-from vidreason.lightning_modules.fit.resume import (
-    ResumeFit,
-    check_attached,
-    check_checkpoint_file,
-    load_trained_weights,
-)
+from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, check_checkpoint_file, load_weights
 from vidreason.lightning_modules.fit.schedule import OptimOptions, count_steps
 from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable
 from vidreason.lightning_modules.fit.stopping import run_unless_stopped
@@ -52,12 +46,10 @@ from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceO
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
-from vidreason.lightning_modules.vlms.loading.weight_folders import read_info
 from vidreason.lightning_modules.weights.export import StartingWeights, export_weights, trained_state
-from vidreason.lightning_modules.weights.lineage import REVIEWED, Lineage, other_task
+from vidreason.lightning_modules.weights.lineage import Lineage, check_policy, check_task
 from vidreason.lightning_modules.weights.parameters import set_train_mode, trainable
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
-from vidreason.run_folder import TASK_FILE
 
 T = TypeVar("T")
 
@@ -106,8 +98,7 @@ class VLMModule(L.LightningModule):
         self.adapter_path = adapter_path
         self.optim = optim
         self.updates = updates
-        self.decide = decide
-        self.traces = traces
+        self.decide, self.traces = decide, traces
         self.batch_size = batch_size
         self.seed = run_seed(seed)
         self.completion = completion
@@ -115,7 +106,7 @@ class VLMModule(L.LightningModule):
         self.adapter_options = vlm.lora  # Of the adapter that is trained or run; None for the weights themselves.
         self.metrics = nn.ModuleDict()
         self.checkpoint_to_resume: Path | None = None  # Checked before texts are written; Lightning names it later.
-        self.resume_weights_only = False  # Whether a fit takes no more than the weights of that checkpoint.
+        self.weights_to_load: Path | None = None  # A checkpoint of which a fit takes no more than the weights.
         self._start: StartingWeights | None = None
         self._written: frozenset[str] = frozenset()  # Clips whose texts an earlier ``predict`` has written.
         self._fit_callbacks: list[Callback] = [ResumeFit(), SkipUnreadable(), StopOnNonFinite()]
@@ -158,7 +149,7 @@ class VLMModule(L.LightningModule):
         check_attached(self.trainer, self._fit_callbacks, type(self).__name__)
         data, task = self.data, self.data.task
         self.read_artefacts(task)
-        self.check_task(task, refuse=stage != "fit")
+        check_task(self.adapter_path, task, refuse=stage != "fit")  # A fit may begin with weights of another task.
         if stage == "predict":
             self.trainer.predict_loop.return_predictions = False  # Callbacks write them; they need not stay in memory.
             view = self.trace_generator(task).view
@@ -172,24 +163,6 @@ class VLMModule(L.LightningModule):
 
     def read_artefacts(self, task: Task) -> None:
         """Reads ``vidreason.json`` of earlier stages before weights are built; does nothing by default."""
-
-    def check_task(self, task: Task, refuse: bool = True) -> None:
-        """Checks that the starting weights were trained on the classes and definitions of ``task``.
-
-        Args:
-            task: The task that they are used for.
-            refuse: Whether another task is an error; a fit may begin with weights of another task.
-
-        Raises:
-            ValueError: If they were trained on others; the message names what differs.
-        """
-        differs = None if self.adapter_path is None else other_task(read_info(self.adapter_path), task)
-        if differs is None:
-            return
-        text = f"adapter_path: {self.adapter_path} was trained on {differs}"
-        if refuse:
-            raise ValueError(f"{text}; give the task of its run folder ({TASK_FILE}), or weights of this task")
-        rank_zero_warn(text)
 
     def train_view(self, task: Task) -> ClipView:
         """Returns the prompts and target texts of training."""
@@ -223,12 +196,12 @@ class VLMModule(L.LightningModule):
             self.model = self.build_model()
             set_train_mode(self.model)  # Frozen parts (a tower's BatchNorm) stay in eval mode.
         path, self.checkpoint_to_resume = self.checkpoint_to_resume, None
-        if path is not None and self.resume_weights_only:
-            load_trained_weights(path, self)
-        elif path is not None:
+        if path is not None:
             check_checkpoint_file(path, self, self.trainer)
         if self.trainer.state.fn != TrainerFn.PREDICTING:
             self.prepare_views()
+        if self.weights_to_load is not None:
+            load_weights(self.weights_to_load, self)  # After texts are written, as Lightning restores a checkpoint.
         frozen = self.vlm.vision_modules if self.vlm.freeze_vision else ()
         shard_weights(self.trainer.strategy, self.models(), frozen)
 
@@ -238,11 +211,7 @@ class VLMModule(L.LightningModule):
         Raises:
             ValueError: If ``adapter_path`` belongs to another base, has other LoRA options, or is a calibrator.
         """
-        if self.adapter_path is not None and REVIEWED in (info := read_info(self.adapter_path)):
-            raise ValueError(
-                f"adapter_path: {self.adapter_path} was written by stage {info.get('stage')!r} and reviews another "
-                "model's traces; give the adapter/ or weights/ of the stage before it"
-            )
+        check_policy(self.adapter_path)
         return self.vlm.build(self.adapter_path)
 
     def models(self) -> Sequence[nn.Module]:

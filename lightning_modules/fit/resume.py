@@ -153,7 +153,7 @@ def check_checkpoint_file(
     return saved
 
 
-def load_trained_weights(path: str | Path, module: L.LightningModule) -> None:
+def load_weights(path: str | Path, module: L.LightningModule) -> None:
     """Loads the trained weights of a checkpoint, and nothing else, into a stage whose model is built.
 
     Raises:

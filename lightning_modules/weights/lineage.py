@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.vlms.loading import weight_folders
 from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE
+from vidreason.run_folder import TASK_FILE
 
 REVIEWED = "policy"
 """Key of ``vidreason.json`` that only calibrators have: the path of the policy whose traces they review."""
@@ -60,6 +63,39 @@ def describe_weights(path: str | Path | None) -> str:
         return "the base, untrained"
     info = weight_folders.read_info(path)
     return f"stage {info.get('stage', 'of another program')}, step {info.get('global_step', '?')} ({path})"
+
+
+def check_policy(path: str | Path | None) -> None:
+    """Checks that weights are those of a policy.
+
+    Raises:
+        ValueError: If they are a calibrator's.
+    """
+    if path is not None and REVIEWED in (info := weight_folders.read_info(path)):
+        raise ValueError(
+            f"adapter_path: {path} was written by stage {info.get('stage')!r} and reviews another model's traces; give "
+            "the adapter/ or weights/ of the stage before it"
+        )
+
+
+def check_task(path: str | Path | None, task: Task, refuse: bool = True) -> None:
+    """Checks that weights were trained on the classes and definitions of ``task``.
+
+    Args:
+        path: Folder of the weights; None is the base, which fits every task.
+        task: The task that they are used for.
+        refuse: Whether another task is an error and not only a warning.
+
+    Raises:
+        ValueError: If they were trained on others; the message names what differs.
+    """
+    differs = None if path is None else other_task(weight_folders.read_info(path), task)
+    if differs is None:
+        return
+    text = f"adapter_path: {path} was trained on {differs}"
+    if refuse:
+        raise ValueError(f"{text}; give the task of its run folder ({TASK_FILE}), or weights of this task")
+    rank_zero_warn(text)
 
 
 def other_task(info: Mapping[str, object], task: Task) -> str | None:

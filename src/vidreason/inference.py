@@ -31,7 +31,7 @@ from vidreason.datamodules.types import Clip, VideoBatch
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.decisions.deciders import AnswerDecider, Decider, ReviewDecider
 from vidreason.lightning_modules.decisions.predictions import BatchDecisions
-from vidreason.lightning_modules.weights.lineage import describe_weights
+from vidreason.lightning_modules.weights.lineage import check_task, describe_weights
 
 Video = str | os.PathLike[str] | np.ndarray | Tensor
 
@@ -80,7 +80,7 @@ class VideoClassifier:
         self._fabric = L.Fabric(accelerator=built.accelerator, devices=1, precision=built.precision)
         with torch.inference_mode(), quietly(), _random_state_restored():
             self._module.read_artefacts(self._task)
-            self._module.check_task(self._task)
+            check_task(self._module.adapter_path, self._task)
             self._model = self._module.build_model().to(self._fabric.device).eval()
 
     @classmethod

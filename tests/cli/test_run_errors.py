@@ -277,6 +277,8 @@ MISTAKES = {
 TOO_MANY = "… of … training clips"
 NOT_SUPPORTED = "training clips cannot be read"
 LEFT_OUT = "… could not be read"
+ELSEWHERE = ("…, line …, column", "…: not in UTF-8", "--… …: a section", "… needs a package", "--run …: …")
+ELSEWHERE += ("adapter_path: … was trained on …; give",)
 LOCKED = "…: … is writing there"
 MOVED = "… has moved to … (in …)"
 
@@ -359,12 +361,8 @@ def test_a_stage_that_does_not_support_masked_samples_fails(capfd, monkeypatch):
 
 def test_every_documented_message_is_produced_above():
     everything = [*documented("Commands and runs"), *documented("Failures")]
-    elsewhere = {
-        TOO_MANY_GPUS,
-        FULL_DISK,
-        MOVED,
-        LOCKED,
-    }  # test_devices, test_full_disk, test_moved_keys, test_fit_folder
+    # tests of devices, disks, keys, folders, messages and classify
+    elsewhere = {TOO_MANY_GPUS, FULL_DISK, MOVED, LOCKED, *ELSEWHERE}
     starts = {*MISTAKES.values(), *elsewhere, TOO_MANY, NOT_SUPPORTED, LEFT_OUT}
     assert len(everything) == len(starts)
     assert all(sum(row.startswith(start) for start in starts) == 1 for row in everything)

@@ -44,6 +44,7 @@ _SYSTEM_SAYS_NO = {
 
 _FAILURES = {
     "DecodeError": exit_codes.ERROR,
+    "NonFiniteError": exit_codes.ERROR,
     "TooManyUnreadableError": exit_codes.ERROR,
     "NoParsedCompletionsError": exit_codes.UNPARSED,
 }

@@ -56,9 +56,10 @@ def prepare_fit(cli: LightningCLI, run_dir: Path, force: bool, reset_optimizer: 
     batches = None
     if given is not None and isinstance(cli.model, VLMModule):
         saved = check_checkpoint_file(given, cli.model)
-        cli.model.checkpoint_to_resume = Path(given)
-        cli.model.resume_weights_only = reset_optimizer
-        batches = None if reset_optimizer else saved["progress"]["batches"]
+        if reset_optimizer:
+            cli.model.weights_to_load = Path(given)
+        else:
+            cli.model.checkpoint_to_resume, batches = Path(given), saved["progress"]["batches"]
     if reset_optimizer:
         init.ckpt_path = None
     return PreparedFit(True, batches)

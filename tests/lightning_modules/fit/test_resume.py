@@ -154,7 +154,7 @@ def test_weights_only_begin_another_fit(make_vlm, make_data, make_trainer, fit):
     _, path = fit("a", 2, cosine())
     saved = torch.load(path, weights_only=True)["state_dict"]
     module = RationaleSFTModule(make_vlm(), optim=cosine(0.25))
-    module.checkpoint_to_resume, module.resume_weights_only = path, True
+    module.weights_to_load = path
     began = {}
 
     class Beginning(Callback):
