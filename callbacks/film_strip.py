@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vidreason.datamodules.clips.decoded import DecodeError
-from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.reading import read_frames
 
 STRIP_FRAMES = 6
 STRIP_HEIGHT = 128

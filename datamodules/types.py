@@ -77,6 +77,8 @@ class FailedClip:
 
     clip: Clip
     error: str
+    stopped: bool = False
+    """True if a signal stopped the run during the read, so that nothing is known about the clip."""
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,9 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--timeout",
         type=_positive,
-        default=60.0,
+        default=30.0,
         metavar="S",
-        help="seconds that reading one clip may take (default: 60)",
+        help="seconds that reading one clip may take (default: 30)",
     )
     parser.add_argument(
         "--workers", type=int, default=_cores(), metavar="N", help="clips read at the same time (default: the cores)"

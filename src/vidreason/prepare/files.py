@@ -17,7 +17,7 @@ from vidreason.datamodules.split_names import STANDARD_SPLITS
 from vidreason.run_folder import TASK_FILE, UNREADABLE_FILE
 
 if TYPE_CHECKING:  # these modules import torch
-    from vidreason.datamodules.sources.probing import ClipProbe
+    from vidreason.datamodules.clips.measuring import ClipProbe
     from vidreason.datamodules.types import Clip
     from vidreason.prepare.frames import FrameSuggestion
 
@@ -29,7 +29,10 @@ MANIFEST, UNREADABLE, TASK, DATA, README = FILES = (
     "README.txt",
 )
 _OWN_COLUMNS = ("path", "label", "split", "group", "video_id")
-_MEASURED = ("clip_seconds", "clip_fps", "clip_frames", "clip_width", "clip_height", "clip_sha256")
+_MEASURED = (
+    *("clip_seconds", "clip_fps", "clip_frames", "clip_width", "clip_height", "clip_sha256"),
+    *("clip_reader", "clip_reader_reason"),
+)
 _DEFAULT_QUESTION = "What happens in the video?"
 
 
@@ -56,7 +59,10 @@ def manifest_text(clips: Sequence[Clip], probes: Mapping[str, ClipProbe], folder
     rows = []
     for clip in clips:
         probe = probes[clip.video_id]
-        measured = (f"{probe.seconds:.3f}", f"{probe.fps:.3f}", probe.frames, probe.width, probe.height, probe.sha)
+        measured = (
+            *(f"{probe.seconds:.3f}", f"{probe.fps:.3f}", probe.frames, probe.width, probe.height, probe.sha),
+            *(probe.reader, probe.why),
+        )
         own = (relative_path(clip.path, folder), clip.label, clip.split, clip.group, clip.video_id)
         rows.append((*own, *measured, *(clip.fields.get(name, "") for name in names)))
     return _csv((*taken, *names.values()), rows)

@@ -16,10 +16,11 @@ from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.sources.source import Source, SourceClip, SourceOptions, read_source
 from vidreason.prepare import files, report
 from vidreason.prepare.files import LeftOut, printable
+from vidreason.signals import handle_signals
 
 if TYPE_CHECKING:
+    from vidreason.datamodules.clips.measuring import ClipProbe
     from vidreason.datamodules.sources.new_splits import Assignment
-    from vidreason.datamodules.sources.probing import ClipProbe
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,14 @@ def _probe(source: Source, workers: int, timeout: float) -> tuple[dict[str, Clip
     probes: dict[str, ClipProbe] = {}
     left_out: list[LeftOut] = []
     readable = [clip for clip in source.clips if _is_text(clip)]
-    results = probe_clips([clip.file for clip in readable], workers, timeout)
+    results = probe_clips([(clip.file, None) for clip in readable], workers, timeout)
     bar = tqdm(results, total=len(readable), desc="reading clips", unit="clip", leave=False, disable=None)
-    for clip, result in zip(readable, bar, strict=True):
-        if isinstance(result, Unreadable):
-            left_out.append(LeftOut(clip.file, clip.name, clip.label, result.reason))
-        else:
-            probes[clip.name] = result
+    with handle_signals():  # Ctrl-C ends the reads, too
+        for clip, result in zip(readable, bar, strict=True):
+            if isinstance(result, Unreadable):
+                left_out.append(LeftOut(clip.file, clip.name, clip.label, result.reason))
+            else:
+                probes[clip.name] = result
     for clip in source.clips:
         if not _is_text(clip):
             label, reason = printable(clip.label), "its name is not UTF-8; rename it"

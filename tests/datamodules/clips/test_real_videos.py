@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vidreason.datamodules.clips.decoded import DecodeError
-from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.reading import read_frames
 from vidreason.datamodules.manifest import ManifestDataModule
 
 
