@@ -123,7 +123,7 @@ class KnownClips:
         self.timeout = timeout
         self._by_size: dict[int, list[Clip]] = {}
         for clip in clips:
-            if clip.path.is_file():
+            if clip.path.is_file() and clip.stretch is None:
                 self._by_size.setdefault(clip.path.stat().st_size, []).append(clip)
         self._digests: dict[Path, str] = {}
 

@@ -21,7 +21,7 @@ from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.clips.placeholder_video import blackened, placeholder_video
 from vidreason.datamodules.clips.reading import ReadStoppedError, ReadTimeoutError, call_reader, read_frames
-from vidreason.datamodules.file_hash import content_sha
+from vidreason.datamodules.file_hash import content_sha, file_version
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
 from vidreason.signals import use_stop_pipe
@@ -91,7 +91,7 @@ class ClipDataset(Dataset[LoadedClip]):
         self.frames = frames
         self.seed = seed
         self.train = train
-        self._contents: dict[tuple[str, int, int], str] = {}
+        self._contents: dict[tuple[str, str], str] = {}
         self._timeouts: Counter[Path] = Counter()
 
     def __len__(self) -> int:
@@ -135,7 +135,7 @@ class ClipDataset(Dataset[LoadedClip]):
         if self._timeouts[clip.path] >= _MOST_TIMEOUTS:
             raise DecodeError(f"{clip.path}: not read within {self.frames.timeout:g} seconds, twice")
         try:
-            return read_frames(clip.path, self.frames, jitter)
+            return read_frames(clip.path, self.frames, jitter, clip.stretch)
         except ReadTimeoutError:
             self._timeouts[clip.path] += 1
             raise
@@ -147,10 +147,9 @@ class ClipDataset(Dataset[LoadedClip]):
             DecodeError: If it cannot be read within the time limit.
         """
         try:
-            found = clip.path.stat()
+            key = (str(clip.path), file_version(clip.path))  # a file that was replaced is hashed again
         except OSError:
             return ""
-        key = (str(clip.path), found.st_mtime_ns, found.st_size)  # a file that was replaced is hashed again
         if key not in self._contents:
             self._contents[key] = call_reader(content_sha, clip.path, timeout=self.frames.timeout)
         return self._contents[key]
@@ -161,7 +160,9 @@ class ClipDataset(Dataset[LoadedClip]):
         content = "" if jittered else self.content(clip)
         if not content:
             return ""
-        taken = f"{content} {video.timing.indices} {tuple(video.frames.shape)} {video.reader} {self.frames}"
+        taken = (
+            f"{content} {clip.stretch} {video.timing.indices} {tuple(video.frames.shape)} {video.reader} {self.frames}"
+        )
         return hashlib.sha256(taken.encode()).hexdigest()
 
     def _jitter(self, clip: Clip, epoch: int) -> torch.Generator:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vidreason.datamodules.clips.sampling import Stretch
 from vidreason.datamodules.sources.chat_records import holds_chats, table_of_chats
 from vidreason.datamodules.sources.columns import ColumnNames, Columns, find_columns
 from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES, Layout, read_layout
 from vidreason.datamodules.sources.rows import Row, Table, read_delimited, read_records, table_of
+from vidreason.datamodules.sources.stretches import STRETCH_COLUMNS, name_of, stretch_of
 from vidreason.datamodules.sources.table_paths import absolute, locator, path_of
 from vidreason.datamodules.split_names import standard_split
 
@@ -36,6 +38,8 @@ class SourceClip:
     """All other columns."""
     place: str = ""
     """``row 12``, or the path within the folder."""
+    stretch: Stretch | None = None
+    """The part of the video that the clip is; None is all of it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def _from_layout(folder: Path, layout: Layout) -> Source:
         notes.append(f"left out, as they are no clips by their names: {kinds}")
     if not clips and layout.others:
         raise ValueError(
-            f"{folder}: no clips in its folders, only {kinds}; pictures of one clip go into one .zip, "
+            f"{folder}: no clips in its folders, only {kinds}; pictures of one clip go into a folder or .zip, "
             "and a manifest may name files of any kind"
         )
     notes += [f"{folder / name} is not used; give it as SOURCE if it says more" for name in _manifests(folder)]
@@ -157,7 +161,7 @@ def _from_file(path: Path, options: SourceOptions) -> Source:
             _check_none(path, f"no split (column {columns.split!r}), though other rows have one", blank)
     locate, where_from = locator(path, [row.get(columns.path) for row in rows], options.root)
     notes += where_from
-    return Source(path, kind, tuple(_clip(row, columns, locate) for row in rows), tuple(notes), question)
+    return Source(path, kind, tuple(_clip(row, columns, locate, path) for row in rows), tuple(notes), question)
 
 
 def _read_text_table(path: Path) -> tuple[Table, str]:
@@ -195,30 +199,35 @@ def _select(table: Table, where: Mapping[str, str], path: Path) -> Sequence[Row]
     return rows
 
 
-def _clip(row: Row, columns: Columns, locate: Callable[[str], Path]) -> SourceClip:
+def _clip(row: Row, columns: Columns, locate: Callable[[str], Path], table: Path) -> SourceClip:
     path = path_of(row.get(columns.path))
-    known = {columns.path, columns.label, columns.split, columns.group}
+    known = {columns.path, columns.label, columns.split, columns.group, "video_id", *STRETCH_COLUMNS}
+    try:
+        stretch = stretch_of(row)
+    except ValueError as error:
+        raise ValueError(f"{table}: {row.place}: {error}") from error
     return SourceClip(
         file=locate(path),
-        name=row.get("video_id") or path,
+        name=row.get("video_id") or name_of(path, stretch),
         label=_label(row.get(columns.label)),
         split=standard_split(row.get(columns.split)) if columns.split else "",
         group=row.get(columns.group) if columns.group else "",
-        fields={key: value for key, value in row.values.items() if key not in known and key != "video_id"},
+        fields={key: value for key, value in row.values.items() if key not in known},
         place=row.place,
+        stretch=stretch,
     )
 
 
 def _once_each(source: Source) -> Source:
-    """Removes repeated rows about the same file.
+    """Removes repeated rows about the same file, or the same part of it.
 
     Raises:
         ValueError: If they contradict each other.
     """
-    first: dict[Path, SourceClip] = {}
+    first: dict[tuple[Path, Stretch | None], SourceClip] = {}
     twice: list[str] = []
     for clip in source.clips:
-        other = first.setdefault(clip.file, clip)
+        other = first.setdefault((clip.file, clip.stretch), clip)
         if other is clip:
             continue
         for what in ("label", "split", "group"):

@@ -109,7 +109,7 @@ def _probe(source: Source, workers: int, timeout: float) -> tuple[dict[str, Clip
     probes: dict[str, ClipProbe] = {}
     left_out: list[LeftOut] = []
     readable = [clip for clip in source.clips if _is_text(clip)]
-    results = probe_clips([(clip.file, None) for clip in readable], workers, timeout)
+    results = probe_clips([(clip.file, clip.stretch) for clip in readable], workers, timeout)
     bar = tqdm(results, total=len(readable), desc="reading clips", unit="clip", leave=False, disable=None)
     with handle_signals():  # Ctrl-C ends the reads, too
         for clip, result in zip(readable, bar, strict=True):
@@ -144,17 +144,23 @@ def _assign(source: Source, probes: Mapping[str, ClipProbe], seed: int, anew: bo
     from vidreason.datamodules.types import Clip
 
     clips = [
-        Clip(clip.file, clip.label, clip.name, "" if anew else clip.split, clip.group, clip.fields, clip.place)
+        Clip(
+            *(clip.file, clip.label, clip.name, "" if anew else clip.split, clip.group, clip.fields, clip.place),
+            stretch=clip.stretch,
+        )
         for clip in source.clips
         if clip.name in probes
     ]
     shas = [probes[clip.video_id].sha for clip in clips]
+    parts = [sha if clip.stretch is None else f"{sha} {clip.stretch}" for clip, sha in zip(clips, shas, strict=True)]
+    # the parts of a video belong together, unless the source has groups of its own
+    together = [part if clip.group else sha for clip, sha, part in zip(clips, shas, parts, strict=True)]
     try:
-        assignment = assign_splits(group_by_content(clips, shas), shas, seed)
+        assignment = assign_splits(group_by_content(clips, together), together, seed)
     except ValueError as error:
         hint = "" if anew or not any(clip.split for clip in source.clips) else "; --new-splits makes all of them"
         raise ValueError(f"{source.path}: {error}{hint}") from error
-    for line in report.copy_lines(clips, shas):
+    for line in report.copy_lines(clips, parts):
         print(line)
     return assignment
 
