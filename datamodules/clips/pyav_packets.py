@@ -22,6 +22,7 @@ TIME_SLACK = 1e-3
 """Seconds by which the times in a container may be rounded."""
 _SEEK_BACK = (0.0, 2.0, 10.0, 60.0)  # seconds before the stretch; some containers seek behind the target
 _FIRST_PACKETS = 32  # among which the first frame is, although packets are in the order of decoding
+_IDR, _SPS = 5, 7  # types of NAL units in H.264 (ITU-T H.264, table 7-1)
 _SIMPLE_CONTAINERS = ("mov,mp4", "matroska")
 
 
@@ -59,7 +60,7 @@ def survey(path: Path, stretch: Stretch | None = None) -> Survey:
         if stretch is not None:
             origin = _first_time(container, stream)
             seek_before(container, stream, origin + stretch.start)
-        found = _Packets()
+        found = _Packets(stream.codec_context.extradata or b"" if stream.codec_context.name == "h264" else None)
         last = None if stretch is None else origin + stretch.end
         for packet in packets_of(container, stream):
             if packet is None or packet.size == 0:
@@ -81,7 +82,13 @@ def survey(path: Path, stretch: Stretch | None = None) -> Survey:
 
 
 class _Packets:
-    def __init__(self) -> None:
+    """Collects packets; for H.264, ``extradata`` is the avcC record of the container."""
+
+    def __init__(self, extradata: bytes | None) -> None:
+        self.extradata = extradata
+        self.parameters: set[bytes] = set()
+        if extradata is not None and extradata[:1] == b"\1" and len(extradata) > 8:
+            self.parameters.add(extradata[8 : 8 + int.from_bytes(extradata[6:8], "big")])  # the first SPS of avcC
         self.times: list[float] = []
         self.keys: list[float] = []
         self.packets = 0
@@ -100,8 +107,38 @@ class _Packets:
         self.times.append(time)
         if packet.is_keyframe:
             self.keys.append(time)
+            if self.extradata is not None:
+                self._look_into(bytes(packet))
         if self.packets > 1 and packet.has_sidedata("new_extradata"):
             self.oddity = "a change of format in mid-file"
+
+    def _look_into(self, packet: bytes) -> None:
+        """Looks for what decord does not expect in a key frame: a new format, or no complete picture."""
+        assert self.extradata is not None
+        units = dict(nal_units(packet, self.extradata))
+        if _SPS in units:
+            self.parameters.add(units[_SPS])
+        if len(self.parameters) > 1:
+            self.oddity = "a change of format in mid-file"
+        elif _IDR not in units:
+            self.oddity = "key frames from which decoding cannot start"
+
+
+def nal_units(packet: bytes, extradata: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields type and bytes of the NAL units of an H.264 packet; nothing if they have no lengths (ISO/IEC 14496-15).
+
+    Args:
+        packet: The packet.
+        extradata: The avcC record, whose fifth byte tells how many bytes a length has.
+    """
+    if len(extradata) < 5 or extradata[0] != 1:
+        return
+    size = (extradata[4] & 3) + 1
+    place = 0
+    while place + size < len(packet):
+        start = place + size
+        place = start + int.from_bytes(packet[place:start], "big")
+        yield packet[start] & 31, packet[start:place]
 
 
 def _oddity(container: InputContainer, stream: VideoStream) -> str:
