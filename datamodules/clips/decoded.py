@@ -52,8 +52,8 @@ class DecodedFrames:
     """True if parts of the file could not be read."""
     why: str = ""
     """Why this reader was used and not decord; empty if decord was, or if there is no choice."""
-    rotation: int = 0
-    """Degrees by which the frames were turned to stand upright."""
+    size: tuple[int, int] = (0, 0)
+    """Width and height of the first frame before it was resized, upright."""
 
 
 @dataclass(frozen=True)

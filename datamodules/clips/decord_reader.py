@@ -51,10 +51,10 @@ def read_with_decord(path: Path, choose: FrameChooser, max_pixels: int | None, f
         if not (math.isfinite(fps) and fps > 0):
             raise DecodeError(f"decord: {total} frames at {fps} frames per second")
         shown = choose_by_time(choose, found.times, found.fps)
-        pixels = _frames(reader, shown.frames, max_pixels)
+        pixels, size = _frames(reader, shown.frames, max_pixels)
     except (RuntimeError, module.DECORDError, IndexError, OSError) as error:
         raise DecodeError(f"decord: {first_line(error)}") from error
-    return DecodedFrames(pixels, shown.fps, shown.total, shown.moments, total, "decord")
+    return DecodedFrames(pixels, shown.fps, shown.total, shown.moments, total, "decord", size=size)
 
 
 def _alike(times: Sequence[float], others: Sequence[float]) -> bool:
@@ -64,15 +64,18 @@ def _alike(times: Sequence[float], others: Sequence[float]) -> bool:
     return np.allclose(np.subtract(times, times[0]), np.subtract(others, others[0]), rtol=0, atol=TIME_SLACK)
 
 
-def _frames(reader: object, indices: tuple[int, ...], max_pixels: int | None) -> Pixels:
-    """Returns the frames [T, H, W, 3], resized a few at a time, so that few are in memory at full size."""
+def _frames(reader: object, indices: tuple[int, ...], max_pixels: int | None) -> tuple[Pixels, tuple[int, int]]:
+    """Returns the frames [T, H, W, 3], and the width and height that they had.
+
+    They are decoded and resized a few at a time, so that few are in memory at full size.
+    """
     done: list[Pixels] = []
     first, count = 0, 1
-    size: tuple[int, int] | None = None
+    height = width = 0
     while first < len(indices):
         batch = reader.get_batch(list(indices[first : first + count])).asnumpy()  # type: ignore[attr-defined]
-        size = size or fit_size(batch.shape[1], batch.shape[2], max_pixels)
-        done += [resize(frame, size) for frame in batch]
+        height, width = batch.shape[1:3]
+        done += [resize(frame, fit_size(height, width, max_pixels)) for frame in batch]
         first += count
         count = max(1, _BYTES_AT_ONCE // max(batch[0].nbytes, 1))
-    return np.stack(done)
+    return np.stack(done), (width, height)

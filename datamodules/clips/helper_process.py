@@ -58,7 +58,7 @@ def call(function: Callable[..., T], *args: Any, timeout: float) -> T:
         HelperError: If the helper crashes.
         Exception: That of the function.
     """
-    if signals.stop_received():
+    if signals.stop_received() or signals.stop_pipe().poll():
         raise StoppedError("the run was stopped")
     helper = getattr(_of_thread, "helper", None)
     if helper is None or helper.owner != os.getpid() or not helper.alive:  # a fork has a copy of its parent's
@@ -95,8 +95,12 @@ class _Helper:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # readers share the CPUs
             )
         self.alive = True
-        self._wait(_START_TIMEOUT)
-        self._receive()
+        try:
+            self._wait(_START_TIMEOUT)
+            self._receive()
+        except BaseException:
+            self.kill()
+            raise
 
     def call(self, function: Callable[..., T], args: tuple[Any, ...], timeout: float) -> T:
         try:

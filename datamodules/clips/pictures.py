@@ -70,7 +70,8 @@ def read_animation(path: Path, choose: FrameChooser, max_pixels: int | None) -> 
     """
     try:
         with Image.open(path) as image:
-            check_frame_size(*image.size)
+            size = image.size
+            check_frame_size(*size)
             total = int(getattr(image, "n_frames", 1))
             if total < 2:
                 raise DecodeError("a single picture")
@@ -86,7 +87,7 @@ def read_animation(path: Path, choose: FrameChooser, max_pixels: int | None) -> 
         raise DecodeError(f"{path}: Pillow: {first_line(error)}") from error
     pixels = np.stack([kept[index] for index in shown.frames])
     why = "FFmpeg does not read animated WebP"
-    return DecodedFrames(pixels, shown.fps, shown.total, shown.moments, total, "pictures", why=why)
+    return DecodedFrames(pixels, shown.fps, shown.total, shown.moments, total, "pictures", why=why, size=size)
 
 
 def is_picture_folder(path: Path) -> bool:
@@ -129,7 +130,7 @@ def _check_expansion(archive: zipfile.ZipFile, path: Path) -> None:
 def _read(source: _Pictures, choose: FrameChooser, max_pixels: int | None) -> DecodedFrames:
     names = source.names
     read: dict[str, Pixels] = {}
-    size: tuple[int, int] | None = None
+    first: tuple[int, int] | None = None
     while names:
         indices = choose(len(names), NOMINAL_FPS)
         bad = set()
@@ -140,13 +141,13 @@ def _read(source: _Pictures, choose: FrameChooser, max_pixels: int | None) -> De
             if picture is None:
                 bad.add(name)
                 continue
-            size = size or fit_size(picture.shape[0], picture.shape[1], max_pixels)
-            read[name] = resize(picture, size)
-        if not bad:
+            first = first or (picture.shape[1], picture.shape[0])
+            read[name] = resize(picture, fit_size(first[1], first[0], max_pixels))
+        if not bad and first is not None:
             pixels = np.stack([read[names[index]] for index in indices])
             total = len(names)
             partial = total < len(source.names)
-            return DecodedFrames(pixels, NOMINAL_FPS, total, indices, total, "pictures", partial)
+            return DecodedFrames(pixels, NOMINAL_FPS, total, indices, total, "pictures", partial, size=first)
         names = tuple(name for name in names if name not in bad)
     raise DecodeError(f"no readable picture among {len(source.names)}")
 

@@ -68,16 +68,36 @@ def read_with_pyav(
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What decoding every frame of a video shows."""
+
+    frames: int
+    partial: bool
+    """True if parts could not be decoded."""
+    rotation: int
+    """Degrees by which the frames are turned to stand upright."""
+
+
+def decode_completely(path: Path) -> Contents:
+    """Decodes every frame of a video.
+
+    Raises:
+        DecodeError: If there is no video.
+    """
+    scan = _scan(path, frozenset(), None)
+    return Contents(len(scan.times), scan.partial, scan.rotation)
+
+
+@dataclass(frozen=True)
 class _Frame:
     pixels: Pixels
-    rotation: int
+    size: tuple[int, int]
+    """Width and height before it was resized, upright."""
 
 
 def _decoded(frames: Sequence[_Frame], shown: ShownFrames, total: int, partial: bool = False) -> DecodedFrames:
     pixels = np.stack([frame.pixels for frame in frames])
-    return DecodedFrames(
-        pixels, shown.fps, shown.total, shown.moments, total, "pyav", partial, rotation=frames[0].rotation
-    )
+    return DecodedFrames(pixels, shown.fps, shown.total, shown.moments, total, "pyav", partial, size=frames[0].size)
 
 
 def _frames_saved(found: Survey, indices: Sequence[int]) -> int:
@@ -161,13 +181,15 @@ class _Scan:
     """Time of each decoded frame in seconds; NaN if the file has none."""
     frames: dict[int, _Frame]
     partial: bool
+    rotation: int
+    """Degrees by which the first frame is turned to stand upright."""
 
 
 def _scan(path: Path, wanted: frozenset[int], max_pixels: int | None) -> _Scan:
     """Decodes all packets and converts the wanted frames."""
     frames: dict[int, _Frame] = {}
     times: list[float] = []
-    partial = False
+    partial, rotation = False, 0
     shrink = _Shrink(max_pixels)
     with open_video(path) as container:
         stream = video_stream(container, path)
@@ -182,8 +204,9 @@ def _scan(path: Path, wanted: frozenset[int], max_pixels: int | None) -> _Scan:
             for frame in decoded:
                 if len(times) in wanted:
                     frames[len(times)] = shrink(frame)
+                rotation = rotation if times else round(frame.rotation)
                 times.append(seconds(frame.pts, frame.time_base))
-    return _Scan(times, frames, partial)
+    return _Scan(times, frames, partial, rotation)
 
 
 class _Shrink:
@@ -199,4 +222,4 @@ class _Shrink:
         upright = np.rot90(frame.to_ndarray(format="rgb24"), k=turns)  # by the display matrix
         pixels: Pixels = upright.astype(np.uint8, copy=False)
         self.size = self.size or fit_size(pixels.shape[0], pixels.shape[1], self.max_pixels)
-        return _Frame(resize(pixels, self.size), 90 * turns)
+        return _Frame(resize(pixels, self.size), (pixels.shape[1], pixels.shape[0]))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from vidreason.datamodules.clips.decoded import DecodeError
-from vidreason.datamodules.clips.measuring import measure_clip
+from vidreason.datamodules.clips.measuring import ClipProbe, measure_clip
 from vidreason.datamodules.clips.reading import call_reader
 from vidreason.datamodules.clips.sampling import Stretch
 
@@ -25,24 +25,36 @@ class Unreadable:
 
 
 def probe_clips(
-    clips: Sequence[tuple[Path, Stretch | None]],
-    workers: int,
-    timeout: float,
-    probe: Callable[..., T] = measure_clip,  # type: ignore[assignment]
-) -> Iterator[T | Unreadable]:
-    """Probes clips in parallel; a clip that hangs or crashes its process does not stop the others.
+    clips: Sequence[tuple[Path, Stretch | None]], workers: int, timeout: float
+) -> Iterator[ClipProbe | Unreadable]:
+    """Measures clips in parallel; a clip that hangs or crashes its process does not stop the others.
 
     Args:
         clips: Path, and the part of the video if it is not all of it.
         workers: Number of processes.
         timeout: Seconds after which the process of a clip is killed.
-        probe: Function of path and part; a helper process imports it, so its module should not import torch.
 
     Yields:
         One result per clip, in order.
     """
-    with ThreadPoolExecutor(max(1, min(workers, len(clips)))) as pool:  # each thread has a helper process
-        results = [pool.submit(_probe, probe, path, timeout, stretch) for path, stretch in clips]
+    return map_clips(lambda path, stretch: call_reader(measure_clip, path, stretch, timeout=timeout), clips, workers)
+
+
+def map_clips(
+    read: Callable[[Path, Stretch | None], T], clips: Sequence[tuple[Path, Stretch | None]], workers: int
+) -> Iterator[T | Unreadable]:
+    """Calls a function for each clip in parallel threads, each of which has a helper process.
+
+    Args:
+        read: Opens the clip by ``call_reader``, so that it may hang or crash.
+        clips: Path, and the part of the video if it is not all of it.
+        workers: Number of threads.
+
+    Yields:
+        One result per clip, in order.
+    """
+    with ThreadPoolExecutor(max(1, min(workers, len(clips)))) as pool:
+        results = [pool.submit(_result, read, path, stretch) for path, stretch in clips]
         try:
             for result in results:
                 yield result.result()
@@ -50,9 +62,9 @@ def probe_clips(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _probe(probe: Callable[..., T], path: Path, timeout: float, *args: Any) -> T | Unreadable:
+def _result(read: Callable[[Path, Stretch | None], T], path: Path, stretch: Stretch | None) -> T | Unreadable:
     try:
-        return call_reader(probe, path, *args, timeout=timeout)
+        return read(path, stretch)
     except DecodeError as error:
         return Unreadable(_reason(str(error).removeprefix(f"{path}: ")))
     except OSError as error:

@@ -64,11 +64,13 @@ class SourceOptions:
         columns: Names of columns.
         root: Folder that paths in a table are relative to; None tries the table's folder and the current folder.
         where: Values of columns that rows must have.
+        as_listed: Keeps every row of a table, also without a label or path, and repeated ones; for checking it.
     """
 
     columns: ColumnNames = ColumnNames()
     root: Path | None = None
     where: Mapping[str, str] = field(default_factory=dict)
+    as_listed: bool = False
 
 
 def read_source(path: Path, options: SourceOptions | None = None) -> Source:
@@ -92,7 +94,7 @@ def read_source(path: Path, options: SourceOptions | None = None) -> Source:
         source = _from_file(path, options)
     if not source.clips:
         raise ValueError(f"{path}: lists no clips")
-    return _once_each(source)
+    return source if options.as_listed else _once_each(source)
 
 
 def _from_layout(folder: Path, layout: Layout) -> Source:
@@ -150,14 +152,14 @@ def _from_file(path: Path, options: SourceOptions) -> Source:
         table, kind = _read_text_table(path)
     else:
         raise ValueError(f"{path}: neither a folder nor a table (.csv, .tsv, .txt, .json, .jsonl)")
-    columns = find_columns(table, options.columns, str(path))
+    columns = find_columns(table, options.columns, str(path), label_needed=not options.as_listed)
     notes += columns.guessed
     rows = _select(table, options.where, path)
-    for what, column in (("path", columns.path), ("label", columns.label)):
+    for what, column in () if options.as_listed else (("path", columns.path), ("label", columns.label)):
         _check_none(path, f"no {what} (column {column!r})", [row.place for row in rows if not row.get(column)])
     if columns.split is not None:
         blank = [row.place for row in rows if not row.get(columns.split)]
-        if len(blank) < len(rows):
+        if len(blank) < len(rows) and not options.as_listed:
             _check_none(path, f"no split (column {columns.split!r}), though other rows have one", blank)
     locate, where_from = locator(path, [row.get(columns.path) for row in rows], options.root)
     notes += where_from
@@ -209,7 +211,7 @@ def _clip(row: Row, columns: Columns, locate: Callable[[str], Path], table: Path
     return SourceClip(
         file=locate(path),
         name=row.get("video_id") or name_of(path, stretch),
-        label=_label(row.get(columns.label)),
+        label=_label(row.get(columns.label)) if columns.label else "",
         split=standard_split(row.get(columns.split)) if columns.split else "",
         group=row.get(columns.group) if columns.group else "",
         fields={key: value for key, value in row.values.items() if key not in known},

@@ -3,8 +3,9 @@ import hashlib
 import os
 
 from vidreason.datamodules.clips.measuring import ClipProbe, measure_clip
+from vidreason.datamodules.clips.reading import call_reader
 from vidreason.datamodules.file_hash import content_sha
-from vidreason.datamodules.sources.probing import Unreadable, probe_clips
+from vidreason.datamodules.sources.probing import Unreadable, map_clips, probe_clips
 
 
 def test_a_clip_is_measured(tmp_path, write_clip):
@@ -17,8 +18,8 @@ def test_a_clip_is_measured(tmp_path, write_clip):
     assert content_sha(path) == sha
 
 
-def probed(paths, timeout=60.0, **options):
-    return dict(zip(paths, probe_clips([(path, None) for path in paths], 2, timeout, **options), strict=True))
+def probed(paths, timeout=60.0):
+    return dict(zip(paths, probe_clips([(path, None) for path in paths], 2, timeout), strict=True))
 
 
 def test_reasons_are_short(tmp_path):
@@ -61,7 +62,11 @@ def test_no_clip_stops_the_others(tmp_path, write_clip, monkeypatch):
 
     names = ("first", "hangs", "crashes", "hungry", "last")
     paths = [write_clip(tmp_path / f"{name}.mp4", 3) for name in names]
-    found = {path.stem: result for path, result in probed(paths, 3.0, probe=bad_readers.probe).items()}
+
+    def read(path, stretch):
+        return call_reader(bad_readers.probe, path, stretch, timeout=3.0)
+
+    found = dict(zip(names, map_clips(read, [(path, None) for path in paths], 2), strict=True))
     assert isinstance(found["first"], ClipProbe)
     assert isinstance(found["last"], ClipProbe)
     assert found["hangs"] == Unreadable("still not read after 3 seconds")
