@@ -156,7 +156,7 @@ def _from_file(path: Path, options: SourceOptions) -> Source:
     notes += columns.guessed
     rows = _select(table, options.where, path)
     for what, column in () if options.as_listed else (("path", columns.path), ("label", columns.label)):
-        _check_none(path, f"no {what} (column {column!r})", [row.place for row in rows if not row.get(column)])
+        _check_none(path, f"no {what} (column {column!r})", [row.place for row in rows if not row.get(column or "")])
     if columns.split is not None:
         blank = [row.place for row in rows if not row.get(columns.split)]
         if len(blank) < len(rows) and not options.as_listed:

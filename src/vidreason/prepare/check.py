@@ -164,25 +164,30 @@ def _clip(listed: SourceClip) -> Clip:
 
 
 def _report(listed: SourceClip, result: Measured | Unreadable) -> ClipReport:
-    own = [
-        printable(text)
-        for text in (listed.place, str(listed.file), listed.name, listed.label, listed.split, listed.group)
-    ]
+    row = ClipReport(
+        place=printable(listed.place),
+        path=printable(str(listed.file)),
+        video_id=printable(listed.name),
+        label=printable(listed.label),
+        split=printable(listed.split),
+        group=printable(listed.group),
+        status="reject",
+    )
     if isinstance(result, Unreadable):
-        return ClipReport(*own, "reject", error=printable(result.reason) if listed.name else "the row has no path")
+        return replace(row, error=printable(result.reason) if listed.name else "the row has no path")
     probe = result.probe
-    return ClipReport(
-        *own,
-        "partial" if probe.partial else "ok",
-        probe.reader,
-        probe.why,
-        probe.frames,
-        (probe.width, probe.height),
-        result.rotation,
-        round(probe.fps, 3),
-        round(probe.seconds, 3),
-        round(result.seconds, 3),
-        result.remark,
+    return replace(
+        row,
+        status="partial" if probe.partial else "ok",
+        reader=probe.reader,
+        reader_reason=probe.why,
+        frames=probe.frames,
+        size=(probe.width, probe.height),
+        rotation=result.rotation,
+        fps=round(probe.fps, 3),
+        duration=round(probe.seconds, 3),
+        seconds=round(result.seconds, 3),
+        error=result.remark,
     )
 
 
