@@ -78,7 +78,7 @@ print(*before, *state())
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("reader", ["pyav", "decord"])
 def test_ten_thousand_opens_leave_memory_and_files_flat(tmp_path, write_clip, reader):
-    path = write_clip(tmp_path / "clip.mp4", 4, size=(48, 32))
+    path = write_clip(tmp_path / "clip.mp4", 4)
     command = [sys.executable, "-c", OPENS, str(path), reader, "10000"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     rss, files, later, files_later = map(float, run.stdout.split())
