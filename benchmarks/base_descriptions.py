@@ -18,7 +18,8 @@ import torch
 from figures import write_json
 
 import vidreason
-from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.reading import read_frames
 from vidreason.datamodules.porch.render import render, to_mono, write_mp4
 from vidreason.datamodules.porch.scene import draw_scene
 from vidreason.datamodules.porch.texts import DESCRIBE_QUESTION, read_facts

@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vidreason.datamodules.clips.decoded import DecodeError
-from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.reading import read_frames
+from vidreason.datamodules.clips.sampling import Stretch
 
 STRIP_FRAMES = 6
 STRIP_HEIGHT = 128
@@ -19,10 +21,18 @@ STRIP_GAP = 4
 CAPTION_HEIGHT = 16
 
 
-def film_strip(path: Path) -> Tensor | None:
-    """Draws frames of a clip side by side; returns [3, H, W] uint8, or None if the clip cannot be read."""
+def film_strip(path: Path, stretch: Stretch | None = None) -> Tensor | None:
+    """Draws frames of a clip side by side.
+
+    Args:
+        path: The file.
+        stretch: The part of the video that is drawn; None is all of it.
+
+    Returns:
+        [3, H, W] uint8, or None if the clip cannot be read.
+    """
     try:
-        frames = read_frames(path, FrameOptions(num_frames=STRIP_FRAMES)).frames
+        frames = read_frames(path, FrameOptions(num_frames=STRIP_FRAMES), stretch=stretch).frames
     except DecodeError:
         return None
     width = max(round(frames.shape[3] * STRIP_HEIGHT / frames.shape[2]), 1)

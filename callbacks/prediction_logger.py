@@ -77,8 +77,8 @@ class PredictionLogger(L.Callback):
 
     def _sheet(self, module: VLMModule, split: str, predictions: list[Prediction]) -> list[tuple[str, Tensor]]:
         """Returns the readable clips as (caption, film strip [3, H, W])."""
-        paths = {clip.video_id: clip.path for clip in module.data.clips(split)}
-        drawn = [(p, film_strip(paths[p.video_id])) for p in predictions]
+        clips = {clip.video_id: clip for clip in module.data.clips(split)}
+        drawn = [(p, film_strip(clips[p.video_id].path, clips[p.video_id].stretch)) for p in predictions]
         return [(_verdict(p), strip) for p, strip in drawn if strip is not None]
 
 

@@ -47,7 +47,7 @@ class RolloutLogger(L.Callback):
             assert view is not None
             prompts = [[group.clip.video_id, view.prompt(group.clip).text] for group in groups]
             log_text(trainer, "train/rollouts/prompts", markdown_table(["clip", "prompt"], prompts))
-            strips = [(group.clip, film_strip(group.clip.path)) for group in groups if self.strips]
+            strips = [(group.clip, film_strip(group.clip.path, group.clip.stretch)) for group in groups if self.strips]
             sheet = [(f"{clip.video_id}: {clip.label}", strip) for clip, strip in strips if strip is not None]
             if sheet:
                 log_image(trainer, "train/rollouts/clips", captioned_strips(sheet))

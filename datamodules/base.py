@@ -12,6 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,6 +43,7 @@ from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import BatchEncoder, Clip
 from vidreason.datamodules.words import check_words
 from vidreason.run_folder import SPLITS_FILE
+from vidreason.signals import stop_pipe
 
 _LOG = logging.getLogger(__name__)
 
@@ -280,7 +282,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
             num_workers=self.num_workers,
             collate_fn=BatchCollator(self.encoder, self.label_names),
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=ignore_signals_in_worker,
+            worker_init_fn=partial(ignore_signals_in_worker, stop=stop_pipe()) if self.num_workers else None,
             # Without it, the loader would draw its base seed from torch's global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )

@@ -11,9 +11,25 @@ _DIGITS = 16
 
 
 def content_sha(path: Path) -> str:
-    """Returns the first 16 hex digits of the SHA-256 of a file."""
+    """Returns the first 16 hex digits of the SHA-256 of a file, or of the names and contents of a folder's files."""
+    if path.is_dir():
+        return files_sha(_files_of(path))[:_DIGITS]
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+
+
+def file_version(path: Path) -> str:
+    """Returns a text that changes when a file, or one of a folder's files, is written; nothing is opened.
+
+    Raises:
+        OSError: If there is no such file.
+    """
+    found = [path.stat(), *(file.stat() for file in (_files_of(path) if path.is_dir() else ()))]
+    return " ".join(f"{stat.st_mtime_ns} {stat.st_size}" for stat in found)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def files_sha(files: Iterable[Path], settings: str = "") -> str:

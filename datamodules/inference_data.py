@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.dataset import ClipDataset
-from vidreason.datamodules.clips.decoded import DecodedVideo
-from vidreason.datamodules.clips.decoding import FrameOptions, take_frames
+from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.reading import call_reader, take_frames
 from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
@@ -115,23 +116,32 @@ class KnownClips:
 
     Args:
         clips: The clips of the data set.
+        timeout: Seconds that reading one file may take; None sets no limit.
     """
 
-    def __init__(self, clips: Iterable[Clip]) -> None:
+    def __init__(self, clips: Iterable[Clip], timeout: float | None = None) -> None:
+        self.timeout = timeout
         self._by_size: dict[int, list[Clip]] = {}
         for clip in clips:
-            if clip.path.is_file():
+            if clip.path.is_file() and clip.stretch is None:
                 self._by_size.setdefault(clip.path.stat().st_size, []).append(clip)
         self._digests: dict[Path, str] = {}
 
     def find(self, path: Path) -> Clip | None:
         """Returns the clip with the same bytes, or None. Only files of the same size are read."""
         alike = self._by_size.get(path.stat().st_size, ()) if path.is_file() else ()
-        digest = content_sha(path) if alike else ""
-        return next((clip for clip in alike if self._digest(clip.path) == digest), None)
+        digest = self._sha(path) if alike else ""
+        return next((clip for clip in alike if digest and self._digest(clip.path) == digest), None)
 
     def _digest(self, path: Path) -> str:
         """Returns the hash of a clip of the data set, computed once."""
         if path not in self._digests:
-            self._digests[path] = content_sha(path)
+            self._digests[path] = self._sha(path)
         return self._digests[path]
+
+    def _sha(self, path: Path) -> str:
+        """Returns the hash of a file; empty if it cannot be read."""
+        try:
+            return call_reader(content_sha, path, timeout=self.timeout)
+        except (DecodeError, OSError):
+            return ""

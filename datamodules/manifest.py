@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.clips.sampling import Stretch
 from vidreason.datamodules.sources.rows import Row, Table, read_table
+from vidreason.datamodules.sources.stretches import grouped_by_video, name_of, stretch_of
 from vidreason.datamodules.sources.table_paths import on_windows_drive, spellings
 from vidreason.datamodules.split_names import ALMOST_SPLITS
 from vidreason.datamodules.splits import (
@@ -23,14 +25,15 @@ from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip
 from vidreason.spelling import nearest
 
-KNOWN_COLUMNS = ("path", "label", "split", "group", "video_id")
+KNOWN_COLUMNS = ("path", "label", "split", "group", "video_id", "start", "end")
 """Columns with a fixed meaning; all others are metadata."""
 
 
 class ManifestDataModule(VideoDataModule):
     """Clips listed in a manifest, or stored in one folder per class.
 
-    A manifest has the columns ``path`` and ``label`` and optionally ``split``, ``group``, ``video_id`` and metadata.
+    A manifest has the columns ``path`` and ``label`` and optionally ``split``, ``group``, ``video_id``, ``start`` and
+    ``end`` (a part of a video, in seconds) and metadata. The parts of a video are one group unless ``group`` is given.
     A folder holds ``<class>/<clip>``, ``<split>/<class>/<clip>`` or ``<class>/<split>/<clip>``; names that begin with
     ``_`` or ``.`` are skipped.
     Missing splits are made (seeded, stratified, disjoint in ``group``) and written to the run folder.
@@ -110,7 +113,7 @@ class ManifestDataModule(VideoDataModule):
         self._check_none("no label", [row.place for row in rows if not row.get("label")])
         task = self._load_task(rows)
         self._check_against(task, rows, table.columns)
-        clips = [self._clip(row) for row in rows]
+        clips = grouped_by_video([self._clip(row) for row in rows], [row.get("path") for row in rows])
         self._check_clips(clips)
         splits, self._made = self._split(clips)
         self._samples = self._limited(splits)
@@ -160,14 +163,19 @@ class ManifestDataModule(VideoDataModule):
     def _clip(self, row: Row) -> Clip:
         root = self.root or (self.manifest if self.manifest.is_dir() else self.manifest.parent)
         places = [root / text for text in spellings(row.get("path"))]
+        try:
+            stretch = stretch_of(row)
+        except ValueError as error:
+            raise ValueError(f"{self.manifest}: {row.place}: {error}") from error
         return Clip(
             path=next((path for path in places if path.exists()), places[0]),
             label=row.get("label"),
-            video_id=row.get("video_id") or row.get("path"),
+            video_id=row.get("video_id") or name_of(row.get("path"), stretch),
             split=row.get("split"),
             group=row.get("group"),
             fields={name: value for name, value in row.values.items() if name not in KNOWN_COLUMNS},
             where=f"{self.manifest.name}, {row.place}",
+            stretch=stretch,
         )
 
     def _check_clips(self, clips: Sequence[Clip]) -> None:
@@ -175,13 +183,13 @@ class ManifestDataModule(VideoDataModule):
         counts = Counter(clip.video_id for clip in clips)
         twice = [clip for clip in clips if counts[clip.video_id] > 1]
         self._check_none("duplicate video_id", [f"{self._place(clip)}: {clip.video_id!r}" for clip in twice])
-        homes: dict[Path, Clip] = {}
-        again = [(clip, home) for clip in clips if (home := homes.setdefault(clip.path, clip)) is not clip]
+        homes: dict[tuple[Path, Stretch | None], Clip] = {}
+        again = [(c, home) for c in clips if (home := homes.setdefault((c.path, c.stretch), c)) is not c]
         self._check_none(
             "the same file under two ids, so that test clips might be known from training",
             [f"{self._place(clip)}: {clip.path}, as in {self._place(home)}" for clip, home in again],
         )
-        missing = [clip for clip in clips if not clip.path.is_file()]
+        missing = [clip for clip in clips if not clip.path.exists()]  # reading refuses what is there but no clip
         self._check_none(
             f"missing file, looked for from {self.root or self.manifest.parent}",
             [f"{self._place(clip)}: {clip.path}{_windows_drive(clip)}" for clip in missing],

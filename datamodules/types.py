@@ -14,6 +14,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from vidreason.datamodules.clips.sampling import Stretch
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -28,6 +30,8 @@ class Clip:
     """Metadata columns by name; only those that the task lists may enter a prompt."""
     where: str = ""
     """Location of the row (``manifest.csv, row 12``), for error messages."""
+    stretch: Stretch | None = None
+    """The part of the video that the clip is; None is all of it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class FailedClip:
 
     clip: Clip
     error: str
+    stopped: bool = False
+    """True if a signal stopped the run during the read, so that nothing is known about the clip."""
 
 
 @dataclass(frozen=True)

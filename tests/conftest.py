@@ -31,15 +31,17 @@ def write_video(
     fps: int = 10,
     codec: str = "libx264",
     times: Sequence[float] | None = None,
+    gop: int | None = None,
 ) -> Path:
     """Writes a clip of (width, height); a number of frames stands for frames that carry their index.
 
-    ``times`` (seconds) shows each frame at its own moment: a variable rate.
+    ``times`` (seconds) shows each frame at its own moment: a variable rate. ``gop`` frames begin with a key frame.
     """
     pictures = [frame_pattern(i, *size) for i in range(frames)] if isinstance(frames, int) else list(frames)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         options = {"crf": "12", "threads": "1"} if codec == "libx264" else {}
+        options |= {} if gop is None else {"g": str(gop)}
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"

@@ -68,11 +68,13 @@ def test_decoders_stand_behind_one_file():
         relative(path) for path in SOURCES if tops(path) & DECODERS and not relative(path).startswith("benchmarks")
     }
     readers = {name for name in users if "render" not in name and "write" not in name}
-    assert readers == {"datamodules/clips/pyav_reader.py"}
-    behind = {"vidreason.datamodules.clips.pyav_reader", "vidreason.datamodules.clips.frame_zip"}
+    assert readers == {"datamodules/clips/pyav_packets.py", "datamodules/clips/pyav_reader.py"}
+    behind = {"vidreason.datamodules.clips.pyav_reader", "vidreason.datamodules.clips.pictures"}
     assert {relative(path) for path in SOURCES if imported(path) & behind} == {"datamodules/clips/decoding.py"}
     named = {relative(path) for path in SOURCES if '"decord"' in path.read_text(encoding="utf-8").replace("'", '"')}
-    assert {name for name in named if "import_module" in (ROOT / name).read_text()} == {"datamodules/clips/decoding.py"}
+    assert {name for name in named if "import_module" in (ROOT / name).read_text()} == {
+        "datamodules/clips/decord_reader.py"
+    }
 
 
 def test_the_grammar_is_written_in_one_file():

@@ -7,19 +7,26 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
 from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
-from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.clips.placeholder_video import blackened, placeholder_video
-from vidreason.datamodules.file_hash import content_sha
+from vidreason.datamodules.clips.reading import ReadStoppedError, ReadTimeoutError, call_reader, read_frames
+from vidreason.datamodules.file_hash import content_sha, file_version
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
+from vidreason.signals import use_stop_pipe
+
+_MOST_TIMEOUTS = 2
 
 
 class ClipKey(NamedTuple):
@@ -44,12 +51,15 @@ class LoadedClip:
     """Why the clip could not be read."""
 
 
-def ignore_signals_in_worker(worker: int) -> None:
+def ignore_signals_in_worker(worker: int, stop: Connection | None = None) -> None:
     """Makes a worker ignore Ctrl-C and SIGTERM to the process group, so that only its parent process ends it.
 
     Args:
         worker: Number of the worker, which a ``worker_init_fn`` receives.
+        stop: ``signals.stop_pipe()`` of the parent process, which ends a read when the parent receives a signal.
     """
+    if stop is not None:
+        use_stop_pipe(stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -81,7 +91,8 @@ class ClipDataset(Dataset[LoadedClip]):
         self.frames = frames
         self.seed = seed
         self.train = train
-        self._contents: dict[tuple[str, int, int], str] = {}
+        self._contents: dict[tuple[str, str], str] = {}
+        self._timeouts: Counter[Path] = Counter()
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -95,7 +106,8 @@ class ClipDataset(Dataset[LoadedClip]):
         try:
             sample = self._sample(clip, self._jitter(clip, epoch) if self.train else None)
         except (DecodeError, OSError) as error:
-            sample, failed = placeholder_video(clip, self.frames), FailedClip(clip, str(error))
+            stopped = isinstance(error, ReadStoppedError)
+            sample, failed = placeholder_video(clip, self.frames), FailedClip(clip, str(error), stopped)
         decode_ms = 1000 * (time.perf_counter() - start)
         if failed is not None and not self.train:
             return LoadedClip(None, decode_ms, valid, failed)
@@ -115,18 +127,31 @@ class ClipDataset(Dataset[LoadedClip]):
         return replace(sample, identity=self._identity(clip, video))
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
-        """Returns the frames of a clip, read from its file."""
-        return read_frames(clip.path, self.frames, jitter)
+        """Returns the frames of a clip, read from its file; a file that took too long twice is not tried again.
+
+        Raises:
+            DecodeError: If no frame can be read within the time limit.
+        """
+        if self._timeouts[clip.path] >= _MOST_TIMEOUTS:
+            raise DecodeError(f"{clip.path}: not read within {self.frames.timeout:g} seconds, twice")
+        try:
+            return read_frames(clip.path, self.frames, jitter, clip.stretch)
+        except ReadTimeoutError:
+            self._timeouts[clip.path] += 1
+            raise
 
     def content(self, clip: Clip) -> str:
-        """Returns the hash of the file; empty if it cannot be read."""
+        """Returns the hash of the file; empty if there is none.
+
+        Raises:
+            DecodeError: If it cannot be read within the time limit.
+        """
         try:
-            found = clip.path.stat()
+            key = (str(clip.path), file_version(clip.path))  # a file that was replaced is hashed again
         except OSError:
             return ""
-        key = (str(clip.path), found.st_mtime_ns, found.st_size)  # a file that was replaced is hashed again
         if key not in self._contents:
-            self._contents[key] = content_sha(clip.path)
+            self._contents[key] = call_reader(content_sha, clip.path, timeout=self.frames.timeout)
         return self._contents[key]
 
     def _identity(self, clip: Clip, video: DecodedVideo) -> str:
@@ -135,7 +160,9 @@ class ClipDataset(Dataset[LoadedClip]):
         content = "" if jittered else self.content(clip)
         if not content:
             return ""
-        taken = f"{content} {video.timing.indices} {tuple(video.frames.shape)} {video.reader} {self.frames}"
+        taken = (
+            f"{content} {clip.stretch} {video.timing.indices} {tuple(video.frames.shape)} {video.reader} {self.frames}"
+        )
         return hashlib.sha256(taken.encode()).hexdigest()
 
     def _jitter(self, clip: Clip, epoch: int) -> torch.Generator:

@@ -1,38 +1,35 @@
-"""Decoding: reads the sampled frames of a file.
+"""Decoding: reads the sampled frames of a file, with the reader that reads it correctly.
 
-There are two readers. decord is fast and is used by default if it is installed; PyAV is always installed and reads
-what decord cannot (AV1, GIF, damaged or truncated files). On intact files both return the same frames, chosen by
-presentation time, so that variable frame rates are sampled evenly. A reader is opened for each clip with one thread and
-not kept, so that worker processes may be forked or spawned.
+There are three readers. decord is fast; it is used for plain files if it is installed, since it returns wrong frames of
+others without an error. PyAV reads everything else, and what decord fails on. Pictures in an archive or a folder, and
+animated WebP, are read with Pillow. decord and PyAV return the same frames, chosen by presentation time, so that
+variable frame rates are sampled evenly. A reader is opened for each clip with one thread and not kept.
+
+Nothing here imports torch: it runs in a helper process (``reading.py``).
 """
 
 from __future__ import annotations
 
-import logging
-import math
-from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor
-
-from vidreason.datamodules.clips.decoded import NOMINAL_FPS, DecodedVideo, DecodeError, first_line, fit_size, resize
-from vidreason.datamodules.clips.frame_zip import read_pictures
+from vidreason.datamodules.clips.decoded import DecodedFrames, DecodeError
+from vidreason.datamodules.clips.decord_reader import decord, read_with_decord
+from vidreason.datamodules.clips.pictures import is_picture_folder, read_animation, read_pictures
+from vidreason.datamodules.clips.pyav_packets import Survey, survey
 from vidreason.datamodules.clips.pyav_reader import read_with_pyav
 from vidreason.datamodules.clips.sampling import (
     FrameChooser,
-    choose_by_time,
+    Stretch,
     fps_indices,
     segment_indices,
     uniform_indices,
 )
-from vidreason.datamodules.types import FrameTiming
 
-_LOG = logging.getLogger(__name__)
+_LFS_POINTER = b"version https://git-lfs"
+_WEBP = (b"RIFF", b"WEBP")
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,8 @@ class FrameOptions:
         sampling: uniform (middles of equal segments), segment (one frame per segment, random in training) or fps.
         fps: Frames per second of ``fps`` sampling.
         max_pixels: Largest height x width of a frame; larger frames are shrunk, smaller ones stay.
-        reader: auto uses decord if it is installed, and PyAV for files that decord cannot read.
+        reader: auto uses decord for files that it reads correctly, if it is installed, and PyAV for all others.
+        timeout: Seconds that reading one clip may take; null sets no limit and reads in the same process.
 
     Raises:
         ValueError: If a number is not positive, or fps sampling has no rate.
@@ -55,6 +53,7 @@ class FrameOptions:
     fps: float | None = None
     max_pixels: int | None = None
     reader: Literal["auto", "decord", "pyav"] = "auto"
+    timeout: float | None = field(default=30.0, repr=False)  # the text of the options identifies frames
 
     def __post_init__(self) -> None:
         if self.num_frames < 1:
@@ -63,63 +62,47 @@ class FrameOptions:
             raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}")
         if self.sampling == "fps" and not (self.fps and self.fps > 0):
             raise ValueError(f"sampling 'fps' needs a positive fps, got {self.fps}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds or null, got {self.timeout}")
 
 
-def read_frames(path: Path, options: FrameOptions, generator: torch.Generator | None = None) -> DecodedVideo:
-    """Reads the sampled frames of one clip.
+def decode(
+    path: Path, options: FrameOptions, draws: Sequence[float] | None = None, stretch: Stretch | None = None
+) -> DecodedFrames:
+    """Reads the sampled frames of one clip in this process.
 
     Args:
-        path: A video file, or a zip archive of pictures.
+        path: A video file, a zip archive of pictures, or a folder of pictures.
         options: Options of the frames.
-        generator: Source of the jitter of ``segment`` sampling; None takes the middle of each segment.
+        draws: [num_frames] random numbers in [0, 1), the jitter of ``segment`` sampling; None takes the middle of each
+            segment.
+        stretch: The part of a video that is read; None is all of it.
 
     Raises:
         DecodeError: If no reader can read any frame of the file.
     """
-    if not path.is_file():
-        raise DecodeError(f"{path}: no such file")
-
-    choose = _chooser(options, generator)
+    choose = frame_chooser(options, draws)
+    if path.is_dir():
+        if not is_picture_folder(path):
+            raise DecodeError(f"{path}: no such file (a folder without pictures)")
+        return read_pictures(path, choose, options.max_pixels)
+    _check_file(path)
     if path.suffix.lower() == ".zip":
-        return _read_zip(path, choose, options.max_pixels)
-    decord = None if options.reader == "pyav" else _decord()
-    if decord is None:
-        if options.reader == "decord":
-            raise DecodeError(f"{path}: reader 'decord' is asked for but not installed; use 'pyav' or 'auto'")
-        _report("videos are read with PyAV")
-        return read_with_pyav(path, choose, options.max_pixels)
-    _report("videos are read with decord" + (", with PyAV where it fails" if options.reader == "auto" else ""))
+        return read_pictures(path, choose, options.max_pixels)
     try:
-        return _read_decord(decord, path, choose, options.max_pixels)
-    except DecodeError as error:
-        if options.reader == "decord":
+        return _read_video(path, choose, options, stretch)
+    except DecodeError:
+        if not _is_webp(path):
             raise
-        _LOG.debug("%s; reading it with PyAV", error)
-        try:
-            return read_with_pyav(path, choose, options.max_pixels)
-        except DecodeError as second:
-            raise DecodeError(f"{second}; {str(error).removeprefix(f'{path}: ')}") from error
+        return read_animation(path, choose, options.max_pixels)
 
 
-def take_frames(frames: Tensor, fps: float, options: FrameOptions) -> DecodedVideo:
-    """Samples frames that are in memory as ``read_frames`` samples those of a file.
-
-    Args:
-        frames: [T, 3, H, W] uint8, all frames of the video.
-        fps: Frames per second of the video.
-        options: Options of the frames.
-    """
-    indices = _chooser(options, None)(len(frames), fps)
-    chosen = resize(frames[list(indices)], fit_size(frames.shape[2], frames.shape[3], options.max_pixels))
-    return DecodedVideo(chosen.contiguous(), FrameTiming(fps, len(frames), indices), len(frames), "memory")
-
-
-def _chooser(options: FrameOptions, generator: torch.Generator | None) -> FrameChooser:
+def frame_chooser(options: FrameOptions, draws: Sequence[float] | None) -> FrameChooser:
     """Returns the sampling function with its options bound."""
 
     def choose(total: int, fps: float) -> tuple[int, ...]:
         if options.sampling == "segment":
-            return segment_indices(total, options.num_frames, generator)
+            return segment_indices(total, options.num_frames, draws)
         if options.sampling == "fps" and options.fps is not None:
             return fps_indices(total, fps, options.fps, options.num_frames)
         return uniform_indices(total, options.num_frames)
@@ -127,46 +110,59 @@ def _chooser(options: FrameOptions, generator: torch.Generator | None) -> FrameC
     return choose
 
 
-@cache
-def _decord() -> ModuleType | None:
-    """Imports decord on first use and silences its FFmpeg; returns None if it cannot be imported."""
+def _read_video(path: Path, choose: FrameChooser, options: FrameOptions, stretch: Stretch | None) -> DecodedFrames:
+    found = survey(path, stretch)
+    why = _why_not_decord(found.oddity, options.reader, stretch)
+    if options.reader == "decord":
+        if why:
+            raise DecodeError(f"{path}: reader 'decord': {why}; use 'pyav' or 'auto'")
+        return _with_name(path, choose, options, found)
+    if not why:
+        try:
+            return _with_name(path, choose, options, found)
+        except DecodeError as error:
+            why = str(error).removeprefix(f"{path}: ")
     try:
-        module = import_module("decord")
-    except (ImportError, OSError):
-        return None
-    module.logging.set_level(module.logging.QUIET)
-    return module
+        return replace(read_with_pyav(path, choose, options.max_pixels, found, stretch), why=why)
+    except DecodeError as error:
+        raise DecodeError(f"{error}; {why}" if why.startswith("decord: ") else str(error)) from error
 
 
-@cache
-def _report(message: str) -> None:
-    """Logs a message once per process."""
-    _LOG.info(message)
-
-
-def _read_decord(decord: Any, path: Path, choose: FrameChooser, max_pixels: int | None) -> DecodedVideo:
+def _with_name(path: Path, choose: FrameChooser, options: FrameOptions, found: Survey) -> DecodedFrames:
     try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        total, fps = len(reader), float(reader.get_avg_fps())
-        if total == 0 or not (math.isfinite(fps) and fps > 0):
-            raise DecodeError(f"{path}: decord: {total} frames at {fps} frames per second")
-        # Timestamps are [total, 2]: start and end of each frame in seconds.
-        times = reader.get_frame_timestamp(list(range(total)))[:, 0].tolist()
-        shown = choose_by_time(choose, times, fps)
-        pixels = reader.get_batch(list(shown.frames)).asnumpy()
-    except (RuntimeError, decord.DECORDError, IndexError, OSError) as error:
-        raise DecodeError(f"{path}: decord: {first_line(error)}") from error
-    frames = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    frames = resize(frames, fit_size(frames.shape[2], frames.shape[3], max_pixels)).contiguous()
-    return DecodedVideo(frames, FrameTiming(shown.fps, shown.total, shown.moments), total, "decord")
-
-
-def _read_zip(path: Path, choose: FrameChooser, max_pixels: int | None) -> DecodedVideo:
-    try:
-        pictures = read_pictures(path, lambda total: choose(total, NOMINAL_FPS))
-    except ValueError as error:
+        return read_with_decord(path, choose, options.max_pixels, found)
+    except DecodeError as error:
         raise DecodeError(f"{path}: {error}") from error
-    size = fit_size(pictures.pictures[0].shape[1], pictures.pictures[0].shape[2], max_pixels)
-    frames = torch.stack([resize(picture, size) for picture in pictures.pictures])
-    timing = FrameTiming(NOMINAL_FPS, pictures.total, pictures.indices)
-    return DecodedVideo(frames, timing, pictures.total, "zip", pictures.partial)
+
+
+def _why_not_decord(oddity: str, asked: str, stretch: Stretch | None) -> str:
+    """Returns the reason for not using decord, or an empty string."""
+    if asked == "pyav":
+        return "asked for"
+    if decord() is None:
+        return "decord is not installed"
+    if oddity:
+        return f"decord may return wrong frames: {oddity}"
+    return "" if stretch is None else "decord reads the whole file for a part of it"
+
+
+def _check_file(path: Path) -> None:
+    """Checks for files that readers only report as invalid, or that block: missing, a pipe, empty, a Git LFS pointer.
+
+    Raises:
+        DecodeError: If the file is one of these.
+    """
+    if not path.is_file():
+        raise DecodeError(f"{path}: not an ordinary file" if path.exists() else f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if not start:
+        raise DecodeError(f"{path}: the file is empty")
+    if start == _LFS_POINTER:
+        raise DecodeError(f"{path}: a Git LFS pointer and not the clip: run `git lfs pull` in its repository")
+
+
+def _is_webp(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(12)
+    return (head[:4], head[8:]) == _WEBP

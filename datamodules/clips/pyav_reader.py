@@ -1,44 +1,176 @@
-"""Reads videos with PyAV from the first to the last packet, skipping damaged ones."""
+"""Reads videos with PyAV.
+
+A short video, or a damaged one, is decoded from the first to the last packet, so that damaged packets are skipped and
+a damaged index does no harm. In a long one, the reader seeks to the key frames before the chosen frames, and decodes
+everything if the frames that it finds there do not have the times that the packets have.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
-import av
 import numpy as np
-import torch
-from av.container import InputContainer
-from av.packet import Packet
-from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
-from torch import Tensor
 
-from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError, first_line, fit_size, resize
-from vidreason.datamodules.clips.sampling import FrameChooser, choose_by_time
-from vidreason.datamodules.types import FrameTiming
+from vidreason.datamodules.clips.decoded import (
+    DecodedFrames,
+    DecodeError,
+    Pixels,
+    check_frame_size,
+    fit_size,
+    resize,
+)
+from vidreason.datamodules.clips.pyav_packets import (
+    PYAV_ERRORS,
+    TIME_SLACK,
+    Survey,
+    open_video,
+    packets_of,
+    seconds,
+    seek_before,
+    video_stream,
+    within,
+)
+from vidreason.datamodules.clips.sampling import FrameChooser, ShownFrames, Stretch, choose_by_time
 
-_PYAV_ERRORS = (av.FFmpegError, OSError)
+_WORTH_A_SEEK = 60  # frames that need not be decoded
 
 
-def read_with_pyav(path: Path, choose: FrameChooser, max_pixels: int | None) -> DecodedVideo:
-    """Decodes all packets in order, so that a damaged index does no harm, and keeps only the chosen frames."""
-    times, fps = _survey(path)
-    shown = choose_by_time(choose, times, fps)
-    scan = _scan(path, frozenset(shown.frames), max_pixels)
-    if len(scan.times) not in (len(times), 0):  # a damaged file has fewer frames than packets
-        shown = choose_by_time(choose, scan.times, fps)
-        scan = _scan(path, frozenset(shown.frames), max_pixels)
-    missing = [index for index in shown.frames if index not in scan.frames]
-    if missing:
-        raise DecodeError(f"{path}: PyAV: {len(scan.times)} frames can be decoded (the file is damaged or encrypted)")
-    frames = torch.stack([scan.frames[index] for index in shown.frames])
-    timing = FrameTiming(shown.fps, shown.total, shown.moments)
-    return DecodedVideo(frames, timing, len(scan.times), "pyav", scan.partial)
+def read_with_pyav(
+    path: Path, choose: FrameChooser, max_pixels: int | None, found: Survey, stretch: Stretch | None = None
+) -> DecodedFrames:
+    """Decodes the chosen frames of a video, or of a stretch of it.
+
+    Args:
+        path: The video.
+        choose: Chooses among the frames.
+        max_pixels: Largest height x width of a frame.
+        found: Its packets, or those of the stretch.
+        stretch: The part of the video; None is all of it.
+
+    Raises:
+        DecodeError: If the chosen frames cannot be decoded.
+    """
+    if found.times and all(before < after for before, after in pairwise(found.times)):
+        first, last = within(found.times, found.origin, stretch, path)
+        shown = choose_by_time(choose, found.times[first:last], found.fps)
+        if stretch is not None or _frames_saved(found, [first + index for index in shown.frames]) > _WORTH_A_SEEK:
+            times = [found.times[first + index] for index in shown.frames]
+            frames = _decode_at(path, times, found.keys, max_pixels)
+            if frames is not None:
+                return _decoded(frames, shown, last - first)
+    return _decode_all(path, choose, max_pixels, found, stretch)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What decoding every frame of a video shows."""
+
+    frames: int
+    partial: bool
+    """True if parts could not be decoded."""
+    rotation: int
+    """Degrees by which the frames are turned to stand upright."""
+
+
+def decode_completely(path: Path) -> Contents:
+    """Decodes every frame of a video.
+
+    Raises:
+        DecodeError: If there is no video.
+    """
+    scan = _scan(path, frozenset(), None)
+    return Contents(len(scan.times), scan.partial, scan.rotation)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    pixels: Pixels
+    size: tuple[int, int]
+    """Width and height before it was resized, upright."""
+
+
+def _decoded(frames: Sequence[_Frame], shown: ShownFrames, total: int, partial: bool = False) -> DecodedFrames:
+    pixels = np.stack([frame.pixels for frame in frames])
+    return DecodedFrames(pixels, shown.fps, shown.total, shown.moments, total, "pyav", partial, size=frames[0].size)
+
+
+def _frames_saved(found: Survey, indices: Sequence[int]) -> int:
+    """Returns how many frames need not be decoded if the reader seeks."""
+    decoded, place = 0, 0
+    for index in sorted(set(indices)):
+        key = bisect_left(found.times, _key_before(found.keys, found.times[index]) - TIME_SLACK)
+        start = max(place, key)
+        decoded += index + 1 - start
+        place = index + 1
+    return len(found.times) - decoded
+
+
+def _decode_at(
+    path: Path, times: Sequence[float], keys: Sequence[float], max_pixels: int | None
+) -> list[_Frame] | None:
+    """Decodes the frames with the given times in seconds, ascending; returns None if one of them is not found."""
+    kept: dict[float, _Frame] = {}
+    wanted = sorted(set(times))
+    shrink = _Shrink(max_pixels)
+    place = -math.inf
+    with open_video(path) as container:
+        stream = video_stream(container, path)
+        stream.thread_type, stream.thread_count = "NONE", 1
+        try:
+            while wanted:
+                if (key := _key_before(keys, wanted[0])) > place:
+                    seek_before(container, stream, key)
+                    place = key
+                for packet in container.demux(stream):
+                    for frame in stream.decode(packet):
+                        time = seconds(frame.pts, frame.time_base)
+                        place = max(place, time)
+                        if wanted and abs(time - wanted[0]) < TIME_SLACK:
+                            kept[wanted.pop(0)] = shrink(frame)
+                        elif wanted and not time < wanted[0]:
+                            return None
+                    if not wanted or _key_before(keys, wanted[0]) > place + TIME_SLACK:
+                        break
+                else:
+                    return None
+        except PYAV_ERRORS:
+            return None
+    return [kept[time] for time in times]
+
+
+def _key_before(keys: Sequence[float], time: float) -> float:
+    """Returns the time of the last key frame at or before a time; minus infinity if there is none."""
+    place = bisect_right(keys, time + TIME_SLACK)
+    return keys[place - 1] if place else -math.inf
+
+
+def _decode_all(
+    path: Path, choose: FrameChooser, max_pixels: int | None, found: Survey, stretch: Stretch | None
+) -> DecodedFrames:
+    """Decodes a video from the first packet on and keeps the chosen frames only."""
+    if found.times and stretch is None:
+        times: Sequence[float] = found.times
+    elif stretch is None:
+        times = [float("nan")] * found.packets
+    else:
+        times = _scan(path, frozenset(), max_pixels).times
+    for _ in range(2):  # a damaged file has fewer frames than packets
+        if not times:
+            break
+        first, last = within(times, times[0], stretch, path)
+        shown = choose_by_time(choose, times[first:last], found.fps)
+        indices = [first + index for index in shown.frames]
+        scan = _scan(path, frozenset(indices), max_pixels)
+        if all(index in scan.frames for index in indices) and len(scan.times) == len(times):
+            return _decoded([scan.frames[index] for index in indices], shown, last - first, scan.partial)
+        times = scan.times
+    raise DecodeError(f"{path}: PyAV: {len(times)} frames can be decoded (the file is damaged or encrypted)")
 
 
 @dataclass(frozen=True)
@@ -47,87 +179,47 @@ class _Scan:
 
     times: list[float]
     """Time of each decoded frame in seconds; NaN if the file has none."""
-    frames: dict[int, Tensor]
+    frames: dict[int, _Frame]
     partial: bool
-
-
-def _survey(path: Path) -> tuple[list[float], float]:
-    """Returns the time of each frame in seconds and the frame rate, without decoding.
-
-    Packets are counted, since a header's frame count may be 0 or wrong.
-    """
-    times: list[float] = []
-    with _open(path) as container:
-        stream = _video_stream(container, path)
-        rate = stream.average_rate or stream.guessed_rate
-        for packet in _packets(container, stream):
-            if packet is not None and packet.size > 0:
-                times.append(_seconds(packet.pts, packet.time_base))
-    if not times:
-        raise DecodeError(f"{path}: PyAV: the video stream is empty")
-    return sorted(times), float(rate) if rate else 1.0
-
-
-def _seconds(pts: int | None, time_base: Fraction | None) -> float:
-    return float(pts * time_base) if pts is not None and time_base is not None else math.nan
+    rotation: int
+    """Degrees by which the first frame is turned to stand upright."""
 
 
 def _scan(path: Path, wanted: frozenset[int], max_pixels: int | None) -> _Scan:
     """Decodes all packets and converts the wanted frames."""
-    frames: dict[int, Tensor] = {}
-    size: tuple[int, int] | None = None
+    frames: dict[int, _Frame] = {}
     times: list[float] = []
-    partial = False
-    with _open(path) as container:
-        stream = _video_stream(container, path)
+    partial, rotation = False, 0
+    shrink = _Shrink(max_pixels)
+    with open_video(path) as container:
+        stream = video_stream(container, path)
         stream.thread_type, stream.thread_count = "NONE", 1
-        for packet in _packets(container, stream):
+        for packet in packets_of(container, stream):
             try:
                 decoded = stream.decode(packet)
-            except _PYAV_ERRORS:
+            except PYAV_ERRORS:
                 partial = True
                 continue
             partial = partial or packet is None
             for frame in decoded:
                 if len(times) in wanted:
-                    pixels = _upright(frame)
-                    size = size or fit_size(pixels.shape[1], pixels.shape[2], max_pixels)
-                    frames[len(times)] = resize(pixels, size)
-                times.append(_seconds(frame.pts, frame.time_base))
-    return _Scan(times, frames, partial)
+                    frames[len(times)] = shrink(frame)
+                rotation = rotation if times else round(frame.rotation)
+                times.append(seconds(frame.pts, frame.time_base))
+    return _Scan(times, frames, partial, rotation)
 
 
-def _open(path: Path) -> InputContainer:
-    try:
-        return av.open(str(path), metadata_errors="ignore")
-    except _PYAV_ERRORS as error:
-        raise DecodeError(f"{path}: PyAV: {first_line(error)}") from error
+class _Shrink:
+    """Converts frames to RGB, upright and of one size: that of the first frame, within the largest number of pixels."""
 
+    def __init__(self, max_pixels: int | None) -> None:
+        self.max_pixels = max_pixels
+        self.size: tuple[int, int] | None = None
 
-def _video_stream(container: InputContainer, path: Path) -> VideoStream:
-    """Returns the stream that FFmpeg considers best; cover art is not a video."""
-    moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    if not moving:
-        raise DecodeError(f"{path}: PyAV: the file has no video stream")
-    best = container.streams.best("video")
-    return next((stream for stream in moving if best is not None and stream.index == best.index), moving[0])
-
-
-def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream] | None]:
-    """Yields the packets of a stream and then the flushing packet; None marks the end of a truncated file."""
-    demux = container.demux(stream)
-    while True:
-        try:
-            packet = next(demux)
-        except StopIteration:
-            return
-        except _PYAV_ERRORS:
-            yield None
-            return
-        yield packet
-
-
-def _upright(frame: VideoFrame) -> Tensor:
-    """Returns the frame as [3, H, W] uint8, rotated by the display matrix."""
-    pixels = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous()
+    def __call__(self, frame: VideoFrame) -> _Frame:
+        check_frame_size(frame.width, frame.height)
+        turns = round(frame.rotation / 90) % 4
+        upright = np.rot90(frame.to_ndarray(format="rgb24"), k=turns)  # by the display matrix
+        pixels: Pixels = upright.astype(np.uint8, copy=False)
+        self.size = self.size or fit_size(pixels.shape[0], pixels.shape[1], self.max_pixels)
+        return _Frame(resize(pixels, self.size), (pixels.shape[1], pixels.shape[0]))

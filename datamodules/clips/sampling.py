@@ -1,4 +1,4 @@
-"""Sampling of frames and of balanced training clips, as pure functions of indices.
+"""Sampling of frames and of balanced training clips, as pure functions of indices; they do not need torch.
 
 The functions for frames return ascending positions in ``range(total)``. If a clip has too few frames, some of them are
 repeated.
@@ -14,10 +14,28 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-import torch
-
 FrameChooser = Callable[[int, float], tuple[int, ...]]
 """Maps (frames in the file, frames per second) to the positions to take, as if frames were evenly spaced."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a video, in seconds from its first frame on.
+
+    Args:
+        start: Time of the first frame.
+        end: Time behind the last frame; infinity is the end of the file.
+
+    Raises:
+        ValueError: If the part is empty or begins before the file does.
+    """
+
+    start: float = 0.0
+    end: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start < self.end and math.isfinite(self.start)):
+            raise ValueError(f"start and end are seconds with 0 <= start < end, got {self.start:g} and {self.end:g}")
 
 
 def uniform_indices(total: int, n: int) -> tuple[int, ...]:
@@ -43,13 +61,14 @@ def uniform_indices(total: int, n: int) -> tuple[int, ...]:
     return tuple((2 * i + 1) * total // (2 * n) for i in range(n))
 
 
-def segment_indices(total: int, n: int, generator: torch.Generator | None = None) -> tuple[int, ...]:
+def segment_indices(total: int, n: int, draws: Sequence[float] | None = None) -> tuple[int, ...]:
     """Returns one frame of each of ``n`` equal segments of the clip.
 
     Args:
         total: Frames in the clip.
         n: Segments, and frames to take.
-        generator: Draws a random frame of each segment (training); None takes the middle one.
+        draws: [n] random numbers in [0, 1), the place of the frame within each segment (training); None takes the
+            middle one.
 
     Returns:
         [n] ascending positions.
@@ -61,12 +80,11 @@ def segment_indices(total: int, n: int, generator: torch.Generator | None = None
         >>> segment_indices(100, 4) == uniform_indices(100, 4)
         True
     """
-    if generator is None:
+    if draws is None:
         return uniform_indices(total, n)
     _check(total, n)
-    draws = torch.rand(n, generator=generator, dtype=torch.float64).tolist()
     indices = []
-    for i, draw in enumerate(draws):
+    for i, draw in zip(range(n), draws, strict=True):
         low, high = i * total // n, (i + 1) * total // n
         indices.append(low + int(draw * max(high - low, 1)))
     return tuple(indices)

@@ -38,20 +38,21 @@ class Columns:
     """The columns of one table."""
 
     path: str
-    label: str
+    label: str | None
     split: str | None
     group: str | None
     guessed: tuple[str, ...]
     """One sentence about each column that was guessed."""
 
 
-def find_columns(table: Table, asked: ColumnNames, name: str) -> Columns:
+def find_columns(table: Table, asked: ColumnNames, name: str, label_needed: bool = True) -> Columns:
     """Returns the columns that the user named, and guesses the others by name and content.
 
     Args:
         table: All rows.
         asked: The columns that the user named.
         name: Name of the table in messages.
+        label_needed: Whether a table without a column of labels is refused.
 
     Raises:
         ValueError: If a named column does not exist, or the column of paths or labels cannot be guessed.
@@ -72,7 +73,7 @@ def find_columns(table: Table, asked: ColumnNames, name: str) -> Columns:
     path = asked.path or _guess_path(table, name)
     split = asked.split or _guess_split(table, taken=(path, asked.label))
     group = asked.group or next((column for column in table.columns if _plain(column) == "group"), None)
-    label = asked.label or _guess_label(table, taken=(path, split, group), name=name)
+    label = asked.label or _guess_label(table, (path, split, group), name, label_needed)
     chosen = {"path": path, "label": label, "split": split, "group": group}
     named = {"path": asked.path, "label": asked.label, "split": asked.split, "group": asked.group}
     guessed = tuple(
@@ -103,7 +104,7 @@ def _guess_split(table: Table, taken: Sequence[str | None]) -> str | None:
     return None
 
 
-def _guess_label(table: Table, taken: Sequence[str | None], name: str) -> str:
+def _guess_label(table: Table, taken: Sequence[str | None], name: str, needed: bool) -> str | None:
     """Returns a column by name (words before numbers), else the only one whose values repeat or the only one left."""
     free = [column for column in table.columns if column not in taken]
     named = _by_name(free, _LABEL_NAMES)
@@ -113,6 +114,8 @@ def _guess_label(table: Table, taken: Sequence[str | None], name: str) -> str:
     for only in (repeating, free):
         if len(only) == 1:
             return only[0]
+    if not needed:
+        return None
     raise ValueError(
         f"{name}: which column is the label? Name it with --label-column (there are {', '.join(free) or 'no others'})"
     )

@@ -15,6 +15,8 @@ VIDEO_SUFFIXES = frozenset(
     + (".mts", ".m2ts", ".ogv", ".3g2", ".vob", ".asf", ".f4v", ".mxf", ".apng")
 )
 """Suffixes of clips in class folders, in lower case; a manifest may name any file."""
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+"""Suffixes of pictures, of which those in one folder are a clip."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,10 @@ def read_layout(folder: Path) -> Layout:
     for place in homes:
         files, hidden_here, odd = _files_below(place.path)
         hidden += hidden_here
-        found_here = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
-        others.update(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in VIDEO_SUFFIXES)
+        found_here = _clips_among(files, place.path)
+        taken = set(found_here)
+        rest = [path for path in files if path not in taken and path.parent not in taken]
+        others.update(path.suffix.lower() or path.name for path in rest)
         others.update(f"{path.name} (not a regular file)" for path in odd)
         clips += [FolderClip(path, place.label, place.split) for path in found_here]
         deeper = (path.relative_to(place.path) for path in found_here)
@@ -93,8 +97,19 @@ def read_layout(folder: Path) -> Layout:
 
 
 def clips_below(folder: Path) -> list[Path]:
-    """Returns all clips below a folder, sorted, except in folders that begin with ``_`` or ``.``."""
-    return [path for path in _files_below(folder)[0] if path.suffix.lower() in VIDEO_SUFFIXES]
+    """Returns all clips below a folder, sorted, except in folders that begin with ``_`` or ``.``.
+
+    A folder of pictures is a clip, also the given one.
+    """
+    return sorted(_clips_among(_files_below(folder)[0], folder.parent))
+
+
+def _clips_among(files: Sequence[Path], home: Path) -> list[Path]:
+    """Returns the videos and archives among files, and the folders below ``home`` that hold pictures but no videos."""
+    videos = {path: None for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
+    with_videos = {path.parent for path in videos}
+    folders = {path.parent for path in files if path.parent != home and path.suffix.lower() in PICTURE_SUFFIXES}
+    return [*videos, *sorted(folders - with_videos)]
 
 
 @dataclass(frozen=True)

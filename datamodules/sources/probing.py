@@ -1,49 +1,20 @@
-"""Probes clips before a data set is made, in processes that can be killed.
-
-A decoder may hang so that only SIGKILL ends it, or crash the whole process. Each clip therefore has a
-time limit, and a worker that exceeds it or dies is replaced.
-"""
+"""Probes clips before a data set is made, several at a time and each within a time limit."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import TimeoutError as OutOfTime
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from pebble import ProcessExpired, ProcessPool
+from typing import TypeVar
 
 from vidreason.datamodules.clips.decoded import DecodeError
-from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
-from vidreason.datamodules.file_hash import content_sha
+from vidreason.datamodules.clips.measuring import ClipProbe, measure_clip
+from vidreason.datamodules.clips.reading import call_reader
+from vidreason.datamodules.clips.sampling import Stretch
 
-_LOOK = FrameOptions(num_frames=4)  # spread over the clip; four frames of a 4K video are 100 MB, and a copy of them
-_LFS_POINTER = b"version https://git-lfs"
-
-
-@dataclass(frozen=True)
-class ClipProbe:
-    """Properties of a readable clip."""
-
-    sha: str
-    """Content hash of the file (``content_sha``)."""
-    frames: int
-    fps: float
-    """Frames per second."""
-    width: int
-    """Width in pixels, after rotation."""
-    height: int
-    partial: bool
-    """True if parts of the file could not be read."""
-
-    @property
-    def seconds(self) -> float:
-        """Length of the clip in seconds."""
-        return self.frames / self.fps
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,89 +24,56 @@ class Unreadable:
     reason: str
 
 
-def probe_clip(path: Path) -> ClipProbe:
-    """Reads a few frames of a clip with the readers of training, and hashes its content.
+def probe_clips(
+    clips: Sequence[tuple[Path, Stretch | None]], workers: int, timeout: float
+) -> Iterator[ClipProbe | Unreadable]:
+    """Measures clips in parallel; a clip that hangs or crashes its process does not stop the others.
 
-    Raises:
-        DecodeError: If no frame can be read; the message does not repeat the path.
+    Args:
+        clips: Path, and the part of the video if it is not all of it.
+        workers: Number of processes.
+        timeout: Seconds after which the process of a clip is killed.
+
+    Yields:
+        One result per clip, in order.
     """
+    return map_clips(lambda path, stretch: call_reader(measure_clip, path, stretch, timeout=timeout), clips, workers)
+
+
+def map_clips(
+    read: Callable[[Path, Stretch | None], T], clips: Sequence[tuple[Path, Stretch | None]], workers: int
+) -> Iterator[T | Unreadable]:
+    """Calls a function for each clip in parallel threads, each of which has a helper process.
+
+    Args:
+        read: Opens the clip by ``call_reader``, so that it may hang or crash.
+        clips: Path, and the part of the video if it is not all of it.
+        workers: Number of threads.
+
+    Yields:
+        One result per clip, in order.
+    """
+    with ThreadPoolExecutor(max(1, min(workers, len(clips)))) as pool:
+        results = [pool.submit(_result, read, path, stretch) for path, stretch in clips]
+        try:
+            for result in results:
+                yield result.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _result(read: Callable[[Path, Stretch | None], T], path: Path, stretch: Stretch | None) -> T | Unreadable:
     try:
-        _check_clip_file(path)
-        video = read_frames(path, _LOOK)
-        sha = content_sha(path)
+        return read(path, stretch)
     except DecodeError as error:
-        raise DecodeError(_reason(str(error).removeprefix(f"{path}: "))) from error
+        return Unreadable(_reason(str(error).removeprefix(f"{path}: ")))
     except OSError as error:
-        raise DecodeError(error.strerror or str(error)) from error
-    height, width = video.frames.shape[-2:]
-    return ClipProbe(sha, video.frames_in_file, video.timing.fps, width, height, video.partial)
-
-
-def _check_clip_file(path: Path) -> None:
-    """Checks for files that decoders only report as invalid: missing, empty, or a Git LFS pointer."""
-    if not path.is_file():
-        raise DecodeError("no such file" if not path.exists() else "not an ordinary file")
-    with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if not start:
-        raise DecodeError("the file is empty")
-    if start == _LFS_POINTER:
-        raise DecodeError("a Git LFS pointer and not the clip itself: run `git lfs pull` in its repository")
+        return Unreadable(error.strerror or str(error))
+    except RuntimeError as error:
+        return Unreadable(" ".join(str(error).split()) or type(error).__name__)
 
 
 def _reason(message: str) -> str:
     """Returns the last reader's error without numbers and paths; the first reader's is a C++ stack trace."""
     last = message.partition("; decord: ")[0]
     return re.sub(r"\[Errno -?\d+\] |: '/.*'$", "", last)
-
-
-def probe_clips(
-    paths: Sequence[Path],
-    workers: int,
-    timeout: float,
-    probe: Callable[[Path], ClipProbe] = probe_clip,
-) -> Iterator[ClipProbe | Unreadable]:
-    """Probes clips in parallel; a clip that hangs or crashes its process does not stop the others.
-
-    Args:
-        paths: The clips.
-        workers: Number of processes.
-        timeout: Seconds after which the process of a clip is killed.
-        probe: Function for each clip; it must be importable in another process.
-
-    Yields:
-        One result per path, in order.
-    """
-    pool = ProcessPool(max_workers=max(1, min(workers, len(paths))), context=_context(), initializer=_settle)
-    try:
-        futures = [pool.schedule(probe, args=[path], timeout=timeout) for path in paths]
-        for future in futures:
-            try:
-                yield future.result()
-            except OutOfTime:
-                yield Unreadable(f"still not read after {timeout:g} seconds")
-            except ProcessExpired as error:
-                yield Unreadable(f"the decoder crashed (exit status {error.exitcode})")
-            except (DecodeError, MemoryError, RuntimeError) as error:
-                yield Unreadable(" ".join(str(error).split()) or type(error).__name__)
-    finally:
-        pool.stop()  # type: ignore[no-untyped-call]
-        pool.join()
-
-
-def _settle() -> None:
-    """Sets up a worker: one thread, since workers share the CPUs, and no C++ messages in the progress bar."""
-    torch.set_num_threads(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)  # stderr, to which FFmpeg and OpenCV write directly
-    os.close(nowhere)
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    """Returns a context whose workers are forked from a clean server process, or else spawned."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # The server imports torch once, and every replaced worker starts from it.
-    context.set_forkserver_preload([__name__])
-    return context

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vidreason.datamodules.clips.sampling import Stretch
 from vidreason.datamodules.sources.chat_records import holds_chats, table_of_chats
 from vidreason.datamodules.sources.columns import ColumnNames, Columns, find_columns
 from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES, Layout, read_layout
 from vidreason.datamodules.sources.rows import Row, Table, read_delimited, read_records, table_of
+from vidreason.datamodules.sources.stretches import STRETCH_COLUMNS, name_of, stretch_of
 from vidreason.datamodules.sources.table_paths import absolute, locator, path_of
 from vidreason.datamodules.split_names import standard_split
 
@@ -36,6 +38,8 @@ class SourceClip:
     """All other columns."""
     place: str = ""
     """``row 12``, or the path within the folder."""
+    stretch: Stretch | None = None
+    """The part of the video that the clip is; None is all of it."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,13 @@ class SourceOptions:
         columns: Names of columns.
         root: Folder that paths in a table are relative to; None tries the table's folder and the current folder.
         where: Values of columns that rows must have.
+        as_listed: Keeps every row of a table, also without a label or path, and repeated ones; for checking it.
     """
 
     columns: ColumnNames = ColumnNames()
     root: Path | None = None
     where: Mapping[str, str] = field(default_factory=dict)
+    as_listed: bool = False
 
 
 def read_source(path: Path, options: SourceOptions | None = None) -> Source:
@@ -88,7 +94,7 @@ def read_source(path: Path, options: SourceOptions | None = None) -> Source:
         source = _from_file(path, options)
     if not source.clips:
         raise ValueError(f"{path}: lists no clips")
-    return _once_each(source)
+    return source if options.as_listed else _once_each(source)
 
 
 def _from_layout(folder: Path, layout: Layout) -> Source:
@@ -115,7 +121,7 @@ def _from_layout(folder: Path, layout: Layout) -> Source:
         notes.append(f"left out, as they are no clips by their names: {kinds}")
     if not clips and layout.others:
         raise ValueError(
-            f"{folder}: no clips in its folders, only {kinds}; pictures of one clip go into one .zip, "
+            f"{folder}: no clips in its folders, only {kinds}; pictures of one clip go into a folder or .zip, "
             "and a manifest may name files of any kind"
         )
     notes += [f"{folder / name} is not used; give it as SOURCE if it says more" for name in _manifests(folder)]
@@ -146,18 +152,18 @@ def _from_file(path: Path, options: SourceOptions) -> Source:
         table, kind = _read_text_table(path)
     else:
         raise ValueError(f"{path}: neither a folder nor a table (.csv, .tsv, .txt, .json, .jsonl)")
-    columns = find_columns(table, options.columns, str(path))
+    columns = find_columns(table, options.columns, str(path), label_needed=not options.as_listed)
     notes += columns.guessed
     rows = _select(table, options.where, path)
-    for what, column in (("path", columns.path), ("label", columns.label)):
-        _check_none(path, f"no {what} (column {column!r})", [row.place for row in rows if not row.get(column)])
+    for what, column in () if options.as_listed else (("path", columns.path), ("label", columns.label)):
+        _check_none(path, f"no {what} (column {column!r})", [row.place for row in rows if not row.get(column or "")])
     if columns.split is not None:
         blank = [row.place for row in rows if not row.get(columns.split)]
-        if len(blank) < len(rows):
+        if len(blank) < len(rows) and not options.as_listed:
             _check_none(path, f"no split (column {columns.split!r}), though other rows have one", blank)
     locate, where_from = locator(path, [row.get(columns.path) for row in rows], options.root)
     notes += where_from
-    return Source(path, kind, tuple(_clip(row, columns, locate) for row in rows), tuple(notes), question)
+    return Source(path, kind, tuple(_clip(row, columns, locate, path) for row in rows), tuple(notes), question)
 
 
 def _read_text_table(path: Path) -> tuple[Table, str]:
@@ -195,30 +201,35 @@ def _select(table: Table, where: Mapping[str, str], path: Path) -> Sequence[Row]
     return rows
 
 
-def _clip(row: Row, columns: Columns, locate: Callable[[str], Path]) -> SourceClip:
+def _clip(row: Row, columns: Columns, locate: Callable[[str], Path], table: Path) -> SourceClip:
     path = path_of(row.get(columns.path))
-    known = {columns.path, columns.label, columns.split, columns.group}
+    known = {columns.path, columns.label, columns.split, columns.group, "video_id", *STRETCH_COLUMNS}
+    try:
+        stretch = stretch_of(row)
+    except ValueError as error:
+        raise ValueError(f"{table}: {row.place}: {error}") from error
     return SourceClip(
         file=locate(path),
-        name=row.get("video_id") or path,
-        label=_label(row.get(columns.label)),
+        name=row.get("video_id") or name_of(path, stretch),
+        label=_label(row.get(columns.label)) if columns.label else "",
         split=standard_split(row.get(columns.split)) if columns.split else "",
         group=row.get(columns.group) if columns.group else "",
-        fields={key: value for key, value in row.values.items() if key not in known and key != "video_id"},
+        fields={key: value for key, value in row.values.items() if key not in known},
         place=row.place,
+        stretch=stretch,
     )
 
 
 def _once_each(source: Source) -> Source:
-    """Removes repeated rows about the same file.
+    """Removes repeated rows about the same file, or the same part of it.
 
     Raises:
         ValueError: If they contradict each other.
     """
-    first: dict[Path, SourceClip] = {}
+    first: dict[tuple[Path, Stretch | None], SourceClip] = {}
     twice: list[str] = []
     for clip in source.clips:
-        other = first.setdefault(clip.file, clip)
+        other = first.setdefault((clip.file, clip.stretch), clip)
         if other is clip:
             continue
         for what in ("label", "split", "group"):

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES
+from vidreason.datamodules.sources.folders import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 
 _SAMPLE = 200  # rows that the guess of a root looks for
 
@@ -72,13 +72,20 @@ def _find(root: Path, value: str) -> Path | None:
     """Returns the file of a path, in either Unicode normal form, with a video suffix added if it has none."""
     for text in spellings(value):
         path = root / text
-        if path.is_file():
+        if _may_be_clip(path):
             return absolute(path)
         if not path.suffix:
             for suffix in sorted(VIDEO_SUFFIXES):
                 if (found := path.with_name(path.name + suffix)).is_file():
                     return absolute(found)
     return None
+
+
+def _may_be_clip(path: Path) -> bool:
+    """Returns whether there is a file (also a pipe, which is reported when it is read) or a folder of pictures."""
+    if path.is_dir():
+        return any(file.suffix.lower() in PICTURE_SUFFIXES for file in path.iterdir())
+    return path.exists()
 
 
 def absolute(path: Path) -> Path:

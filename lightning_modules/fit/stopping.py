@@ -12,8 +12,9 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 
+from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_internals import between_steps
-from vidreason.signals import StopRequested, check_stop, defer_signals, stop_received
+from vidreason.signals import StopNow, StopRequested, check_stop, defer_signals, stop_received
 
 T = TypeVar("T")
 
@@ -69,9 +70,17 @@ class StopOnSignal(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stops between two optimizer steps."""
+        """Stops between two optimizer steps.
+
+        Raises:
+            StopRequested: If a signal was received.
+            StopNow: If its clips were not read because of the signal, but gradients of earlier batches are left; a
+                checkpoint that is written here could not be resumed.
+        """
         if between_steps(trainer):
             raise_if_any_rank_stopped(trainer.strategy)
+        if isinstance(batch, VideoBatch) and any(failed.stopped for failed in batch.failed):
+            raise StopNow
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stops within a validation, which a resumed fit repeats; several ranks finish the validation first."""

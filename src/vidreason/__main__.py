@@ -1,8 +1,6 @@
 """``python -m vidreason``, the same as the ``vidreason`` command."""
 
-import sys
-
-from vidreason.cli.main import main
+from vidreason.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -230,7 +230,7 @@ def _task_and_clips(data: VideoDataModule, saved_task: Path) -> tuple[Task, Know
     saved = Task.from_yaml(saved_task) if saved_task.is_file() else None
     try:
         data.setup("test")
-        known = KnownClips(clip for split in data.splits() for clip in data.clips(split))
+        known = KnownClips((c for split in data.splits() for c in data.clips(split)), data.frames.timeout)
         return saved or data.task, known
     except (ValueError, OSError):
         if saved is None:

@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from types import FrameType
 
 _SAME_REQUEST_S = 1.0
@@ -50,6 +52,7 @@ class _SignalHandler:
             StopRequested: If signals are not deferred.
             StopNow: If this is a second Ctrl-C.
         """
+        _pipe.announce()
         if not self.deferring:
             raise StopRequested(signal.Signals(number).name)
         if self.received_at is None:
@@ -61,7 +64,47 @@ class _SignalHandler:
             raise StopNow
 
 
+class _StopPipe:
+    """A pipe that becomes readable when a signal is received, here and in the workers that have its reading end."""
+
+    reader: Connection | None = None
+    writer: Connection | None = None
+    announced = False
+
+    def open(self) -> Connection:
+        if self.reader is None:
+            self.reader, self.writer = Pipe(duplex=False)
+        return self.reader
+
+    def announce(self) -> None:
+        if self.writer is not None and not self.announced:
+            self.announced = True
+            self.writer.send_bytes(b"stop")
+
+    def renew(self) -> None:
+        """Forgets a signal that was announced; what still reads the old pipe stays stopped."""
+        if self.announced:
+            self.reader, self.writer, self.announced = None, None, False
+
+    def take(self, reader: Connection) -> None:
+        self.reader, self.writer, self.announced = reader, None, False
+
+
 _handler = _SignalHandler()
+_pipe = _StopPipe()
+
+
+def stop_pipe() -> Connection:
+    """Returns a connection that becomes readable when this run receives a signal; nothing is ever read from it.
+
+    Something that waits, such as for the file of a clip, waits for it too.
+    """
+    return _pipe.open()
+
+
+def use_stop_pipe(pipe: Connection) -> None:
+    """Sets :func:`stop_pipe` in a worker process to that of its run, which receives the signals."""
+    _pipe.take(pipe)
 
 
 @contextmanager
@@ -82,6 +125,7 @@ def handle_signals() -> Iterator[None]:
         yield
     finally:
         _handler.deferring, _handler.received_at = False, None
+        _pipe.renew()
         for number, handler in before.items():
             signal.signal(number, handler)
 

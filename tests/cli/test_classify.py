@@ -16,7 +16,8 @@ import torch
 from vidreason import VideoClassifier
 from vidreason.cli.main import main
 from vidreason.config.finished_stage import find_stage
-from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.reading import read_frames
 from vidreason.pipelines.state import save_state
 from vidreason.run_folder import RunState, StageRecord
 

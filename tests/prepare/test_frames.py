@@ -3,7 +3,7 @@
 import pytest
 from vlm_builders import make_example, write_qwen
 
-from vidreason.datamodules.sources.probing import ClipProbe
+from vidreason.datamodules.clips.measuring import ClipProbe
 from vidreason.lightning_modules.vlms.qwen import QwenVL
 from vidreason.lightning_modules.vlms.tiny.configuration import TinyVLMConfig
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM

@@ -16,8 +16,9 @@ import yaml
 
 from vidreason.cli.main import main
 from vidreason.config.trainer_cli import build
+from vidreason.datamodules.clips.measuring import ClipProbe
 from vidreason.datamodules.manifest import ManifestDataModule
-from vidreason.datamodules.sources.probing import ClipProbe, Unreadable
+from vidreason.datamodules.sources.probing import Unreadable
 from vidreason.datamodules.task import Task
 
 TINY = (48, 32)
@@ -41,7 +42,7 @@ def fake_probe(monkeypatch):
     """Takes a file's text for its content and ``bad`` for damage; for tests that are not about reading clips."""
 
     def probe(paths, workers, timeout):
-        for path in paths:
+        for path, _ in paths:
             text = path.read_text() if path.is_file() else "bad: no such file"
             if text.startswith("bad"):
                 yield Unreadable(text.partition(": ")[2])

@@ -75,13 +75,13 @@ def _parser() -> CommandParser:
     parser.add_argument("--seed", type=int, default=0, help="of the splits that have to be made (default: 0)")
     parser.add_argument(
         "--timeout",
-        type=_positive,
-        default=60.0,
+        type=positive,
+        default=30.0,
         metavar="S",
-        help="seconds that reading one clip may take (default: 60)",
+        help="seconds that reading one clip may take (default: 30)",
     )
     parser.add_argument(
-        "--workers", type=int, default=_cores(), metavar="N", help="clips read at the same time (default: the cores)"
+        "--workers", type=int, default=cores(), metavar="N", help="clips read at the same time (default: the cores)"
     )
     return parser
 
@@ -93,14 +93,16 @@ def _pair(text: str) -> tuple[str, str]:
     return column, value
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
+    """Returns a positive number; for ``argparse``."""
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return value
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Returns the number of clips to read at the same time: the cores of this process, at most eight."""
     # cpu_count() ignores CPU affinity, by which schedulers restrict jobs; macOS has no sched_getaffinity
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _MOST_WORKERS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import multiprocessing
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 import vidreason
 from vidreason import exit_codes
@@ -25,6 +27,7 @@ from vidreason.spelling import did_you_mean, printable
 COMMANDS = {
     "demo": "the whole main job on the embedded default, within minutes",
     "init": "your own clips: look into a folder or table of them and write what the other commands read",
+    "data": "check: decode every clip of a manifest and say what is wrong with it",
     "pipeline": "stages in order: --config configs/pipelines/deepintuit.yaml --run_dir runs/x",
     "classify": "ask a finished run about new clips: clip.mp4 --run runs/x",
     "fit": "train one stage: --config configs/sft_label.yaml",
@@ -55,6 +58,21 @@ They are given by name, because importing the classes would import torch.
 _KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
 # How torch.utils.data re-raises an exception of a DataLoader worker: its traceback becomes the message.
 _WORKER_ERROR = re.compile(r"\ACaught (\w+) in DataLoader worker process")
+
+
+def run() -> NoReturn:
+    """Runs the command line of this process and ends it, at once if it was interrupted.
+
+    The interpreter takes seconds to take torch down, and would wait for workers that are reading.
+    """
+    status = main()
+    if status == exit_codes.INTERRUPTED:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

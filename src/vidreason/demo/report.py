@@ -147,7 +147,7 @@ def work_examples(run_dir: Path, folder: Path) -> list[Worked]:
     for number, prediction in enumerate(chosen, 1):
         clip = next(clip for clip in data.clips(prediction.split) if clip.video_id == prediction.video_id)
         strip = folder / f"{number}_{prediction.split}_{prediction.label}.png"
-        picture = film_strip(clip.path)
+        picture = film_strip(clip.path, clip.stretch)
         assert picture is not None, f"{clip.path} was read for its prediction"
         to_pil_image(picture).save(strip)
         worked.append(Worked(clip, prediction, strip))

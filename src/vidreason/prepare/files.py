@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vidreason.datamodules.sources.stretches import STRETCH_COLUMNS
 from vidreason.datamodules.split_names import STANDARD_SPLITS
 from vidreason.run_folder import TASK_FILE, UNREADABLE_FILE
 
 if TYPE_CHECKING:  # these modules import torch
-    from vidreason.datamodules.sources.probing import ClipProbe
+    from vidreason.datamodules.clips.measuring import ClipProbe
+    from vidreason.datamodules.clips.sampling import Stretch
     from vidreason.datamodules.types import Clip
     from vidreason.prepare.frames import FrameSuggestion
 
@@ -29,7 +32,10 @@ MANIFEST, UNREADABLE, TASK, DATA, README = FILES = (
     "README.txt",
 )
 _OWN_COLUMNS = ("path", "label", "split", "group", "video_id")
-_MEASURED = ("clip_seconds", "clip_fps", "clip_frames", "clip_width", "clip_height", "clip_sha256")
+_MEASURED = (
+    *("clip_seconds", "clip_fps", "clip_frames", "clip_width", "clip_height", "clip_sha256"),
+    *("clip_reader", "clip_reader_reason"),
+)
 _DEFAULT_QUESTION = "What happens in the video?"
 
 
@@ -51,15 +57,31 @@ def manifest_text(clips: Sequence[Clip], probes: Mapping[str, ClipProbe], folder
         probes: Measurements by video id.
         folder: Folder of the file; paths are relative to it.
     """
-    taken = (*_OWN_COLUMNS, *_MEASURED)
+    parts = STRETCH_COLUMNS if any(clip.stretch is not None for clip in clips) else ()
+    taken = (*_OWN_COLUMNS, *parts, *_MEASURED)
     names = {name: _free(name, taken) for clip in clips for name in clip.fields if name not in _MEASURED}
     rows = []
     for clip in clips:
         probe = probes[clip.video_id]
-        measured = (f"{probe.seconds:.3f}", f"{probe.fps:.3f}", probe.frames, probe.width, probe.height, probe.sha)
+        measured = (
+            *(f"{probe.seconds:.3f}", f"{probe.fps:.3f}", probe.frames, probe.width, probe.height, probe.sha),
+            *(probe.reader, probe.why),
+        )
         own = (relative_path(clip.path, folder), clip.label, clip.split, clip.group, clip.video_id)
-        rows.append((*own, *measured, *(clip.fields.get(name, "") for name in names)))
+        rows.append(
+            (
+                *own,
+                *(_seconds(clip.stretch, part) for part in parts),
+                *measured,
+                *(clip.fields.get(name, "") for name in names),
+            )
+        )
     return _csv((*taken, *names.values()), rows)
+
+
+def _seconds(stretch: Stretch | None, part: str) -> str:
+    value = math.inf if stretch is None else getattr(stretch, part)
+    return f"{value:.10g}" if math.isfinite(value) else ""
 
 
 def unreadable_text(clips: Sequence[LeftOut], folder: Path) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 
 from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.sources.probing import ClipProbe
+from vidreason.datamodules.clips.measuring import ClipProbe
 
 FRAMES_PER_SECOND = 2
 """Sampling rate for the median clip, as common for video-language models."""

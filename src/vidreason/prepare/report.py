@@ -12,8 +12,8 @@ from vidreason.pipelines.table import render_table
 from vidreason.prepare.files import UNREADABLE, LeftOut, printable
 
 if TYPE_CHECKING:  # these modules import torch
+    from vidreason.datamodules.clips.measuring import ClipProbe
     from vidreason.datamodules.sources.new_splits import Assignment
-    from vidreason.datamodules.sources.probing import ClipProbe
     from vidreason.datamodules.types import Clip
     from vidreason.prepare.frames import FrameSuggestion
 

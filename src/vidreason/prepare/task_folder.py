@@ -16,10 +16,11 @@ from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.sources.source import Source, SourceClip, SourceOptions, read_source
 from vidreason.prepare import files, report
 from vidreason.prepare.files import LeftOut, printable
+from vidreason.signals import handle_signals
 
 if TYPE_CHECKING:
+    from vidreason.datamodules.clips.measuring import ClipProbe
     from vidreason.datamodules.sources.new_splits import Assignment
-    from vidreason.datamodules.sources.probing import ClipProbe
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,14 @@ def _probe(source: Source, workers: int, timeout: float) -> tuple[dict[str, Clip
     probes: dict[str, ClipProbe] = {}
     left_out: list[LeftOut] = []
     readable = [clip for clip in source.clips if _is_text(clip)]
-    results = probe_clips([clip.file for clip in readable], workers, timeout)
+    results = probe_clips([(clip.file, clip.stretch) for clip in readable], workers, timeout)
     bar = tqdm(results, total=len(readable), desc="reading clips", unit="clip", leave=False, disable=None)
-    for clip, result in zip(readable, bar, strict=True):
-        if isinstance(result, Unreadable):
-            left_out.append(LeftOut(clip.file, clip.name, clip.label, result.reason))
-        else:
-            probes[clip.name] = result
+    with handle_signals():  # Ctrl-C ends the reads, too
+        for clip, result in zip(readable, bar, strict=True):
+            if isinstance(result, Unreadable):
+                left_out.append(LeftOut(clip.file, clip.name, clip.label, result.reason))
+            else:
+                probes[clip.name] = result
     for clip in source.clips:
         if not _is_text(clip):
             label, reason = printable(clip.label), "its name is not UTF-8; rename it"
@@ -142,17 +144,23 @@ def _assign(source: Source, probes: Mapping[str, ClipProbe], seed: int, anew: bo
     from vidreason.datamodules.types import Clip
 
     clips = [
-        Clip(clip.file, clip.label, clip.name, "" if anew else clip.split, clip.group, clip.fields, clip.place)
+        Clip(
+            *(clip.file, clip.label, clip.name, "" if anew else clip.split, clip.group, clip.fields, clip.place),
+            stretch=clip.stretch,
+        )
         for clip in source.clips
         if clip.name in probes
     ]
     shas = [probes[clip.video_id].sha for clip in clips]
+    parts = [sha if clip.stretch is None else f"{sha} {clip.stretch}" for clip, sha in zip(clips, shas, strict=True)]
+    # the parts of a video belong together, unless the source has groups of its own
+    together = [part if clip.group else sha for clip, sha, part in zip(clips, shas, parts, strict=True)]
     try:
-        assignment = assign_splits(group_by_content(clips, shas), shas, seed)
+        assignment = assign_splits(group_by_content(clips, together), together, seed)
     except ValueError as error:
         hint = "" if anew or not any(clip.split for clip in source.clips) else "; --new-splits makes all of them"
         raise ValueError(f"{source.path}: {error}{hint}") from error
-    for line in report.copy_lines(clips, shas):
+    for line in report.copy_lines(clips, parts):
         print(line)
     return assignment
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.reading import read_frames
 from vidreason.datamodules.porch.render import Frames, render, to_mono, write_mp4
 from vidreason.datamodules.porch.scene import (
     FRAMES,

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from vidreason.datamodules.clips.decoded import DecodeError
-from vidreason.datamodules.clips.decoding import FrameOptions, read_frames
+from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.reading import read_frames
 
 
 def picture(value: int, size: tuple[int, int] = (16, 12), kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -32,7 +33,7 @@ def test_names_are_sorted_as_numbers_and_junk_is_passed_over(tmp_path):
     junk = [("__MACOSX/clip/f_1.png", b"x"), ("clip/.f_3.png", b"x"), ("clip/Thumbs.db", b"x"), ("clip/", b"")]
     video = read_frames(archive(tmp_path / "clip.zip", entries + junk), FrameOptions(num_frames=4))
     assert values(video) == [1, 2, 9, 10]
-    assert (video.reader, video.timing.total_frames, video.partial) == ("zip", 4, False)
+    assert (video.reader, video.timing.total_frames, video.partial) == ("pictures", 4, False)
 
 
 def test_sizes_and_modes_may_differ_and_nothing_is_unpacked(tmp_path):
