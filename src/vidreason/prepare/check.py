@@ -12,7 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vidreason.datamodules.atomic_files import write_text
-from vidreason.datamodules.clips.measuring import ClipProbe, decode_clip_completely, measure_clip
+from vidreason.datamodules.clips.decoding import decode_clip_completely
+from vidreason.datamodules.clips.measuring import ClipProbe, measure_clip
 from vidreason.datamodules.clips.reading import ReadTimeoutError, call_reader
 from vidreason.datamodules.clips.sampling import Stretch
 from vidreason.datamodules.sources.probing import Unreadable, map_clips
