@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from vidreason.datamodules.clips.decoded import DecodedFrames, DecodeError
+from vidreason.datamodules.clips.decoded import NOMINAL_FPS, DecodedFrames, DecodeError
 from vidreason.datamodules.clips.decord_reader import decord, read_with_decord
 from vidreason.datamodules.clips.pictures import is_picture_folder, read_animation, read_pictures
 from vidreason.datamodules.clips.pyav_packets import Survey, survey
-from vidreason.datamodules.clips.pyav_reader import read_with_pyav
+from vidreason.datamodules.clips.pyav_reader import Contents, decode_completely, read_with_pyav
 from vidreason.datamodules.clips.sampling import (
     FrameChooser,
     Stretch,
@@ -95,6 +95,22 @@ def decode(
         if not _is_webp(path):
             raise
         return read_animation(path, choose, options.max_pixels)
+
+
+def decode_clip_completely(path: Path, reader: str) -> Contents:
+    """Decodes every frame of a clip.
+
+    Args:
+        path: The clip.
+        reader: What reads it, as ``DecodedFrames.reader`` says.
+
+    Raises:
+        DecodeError: If no frame can be decoded.
+    """
+    if reader != "pictures":
+        return decode_completely(path)
+    read = decode(path, FrameOptions(num_frames=10**6, sampling="fps", fps=NOMINAL_FPS, max_pixels=1))
+    return Contents(read.frames_in_file, read.partial, 0)
 
 
 def frame_chooser(options: FrameOptions, draws: Sequence[float] | None) -> FrameChooser:

@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vidreason.datamodules.clips.decoded import NOMINAL_FPS, Pixels
+from vidreason.datamodules.clips.decoded import Pixels
 from vidreason.datamodules.clips.decoding import FrameOptions, decode
-from vidreason.datamodules.clips.pyav_reader import Contents, decode_completely
 from vidreason.datamodules.clips.sampling import Stretch
 from vidreason.datamodules.file_hash import content_sha
 
 _LOOK = FrameOptions(num_frames=8, max_pixels=256 * 256)  # spread over the clip
-_EVERY_PICTURE = FrameOptions(num_frames=10**6, sampling="fps", fps=NOMINAL_FPS, max_pixels=1)
 _HASH_SIDE = 16  # points of a frame's hash in each direction
 _CONTRAST = 4  # grey levels between neighbouring points that make a bit; less is noise of the encoder
 _BLACK = 20  # grey level
@@ -64,22 +62,6 @@ def measure_clip(path: Path, stretch: Stretch | None = None) -> ClipProbe:
         looks=perceptual_hash(read.pixels),
         dull=_dullness(read.pixels),
     )
-
-
-def decode_clip_completely(path: Path, reader: str) -> Contents:
-    """Decodes every frame of a clip.
-
-    Args:
-        path: The clip.
-        reader: What reads it, as ``measure_clip`` found.
-
-    Raises:
-        DecodeError: If no frame can be decoded.
-    """
-    if reader != "pictures":
-        return decode_completely(path)
-    read = decode(path, _EVERY_PICTURE)
-    return Contents(read.frames_in_file, read.partial, 0)
 
 
 def perceptual_hash(frames: Pixels) -> bytes:

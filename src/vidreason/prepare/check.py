@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from vidreason.datamodules.atomic_files import write_text
-from vidreason.datamodules.clips.measuring import ClipProbe, decode_clip_completely, measure_clip
+from vidreason.datamodules.clips.decoding import decode_clip_completely
+from vidreason.datamodules.clips.measuring import ClipProbe, measure_clip
 from vidreason.datamodules.clips.reading import ReadTimeoutError, call_reader
 from vidreason.datamodules.clips.sampling import Stretch
 from vidreason.datamodules.sources.probing import Unreadable, map_clips
@@ -26,7 +28,7 @@ _MOST_LINES = 20
 
 
 @dataclass(frozen=True)
-class ClipReport:
+class Listed:
     """One row of the manifest."""
 
     place: str
@@ -36,10 +38,14 @@ class ClipReport:
     label: str
     split: str
     group: str
-    status: str
-    """``ok``, ``partial`` (some frames are lost) or ``reject``."""
-    reader: str = ""
-    reader_reason: str = ""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Properties of a clip that was decoded; None where it was not."""
+
+    reader: str | None = None
+    reader_reason: str | None = None
     frames: int | None = None
     """Frames that can be decoded."""
     size: tuple[int, int] | None = None
@@ -49,9 +55,24 @@ class ClipReport:
     fps: float | None = None
     duration: float | None = None
     """Length in seconds."""
+
+
+@dataclass(frozen=True)
+class ClipReport:
+    """What is said about one row of the manifest."""
+
+    listed: Listed
+    status: str
+    """``ok``, ``partial`` (some frames are lost) or ``reject``."""
+    decoded: Decoded = Decoded()
     seconds: float = 0.0
     """Time that decoding took."""
     error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns all values in one level, as they are written as JSON."""
+        own = {"seconds": self.seconds, "error": self.error}
+        return {**asdict(self.listed), "status": self.status, **asdict(self.decoded), **own}
 
 
 @dataclass(frozen=True)
@@ -107,7 +128,7 @@ def write_report(report: CheckReport, file: Path) -> None:
     content = {
         "manifest": printable(report.manifest),
         "counts": {status: counts[status] for status in ("ok", "partial", "reject")},
-        "clips": [asdict(clip) for clip in report.clips],
+        "clips": [clip.as_dict() for clip in report.clips],
         "findings": [asdict(finding) for finding in report.findings],
     }
     write_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
@@ -116,14 +137,14 @@ def write_report(report: CheckReport, file: Path) -> None:
 def report_lines(report: CheckReport) -> list[str]:
     """Returns the report as lines of text."""
     counts = Counter(clip.status for clip in report.clips)
-    readers = Counter(clip.reader for clip in report.clips if clip.reader)
+    readers = Counter(clip.decoded.reader for clip in report.clips if clip.decoded.reader)
     by = ", ".join(f"{name} {n}" for name, n in readers.most_common()) or "none"
     lines = [
         f"{report.manifest}: {len(report.clips)} clips, {counts['ok']} ok, {counts['partial']} partial, "
         f"{counts['reject']} rejected; read by {by}"
     ]
     for status in ("reject", "partial"):
-        told = [f"  {status}: {clip.video_id}: {clip.error}" for clip in report.clips if clip.status == status]
+        told = [f"  {status}: {clip.listed.video_id}: {clip.error}" for clip in report.clips if clip.status == status]
         lines += _first(told)
     lines += _first([f"  {f.kind}: {f.message}{': ' if f.clips else ''}{_first_ids(f.clips)}" for f in report.findings])
     return [_plain(line) for line in lines]
@@ -163,22 +184,13 @@ def _clip(listed: SourceClip) -> Clip:
     )
 
 
-def _report(listed: SourceClip, result: Measured | Unreadable) -> ClipReport:
-    row = ClipReport(
-        place=printable(listed.place),
-        path=printable(str(listed.file)),
-        video_id=printable(listed.name),
-        label=printable(listed.label),
-        split=printable(listed.split),
-        group=printable(listed.group),
-        status="reject",
-    )
+def _report(clip: SourceClip, result: Measured | Unreadable) -> ClipReport:
+    texts = (clip.place, str(clip.file), clip.name, clip.label, clip.split, clip.group)
+    listed = Listed(*map(printable, texts))
     if isinstance(result, Unreadable):
-        return replace(row, error=printable(result.reason) if listed.name else "the row has no path")
+        return ClipReport(listed, "reject", error=printable(result.reason) if clip.name else "the row has no path")
     probe = result.probe
-    return replace(
-        row,
-        status="partial" if probe.partial else "ok",
+    decoded = Decoded(
         reader=probe.reader,
         reader_reason=probe.why,
         frames=probe.frames,
@@ -186,9 +198,9 @@ def _report(listed: SourceClip, result: Measured | Unreadable) -> ClipReport:
         rotation=result.rotation,
         fps=round(probe.fps, 3),
         duration=round(probe.seconds, 3),
-        seconds=round(result.seconds, 3),
-        error=result.remark,
     )
+    status = "partial" if probe.partial else "ok"
+    return ClipReport(listed, status, decoded, round(result.seconds, 3), result.remark)
 
 
 def _first(lines: Sequence[str]) -> list[str]:
