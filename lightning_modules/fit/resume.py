@@ -81,7 +81,7 @@ class ResumeFit(L.Callback):
             ValueError: If it does not; the message names the difference and the remedy.
         """
         saved = checked_entry(checkpoint, pl_module)
-        check_weights(checkpoint["state_dict"], "--ckpt_path", START_AGAIN)
+        check_weights(checkpoint.get("state_dict", {}), "--ckpt_path", START_AGAIN)
         if (stage := resumable(pl_module)) is not None:
             for name, state in stage.stateful().items():
                 state.load_state_dict(saved["stateful"][name])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from vidreason.config.fit_folder import begin_fit, clear_folder, mark_finished
 from vidreason.config.machine import say
-from vidreason.config.run_record import saved_config
+from vidreason.config.run_record import from_the_start, saved_config
 from vidreason.lightning_internals import batches_done
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.fit.resume import check_checkpoint_file
+from vidreason.run_folder import LAST_CHECKPOINT
 
 CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
 """Values of ``Trainer(ckpt_path=...)`` that are not paths."""
@@ -72,3 +76,19 @@ def end_fit(cli: LightningCLI, run_dir: Path, fit: PreparedFit) -> None:
         say(f"nothing to do: the checkpoint has all {fit.batches} batches; raise trainer.max_epochs or max_steps")
     if trainer.is_global_zero:
         mark_finished(run_dir, trainer.global_step, trainer.current_epoch)
+
+
+def how_to_resume(trainer: L.Trainer, command: str | None, command_line: str) -> str:
+    """Returns the message with the command that resumes or repeats the run."""
+    if command != "fit":
+        return f"interrupted; start again with: {command_line}"
+    folders = [Path(c.dirpath) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    saved = [folder / LAST_CHECKPOINT for folder in folders if (folder / LAST_CHECKPOINT).is_file()]
+    if not saved:
+        again = command_line.replace(" --force", "")
+        return f"interrupted before the first checkpoint; start again with: {again}"
+    path = saved[0]
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    again = f"{from_the_start(command_line)} --ckpt_path {shlex.quote(str(path))}"
+    return f"interrupted; resume with: {again}"

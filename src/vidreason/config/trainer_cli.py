@@ -30,9 +30,9 @@ from omegaconf.errors import OmegaConfBaseException
 from vidreason import exit_codes
 from vidreason.config.command_files import config_files, given_batch_size, order_files, point_at_shipped
 from vidreason.config.errors import explain_call, missing_package
-from vidreason.config.fit_start import CKPT_KEYWORDS, end_fit, prepare_fit
+from vidreason.config.fit_start import CKPT_KEYWORDS, end_fit, how_to_resume, prepare_fit
 from vidreason.config.machine import check_devices, check_machines, describe, say
-from vidreason.config.run_record import RunRecord, from_the_start
+from vidreason.config.run_record import RunRecord
 from vidreason.config.strict_parser import StrictParser
 from vidreason.lightning_internals import forward_sigterm
 from vidreason.lightning_modules.base import VLMModule
@@ -43,7 +43,7 @@ from vidreason.lightning_modules.fit.stopping import StopOnSignal
 from vidreason.lightning_modules.rl.objective import PolicyLoss
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.weights.lineage import describe_weights
-from vidreason.run_folder import CHECKPOINTS_FOLDER, LAST_CHECKPOINT, TENSORBOARD_FOLDER
+from vidreason.run_folder import CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER
 from vidreason.run_lock import lock_run_folder
 from vidreason.signals import StopRequested, check_stop, handle_signals
 
@@ -153,8 +153,8 @@ class VideoCLI(LightningCLI):
                 f"run_dir is {config.run_dir} but trainer.default_root_dir is {root}: they are the same folder, give "
                 "--run_dir alone",
             )
-        default = Path("runs", Path(self.files.stage_file or self.config.subcommand).stem)
-        config.run_dir = str(config.run_dir or root or default)
+        named = Path(self.files.stage_file or self.config.subcommand).stem
+        config.run_dir = str(config.run_dir or root or Path("runs", named))
         # left out of config.yaml, which could not be used with another --run_dir otherwise
         config.trainer.default_root_dir = None
         self.run_dir = Path(config.run_dir)
@@ -259,29 +259,12 @@ class VideoCLI(LightningCLI):
         except SystemExit as stop:
             # Lightning shuts down in order, then calls exit(1) in its `except KeyboardInterrupt`
             if isinstance(stop.__context__, KeyboardInterrupt):
-                say(self._how_to_resume())
+                say(how_to_resume(self.trainer, self.subcommand, self.command_line))
                 raise KeyboardInterrupt from None
             raise
         except (StopRequested, TooManyUnreadableError):
-            say(self._how_to_resume())
+            say(how_to_resume(self.trainer, self.subcommand, self.command_line))
             raise
-
-    def _how_to_resume(self) -> str:
-        """Returns the message with the command that resumes or repeats the run."""
-        if self.subcommand != "fit":
-            return f"interrupted; start again with: {self.command_line}"
-        folders = [
-            Path(c.dirpath) for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath
-        ]
-        saved = [folder / LAST_CHECKPOINT for folder in folders if (folder / LAST_CHECKPOINT).is_file()]
-        if not saved:
-            again = self.command_line.replace(" --force", "")
-            return f"interrupted before the first checkpoint; start again with: {again}"
-        path = saved[0]
-        if path.is_relative_to(Path.cwd()):
-            path = path.relative_to(Path.cwd())
-        again = f"{from_the_start(self.command_line)} --ckpt_path {shlex.quote(str(path))}"
-        return f"interrupted; resume with: {again}"
 
 
 def run(command: str, argv: Sequence[str]) -> int:
