@@ -12,9 +12,9 @@ The loss is a mean over the target tokens of the whole optimizer step, for any m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,20 +24,23 @@ from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceStore
 from vidreason.datamodules.types import TextBatch, VideoBatch
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.fit.optimizer_step import split_clips
 from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import TextLoss, weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import TokenCounts, count_tokens
-from vidreason.lightning_modules.traces.generation import TraceGenerator, write_run_traces
+from vidreason.lightning_modules.traces.generation import write_run_traces
 from vidreason.lightning_modules.traces.targets import (
     TargetOptions,
     Texts,
     caption_targets,
     rationale_targets,
     trace_targets,
+    traces_or_composed,
 )
 from vidreason.lightning_modules.vlms.base import VLM, Scores
-from vidreason.run_folder import TRACES_FILE
+from vidreason.lightning_modules.vlms.pieces import split_clips
+from vidreason.run_folder import DESCRIPTIONS_FILE, TRACES_FILE
+
+_WRITTEN = {"describe": "descriptions", "reason": "traces"}
 
 
 class RationaleSFTModule(VLMModule):
@@ -109,21 +112,56 @@ class RationaleSFTModule(VLMModule):
         clips, targets = self.data.clips("train"), self.targets
         if targets.kind == "caption":
             return caption_targets(clips, targets.caption_field)
-        from_traces = targets.kind == "trace" and targets.compose == "reason"
-        generator = self.trace_generator(self.data.task, "reason" if from_traces else "describe")
-        records = self._trace_store(generator).by_video(kept_only=True)
         if targets.kind == "rationale":
-            return rationale_targets(records)
-        return trace_targets(clips, records, targets.compose, self.data.label_names, self.completion)
+            return rationale_targets(self._trace_store("describe").by_video(kept_only=True))
+        if targets.compose == "reason_first":
+            return self._own_traces_first()
+        return self._traces_from(self._trace_store(targets.compose), targets.compose)
 
-    def _trace_store(self, generator: TraceGenerator) -> TraceStore:
-        if self.traces_file is not None:
+    def _own_traces_first(self) -> Texts:
+        """Returns own traces that end in the label and, for clips without one, descriptions composed with the label."""
+        task, describes = self.data.task, False
+        if self.traces_file is not None:  # holds one of the two; the starting weights write the other
+            header = TraceStore.open(Path(self.traces_file)).header
+            describes = header.prompt_sha == self.trace_generator(task, "describe").header.prompt_sha
+        traces = self._traces_from(self._trace_store("reason", given=not describes), "reason")
+        found = [video_id for video_id, texts in traces.items() if texts]
+        composed: Texts = {}
+        if len(found) < len(traces):
+            store = self._trace_store("describe", given=describes, known=found, name=DESCRIPTIONS_FILE)
+            composed = self._traces_from(store, "describe")
+        texts, shares = traces_or_composed(traces, composed)
+        self.print(f"{self.stage_name}: what {len(texts)} clips learn comes {shares}")
+        return texts
+
+    def _traces_from(self, store: TraceStore, compose: Literal["describe", "reason"]) -> Texts:
+        clips, records = self.data.clips("train"), store.by_video(kept_only=True)
+        return trace_targets(clips, records, compose, self.data.label_names, self.completion)
+
+    def _trace_store(
+        self,
+        kind: Literal["describe", "reason"],
+        given: bool = True,
+        known: Collection[str] = (),
+        name: str = TRACES_FILE,
+    ) -> TraceStore:
+        """Returns the texts of a kind from ``traces_file``, or lets the starting weights write them.
+
+        Args:
+            kind: Descriptions, or traces with an answer.
+            given: Whether ``traces_file``, if set, is to hold texts of this kind.
+            known: Ids of clips about which none are written.
+            name: Name of the file in the run folder.
+        """
+        generator = self.trace_generator(self.data.task, kind)
+        if self.traces_file is not None and given:
             store = TraceStore.open(Path(self.traces_file))
             store.check(generator.header, allow_external=self.targets.kind == "trace")
             return store
         writer = self.adapter_path or "the base"
-        self.print(f"{self.stage_name}: no traces_file given; {writer} writes {self.traces.samples} texts per clip")
-        return write_run_traces(self.trainer, self.policy, generator, self.data, ("train",))
+        clips = "clip" if not known else f"clip without a trace ({len(known)} have one)"
+        self.print(f"{self.stage_name}: {writer} writes {self.traces.samples} {_WRITTEN[kind]} per {clips}")
+        return write_run_traces(self.trainer, self.policy, generator, self.data, ("train",), known, name)
 
     # ------------------------------------------------------------------ training
 
@@ -176,10 +214,12 @@ class RationaleSFTModule(VLMModule):
             return super().validation_step(batch, batch_idx)
         loss, right, tokens = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
         if len(batch) and len(batch.texts) and bool(batch.sample_mask.any()):
-            scores, texts = self.vlm.score(self.policy, batch.prompts, batch.texts), batch.texts
-            loss = self.text_loss(scores.logprobs, texts, count_tokens(texts.loss_mask, texts.answer_mask)).loss
-            tokens = int(texts.loss_mask.sum())
-            right = greedy_tokens(scores, texts) / max(tokens, 1)
+            counts = count_tokens(batch.texts.loss_mask, batch.texts.answer_mask)
+            tokens = int(batch.texts.loss_mask.sum())
+            for part in split_clips(self.vlm, batch, self.evaluation.clips_per_forward):
+                scores = self.vlm.score(self.policy, part.prompts, part.texts)
+                loss = loss + self.text_loss(scores.logprobs, part.texts, counts).loss
+                right = right + greedy_tokens(scores, part.texts) / max(tokens, 1)
         # Every rank logs, also without a caption, since sync_dist is a collective operation.
         self.log("val/loss", loss, prog_bar=True, batch_size=tokens, sync_dist=True)
         self.log("val/mean_token_accuracy", right, batch_size=tokens, sync_dist=True)
