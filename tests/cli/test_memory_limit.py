@@ -17,7 +17,7 @@ taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + int(sys.argv[1]), resource.RLIM_INFINITY))
 sys.exit(main(sys.argv[2:]))
 """
-ROOM = 1_600_000_000
+ROOM = 4_000_000_000
 OLD = ["--model.init_args.updates.clips_per_forward", "16", "--vlm.init_args.gradient_checkpointing", "false"]
 
 

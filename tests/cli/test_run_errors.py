@@ -386,7 +386,7 @@ CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: y
         (
             CUDA,
             "training_step",
-            "null",
+            None,
             "2.50 GiB",
             "updates.clips_per_forward is null (the whole batch), smaller values",
         ),
@@ -402,7 +402,7 @@ CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: y
 )
 def test_out_of_memory_names_the_setting_and_the_plan(capfd, monkeypatch, raised, method, cut, asked, told):
     def fails(*_):
-        raise raised
+        raise type(raised)(*raised.args)  # a new one, since an exception keeps the traceback of an earlier test
 
     monkeypatch.setattr(RationaleSFTModule, method, fails)
     cuts = ["--model.init_args.eval.clips_per_forward=2", "--trainer.check_val_every_n_epoch=1"]

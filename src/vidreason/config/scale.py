@@ -24,7 +24,6 @@ _CLASSES = ("model", "data", "vlm")
 _SECTIONS = (*_CLASSES, "trainer")
 _KEYS = (*_SECTIONS, "parts", "full")
 _FULL = "full"
-_OPTIONS = {"--config", *(f"--{section}" for section in _CLASSES)}
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,8 @@ def read_stage(arguments: Sequence[str], stage_file: str | None, replaced: Seque
             if isinstance(given, dict):
                 if isinstance(path := given.get("class_path"), str):
                     classes[section] = path
-                if section == "vlm":
-                    vlm |= given.get("init_args") or {}
+                if section == "vlm" and isinstance(options := given.get("init_args"), dict):
+                    vlm |= options
     return StageSections(None if part is None else str(part), vlm.get("scale") or DEFAULT, not vlm.get("lora"), classes)
 
 
@@ -178,19 +177,20 @@ def _read(file: str) -> dict[str, Any]:
 
 def _contents(arguments: Sequence[str], stage_file: str | None, replaced: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yields what every option of a command line sets, sections as mappings; what is malformed sets nothing here."""
-    words = iter(arguments)
-    for word in words:
-        option, equals, value = word.partition("=")
+    words = list(arguments)
+    while words:
+        option, equals, value = words.pop(0).partition("=")
         if not option.startswith("--"):
             continue
-        value = value if equals else next(words, "")
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
         if option == "--config":
             path = find_config(value)
-            content = _mapping(value) if path is None else _mapping(path.read_text(encoding="utf-8"))
+            content = _mapping(value) if path is None else _mapping(_text_of(path))
             left_out = replaced if value == stage_file else ()
             folder = Path() if path is None else path.parent
             yield {key: _section(item, folder) for key, item in content.items() if key not in left_out}
-        elif option in _OPTIONS:
+        elif option.removeprefix("--") in _CLASSES:
             yield {option.removeprefix("--"): _section(value, Path())}
         else:
             nested = _value(value)
@@ -207,7 +207,11 @@ def _section(item: Any, folder: Path) -> Any:
         return _mapping(item)
     beside = folder / item
     path = beside if beside.is_file() else find_config(item)
-    return item if path is None or path.suffix not in (".yaml", ".yml") else _mapping(path.read_text(encoding="utf-8"))
+    return item if path is None or path.suffix not in (".yaml", ".yml") else _mapping(_text_of(path))
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")  # the parser reports what is no UTF-8
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import vlm_builders as builders
-from comparing import relative_gap
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -20,6 +19,7 @@ from vidreason.lightning_modules.vlms.loading.master_weights import (
     keep_master_weights,
 )
 from vidreason.lightning_modules.vlms.loading.weight_folders import save_weights
+from vidreason.testing.samples import relative_gap
 
 LORA = LoRAOptions(r=4, alpha=8)
 BF16 = torch.bfloat16
