@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.prompts import ClipView, DescribeView, LabelView, ReasonView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceStore
@@ -38,6 +39,7 @@ from vidreason.lightning_modules.traces.targets import (
 )
 from vidreason.lightning_modules.vlms.base import VLM, Scores
 from vidreason.lightning_modules.vlms.pieces import split_clips
+from vidreason.rewards.completion import CompletionForm
 from vidreason.run_folder import DESCRIPTIONS_FILE, TRACES_FILE
 
 _WRITTEN = {"describe": "descriptions", "reason": "traces"}
@@ -90,18 +92,12 @@ class RationaleSFTModule(VLMModule):
         number = sum(len(texts.get(clip.video_id, ())) for clip in clips)
         self.print(f"{self.stage_name}: {number} target texts about {usable} of {len(clips)} training clips")
         if not usable:
-            raise ValueError(self._no_targets())
+            if self.targets.kind == "caption":
+                raise ValueError(f"no training clip has a text in the manifest's column {self.targets.caption_field!r}")
+            raise ValueError(_no_targets(Path(self.traces_file or Path(self.trainer.default_root_dir, TRACES_FILE))))
         is_trace = self.targets.kind == "trace"
         view = ReasonView(task, texts, self.completion) if is_trace else DescribeView(task, texts=texts)
         self.data.connect(train_view=view)
-
-    def _no_targets(self) -> str:
-        if self.targets.kind == "caption":
-            return f"no training clip has a text in the manifest's column {self.targets.caption_field!r}"
-        path = Path(self.traces_file or Path(self.trainer.default_root_dir, TRACES_FILE))
-        reasons = Counter(r.reject_reason or "does not end in the label" for r in TraceStore.open(path).records())
-        most = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3)) or "it holds no text"
-        return f"{path}: no training clip has a text left to learn: {most}"
 
     def target_texts(self) -> Texts:
         """Returns the target texts of the training clips by video id.
@@ -116,7 +112,7 @@ class RationaleSFTModule(VLMModule):
             return rationale_targets(self._trace_store("describe").by_video(kept_only=True))
         if targets.compose == "reason_first":
             return self._own_traces_first()
-        return self._traces_from(self._trace_store(targets.compose), targets.compose)
+        return _traces_in(self._trace_store(targets.compose), targets.compose, self.data, self.completion)
 
     def _own_traces_first(self) -> Texts:
         """Returns own traces that end in the label and, for clips without one, descriptions composed with the label."""
@@ -124,19 +120,16 @@ class RationaleSFTModule(VLMModule):
         if self.traces_file is not None:  # holds one of the two; the starting weights write the other
             header = TraceStore.open(Path(self.traces_file)).header
             describes = header.prompt_sha == self.trace_generator(task, "describe").header.prompt_sha
-        traces = self._traces_from(self._trace_store("reason", given=not describes), "reason")
+        store = self._trace_store("reason", given=not describes)
+        traces = _traces_in(store, "reason", self.data, self.completion)
         found = [video_id for video_id, texts in traces.items() if texts]
         composed: Texts = {}
         if len(found) < len(traces):
             store = self._trace_store("describe", given=describes, known=found, name=DESCRIPTIONS_FILE)
-            composed = self._traces_from(store, "describe")
+            composed = _traces_in(store, "describe", self.data, self.completion)
         texts, shares = traces_or_composed(traces, composed)
         self.print(f"{self.stage_name}: what {len(texts)} clips learn comes {shares}")
         return texts
-
-    def _traces_from(self, store: TraceStore, compose: Literal["describe", "reason"]) -> Texts:
-        clips, records = self.data.clips("train"), store.by_video(kept_only=True)
-        return trace_targets(clips, records, compose, self.data.label_names, self.completion)
 
     def _trace_store(
         self,
@@ -234,6 +227,20 @@ class RationaleSFTModule(VLMModule):
         if self.decide.by == "answer" and clips and not self.trainer.sanity_checking:
             rate = 1 - float(self.trainer.callback_metrics["val/unparsed_rate"])
             self.print(f"{self.stage_name}: parse rate on val {rate:.1%} ({clips} clips, step {self.global_step})")
+
+
+def _no_targets(path: Path) -> str:
+    """Returns the error message about a trace file of which no text is left to learn."""
+    reasons = Counter(r.reject_reason or "does not end in the label" for r in TraceStore.open(path).records())
+    most = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3)) or "it holds no text"
+    return f"{path}: no training clip has a text left to learn: {most}"
+
+
+def _traces_in(
+    store: TraceStore, compose: Literal["describe", "reason"], data: VideoDataModule, form: CompletionForm
+) -> Texts:
+    """Returns the target traces that the texts of a store make, by video id of the training clips."""
+    return trace_targets(data.clips("train"), store.by_video(kept_only=True), compose, data.label_names, form)
 
 
 def greedy_tokens(scores: Scores, texts: TextBatch) -> Tensor:

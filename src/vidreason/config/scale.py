@@ -6,6 +6,7 @@ the YAML files before anything is parsed, because a profile applies first: every
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
+from vidreason.config.command_files import OrderedFiles
 from vidreason.config.files import find_config
 from vidreason.spelling import did_you_mean
 
@@ -91,6 +93,20 @@ class StageSections:
         over = _read(self.file).get(_FULL) if self.full else None
         name = f"{self.file} under {over}" if over else self.file
         return Profile(name, self.part, read_profile(self.file, self.part, self.full))
+
+
+def find_profile(files: OrderedFiles) -> tuple[Profile | None, list[str]]:
+    """Returns the profile that model and stage file of a command line call for, and the options that apply it.
+
+    Raises:
+        ArgumentError: If the profile does not exist, is malformed, or lacks the part.
+    """
+    found = read_stage(files.arguments, files.stage_file, files.replaced)
+    try:
+        profile = found.profile()
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from error
+    return profile, [] if profile is None else ["--config", profile.config(found.classes)]
 
 
 def read_stage(arguments: Sequence[str], stage_file: str | None, replaced: Sequence[str]) -> StageSections:

@@ -34,7 +34,7 @@ from vidreason.config.fit_start import CKPT_KEYWORDS, end_fit, prepare_fit
 from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.out_of_memory import explain_out_of_memory
 from vidreason.config.run_record import RunRecord, from_the_start
-from vidreason.config.scale import Profile, read_stage
+from vidreason.config.scale import find_profile
 from vidreason.config.strict_parser import StrictParser
 from vidreason.lightning_internals import forward_sigterm
 from vidreason.lightning_modules.base import VLMModule
@@ -78,7 +78,7 @@ class VideoCLI(LightningCLI):
         self.with_trainer = with_trainer
         self.argv, self.files = argv, order_files(argv)
         config_files(argv)  # a mistake in a YAML file is found before the parser meets it
-        self.profile, profile = self._find_profile()
+        self.profile, profile = find_profile(self.files)
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -98,19 +98,6 @@ class VideoCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-
-    def _find_profile(self) -> tuple[Profile | None, list[str]]:
-        """Returns the profile that model and stage file call for, and the options that apply it.
-
-        Raises:
-            ArgumentError: If the profile does not exist, is malformed, or lacks the part.
-        """
-        found = read_stage(self.files.arguments, self.files.stage_file, self.files.replaced)
-        try:
-            profile = found.profile()
-        except ValueError as error:
-            raise argparse.ArgumentError(None, str(error)) from error
-        return profile, [] if profile is None else ["--config", profile.config(found.classes)]
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method in LightningCLI
         """Returns the command to run, so that no time is spent on the parsers of the others."""
