@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-TIMED = ("timing_s/", "data/", "train/step_time", "train/clips_per_s", "vision_cache/", "hp_metric")
+TIMED = ("timing_s/", "data/", "train/step_time", "train/clips_per_s", "vision_cache/", "memory/", "hp_metric")
 """Prefixes of tags whose values depend on the machine or on the memory of a process."""
 
 

@@ -36,6 +36,7 @@ from vidreason.lightning_modules.fit.optimizer_step import (
     OptimizerStep,
     StepResult,
     UpdateOptions,
+    check_precision,
     check_trainer_options,
 )
 from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, check_checkpoint_file, load_weights
@@ -46,6 +47,8 @@ from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceO
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
+from vidreason.lightning_modules.vlms.loading.master_weights import keep_master_weights
+from vidreason.lightning_modules.vlms.pieces import EvalOptions
 from vidreason.lightning_modules.weights.export import StartingWeights, export_weights, trained_state
 from vidreason.lightning_modules.weights.lineage import Lineage, check_policy, check_task
 from vidreason.lightning_modules.weights.parameters import set_train_mode, trainable
@@ -62,6 +65,7 @@ class VLMModule(L.LightningModule):
         adapter_path: The ``adapter/`` or ``weights/`` of an earlier stage; null starts from the base.
         optim: The optimizer and its learning rate.
         updates: Options of an optimizer step.
+        eval: Options of forwards without a backward pass.
         decide: Options of decisions about clips.
         traces: Options of the texts that ``vidreason predict``, or a stage without ``traces_file``, writes.
         batch_size: Clips per optimizer step and rank; null takes ``batch_size`` of the data section.
@@ -86,6 +90,7 @@ class VLMModule(L.LightningModule):
         adapter_path: str | None = None,
         optim: OptimOptions = OptimOptions(),
         updates: UpdateOptions = UpdateOptions(),
+        eval: EvalOptions = EvalOptions(),
         decide: DecideOptions = DecideOptions(),
         traces: TraceOptions = TraceOptions(),
         batch_size: int | None = None,
@@ -98,6 +103,7 @@ class VLMModule(L.LightningModule):
         self.adapter_path = adapter_path
         self.optim = optim
         self.updates = updates
+        self.evaluation = eval  # ``eval`` is a method of every module.
         self.decide, self.traces = decide, traces
         self.batch_size = batch_size
         self.seed = run_seed(seed)
@@ -137,6 +143,7 @@ class VLMModule(L.LightningModule):
 
         Lightning calls this first in every run. The objects are always the same, since new ones would have no state.
         """
+        check_precision(self.trainer.precision)
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_trainer_options(self.trainer, self.stage_name, self.automatic_optimization, self.updates)
         present: Sequence[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -179,7 +186,8 @@ class VLMModule(L.LightningModule):
         describe = (kind or self.traces.kind) == "describe"
         hint, form = self.traces.label_hint, self.completion
         view = DescribeView(task, label_hint=hint) if describe else ReasonView(task, form=form)
-        return TraceGenerator(self.vlm, view, self.traces, form, self.seed, self.start.sha, task.sha())
+        size = self.evaluation.clips_per_forward
+        return TraceGenerator(self.vlm, view, self.traces, form, self.seed, self.start.sha, task.sha(), size)
 
     # ------------------------------------------------------------------ weights
 
@@ -194,6 +202,8 @@ class VLMModule(L.LightningModule):
         """Builds the weights once, completes the views with generated texts, and shards the weights."""
         if self.model is None:
             self.model = self.build_model()
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                keep_master_weights(self.model)
             set_train_mode(self.model)  # Frozen parts (a tower's BatchNorm) stay in eval mode.
         path, self.checkpoint_to_resume = self.checkpoint_to_resume, None
         if path is not None:
@@ -249,7 +259,8 @@ class VLMModule(L.LightningModule):
     def evaluate(self, batch: VideoBatch, split: str) -> dict[str, tuple[Prediction, ...]]:
         """Decides about a batch and returns the predictions for callbacks."""
         decider, metrics = self.decider(self.data.task), self.metrics_of(split)
-        return {"predictions": evaluate_batch(decider, self.vlm, self.policy, batch, split, metrics)}
+        size = self.evaluation.clips_per_forward
+        return {"predictions": evaluate_batch(decider, self.vlm, self.policy, batch, split, metrics, size)}
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> Any:
         """Decides about a batch of ``val``; a rank of several that has received a signal skips it."""

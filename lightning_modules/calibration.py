@@ -34,13 +34,13 @@ from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.decisions.closed_set import closed_set
 from vidreason.lightning_modules.decisions.deciders import DecideOptions, ReviewDecider
 from vidreason.lightning_modules.decisions.temperature import TemperatureScaling
-from vidreason.lightning_modules.fit.optimizer_step import split_clips
 from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import count_or_one, label_log_probabilities
 from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, write_run_traces
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.pieces import split_clips
 from vidreason.lightning_modules.weights.lineage import Lineage
 from vidreason.lightning_modules.weights.reviewer import (
     CALIBRATOR,
@@ -236,7 +236,8 @@ class CalibrationModule(VLMModule):
             return
         batches = data.loader("cal", self.decider(data.task).view)
         with self.trainer.precision_plugin.forward_context():
-            self.scaling.fit(self.vlm, self.policy, batches, data.label_names, self.trainer.global_step)
+            size, step = self.evaluation.clips_per_forward, self.trainer.global_step
+            self.scaling.fit(self.vlm, self.policy, batches, data.label_names, step, size)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics of ``val`` and the temperature."""

@@ -12,32 +12,37 @@ The loss is a mean over the target tokens of the whole optimizer step, for any m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.prompts import ClipView, DescribeView, LabelView, ReasonView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceStore
 from vidreason.datamodules.types import TextBatch, VideoBatch
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.fit.optimizer_step import split_clips
 from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import TextLoss, weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import TokenCounts, count_tokens
-from vidreason.lightning_modules.traces.generation import TraceGenerator, write_run_traces
+from vidreason.lightning_modules.traces.generation import write_run_traces
 from vidreason.lightning_modules.traces.targets import (
     TargetOptions,
     Texts,
     caption_targets,
     rationale_targets,
     trace_targets,
+    traces_or_composed,
 )
 from vidreason.lightning_modules.vlms.base import VLM, Scores
-from vidreason.run_folder import TRACES_FILE
+from vidreason.lightning_modules.vlms.pieces import split_clips
+from vidreason.rewards.completion import CompletionForm
+from vidreason.run_folder import DESCRIPTIONS_FILE, TRACES_FILE
+
+_WRITTEN = {"describe": "descriptions", "reason": "traces"}
 
 
 class RationaleSFTModule(VLMModule):
@@ -87,18 +92,12 @@ class RationaleSFTModule(VLMModule):
         number = sum(len(texts.get(clip.video_id, ())) for clip in clips)
         self.print(f"{self.stage_name}: {number} target texts about {usable} of {len(clips)} training clips")
         if not usable:
-            raise ValueError(self._no_targets())
+            if self.targets.kind == "caption":
+                raise ValueError(f"no training clip has a text in the manifest's column {self.targets.caption_field!r}")
+            raise ValueError(_no_targets(Path(self.traces_file or Path(self.trainer.default_root_dir, TRACES_FILE))))
         is_trace = self.targets.kind == "trace"
         view = ReasonView(task, texts, self.completion) if is_trace else DescribeView(task, texts=texts)
         self.data.connect(train_view=view)
-
-    def _no_targets(self) -> str:
-        if self.targets.kind == "caption":
-            return f"no training clip has a text in the manifest's column {self.targets.caption_field!r}"
-        path = Path(self.traces_file or Path(self.trainer.default_root_dir, TRACES_FILE))
-        reasons = Counter(r.reject_reason or "does not end in the label" for r in TraceStore.open(path).records())
-        most = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3)) or "it holds no text"
-        return f"{path}: no training clip has a text left to learn: {most}"
 
     def target_texts(self) -> Texts:
         """Returns the target texts of the training clips by video id.
@@ -109,21 +108,53 @@ class RationaleSFTModule(VLMModule):
         clips, targets = self.data.clips("train"), self.targets
         if targets.kind == "caption":
             return caption_targets(clips, targets.caption_field)
-        from_traces = targets.kind == "trace" and targets.compose == "reason"
-        generator = self.trace_generator(self.data.task, "reason" if from_traces else "describe")
-        records = self._trace_store(generator).by_video(kept_only=True)
         if targets.kind == "rationale":
-            return rationale_targets(records)
-        return trace_targets(clips, records, targets.compose, self.data.label_names, self.completion)
+            return rationale_targets(self._trace_store("describe").by_video(kept_only=True))
+        if targets.compose == "reason_first":
+            return self._own_traces_first()
+        return _traces_in(self._trace_store(targets.compose), targets.compose, self.data, self.completion)
 
-    def _trace_store(self, generator: TraceGenerator) -> TraceStore:
-        if self.traces_file is not None:
+    def _own_traces_first(self) -> Texts:
+        """Returns own traces that end in the label and, for clips without one, descriptions composed with the label."""
+        task, describes = self.data.task, False
+        if self.traces_file is not None:  # holds one of the two; the starting weights write the other
+            header = TraceStore.open(Path(self.traces_file)).header
+            describes = header.prompt_sha == self.trace_generator(task, "describe").header.prompt_sha
+        store = self._trace_store("reason", given=not describes)
+        traces = _traces_in(store, "reason", self.data, self.completion)
+        found = [video_id for video_id, texts in traces.items() if texts]
+        composed: Texts = {}
+        if len(found) < len(traces):
+            store = self._trace_store("describe", given=describes, known=found, name=DESCRIPTIONS_FILE)
+            composed = _traces_in(store, "describe", self.data, self.completion)
+        texts, shares = traces_or_composed(traces, composed)
+        self.print(f"{self.stage_name}: what {len(texts)} clips learn comes {shares}")
+        return texts
+
+    def _trace_store(
+        self,
+        kind: Literal["describe", "reason"],
+        given: bool = True,
+        known: Collection[str] = (),
+        name: str = TRACES_FILE,
+    ) -> TraceStore:
+        """Returns the texts of a kind from ``traces_file``, or lets the starting weights write them.
+
+        Args:
+            kind: Descriptions, or traces with an answer.
+            given: Whether ``traces_file``, if set, is to hold texts of this kind.
+            known: Ids of clips about which none are written.
+            name: Name of the file in the run folder.
+        """
+        generator = self.trace_generator(self.data.task, kind)
+        if self.traces_file is not None and given:
             store = TraceStore.open(Path(self.traces_file))
             store.check(generator.header, allow_external=self.targets.kind == "trace")
             return store
         writer = self.adapter_path or "the base"
-        self.print(f"{self.stage_name}: no traces_file given; {writer} writes {self.traces.samples} texts per clip")
-        return write_run_traces(self.trainer, self.policy, generator, self.data, ("train",))
+        clips = "clip" if not known else f"clip without a trace ({len(known)} have one)"
+        self.print(f"{self.stage_name}: {writer} writes {self.traces.samples} {_WRITTEN[kind]} per {clips}")
+        return write_run_traces(self.trainer, self.policy, generator, self.data, ("train",), known, name)
 
     # ------------------------------------------------------------------ training
 
@@ -176,10 +207,12 @@ class RationaleSFTModule(VLMModule):
             return super().validation_step(batch, batch_idx)
         loss, right, tokens = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
         if len(batch) and len(batch.texts) and bool(batch.sample_mask.any()):
-            scores, texts = self.vlm.score(self.policy, batch.prompts, batch.texts), batch.texts
-            loss = self.text_loss(scores.logprobs, texts, count_tokens(texts.loss_mask, texts.answer_mask)).loss
-            tokens = int(texts.loss_mask.sum())
-            right = greedy_tokens(scores, texts) / max(tokens, 1)
+            counts = count_tokens(batch.texts.loss_mask, batch.texts.answer_mask)
+            tokens = int(batch.texts.loss_mask.sum())
+            for part in split_clips(self.vlm, batch, self.evaluation.clips_per_forward):
+                scores = self.vlm.score(self.policy, part.prompts, part.texts)
+                loss = loss + self.text_loss(scores.logprobs, part.texts, counts).loss
+                right = right + greedy_tokens(scores, part.texts) / max(tokens, 1)
         # Every rank logs, also without a caption, since sync_dist is a collective operation.
         self.log("val/loss", loss, prog_bar=True, batch_size=tokens, sync_dist=True)
         self.log("val/mean_token_accuracy", right, batch_size=tokens, sync_dist=True)
@@ -194,6 +227,20 @@ class RationaleSFTModule(VLMModule):
         if self.decide.by == "answer" and clips and not self.trainer.sanity_checking:
             rate = 1 - float(self.trainer.callback_metrics["val/unparsed_rate"])
             self.print(f"{self.stage_name}: parse rate on val {rate:.1%} ({clips} clips, step {self.global_step})")
+
+
+def _no_targets(path: Path) -> str:
+    """Returns the error message about a trace file of which no text is left to learn."""
+    reasons = Counter(r.reject_reason or "does not end in the label" for r in TraceStore.open(path).records())
+    most = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3)) or "it holds no text"
+    return f"{path}: no training clip has a text left to learn: {most}"
+
+
+def _traces_in(
+    store: TraceStore, compose: Literal["describe", "reason"], data: VideoDataModule, form: CompletionForm
+) -> Texts:
+    """Returns the target traces that the texts of a store make, by video id of the training clips."""
+    return trace_targets(data.clips("train"), store.by_video(kept_only=True), compose, data.label_names, form)
 
 
 def greedy_tokens(scores: Scores, texts: TextBatch) -> Tensor:

@@ -26,6 +26,7 @@ from vidreason.lightning_modules.functional.finite import check_rows
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.completions import Completion, generate_completions
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.pieces import split_clips
 from vidreason.rewards.completion import CompletionForm, match_label
 
 VOTE_SMOOTHING = 0.01
@@ -138,6 +139,14 @@ class ReviewDecider:
         ]
         probs = apply_temperature(logprobs, self.temperature)
         return decide_by_probs(probs, self.task.label_names, traces, unscaled=logprobs.exp())
+
+
+def decide_in_pieces(
+    decider: Decider, vlm: VLM, model: nn.Module, batch: VideoBatch, clips_per_forward: int | None
+) -> BatchDecisions:
+    """Decides about the B readable clips of a batch, at most ``clips_per_forward`` of them in one forward."""
+    parts = split_clips(vlm, batch, clips_per_forward)
+    return BatchDecisions.joined([decider.decide(vlm, model, part) for part in parts])
 
 
 def score_classes(vlm: VLM, model: nn.Module, batch: VideoBatch, label_names: Sequence[str]) -> Tensor:

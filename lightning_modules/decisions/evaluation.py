@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vidreason.datamodules.types import VideoBatch
 from vidreason.datamodules.unreadable import warn_unreadable
-from vidreason.lightning_modules.decisions.deciders import Decider
+from vidreason.lightning_modules.decisions.deciders import Decider, decide_in_pieces
 from vidreason.lightning_modules.decisions.metrics import UNDECIDED, ClassificationMetrics
 from vidreason.lightning_modules.decisions.predictions import BatchDecisions, Prediction, failed_prediction
 from vidreason.lightning_modules.vlms.base import VLM
@@ -81,9 +81,24 @@ class SplitMetrics(nn.Module):
 
 
 def evaluate_batch(
-    decider: Decider, vlm: VLM, model: nn.Module, batch: VideoBatch, split: str, metrics: SplitMetrics
+    decider: Decider,
+    vlm: VLM,
+    model: nn.Module,
+    batch: VideoBatch,
+    split: str,
+    metrics: SplitMetrics,
+    clips_per_forward: int | None = None,
 ) -> tuple[Prediction, ...]:
     """Decides about a batch and updates the metrics of its split; clips that could not be read count as wrong.
+
+    Args:
+        decider: Decides about the readable clips.
+        vlm: The model family.
+        model: The model.
+        batch: B readable and F unreadable clips.
+        split: Name of the split.
+        metrics: Metrics of the split, which are updated.
+        clips_per_forward: Clips that go through the model at once; None is the whole batch.
 
     Returns:
         A prediction for every clip of the batch, unreadable ones first.
@@ -92,7 +107,7 @@ def evaluate_batch(
         return ()  # This rank had no clip left and got one only to run as many batches as the others.
     warn_unreadable(batch, f"counted wrong in {split}")
     names = metrics.label_names
-    decisions = decider.decide(vlm, model, batch) if len(batch) else None
+    decisions = decide_in_pieces(decider, vlm, model, batch, clips_per_forward) if len(batch) else None
     metrics.update(batch, decisions)
     predictions = [failed_prediction(failed, split, names) for failed in batch.failed]
     if decisions is not None:

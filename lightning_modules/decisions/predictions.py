@@ -73,6 +73,20 @@ class BatchDecisions:
         """Returns class to probability of clip ``row`` of the batch; empty if there is none."""
         return dict(zip(label_names, self.probs[row].tolist(), strict=True)) if self.has_probs else {}
 
+    @classmethod
+    def joined(cls, parts: Sequence[BatchDecisions]) -> BatchDecisions:
+        """Returns the decisions of several batches, at least one, as those of one batch."""
+        import torch
+
+        unscaled = [part.unscaled for part in parts if part.unscaled is not None]
+        return cls(
+            probs=torch.cat([part.probs for part in parts]),
+            pred=torch.cat([part.pred for part in parts]),
+            answers=tuple(answer for part in parts for answer in part.answers),
+            traces=tuple(traces for part in parts for traces in part.traces),
+            unscaled=torch.cat(unscaled) if unscaled else None,
+        )
+
     def prediction(self, row: int, clip: Clip, split: str, label_names: Sequence[str]) -> Prediction:
         """Returns the prediction about clip ``row`` of the batch."""
         pred = int(self.pred[row])

@@ -15,6 +15,7 @@ from vidreason.lightning_modules.decisions.deciders import score_classes
 from vidreason.lightning_modules.functional.calibration import fit_temperature
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import evaluating
+from vidreason.lightning_modules.vlms.pieces import split_clips
 
 
 @dataclass
@@ -27,7 +28,13 @@ class TemperatureScaling:
 
     @torch.no_grad()
     def fit(
-        self, vlm: VLM, model: nn.Module, batches: Iterable[VideoBatch], label_names: tuple[str, ...], step: int
+        self,
+        vlm: VLM,
+        model: nn.Module,
+        batches: Iterable[VideoBatch],
+        label_names: tuple[str, ...],
+        step: int,
+        clips_per_forward: int | None = None,
     ) -> None:
         """Fits the temperature to the current weights.
 
@@ -37,6 +44,7 @@ class TemperatureScaling:
             batches: Clips of split ``cal``, encoded for closed-set scoring.
             label_names: The class names.
             step: Optimizer step of the weights.
+            clips_per_forward: Clips that go through the model at once; None is a whole batch.
 
         Raises:
             ValueError: If no readable clip has a label.
@@ -47,7 +55,8 @@ class TemperatureScaling:
             for batch in batches:
                 labelled = batch.labels >= 0
                 if bool(labelled.any()):
-                    scores = score_classes(vlm, model, batch.to(device), label_names)
+                    parts = split_clips(vlm, batch.to(device), clips_per_forward)
+                    scores = torch.cat([score_classes(vlm, model, part, label_names) for part in parts])
                     logprobs.append(scores.float().cpu()[labelled])
                     labels.append(batch.labels[labelled])
         if not labels:

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vidreason.datamodules.types import Encoded, VideoBatch
-from vidreason.lightning_modules.vlms.base import VLM
-from vidreason.lightning_modules.vlms.completions import take_prompts
 from vidreason.lightning_modules.weights.parameters import grad_norm
 
 T = TypeVar("T")
+
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")  # the last three are short names
 
 
 @dataclass(frozen=True)
@@ -111,18 +110,18 @@ class OptimizerStep:
         return context
 
 
-def split_clips(vlm: VLM, batch: VideoBatch, clips_per_forward: int | None) -> list[VideoBatch]:
-    """Splits a batch into micro-batches of at most ``clips_per_forward`` clips with their texts."""
-    size = clips_per_forward or len(batch)
-    if size >= len(batch):
-        return [batch]
-    parts = []
-    for start in range(0, len(batch), size):
-        stop = min(start + size, len(batch))
-        index = torch.arange(start, stop, device=batch.labels.device)
-        encoded = Encoded(take_prompts(vlm, batch.prompts, index), batch.texts.behind(start, stop))
-        parts.append(VideoBatch(encoded, batch.labels[index], batch.sample_mask[index], batch.clips[start:stop]))
-    return parts
+def check_precision(precision: str) -> None:
+    """Checks that a trainer's precision leaves the dtype of weights to the vlm section.
+
+    Raises:
+        ValueError: If it converts all weights and batches; the message names what to set instead.
+    """
+    if precision not in _PRECISIONS:
+        raise ValueError(
+            f"trainer.precision is {precision}, which would convert the trained weights, too: leave it at 32-true (or "
+            "bf16-mixed) and set vlm.init_args.dtype to bfloat16, which computes in bfloat16 and keeps what is trained "
+            "in float32"
+        )
 
 
 def check_trainer_options(trainer: L.Trainer, stage: str, automatic: bool, updates: UpdateOptions) -> None:

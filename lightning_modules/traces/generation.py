@@ -32,6 +32,7 @@ from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.completions import Completion, generate_completions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded
+from vidreason.lightning_modules.vlms.pieces import split_clips
 from vidreason.rewards.completion import CompletionForm
 from vidreason.run_folder import TRACES_FILE
 
@@ -77,6 +78,8 @@ class TraceGenerator:
     adapter_sha: str
     """SHA-256 of the weights that the stage started from; empty for the base."""
     task_sha: str
+    clips_per_forward: int | None = None
+    """Clips that go through the model at once; None is the whole batch."""
     adapter_context: Callable[[nn.Module], AbstractContextManager[None]] = _any_adapter
     """Activates the weights that write if the model has several adapters."""
 
@@ -93,13 +96,17 @@ class TraceGenerator:
         """Generates K texts about every readable clip of a batch."""
         if not len(batch):
             return []
+        parts = split_clips(self.vlm, batch, self.clips_per_forward)
+        return [record for part in parts for record in self._records_of(model, part, tuple(label_names))]
+
+    def _records_of(self, model: nn.Module, batch: VideoBatch, label_names: tuple[str, ...]) -> list[TraceRecord]:
         options, prompts, clips = self.options, batch.prompts, batch.clips
         with self.adapter_context(model):
             generated = generate_completions(
                 self.vlm, model, prompts, clips, options.samples, options.sampling, self.seed, form=self.form
             )
         return [
-            self._record(clip, k, completion, tuple(label_names))
+            self._record(clip, k, completion, label_names)
             for clip, group in zip(clips, generated.completions, strict=True)
             for k, completion in enumerate(group)
         ]
@@ -239,8 +246,9 @@ def write_run_traces(
     data: VideoDataModule,
     splits: Sequence[str],
     known: Collection[str] = (),
+    name: str = TRACES_FILE,
 ) -> TraceStore:
-    """Completes the trace file of the run folder for ``splits`` with a stage's starting weights.
+    """Completes a trace file of the run folder for ``splits`` with a stage's starting weights.
 
     Call it in ``configure_model``, before a checkpoint is restored, so that the same weights write all texts of a
     resumed run.
@@ -252,6 +260,7 @@ def write_run_traces(
         data: The data module of the clips.
         splits: Names of the splits.
         known: Ids of clips to skip because another file has their texts.
+        name: Name of the file.
     """
     strategy = trainer.strategy
     device = strategy.root_device
@@ -259,7 +268,7 @@ def write_run_traces(
     if next(model.parameters()).device != device:
         model.to(device)
     shard = RankShard(trainer.global_rank, trainer.world_size, partial(strategy.barrier, "write_traces"))
-    file = TraceFile(Path(trainer.default_root_dir) / TRACES_FILE, generator, data, shard)
+    file = TraceFile(Path(trainer.default_root_dir) / name, generator, data, shard)
     # Ranks write unequal numbers of batches, and a strategy may have set another default device.
     with torch.device("cpu"), unsharded(model), trainer.precision_plugin.forward_context():
         return file.complete(model, splits, device, known)

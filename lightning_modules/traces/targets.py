@@ -22,14 +22,15 @@ class TargetOptions:
         kind: ``caption``: a column of the manifest; ``rationale``: the model's own descriptions; ``trace``: reasoning
             and answer in the grammar of ``rewards/completion.py``; ``label``: the class name.
         compose: Source of a ``trace``: ``describe`` joins a description and the training label, ``reason`` takes the
-            model's own traces whose answer is the label.
+            model's own traces whose answer is the label, ``reason_first`` takes these and joins description and label
+            for the clips without one.
         caption_field: Column of the manifest for ``caption``.
         answer_weight: Weight of the mean loss of the answer, added to that of the reasoning; null is one mean over all
             tokens.
     """
 
     kind: Literal["caption", "rationale", "trace", "label"] = "label"
-    compose: Literal["describe", "reason"] = "describe"
+    compose: Literal["describe", "reason", "reason_first"] = "describe"
     caption_field: str = "caption"
     answer_weight: float | None = 1.0
 
@@ -78,6 +79,26 @@ def trace_targets(
         if clip.label is not None
     }
     return targets if form.mode != "no_think" else {video_id: texts[:1] for video_id, texts in targets.items()}
+
+
+def traces_or_composed(traces: Texts, composed: Texts) -> tuple[Texts, str]:
+    """Completes the model's own traces by texts that were composed of its descriptions and the labels.
+
+    Args:
+        traces: Traces whose answer is the label; a clip without one has an empty tuple.
+        composed: Composed texts of the clips that lack traces.
+
+    Returns:
+        The texts by video id, and a sentence with the number and share of clips by where their texts come from.
+    """
+    texts = {video_id: own or composed.get(video_id, ()) for video_id, own in traces.items()}
+    own, any_text = (sum(map(bool, found.values())) for found in (traces, texts))
+    counts = (
+        (own, "from own traces that end in the label"),
+        (any_text - own, "from own descriptions composed with the label"),
+        (len(texts) - any_text, "from nothing"),
+    )
+    return texts, ", ".join(f"{n} ({n / max(len(texts), 1):.0%}) {what}" for n, what in counts)
 
 
 def _composed(record: TraceRecord, label: str, label_names: Sequence[str], form: CompletionForm) -> str | None:

@@ -23,9 +23,10 @@ from vidreason.lightning_modules.vlms.encoder import ClipEncoder, placeholder_to
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading import building
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
+from vidreason.lightning_modules.vlms.loading.master_weights import in_compute_dtype
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded
 from vidreason.lightning_modules.vlms.prefix.head import Scoring
-from vidreason.lightning_modules.vlms.prefix.layout import unwrap
+from vidreason.lightning_modules.vlms.prefix.layout import is_sharded, unwrap
 from vidreason.lightning_modules.vlms.prefix.shared_prefix import Choice, RouteOptions, choose_route, score_texts
 from vidreason.lightning_modules.vlms.text import chat
 from vidreason.lightning_modules.vlms.vision_cache.cache import IN_MEMORY, VisionCache, VisionCacheOptions
@@ -83,6 +84,8 @@ class VLM(ClipEncoder, ABC):
         text_memory_gb: Memory limit in GB for the texts of a forward; if the estimate exceeds it, texts are run in
             chunks.
         vision_cache: Where embeddings of a frozen vision path are cached; null disables the cache.
+        scale: Profile of ``configs/scale/`` with the settings of a stage on a model of this size; null is that of LoRA
+            on 2 to 8 B parameters. The command line applies it, below all files and flags.
         kwargs: Options of :class:`ClipEncoder`.
     """
 
@@ -99,6 +102,7 @@ class VLM(ClipEncoder, ABC):
         completion_chunk: int | None = None,
         text_memory_gb: float | None = None,
         vision_cache: VisionCacheOptions | None = IN_MEMORY,
+        scale: str | None = None,
         **kwargs: Any,
     ) -> None:
         if quantize != "none" and lora is None:
@@ -118,6 +122,7 @@ class VLM(ClipEncoder, ABC):
         self.completion_chunk = completion_chunk
         self.text_memory_gb = text_memory_gb
         self.vision_cache_options = vision_cache
+        self.scale = scale
         self._announced: set[Choice] = set()
         self._logged_tokens = False
 
@@ -250,7 +255,8 @@ class VLM(ClipEncoder, ABC):
             if [len(row) for row in seeds] != [group_size] * prompts.batch_size:
                 raise ValueError(f"seeds must be [{prompts.batch_size}][{group_size}], got {[len(r) for r in seeds]}")
             noise = generation.draw_noise([seed for row in seeds for seed in row], sampling.max_new_tokens)
-        with self._vision_fed(model, prompts, "expand"), unsharded(model):
+        fast = nullcontext() if is_sharded(model) else in_compute_dtype(model)
+        with self._vision_fed(model, prompts, "expand"), unsharded(model), fast:
             made = generation.sample(
                 self,
                 model,

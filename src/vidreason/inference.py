@@ -29,8 +29,14 @@ from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceRecord
 from vidreason.datamodules.types import Clip, VideoBatch
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.decisions.deciders import AnswerDecider, Decider, ReviewDecider
+from vidreason.lightning_modules.decisions.deciders import (
+    AnswerDecider,
+    Decider,
+    ReviewDecider,
+    decide_in_pieces,
+)
 from vidreason.lightning_modules.decisions.predictions import BatchDecisions
+from vidreason.lightning_modules.fit.optimizer_step import check_precision
 from vidreason.lightning_modules.weights.lineage import check_task, describe_weights
 
 Video = str | os.PathLike[str] | np.ndarray | Tensor
@@ -77,6 +83,7 @@ class VideoClassifier:
         self._task, self._known = _task_and_clips(data, stage.task_file)
         self.answers = describe_weights(stage.weights[-1] if stage.weights else None)
         self._data = InferenceDataModule(self._task, self._module.vlm, data.frames, data.seed, batch_size)
+        check_precision(str(built.precision))
         self._fabric = L.Fabric(accelerator=built.accelerator, devices=1, precision=built.precision)
         with torch.inference_mode(), quietly(), _random_state_restored():
             self._module.read_artefacts(self._task)
@@ -193,7 +200,9 @@ class VideoClassifier:
         for batch in batches:
             found |= {failed.clip.video_id: failed.error for failed in batch.failed}
             if len(batch):
-                decisions = decider.decide(self._module.vlm, self._model, batch.to(self._fabric.device))
+                size = self._module.evaluation.clips_per_forward
+                batch = batch.to(self._fabric.device)
+                decisions = decide_in_pieces(decider, self._module.vlm, self._model, batch, size)
                 found |= {clip.video_id: (decisions, row) for row, clip in enumerate(batch.clips)}
         return found
 

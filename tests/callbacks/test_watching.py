@@ -1,5 +1,7 @@
 """Callbacks that only watch: what they show, and that a run without them is the same to the bit."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import small_grpo
@@ -77,6 +79,9 @@ def test_watchers_change_nothing_and_show_everything(make_vlm, make_data, make_t
     events = read(tmp_path / "True" / "tb")
     scalars = set(events.Tags()["scalars"])
     assert {"train/loss", "train/step_time", "data/wait_s", "data/decode_ms", "val/acc"} <= scalars
+    resident = [event.value for event in events.Scalars("memory/resident")]
+    status = Path("/proc/self/status").read_text()  # "VmHWM:  812345 kB", the peak up to now
+    assert 0.05 < resident[0] <= resident[-1] <= int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
     texts = {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
     assert {"val/decisions"} <= texts
     assert ("train/rollouts" in texts) == (kind == "grpo")

@@ -145,6 +145,18 @@ def accumulation_by_the_trainer():
     return [*FIT, "--trainer.accumulate_grad_batches", "2"]
 
 
+def precision_that_converts_weights():
+    return [*FIT, "--trainer.precision", "bf16-true"]
+
+
+def typo_in_a_part():
+    return [*FIT, "--profile", "sft_lable"]
+
+
+def missing_profile():
+    return [*FIT, "--vlm.init_args.scale", "configs/scale/7b.yaml"]
+
+
 def no_gpu():
     return [*FIT, "--trainer.accelerator", "gpu"]
 
@@ -252,6 +264,9 @@ MISTAKES = {
     checkpoint_of_more_texts: "…: holds … texts",
     clipping_by_the_trainer: "trainer.gradient_clip_val",
     accumulation_by_the_trainer: "trainer.accumulate_grad_batches",
+    precision_that_converts_weights: "trainer.precision is",
+    typo_in_a_part: "profile: …",
+    missing_profile: "vlm.scale: no file",
     no_gpu: "trainer.accelerator is",
     no_gpus: "trainer.devices is …, but this machine has no GPU",
     typo_in_a_command: "unknown command",
@@ -275,6 +290,7 @@ MISTAKES = {
 }
 """Each with the beginning of its row"""
 TOO_MANY = "… of … training clips"
+OUT_OF_MEMORY = "out of memory, …"
 NOT_SUPPORTED = "training clips cannot be read"
 LEFT_OUT = "… could not be read"
 ELSEWHERE = ("…, line …, column", "…: not in UTF-8", "--… …: a section", "… needs a package", "--run …: …")
@@ -359,10 +375,61 @@ def test_a_stage_that_does_not_support_masked_samples_fails(capfd, monkeypatch):
     assert row.startswith(NOT_SUPPORTED)
 
 
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 24 GiB")
+CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error")
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("raised", "method", "cut", "asked", "told"),
+    [
+        (
+            CUDA,
+            "training_step",
+            None,
+            "2.50 GiB",
+            "updates.clips_per_forward is null (the whole batch), smaller values",
+        ),
+        (CPU, "training_step", "1", "4096 bytes", "updates.clips_per_forward is 1, which is the smallest; fewer data."),
+        (
+            CUDA,
+            "validation_step",
+            "1",
+            "2.50 GiB",
+            "eval.clips_per_forward is 2, smaller values take less: --model.init",
+        ),
+    ],
+)
+def test_out_of_memory_names_the_setting_and_the_plan(capfd, monkeypatch, raised, method, cut, asked, told):
+    def fails(*_):
+        raise type(raised)(*raised.args)  # a new one, since an exception keeps the traceback of an earlier test
+
+    monkeypatch.setattr(RationaleSFTModule, method, fails)
+    cuts = ["--model.init_args.eval.clips_per_forward=2", "--trainer.check_val_every_n_epoch=1"]
+    cuts += [] if cut is None else ["--model.init_args.updates.clips_per_forward", cut]
+    assert main([*FIT, *cuts]) == 1
+    error = capfd.readouterr().err.splitlines()[-1].removeprefix("error: ")
+    assert f"out of memory, {asked} more were asked for: model.init_args.{told}" in error
+    plan = "`vidreason plan --config configs/sft_label.yaml --config small.yaml --data data.yaml"
+    assert plan in error
+    (row,) = rows_that_say(error, "Failures")
+    assert row.startswith(OUT_OF_MEMORY)
+
+
+@pytest.mark.usefixtures("here")
+def test_other_errors_of_a_library_stay_as_they_are(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(RationaleSFTModule, "training_step", fails)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        main(list(FIT))
+
+
 def test_every_documented_message_is_produced_above():
     everything = [*documented("Commands and runs"), *documented("Failures")]
     # tests of devices, disks, keys, folders, messages and classify
     elsewhere = {TOO_MANY_GPUS, FULL_DISK, MOVED, LOCKED, *ELSEWHERE}
-    starts = {*MISTAKES.values(), *elsewhere, TOO_MANY, NOT_SUPPORTED, LEFT_OUT}
+    starts = {*MISTAKES.values(), *elsewhere, TOO_MANY, NOT_SUPPORTED, LEFT_OUT, OUT_OF_MEMORY}
     assert len(everything) == len(starts)
     assert all(sum(row.startswith(start) for start in starts) == 1 for row in everything)

@@ -121,6 +121,61 @@ def test_cold_start_targets_end_in_the_training_label(make_vlm, ready, tmp_path,
         assert all(parse_completion(text).well_formed for text in texts)
 
 
+def own_texts(path, module, clips, kind, label):
+    """Two texts of ``kind`` about every clip; traces end in ``label(clip)``."""
+    store = TraceStore.create(path, module.trace_generator(module.data.task, kind).header)
+    texts = {
+        "describe": lambda clip, k: f"Description {k}.",
+        "reason": lambda clip, k: render_completion("Own.", label(clip)),
+    }
+    for clip in clips:
+        parsed = [parse_completion(texts[kind](clip, k)) for k in range(2)]
+        store.append(
+            TraceRecord(clip.video_id, k, texts[kind](clip, k), p.reasoning, p.answer, "stop", -1.0, 3)
+            for k, p in enumerate(parsed)
+        )
+    return str(path)
+
+
+def reason_first(vlm, path, said):
+    module = RationaleSFTModule(vlm, targets=TargetOptions("trace", "reason_first"), traces=OWN, traces_file=path)
+    module.print = said.append
+    return module
+
+
+def test_own_traces_come_first_and_descriptions_fill_in(make_vlm, ready, tmp_path):
+    vlm, said = make_vlm(), []
+    probe = ready(RationaleSFTModule(vlm))
+    clips = probe.data.clips("train")
+    known = {clip.video_id for clip in clips[:4]}
+    path = own_texts(tmp_path / "t", probe, clips, "reason", lambda c: c.label if c.video_id in known else "nonsense")
+    module = ready(reason_first(vlm, path, said), folder="b")
+    described = TraceStore.open(run_dir(module) / "descriptions.jsonl").by_video(kept_only=False)
+    assert set(described) == {clip.video_id for clip in clips} - known, "written about no clip that has a trace"
+    for clip in clips:
+        texts = [text.text for text in module.data.view.texts(clip)]
+        assert all(parse_completion(text).answer == clip.label for text in texts)
+        assert ("Own." in "".join(texts)) == (clip.video_id in known)
+        assert len(texts) == 2 or clip.video_id not in known
+    kept = sum(any(r.kept for r in group) for group in described.values())
+    shares = next(line for line in said if "clips learn comes" in line)
+    assert shares.startswith("sft_trace: what 6 clips learn comes 4 (67%) from own traces that end in the label, ")
+    assert f"{kept} (" in shares.split(", ")[1]
+
+
+def test_a_cold_start_writes_what_its_file_does_not_hold(make_vlm, ready, tmp_path):
+    vlm, said = make_vlm(), []
+    probe = ready(RationaleSFTModule(vlm))
+    path = own_texts(tmp_path / "d", probe, probe.data.clips("train"), "describe", None)
+    module = ready(reason_first(vlm, path, said), folder="b")
+    assert (run_dir(module) / "traces.jsonl").exists(), "its own traces"
+    assert not (run_dir(module) / "descriptions.jsonl").exists(), "the file has them"
+    for clip in module.data.clips("train"):
+        texts = [text.text for text in module.data.view.texts(clip)]
+        assert texts == [render_completion(f"Description {k}.", clip.label) for k in range(2)], "no trace was right"
+    assert any("0 (0%) from own traces that end in the label, 6 (100%) from own desc" in line for line in said)
+
+
 def test_traces_of_other_weights_task_or_prompt_are_refused(make_vlm, ready, tmp_path):
     vlm = make_vlm()
     probe = ready(RationaleSFTModule(vlm))
@@ -173,7 +228,7 @@ def test_parse_rate_is_printed(make_vlm, make_data, make_trainer):
     module.print = said.append
     make_trainer(max_epochs=1).fit(module, make_data(vlm))
     assert any("parse rate on val 0.0% (3 clips" in line for line in said)
-    assert any("no traces_file given; the base writes 2 texts per clip" in line for line in said)
+    assert any("the base writes 2 descriptions per clip" in line for line in said)
 
 
 def test_captions_are_validated_by_their_loss(make_vlm, make_data, make_trainer):

@@ -111,7 +111,7 @@ def test_only_the_clips_of_a_cut_go_through_the_model_at_once(make_vlm, make_dat
         ({"accumulate_grad_batches": 2}, r"model\.init_args\.updates\.clips_per_forward"),
         ({"plugins": "16-mixed"}, r"trainer\.precision is 16-mixed.*bf16-mixed"),
     ],
-    ids=["clipping", "accumulation", "accumulation_memory", "precision"],
+    ids=["clipping", "accumulation", "accumulation_memory", "loss_scaling"],
 )
 @pytest.mark.parametrize("stage", ["sft_label", "calibration_tokens", "grpo_dapo"])
 def test_trainer_options_without_effect_are_refused(make_vlm, make_data, make_trainer, stage, options, message):
@@ -124,6 +124,32 @@ def test_trainer_options_without_effect_are_refused(make_vlm, make_data, make_tr
     assert "\n" not in str(refused.value)
     assert module.stage_name in str(refused.value)
     assert module.model is None, "it is refused before weights are loaded"
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+@pytest.mark.parametrize("run", ["fit", "test"])
+def test_a_precision_that_converts_weights_is_one_line(make_vlm, make_data, make_trainer, precision, run):
+    module = VLMModule(make_vlm()) if run == "test" else RationaleSFTModule(make_vlm())
+    trainer = make_trainer(max_steps=1, precision=precision)
+    with pytest.raises(ValueError, match=rf"trainer\.precision is {precision}.*set vlm.init_args.dtype") as refused:
+        getattr(trainer, run)(module, make_data(module.vlm))
+    assert "\n" not in str(refused.value)
+    assert module.model is None, "it is refused before weights are loaded"
+
+
+@pytest.mark.parametrize("stage", ["sft_trace", "calibration_tokens", "grpo_dapo"])
+def test_every_stage_trains_and_evaluates_in_bf16_mixed(make_vlm, make_data, make_trainer, stage):
+    module = {**STAGES, **POLICIES}[stage](make_vlm(), 2)
+    dtypes = []
+    trainer = make_trainer(max_steps=2, limit_val_batches=1, precision="bf16-mixed", val_check_interval=1)
+    module.on_fit_start = lambda: module.policy.get_output_embeddings().register_forward_hook(
+        lambda _, args, out: dtypes.append(out.dtype)
+    )
+    trainer.fit(module, make_data(module.vlm))
+    assert torch.bfloat16 in dtypes, "computed in bfloat16"
+    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    assert torch.isfinite(trainer.callback_metrics["val/acc"])
 
 
 class ReturnsItsLoss(VLMModule):

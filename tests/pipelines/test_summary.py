@@ -128,7 +128,7 @@ def test_predictions_are_read_and_a_bad_line_is_named(tmp_path: Path) -> None:
 
 
 def test_rows_have_exactly_the_documented_keys(tmp_path: Path) -> None:
-    row = summarise_split([clip("a", "a", 0.9)], method="m")
+    row = summarise_split([clip("a", "a", 0.9), clip("b", "b", 0.9)] * 5, method="m")
     save_rows(tmp_path / "summary.json", [row])
     (saved,) = json.loads((tmp_path / "summary.json").read_text())
     assert list(saved) == KEYS
@@ -138,6 +138,19 @@ def test_rows_have_exactly_the_documented_keys(tmp_path: Path) -> None:
     text = render_summary([row, noted])
     assert text.splitlines()[-1] == "m: grpo ended early"
     assert "100.0" in text
+
+
+def test_a_result_that_is_not_better_than_the_majority_class_says_so() -> None:
+    # 10 of 15 clips are of class a; of 13 right answers the interval begins at 0.621, of 14 at 0.702
+    right = [clip("a", "a")] * 10 + [clip("b", "b")] * 5
+    barely = [*right[:13], clip("b", "a"), clip("b", None)]
+    row = summarise_split(barely, method="m", note="grpo ended early")
+    assert row.acc_lo == pytest.approx(0.621, abs=1e-3)
+    assert row.note == (
+        "grpo ended early; test_L0: not better than always answering 'a', right in 66.7 %, as far as 15 clips can tell"
+    )
+    assert render_summary([row]).splitlines()[-1] == f"m: {row.note}"
+    assert summarise_split([*right[:14], clip("b", "a")], method="m").note == ""
 
 
 def test_agrees_with_the_metrics_of_the_test_stage() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vidreason.lightning_modules.functional.finite import check_weights
+from vidreason.lightning_modules.vlms.loading.master_weights import compute_in_input_dtype
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded_state_dict
 from vidreason.lightning_modules.vlms.loading.weight_folders import CONFIG_FILE, is_adapter_folder, published
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
@@ -82,6 +83,7 @@ def attach_lora(
             f"vlm.lora: PEFT leaves out {len(missed)} of the layers that should get an adapter, for example "
             f"{missed[0]}: name others in vlm.lora.target_modules"
         )
+    compute_in_input_dtype(wrapped)
     return wrapped
 
 
@@ -217,6 +219,7 @@ def load_adapter(
             f"the adapter in {folder} does not fit this base model (for example at {odd}): use its own base"
         )
     _set_trainable(peft_model, name, trainable)
+    compute_in_input_dtype(peft_model)
     return peft_model
 
 
@@ -244,6 +247,7 @@ def copy_adapter(model: nn.Module, src: str, dst: str, trainable: bool = False) 
     weights = get_peft_model_state_dict(peft_model, adapter_name=src)
     set_peft_model_state_dict(peft_model, {k: v.detach().clone() for k, v in weights.items()}, adapter_name=dst)
     _set_trainable(peft_model, dst, trainable)
+    compute_in_input_dtype(peft_model)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from vidreason.datamodules.atomic_files import flush_to_disk, naming, replace_folder
 from vidreason.datamodules.file_hash import files_sha
 from vidreason.lightning_modules.functional.finite import check_weights
+from vidreason.lightning_modules.vlms.loading.master_weights import as_computed, in_compute_dtype
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded_state_dict
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded
 
@@ -77,19 +78,23 @@ def _system_errors() -> Iterator[None]:
 def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, object], processor: Any = None) -> None:
     """Writes a fully fine-tuned model as a model folder with ``info`` in ``vidreason.json``.
 
+    Weights that are held in fp32 for the optimizer are written in the dtype in which forwards use them.
+
     Args:
         model: The model.
         folder: Folder to write.
         info: Content of ``vidreason.json``.
         processor: Processor of the model, written to the same folder.
     """
-    state = unsharded_state_dict(model) if is_sharded(model) else None
-    weights = model.state_dict() if state is None else state
-    check_weights(weights, str(folder), "no weights are written; lower the learning rate")
-    with published(Path(folder), info) as draft:
-        model.save_pretrained(draft, state_dict=state)
-        if processor is not None:
-            processor.save_pretrained(draft)
+    sharded = is_sharded(model)
+    with nullcontext() if sharded else in_compute_dtype(model):
+        state = as_computed(model, unsharded_state_dict(model)) if sharded else None
+        weights = model.state_dict() if state is None else state
+        check_weights(weights, str(folder), "no weights are written; lower the learning rate")
+        with published(Path(folder), info) as draft:
+            model.save_pretrained(draft, state_dict=state)
+            if processor is not None:
+                processor.save_pretrained(draft)
 
 
 def adapter_sha(folder: str | Path) -> str:

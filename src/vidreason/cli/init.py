@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
             seed=given.seed,
             timeout_s=given.timeout,
             workers=given.workers,
+            vlm=given.vlm,
         )
     )
     return 0
@@ -70,6 +71,11 @@ def _parser() -> CommandParser:
     parser.add_argument("--root", type=Path, metavar="DIR", help="what paths in the table are relative to")
     parser.add_argument(
         "--where", action="append", default=[], metavar="COLUMN=VALUE", help="only these rows of the table"
+    )
+    parser.add_argument(
+        "--vlm",
+        metavar="FILE|ID|FOLDER",
+        help="the model that the frames are for, as `vidreason pipeline --vlm` takes it (default: the embedded base)",
     )
     parser.add_argument("--new-splits", action="store_true", help="make all splits, whatever the source says")
     parser.add_argument("--seed", type=int, default=0, help="of the splits that have to be made (default: 0)")

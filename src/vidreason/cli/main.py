@@ -49,6 +49,7 @@ _FAILURES = {
     "DecodeError": exit_codes.ERROR,
     "NonFiniteError": exit_codes.ERROR,
     "TooManyUnreadableError": exit_codes.ERROR,
+    "OutOfMemoryError": exit_codes.ERROR,
     "NoParsedCompletionsError": exit_codes.UNPARSED,
 }
 """Errors that are not a mistake in the command line, a YAML file or a table, with their exit status.

@@ -18,7 +18,7 @@ from vidreason.config.files import find_config
 from vidreason.config.moved_keys import GROUPS, MODEL, explain_moved, moved_settings, new_place
 from vidreason.spelling import did_you_mean, nearest
 
-_TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "vlm", "run_dir", "ckpt_path", "config")
+_TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "vlm", "profile", "run_dir", "ckpt_path", "config")
 # Beginnings of lines of jsonargparse that tell a user nothing.
 _NOISE = (
     "Does not validate against any of the Union subtypes",

@@ -32,7 +32,9 @@ from vidreason.config.command_files import config_files, given_batch_size, order
 from vidreason.config.errors import explain_call, missing_package
 from vidreason.config.fit_start import CKPT_KEYWORDS, end_fit, how_to_resume, prepare_fit
 from vidreason.config.machine import check_devices, check_machines, describe, say
+from vidreason.config.out_of_memory import explain_out_of_memory
 from vidreason.config.run_record import RunRecord
+from vidreason.config.scale import find_profile
 from vidreason.config.strict_parser import StrictParser
 from vidreason.lightning_internals import forward_sigterm
 from vidreason.lightning_modules.base import VLMModule
@@ -76,6 +78,7 @@ class VideoCLI(LightningCLI):
         self.with_trainer = with_trainer
         self.argv, self.files = argv, order_files(argv)
         config_files(argv)  # a mistake in a YAML file is found before the parser meets it
+        self.profile, profile = find_profile(self.files)
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -91,7 +94,7 @@ class VideoCLI(LightningCLI):
             parser_class=StrictParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=[command, *self.files.arguments],
+            args=[command, *profile, *self.files.arguments],
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -119,6 +122,12 @@ class VideoCLI(LightningCLI):
             type=CheckpointOptions,
             default=CheckpointOptions(),
             help="Which checkpoints a fit leaves in RUN/checkpoints.",
+        )
+        parser.add_argument(
+            "--profile",
+            type=str | None,
+            default=None,
+            help="Part of the model's profile (vlm.scale) whose settings apply below all others; null takes none.",
         )
         parser.add_argument(
             "--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME for NAME.yaml)."
@@ -248,12 +257,14 @@ class VideoCLI(LightningCLI):
         checkpoint = self.config_init[subcommand].ckpt_path
         if subcommand != "fit" and checkpoint and checkpoint not in CKPT_KEYWORDS:
             read_checkpoint(checkpoint)  # refuses what is none by name
+        for line in self.settings():
+            say(line)
         if isinstance(self.model, VLMModule):
             say(f"strategy: {describe(self.trainer, self.model, trains=subcommand == 'fit')}")
             weights = getattr(self.model, "calibrator_path", None) or self.model.adapter_path
             say(f"weights: {describe_weights(weights)}")
         try:
-            with handle_signals():
+            with handle_signals(), explain_out_of_memory(self.model, self.argv):
                 super()._run_subcommand(subcommand)
                 check_stop()  # a signal at the very end of a fit: the next stage of a pipeline must not begin
         except SystemExit as stop:
@@ -266,6 +277,9 @@ class VideoCLI(LightningCLI):
             say(how_to_resume(self.trainer, self.subcommand, self.command_line))
             raise
 
+    def settings(self) -> list[str]:
+        """Returns lines with the settings of the model's profile as they hold in this run."""
+        return [] if self.profile is None else self.profile.describe(self.config[self.subcommand])
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Runs one of Lightning's subcommands.

@@ -72,6 +72,23 @@ def expand(value: str) -> dict[str, Any]:
     return {**section, "init_args": {**section["init_args"], "path": path}}
 
 
+def model_section(value: str) -> dict[str, Any]:
+    """Returns the vlm section that a value of ``--vlm`` stands for: a hub id, a model folder or a section file.
+
+    Raises:
+        ValueError: If the model or the file cannot be found.
+    """
+    if is_shorthand(value):
+        return expand(value)
+    path = find_config(value)
+    if path is None:
+        raise ValueError(f"--vlm {value}: no such file, neither here nor among the shipped configs")
+    section = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(section, dict):
+        raise ValueError(f"--vlm {value}: not a vlm section (class_path and init_args)")
+    return section
+
+
 def shorthand_settings(value: str | None) -> dict[str, object]:
     """Returns the section of a shorthand as dotted settings, for fingerprints; {} for any other value."""
     if value is None or not is_shorthand(value):

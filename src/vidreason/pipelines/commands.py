@@ -35,6 +35,8 @@ class Commands:
     """Returns the number of training clips of a command; None if the data module does not provide it."""
     own_inputs: Callable[[list[str]], dict[str, str]] = lambda argv: {}
     """Fingerprints what the user's own data module and rewards of a command say that they read."""
+    profile: Callable[[list[str]], str | None] = lambda argv: None
+    """Returns the name of the profile that a command takes its settings from, if any."""
 
 
 class Builds:
@@ -58,10 +60,11 @@ def trainer_commands() -> Commands:
     """Returns the commands of this package."""
     built = Builds()
     return Commands(
-        partial(run_stage, built),
-        partial(check_stage, built),
-        partial(count_train_clips, built),
-        partial(fingerprint_own_classes, built),
+        run=partial(run_stage, built),
+        check=partial(check_stage, built),
+        train_clips=partial(count_train_clips, built),
+        own_inputs=partial(fingerprint_own_classes, built),
+        profile=partial(name_profile, built),
     )
 
 
@@ -161,6 +164,17 @@ def check_stage(built: Builds, argv: list[str]) -> str | None:
     except MisconfigurationException as error:
         return str(error)
     return None
+
+
+def name_profile(built: Builds, argv: list[str]) -> str | None:
+    """Returns the name of the profile that a command takes its settings from, if any.
+
+    Args:
+        built: Cache of built commands; the command has passed its check.
+        argv: Arguments after ``vidreason``.
+    """
+    profile = built(argv).profile
+    return None if profile is None else profile.name
 
 
 def count_train_clips(built: Builds, argv: list[str]) -> int | None:

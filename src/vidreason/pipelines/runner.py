@@ -66,15 +66,22 @@ class PipelineRun:
         Returns:
             False if there is a mistake, which has been printed.
         """
+        profiles: dict[str | None, list[str]] = {}
         for stage in self.stages:
             record = self.state.stages.get(stage.name)
             known = record is not None and record.done and self.inputs.as_before(stage, record.inputs)
             if known or stage.name in self.use:
                 continue
-            error = self.commands.check(self.inputs.command_line(stage, self.run_dir / self.spec.folder(stage.name)))
+            line = self.inputs.command_line(stage, self.run_dir / self.spec.folder(stage.name))
+            error = self.commands.check(line)
             if error is not None:
                 print(f"error: stage {stage.name}: {error}", file=sys.stderr)
                 return False
+            profiles.setdefault(self.commands.profile(line), []).append(stage.name)
+        for profile, names in profiles.items():
+            if profile is not None:
+                which = "of all stages" if len(profiles) == 1 else f"of {', '.join(names)}"
+                print(f"settings {which}: {profile} (docs/budgets.md), printed by each as it starts", flush=True)
         return True
 
     def run(self) -> int:

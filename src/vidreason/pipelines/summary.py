@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +59,19 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
     centre = share + z2 / (2 * n)
     half = _Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
+
+
+def compare_with_majority(predictions: Sequence[Prediction]) -> str:
+    """Returns a sentence if the clips do not show that the result is better than the largest class, else an empty text.
+
+    The result counts as better if the lower bound of its 95 % interval is above the share of the largest class.
+    """
+    n, right = len(predictions), sum(p.right for p in predictions)
+    label, most = Counter(p.label for p in predictions).most_common(1)[0]
+    if wilson_interval(right, n)[0] > most / n:
+        return ""
+    always = f"always answering {label!r}, right in {percent(most / n)} %"
+    return f"{predictions[0].split}: not better than {always}, as far as {n} clip{'s' * (n > 1)} can tell"
 
 
 def recall_and_f1(predictions: Sequence[Prediction]) -> tuple[float, float]:
@@ -150,7 +163,7 @@ def summarise_split(
         cpu_seconds=round(cpu_seconds, 1),
         gpu_seconds=round(gpu_seconds, 1),
         seed=seed,
-        note=note,
+        note="; ".join(filter(None, (note, compare_with_majority(predictions)))),
     )
 
 

@@ -150,12 +150,18 @@ def readme_text(out: Path, commands: Sequence[str], facts: str) -> str:
     )
 
 
-def next_commands(out: Path) -> list[str]:
-    """Returns the commands to run next, ready to copy."""
+def next_commands(out: Path, vlm: str | None = None) -> list[str]:
+    """Returns the commands to run next, ready to copy.
+
+    Args:
+        out: The folder of the files.
+        vlm: The model, as ``--vlm`` names it; None is the embedded base.
+    """
     run_dir = Path("runs") / (_slug(out.resolve().name))
     config = "configs/pipelines/deepintuit.yaml"
+    model, where = [] if vlm is None else ["--vlm", vlm], ["--run_dir", f"{run_dir}"]
     return [
-        shlex.join(["vidreason", "pipeline", "--config", config, "--data", f"{out / DATA}", "--run_dir", f"{run_dir}"]),
+        shlex.join(["vidreason", "pipeline", "--config", config, "--data", f"{out / DATA}", *model, *where]),
         shlex.join(["vidreason", "classify", "new_clip.mp4", "--run", f"{run_dir}"]),
     ]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vidreason.config.vlm_shorthand import model_section
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.sources.source import Source, SourceClip, SourceOptions, read_source
 from vidreason.prepare import files, report
@@ -41,6 +42,8 @@ class PrepareOptions:
     """Seconds that reading one clip may take."""
     workers: int
     """Number of clips read at the same time."""
+    vlm: str | None = None
+    """Section file, hub id or folder of the model to suggest frames for; None is the embedded base."""
 
 
 def write_task_folder(options: PrepareOptions) -> None:
@@ -50,6 +53,8 @@ def write_task_folder(options: PrepareOptions) -> None:
         ValueError: If source or options have a mistake; the message names file, row or option and the remedy.
     """
     _check_folders(options.source, options.out, options.overwrite)
+    if options.vlm is not None:
+        model_section(options.vlm)  # raises before clips are read
     source = read_source(options.source, options.reading)
     labels = _class_names(source)
 
@@ -174,15 +179,15 @@ def _write(
     options: PrepareOptions,
 ) -> None:
     """Writes the files and prints a summary and the next commands."""
-    from vidreason.prepare.frames import suggest_frames
+    from vidreason.prepare.frames import limits_of, suggest_frames
 
     out = options.out
     folder = out.resolve()
-    frames = suggest_frames(list(probes.values()))
+    frames = suggest_frames(list(probes.values()), limits_of(options.vlm))
     place = {clip.name: number for number, clip in enumerate(source.clips)}
     clips = sorted((c for found in assignment.splits.values() for c in found), key=lambda c: place[c.video_id])
     metadata = sorted({name for clip in clips for name in clip.fields})
-    commands = files.next_commands(out)
+    commands = files.next_commands(out, options.vlm)
     facts = "\n".join(
         [
             *report.probe_lines(list(probes.values()), left_out, frames),

@@ -4,7 +4,12 @@ import pytest
 
 from vidreason.datamodules.traces import TraceRecord
 from vidreason.datamodules.types import Clip
-from vidreason.lightning_modules.traces.targets import caption_targets, rationale_targets, trace_targets
+from vidreason.lightning_modules.traces.targets import (
+    caption_targets,
+    rationale_targets,
+    trace_targets,
+    traces_or_composed,
+)
 from vidreason.rewards.completion import CompletionForm, parse_completion, render_completion
 
 CLIPS = [Clip(Path("a"), "walk", "a"), Clip(Path("b"), "run", "b"), Clip(Path("c"), None, "c")]
@@ -62,3 +67,13 @@ def test_traces_take_the_form_that_is_asked_for():
     assert trace_targets(CLIPS, own, "reason", NAMES)["a"] == ()
     with pytest.raises(ValueError, match="no confidence to learn from"):
         trace_targets(CLIPS, own, "reason", NAMES, CompletionForm(confidence=True))
+
+
+def test_composed_texts_fill_in_for_missing_traces_and_the_shares_are_told():
+    traces = {"a": ("own",), "b": (), "c": ()}
+    texts, shares = traces_or_composed(traces, {"a": ("unused",), "b": ("composed", "again")})
+    assert texts == {"a": ("own",), "b": ("composed", "again"), "c": ()}
+    assert shares == (
+        "1 (33%) from own traces that end in the label, 1 (33%) from own descriptions composed with the label, "
+        "1 (33%) from nothing"
+    )
