@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from vidreason.datamodules.base import VideoDataModule, run_seed
-from vidreason.datamodules.prompts import ClipView, DescribeView, ReasonView
+from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import VideoBatch
 from vidreason.datamodules.unreadable import warn_unreadable
 from vidreason.lightning_modules.decisions.deciders import AnswerDecider, DecideOptions, Decider, LikelihoodDecider
-from vidreason.lightning_modules.decisions.evaluation import SplitMetrics, evaluate_batch
+from vidreason.lightning_modules.decisions.evaluation import SplitMetrics, evaluate_batch, metric_key
 from vidreason.lightning_modules.decisions.predictions import Prediction
+from vidreason.lightning_modules.fit.context_check import CheckContext
 from vidreason.lightning_modules.fit.fsdp import shard_weights
 from vidreason.lightning_modules.fit.non_finite import StopOnNonFinite
 from vidreason.lightning_modules.fit.optimizer_step import (
@@ -39,11 +40,12 @@ from vidreason.lightning_modules.fit.optimizer_step import (
     check_precision,
     check_trainer_options,
 )
+from vidreason.lightning_modules.fit.passes import Workload, plain_workload
 from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, check_checkpoint_file, load_weights
 from vidreason.lightning_modules.fit.schedule import OptimOptions, count_steps
 from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable
 from vidreason.lightning_modules.fit.stopping import run_unless_stopped
-from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, complete_clips
+from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, complete_clips, trace_view
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
@@ -115,7 +117,7 @@ class VLMModule(L.LightningModule):
         self.weights_to_load: Path | None = None  # A checkpoint of which a fit takes no more than the weights.
         self._start: StartingWeights | None = None
         self._written: frozenset[str] = frozenset()  # Clips whose texts an earlier ``predict`` has written.
-        self._fit_callbacks: list[Callback] = [ResumeFit(), SkipUnreadable(), StopOnNonFinite()]
+        self._fit_callbacks: list[Callback] = [ResumeFit(), SkipUnreadable(), StopOnNonFinite(), CheckContext()]
 
     # ------------------------------------------------------------------ where it runs
 
@@ -166,7 +168,7 @@ class VLMModule(L.LightningModule):
         data.connect(batch_size=self.batch_size, train_view=self.train_view(task), eval_view=self.decider(task).view)
         splits, scaled = data.test_split_names if stage == "test" else ("val",), self.scales_probabilities
         known = getattr(self.decider(task), "gives_probabilities", True)
-        self.metrics = nn.ModuleDict({_metric_key(s): SplitMetrics(data.label_names, scaled, known) for s in splits})
+        self.metrics = nn.ModuleDict({metric_key(s): SplitMetrics(data.label_names, scaled, known) for s in splits})
 
     def read_artefacts(self, task: Task) -> None:
         """Reads ``vidreason.json`` of earlier stages before weights are built; does nothing by default."""
@@ -181,13 +183,15 @@ class VLMModule(L.LightningModule):
             return LikelihoodDecider(task)
         return AnswerDecider(task, self.decide.samples, self.decide.sampling, self.seed, self.completion)
 
-    def trace_generator(self, task: Task, kind: str | None = None) -> TraceGenerator:
+    def trace_generator(self, task: Task, kind: Literal["describe", "reason"] | None = None) -> TraceGenerator:
         """Returns the generator of texts of a kind by the starting weights; None is ``traces.kind``."""
-        describe = (kind or self.traces.kind) == "describe"
-        hint, form = self.traces.label_hint, self.completion
-        view = DescribeView(task, label_hint=hint) if describe else ReasonView(task, form=form)
+        view = trace_view(task, kind or self.traces.kind, self.traces.label_hint, self.completion)
         size = self.evaluation.clips_per_forward
-        return TraceGenerator(self.vlm, view, self.traces, form, self.seed, self.start.sha, task.sha(), size)
+        return TraceGenerator(self.vlm, view, self.traces, self.completion, self.seed, self.start.sha, task.sha(), size)
+
+    def workload(self, data: VideoDataModule, command: str) -> Workload:
+        """Returns the passes of a command over ``data``, before weights are built and texts are written."""
+        return plain_workload(self, data, command)
 
     # ------------------------------------------------------------------ weights
 
@@ -252,7 +256,7 @@ class VLMModule(L.LightningModule):
 
     def metrics_of(self, split: str) -> SplitMetrics:
         """Returns the metrics of a split."""
-        metrics = self.metrics[_metric_key(split)]
+        metrics = self.metrics[metric_key(split)]
         assert isinstance(metrics, SplitMetrics)
         return metrics
 
@@ -324,8 +328,3 @@ class VLMModule(L.LightningModule):
     def export_adapter(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes the trained adapter to ``folder`` for ``adapter_path``, with the weights ``state`` if given."""
         save_adapter(self.policy, folder, self.trained_adapter, self.lineage(folder).info(), state=state)
-
-
-def _metric_key(split: str) -> str:
-    """Returns the name of the submodule of a split's metrics, which may not contain a dot."""
-    return split.replace(".", "_")

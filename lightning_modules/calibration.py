@@ -26,7 +26,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.prompts import ClipView, ReviewView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.datamodules.types import VideoBatch
@@ -34,6 +35,14 @@ from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.decisions.closed_set import closed_set
 from vidreason.lightning_modules.decisions.deciders import DecideOptions, ReviewDecider
 from vidreason.lightning_modules.decisions.temperature import TemperatureScaling
+from vidreason.lightning_modules.fit.passes import (
+    EVAL_BATCH_SIZE,
+    Pass,
+    Workload,
+    stand_in_texts,
+    update_pass,
+    writing_pass,
+)
 from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import count_or_one, label_log_probabilities
@@ -134,7 +143,7 @@ class CalibrationModule(VLMModule):
         """Builds the policy and attaches the calibrator, which is active except while the policy samples."""
         return self.reviewer.attach(super().build_model(), self.calibrator_path)
 
-    def trace_generator(self, task: Task, kind: str | None = None) -> TraceGenerator:
+    def trace_generator(self, task: Task, kind: Literal["describe", "reason"] | None = None) -> TraceGenerator:
         """Returns a generator that activates the policy instead of the calibrator."""
         return replace(super().trace_generator(task, kind), adapter_context=self.reviewer.policy_active)
 
@@ -147,6 +156,32 @@ class CalibrationModule(VLMModule):
     def train_view(self, task: Task) -> ClipView:
         """Returns the view with the true label (objective ``tokens``) or all labels behind each trace."""
         return self.decider(task).review("target" if self.objective == "tokens" else "all")
+
+    def workload(self, data: VideoDataModule, command: str) -> Workload:
+        """Returns the passes of a command, with the policy's traces as long as they may be."""
+        if command == "predict":
+            return super().workload(data, command)
+        fits, task, options = command == "fit", data.task, self.traces
+        decided = data.test_split_names if command == "test" else ("val",)
+        splits = [split for split in (("train", "val", "cal") if fits else decided) if data.clips(split)]
+        clips = [clip for split in splits for clip in data.clips(split)]
+        texts = stand_in_texts(self.vlm.tokenizer, clips, options.sampling.max_new_tokens, options.samples)
+        trained: Literal["target", "all"] = "target" if self.objective == "tokens" else "all"
+        view, unknown = ReviewView(task, texts, trained, self.input), self.input != "video"
+        writing = [writing_pass(self, data, "reason", splits)] if unknown and self.traces_file is None else []
+        training = [update_pass(self, data, view, stand_ins=unknown)] if fits else []
+        scored = Pass(
+            "deciding",
+            "score",
+            tuple(splits),
+            ReviewView(task, texts, "all", self.input),
+            EVAL_BATCH_SIZE,
+            data.eval_batch_size,
+            stand_ins=unknown,
+        )
+        names = {"cal": "temperature", "val": "validation"}
+        scoring = [replace(scored, name=names[s], splits=(s,)) for s in splits if s in names] if fits else [scored]
+        return Workload((*writing, *training, *scoring), frozen_copies=int(self.vlm.lora is not None))
 
     def prepare_views(self) -> None:
         """Collects the policy's traces of all splits of this run and connects the views."""

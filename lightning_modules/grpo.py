@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.prompts import ClipView, RewardedView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.decisions.deciders import DecideOptions
 from vidreason.lightning_modules.fit.optimizer_step import UpdateOptions
+from vidreason.lightning_modules.fit.passes import Workload, plain_workload, stand_in_texts, update_pass
 from vidreason.lightning_modules.fit.ranks import all_gather_rows, mean_over_ranks
 from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.fit.stopping import raise_if_any_rank_stopped, run_unless_stopped
@@ -161,6 +163,28 @@ class GRPOModule(VLMModule):
     def train_view(self, task: Task) -> ClipView:
         """Returns the reasoning prompt without target texts, for clips with a label."""
         return RewardedView(task, form=self.completion)
+
+    def workload(self, data: VideoDataModule, command: str) -> Workload:
+        """Returns the passes of a command, with completions as long as they may be."""
+        if command != "fit":
+            return super().workload(data, command)
+        task, options, clips = data.task, self.rollouts, data.clips("train")
+        size = self.updates.prompts_per_forward(self.batch_size or data.batch_size)
+        texts = stand_in_texts(self.vlm.tokenizer, clips, options.sampling.max_new_tokens, options.group_size)
+        behind = RewardedView(task, texts, self.completion)
+        update = replace(update_pass(self, data, behind, stand_ins=True), clips_per_forward=size)
+        rollouts = replace(
+            update,
+            name="rollouts",
+            kind="generate",
+            view=self.train_view(task),
+            samples=options.group_size,
+            sampling=options.sampling,
+            stand_ins=False,
+        )
+        frozen = ["old log-probs"] * (self.updates.per_batch > 1) + ["reference log-probs"] * self.loss.needs_reference
+        training = [rollouts, *(replace(update, name=name, kind="score") for name in frozen), update]
+        return replace(plain_workload(self, data, command, training), frozen_copies=int(self.loss.needs_reference))
 
     def build_model(self) -> nn.Module:
         """Builds the policy and, if the loss needs it, a frozen copy as reference."""

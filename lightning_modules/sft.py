@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +26,13 @@ from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceStore
 from vidreason.datamodules.types import TextBatch, VideoBatch
 from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.fit.passes import (
+    Workload,
+    plain_workload,
+    stand_in_texts,
+    update_pass,
+    writing_pass,
+)
 from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import TextLoss, weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import TokenCounts, count_tokens
@@ -39,7 +47,7 @@ from vidreason.lightning_modules.traces.targets import (
 )
 from vidreason.lightning_modules.vlms.base import VLM, Scores
 from vidreason.lightning_modules.vlms.pieces import split_clips
-from vidreason.rewards.completion import CompletionForm
+from vidreason.rewards.completion import CompletionForm, render_completion
 from vidreason.run_folder import DESCRIPTIONS_FILE, TRACES_FILE
 
 _WRITTEN = {"describe": "descriptions", "reason": "traces"}
@@ -82,6 +90,31 @@ class RationaleSFTModule(VLMModule):
     def train_view(self, task: Task) -> ClipView:
         """Returns the view with labels as targets; ``prepare_views`` replaces it for other targets."""
         return LabelView(task)
+
+    def workload(self, data: VideoDataModule, command: str) -> Workload:
+        """Returns the passes of a command, in which texts that are yet to be written are as long as they may be."""
+        targets, task, form, clips = self.targets, data.task, self.completion, data.clips("train")
+        if targets.kind == "label" or data.provides_target_texts or command != "fit":
+            return super().workload(data, command)
+        if targets.kind == "caption":
+            view: ClipView = DescribeView(task, texts=caption_targets(clips, targets.caption_field))
+            return Workload((update_pass(self, data, view),))
+        options = self.traces
+        texts = stand_in_texts(self.vlm.tokenizer, clips, options.sampling.max_new_tokens, options.samples)
+        view = DescribeView(task, texts=texts)
+        if targets.kind == "trace":
+            plain = replace(form, confidence=False)
+            labelled = [clip for clip in clips if clip.label]
+            whole = {
+                c.video_id: tuple(render_completion(text, c.label or "", plain) for text in texts[c.video_id])
+                for c in labelled
+            }
+            view = ReasonView(task, whole, form)
+        kind: Literal["describe", "reason"] = (
+            "reason" if (targets.kind, targets.compose) == ("trace", "reason") else "describe"
+        )
+        writing = [writing_pass(self, data, kind, ("train",))] if self.traces_file is None else []
+        return plain_workload(self, data, command, [*writing, update_pass(self, data, view, stand_ins=True)])
 
     def prepare_views(self) -> None:
         """Connects the view with the target texts, which the starting weights write if no file is given."""

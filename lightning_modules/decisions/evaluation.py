@@ -113,3 +113,8 @@ def evaluate_batch(
     if decisions is not None:
         predictions += [decisions.prediction(b, clip, split, names) for b, clip in enumerate(batch.clips)]
     return tuple(predictions)
+
+
+def metric_key(split: str) -> str:
+    """Returns the name of the submodule of a split's metrics, which may not contain a dot."""
+    return split.replace(".", "_")

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.dataset import LoadedClip
-from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.prompts import ClipView, DescribeView, ReasonView
+from vidreason.datamodules.task import Task
 from vidreason.datamodules.trace_parts import join_parts, own_part
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.datamodules.types import Clip, VideoBatch
@@ -33,7 +34,7 @@ from vidreason.lightning_modules.vlms.completions import Completion, generate_co
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded
 from vidreason.lightning_modules.vlms.pieces import split_clips
-from vidreason.rewards.completion import CompletionForm
+from vidreason.rewards.completion import THINK_FORM, CompletionForm
 from vidreason.run_folder import TRACES_FILE
 
 
@@ -62,6 +63,13 @@ class TraceOptions:
 
 def _any_adapter(model: nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
+
+
+def trace_view(
+    task: Task, kind: Literal["describe", "reason"], label_hint: bool = False, form: CompletionForm = THINK_FORM
+) -> ClipView:
+    """Returns the prompt of generated texts of a kind, without texts behind it."""
+    return DescribeView(task, label_hint=label_hint) if kind == "describe" else ReasonView(task, form=form)
 
 
 @dataclass(frozen=True)

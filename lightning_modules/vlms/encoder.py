@@ -160,7 +160,7 @@ class ClipEncoder:
         """
         if len({example.prompt.open for example in examples}) != 1:
             raise ValueError(f"a batch needs prompts that are all open or all closed, got {len(examples)} examples")
-        alone = [self._encode_prompt(example) for example in examples]
+        alone = [self.prompt_inputs(example) for example in examples]
         inputs = join_prompts(alone, chat.pad_id(self.processor), self.join_visual)
         frame, is_open = self.chat_frame, examples[0].prompt.open
         turn_end = chat.tokens(self.processor, frame.turn_end) if is_open else []
@@ -171,7 +171,12 @@ class ClipEncoder:
         check_context_length(names, prompts, behind, self.context_length, "the longest text behind it")
         return Encoded(prompts, texts)
 
-    def _encode_prompt(self, example: Example) -> dict[str, Tensor]:
+    def prompt_inputs(self, example: Example) -> dict[str, Tensor]:
+        """Returns the inputs of one clip and its prompt, without texts.
+
+        Raises:
+            ValueError: If the prompt contains a special token, or the model would not see the video.
+        """
         clip = example.sample.video_id
         if found := any_token(self.special_tokens).search(example.prompt.text):
             raise ValueError(

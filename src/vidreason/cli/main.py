@@ -28,6 +28,7 @@ COMMANDS = {
     "demo": "the whole main job on the embedded default, within minutes",
     "init": "your own clips: look into a folder or table of them and write what the other commands read",
     "data": "check: decode every clip of a manifest and say what is wrong with it",
+    "plan": "tokens, steps and memory of a stage or pipeline before it runs: --memory 24GB",
     "pipeline": "stages in order: --config configs/pipelines/deepintuit.yaml --run_dir runs/x",
     "classify": "ask a finished run about new clips: clip.mp4 --run runs/x",
     "fit": "train one stage: --config configs/sft_label.yaml",

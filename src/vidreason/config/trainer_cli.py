@@ -281,6 +281,7 @@ class VideoCLI(LightningCLI):
         """Returns lines with the settings of the model's profile as they hold in this run."""
         return [] if self.profile is None else self.profile.describe(self.config[self.subcommand])
 
+
 def run(command: str, argv: Sequence[str]) -> int:
     """Runs one of Lightning's subcommands.
 

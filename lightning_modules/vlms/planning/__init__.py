@@ -1,0 +1,1 @@
+"""Predicts tokens and memory of a model from its configuration, without weights."""
