@@ -233,7 +233,7 @@ def test_parse_rate_is_printed(make_vlm, make_data, make_trainer):
 
 def test_captions_are_validated_by_their_loss(make_vlm, make_data, make_trainer):
     vlm = make_vlm()
-    still = OptimOptions(lambda p: torch.optim.SGD(p, lr=1e-12))
+    still = OptimOptions(lambda p: torch.optim.SGD(p, lr=1e-30))
     module = RationaleSFTModule(vlm, targets=TargetOptions(kind="caption"), optim=still)
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, make_data(vlm))
