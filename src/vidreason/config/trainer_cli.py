@@ -162,8 +162,7 @@ class VideoCLI(LightningCLI):
                 f"run_dir is {config.run_dir} but trainer.default_root_dir is {root}: they are the same folder, give "
                 "--run_dir alone",
             )
-        named = Path(self.files.stage_file or self.config.subcommand).stem
-        config.run_dir = str(config.run_dir or root or Path("runs", named))
+        config.run_dir = config.run_dir or root or f"runs/{Path(self.files.stage_file or self.config.subcommand).stem}"
         # left out of config.yaml, which could not be used with another --run_dir otherwise
         config.trainer.default_root_dir = None
         self.run_dir = Path(config.run_dir)
