@@ -36,9 +36,10 @@ from vidreason.lightning_modules.decisions.closed_set import closed_set
 from vidreason.lightning_modules.decisions.deciders import DecideOptions, ReviewDecider
 from vidreason.lightning_modules.decisions.temperature import TemperatureScaling
 from vidreason.lightning_modules.fit.passes import (
-    EVAL_BATCH_SIZE,
+    EVAL_CLIPS,
     Pass,
     Workload,
+    eval_clips,
     stand_in_texts,
     update_pass,
     writing_pass,
@@ -175,8 +176,8 @@ class CalibrationModule(VLMModule):
             "score",
             tuple(splits),
             ReviewView(task, texts, "all", self.input),
-            EVAL_BATCH_SIZE,
-            data.eval_batch_size,
+            EVAL_CLIPS,
+            eval_clips(self, data),
             stand_ins=unknown,
         )
         names = {"cal": "temperature", "val": "validation"}

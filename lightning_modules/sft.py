@@ -110,10 +110,10 @@ class RationaleSFTModule(VLMModule):
                 for c in labelled
             }
             view = ReasonView(task, whole, form)
-        kind: Literal["describe", "reason"] = (
-            "reason" if (targets.kind, targets.compose) == ("trace", "reason") else "describe"
-        )
-        writing = [writing_pass(self, data, kind, ("train",))] if self.traces_file is None else []
+        written: dict[str, tuple[Literal["describe", "reason"], ...]]
+        written = {"describe": ("describe",), "reason": ("reason",), "reason_first": ("reason", "describe")}
+        kinds = written[targets.compose] if targets.kind == "trace" else written["describe"]
+        writing = [writing_pass(self, data, kind, ("train",)) for kind in kinds if self.traces_file is None]
         return plain_workload(self, data, command, [*writing, update_pass(self, data, view, stand_ins=True)])
 
     def prepare_views(self) -> None:

@@ -18,10 +18,11 @@ from vidreason.lightning_modules.fit.optimizer_step import UpdateOptions
 from vidreason.lightning_modules.traces.generation import TraceOptions, trace_view
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.pieces import EvalOptions
 from vidreason.rewards.completion import CompletionForm
 
 CLIPS_PER_FORWARD = "model.init_args.updates.clips_per_forward"
-EVAL_BATCH_SIZE = "data.init_args.eval_batch_size"
+EVAL_CLIPS = "model.init_args.eval.clips_per_forward"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class WorkingStage(Protocol):
     def updates(self) -> UpdateOptions:
         """Options of an optimizer step."""
 
+    @property
+    def evaluation(self) -> EvalOptions:
+        """Options of forwards without a backward pass."""
+
     def train_view(self, task: Task) -> ClipView:
         """Returns the prompts and target texts of training."""
 
@@ -110,19 +115,24 @@ def update_pass(stage: WorkingStage, data: VideoDataModule, view: ClipView, stan
     return Pass("training", "update", ("train",), view, CLIPS_PER_FORWARD, clips, stand_ins=stand_ins, per_step=True)
 
 
+def eval_clips(stage: WorkingStage, data: VideoDataModule) -> int:
+    """Returns the clips of one forward without a backward pass."""
+    return min(stage.evaluation.clips_per_forward or data.eval_batch_size, data.eval_batch_size)
+
+
 def writing_pass(
     stage: WorkingStage, data: VideoDataModule, kind: Literal["describe", "reason"], splits: Sequence[str]
 ) -> Pass:
     """Returns the pass in which texts of a kind are generated."""
     options, view = stage.traces, trace_view(data.task, kind, stage.traces.label_hint, stage.completion)
-    bound, clips = EVAL_BATCH_SIZE, data.eval_batch_size
-    return Pass("writing", "generate", tuple(splits), view, bound, clips, options.samples, options.sampling)
+    clips = eval_clips(stage, data)
+    return Pass("writing", "generate", tuple(splits), view, EVAL_CLIPS, clips, options.samples, options.sampling)
 
 
 def deciding_pass(stage: WorkingStage, data: VideoDataModule, splits: Sequence[str], name: str) -> Pass:
     """Returns the pass that decides about clips."""
     options, view = stage.decide, stage.decider(data.task).view
-    made = Pass(name, "score", tuple(splits), view, EVAL_BATCH_SIZE, data.eval_batch_size)
+    made = Pass(name, "score", tuple(splits), view, EVAL_CLIPS, eval_clips(stage, data))
     if options.by == "likelihood":
         return made
     return replace(made, kind="generate", samples=options.samples, sampling=options.sampling)

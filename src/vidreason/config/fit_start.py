@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from vidreason.config.command_files import given_batch_size
 from vidreason.config.fit_folder import begin_fit, clear_folder, mark_finished
 from vidreason.config.machine import say
 from vidreason.config.run_record import from_the_start, saved_config
@@ -29,6 +32,31 @@ class PreparedFit(NamedTuple):
     """False if there is nothing to do."""
     batches: int | None = None
     """Finished batches of the checkpoint that is resumed."""
+
+
+def add_fit_arguments(parser: LightningArgumentParser) -> None:
+    """Adds ``--force`` and ``--reset_optimizer``, which apply to one call and are not saved."""
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="Start again where the run folder holds another fit, whose files move to NAME.old.",
+    )
+    parser.add_argument(
+        "--reset_optimizer",
+        action="store_true",
+        help="Take only the weights of --ckpt_path: optimizer, schedule and clips begin anew.",
+    )
+
+
+def say_which_batch_size_counts(config: Namespace, argv: Sequence[str]) -> None:
+    """Warns in one line if the user sets the batch size of the data, which the stage overrides with its own."""
+    given = given_batch_size(argv)
+    ours, theirs = (config.get(f"{section}.init_args.batch_size") for section in ("model", "data"))
+    if given is not None and ours is not None and ours != theirs:
+        say(
+            f"batch size in training: model.init_args.batch_size: {ours} counts, not data.init_args.batch_size: "
+            f"{theirs} ({given}); set --model.init_args.batch_size to change it"
+        )
 
 
 def prepare_fit(cli: LightningCLI, run_dir: Path, force: bool, reset_optimizer: bool) -> PreparedFit:

@@ -28,9 +28,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from vidreason import exit_codes
-from vidreason.config.command_files import config_files, given_batch_size, order_files, point_at_shipped
+from vidreason.config.command_files import config_files, order_files, point_at_shipped
 from vidreason.config.errors import explain_call, missing_package
-from vidreason.config.fit_start import CKPT_KEYWORDS, end_fit, how_to_resume, prepare_fit
+from vidreason.config.fit_start import (
+    CKPT_KEYWORDS,
+    add_fit_arguments,
+    end_fit,
+    how_to_resume,
+    prepare_fit,
+    say_which_batch_size_counts,
+)
 from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.out_of_memory import explain_out_of_memory
 from vidreason.config.run_record import RunRecord
@@ -133,16 +140,7 @@ class VideoCLI(LightningCLI):
             "--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME for NAME.yaml)."
         )
         if self.command == "fit":
-            parser.add_argument(
-                "--force",
-                action="store_true",
-                help="Start again where the run folder holds another fit, whose files move to NAME.old.",
-            )
-            parser.add_argument(
-                "--reset_optimizer",
-                action="store_true",
-                help="Take only the weights of --ckpt_path: optimizer, schedule and clips begin anew.",
-            )
+            add_fit_arguments(parser)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: LightningCLI would read hyperparameters, which the checkpoints here do not have."""
@@ -181,23 +179,13 @@ class VideoCLI(LightningCLI):
         for section in ("model", "data", "vlm"):
             point_at_shipped(config.get(section))
         if self.config.subcommand == "fit":
-            self._say_which_batch_size_counts(config)
+            say_which_batch_size_counts(config, self.argv)
 
     def _scratch_folder(self) -> Path:
         """Returns a folder that is removed after the run, the same for all processes that this one starts."""
         if _SCRATCH_VARIABLE not in os.environ:
             os.environ[_SCRATCH_VARIABLE] = self._scratch = tempfile.mkdtemp(prefix="vidreason_")
         return Path(os.environ[_SCRATCH_VARIABLE])
-
-    def _say_which_batch_size_counts(self, config: Namespace) -> None:
-        """Warns in one line if the user sets the batch size of the data, which the stage overrides with its own."""
-        given = given_batch_size(self.argv)
-        ours, theirs = (config.get(f"{section}.init_args.batch_size") for section in ("model", "data"))
-        if given is not None and ours is not None and ours != theirs:
-            say(
-                f"batch size in training: model.init_args.batch_size: {ours} counts, not data.init_args.batch_size: "
-                f"{theirs} ({given}); set --model.init_args.batch_size to change it"
-            )
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; their errors are raised without the parser's wrapping.
