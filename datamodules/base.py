@@ -299,3 +299,14 @@ class VideoDataModule(L.LightningDataModule, ABC):
         ranks = self._ranks()
         kind = BalancedSampler if self.balance_classes else SeededDistributedSampler
         return kind(dataset, ranks["num_replicas"], ranks["rank"], shuffle=True, seed=self.seed)
+
+
+def video_data(data: object) -> VideoDataModule:
+    """Returns a trainer's data module.
+
+    Raises:
+        ValueError: If it is of another class.
+    """
+    if not isinstance(data, VideoDataModule):
+        raise ValueError(f"the stages read clips from a VideoDataModule, got {type(data).__name__}")
+    return data

@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from vidreason.datamodules.base import VideoDataModule, run_seed
+from vidreason.datamodules.base import VideoDataModule, run_seed, video_data
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import VideoBatch
@@ -33,13 +33,7 @@ from vidreason.lightning_modules.decisions.predictions import Prediction
 from vidreason.lightning_modules.fit.context_check import CheckContext
 from vidreason.lightning_modules.fit.fsdp import shard_weights
 from vidreason.lightning_modules.fit.non_finite import StopOnNonFinite
-from vidreason.lightning_modules.fit.optimizer_step import (
-    OptimizerStep,
-    StepResult,
-    UpdateOptions,
-    check_precision,
-    check_trainer_options,
-)
+from vidreason.lightning_modules.fit.optimizer_step import OptimizerStep, StepResult, UpdateOptions, check_trainer
 from vidreason.lightning_modules.fit.passes import Workload, plain_workload
 from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, check_checkpoint_file, load_weights
 from vidreason.lightning_modules.fit.schedule import OptimOptions, count_steps
@@ -135,19 +129,14 @@ class VLMModule(L.LightningModule):
     @property
     def data(self) -> VideoDataModule:
         """The data module of the trainer."""
-        data: object = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, VideoDataModule):
-            raise ValueError(f"the stages read clips from a VideoDataModule, got {type(data).__name__}")
-        return data
+        return video_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def configure_callbacks(self) -> list[Callback]:
         """Returns the callbacks that every fit needs, except where the trainer has one of the same class.
 
         Lightning calls this first in every run. The objects are always the same, since new ones would have no state.
         """
-        check_precision(self.trainer.precision)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            check_trainer_options(self.trainer, self.stage_name, self.automatic_optimization, self.updates)
+        check_trainer(self.trainer, self.stage_name, self.automatic_optimization, self.updates)
         present: Sequence[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [own for own in self._fit_callbacks if not any(isinstance(other, type(own)) for other in present)]
 

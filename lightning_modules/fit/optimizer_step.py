@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -124,8 +125,8 @@ def check_precision(precision: str) -> None:
         )
 
 
-def check_trainer_options(trainer: L.Trainer, stage: str, automatic: bool, updates: UpdateOptions) -> None:
-    """Checks that no option is set that the stage's way of optimising would ignore or cannot serve.
+def check_trainer(trainer: L.Trainer, stage: str, automatic: bool, updates: UpdateOptions) -> None:
+    """Checks the precision, and for a fit that no option is set that the stage's way of optimising ignores.
 
     Args:
         trainer: As configured.
@@ -136,6 +137,9 @@ def check_trainer_options(trainer: L.Trainer, stage: str, automatic: bool, updat
     Raises:
         ValueError: If one is set; the message names the option to use instead.
     """
+    check_precision(str(trainer.precision))
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
     for option in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(trainer, option) == 0:
             raise ValueError(f"trainer.{option} is 0, so that nothing would be trained: raise it")

@@ -213,3 +213,9 @@ def _flat(message: str) -> str:
         kept = [line for line in kept if not line.startswith("Given value:")]
     text = re.sub(r'Parser key "(\S+?)":', r"\1:", " ".join(line.removeprefix("- ") for line in kept))
     return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 3] + "..."
+
+
+def cause_of(error: Exception) -> Exception:
+    """Returns the innermost error that the parser wrapped in "does not validate against any of the Union subtypes"."""
+    cause = error.__cause__
+    return cause_of(cause) if isinstance(cause, ValueError) else error

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vidreason import exit_codes
 from vidreason.config.command_files import config_files, order_files, point_at_shipped
-from vidreason.config.errors import explain_call, missing_package
+from vidreason.config.errors import cause_of, explain_call, missing_package
 from vidreason.config.fit_start import (
     CKPT_KEYWORDS,
     add_fit_arguments,
@@ -196,7 +196,7 @@ class VideoCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, ModuleNotFoundError) as error:
-            raise missing_package(str(error)) or _cause_of(error) from None
+            raise missing_package(str(error)) or cause_of(error) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer | None:  # type: ignore[override]
         """Builds the Trainer with logs and checkpoints in the run folder, unless the YAML sets other places."""
@@ -315,9 +315,3 @@ def build_stage(command: str, argv: Sequence[str]) -> BuiltStage:
     cli = VideoCLI(command, argv, execute=False, with_trainer=False)
     trainer: Namespace = cli.config[command].trainer
     return BuiltStage(cli.model, cli.datamodule, trainer.accelerator, trainer.precision or "32-true")
-
-
-def _cause_of(error: Exception) -> Exception:
-    """Returns the innermost error that the parser wrapped in "does not validate against any of the Union subtypes"."""
-    cause = error.__cause__
-    return _cause_of(cause) if isinstance(cause, ValueError) else error
