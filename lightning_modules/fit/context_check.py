@@ -36,7 +36,8 @@ class CheckContext(L.Callback):
         if stage != "fit" or module.data.provides_target_texts:
             return
         for part in module.workload(module.data, stage).passes:
-            if not part.stand_ins:
+            runs = part.name != "validation" or trainer.limit_val_batches != 0
+            if runs and not part.stand_ins:
                 self._check(module.vlm, module.data, part.clips(module.data), part.view, _room(part))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -71,7 +71,7 @@ def render_comparison(rows: Sequence[SummaryRow]) -> str:
         table("accuracy % (95 % interval)", header, {key: _interval(row) for key, row in cells.items()}),
         table("twin accuracy % (both of a pair right)", levels, {k: percent(r.twin_acc) for k, r in cells.items()}),
         table("expected calibration error", levels, {key: decimal(row.ece) for key, row in cells.items()}),
-        *_unique(f"{row.method}: {row.note}" for row in rows if row.note),
+        *_unique(f"{row.method}: {note}" for row in rows for note in row.note.split("; ") if note),
     ]
     return "\n\n".join(parts)
 

@@ -154,9 +154,15 @@ def _named_files(key: str, value: object, folder: Path, roots: Sequence[Path]) -
 
 def _hub_model(name: str) -> dict[str, str]:
     """Returns the commit of a hub's model in the local cache, which its files belong to."""
-    from huggingface_hub import try_to_load_from_cache  # seconds to import
+    from transformers.utils.hub import cached_file  # seconds to import
 
-    config = try_to_load_from_cache(name, "config.json")
+    config = cached_file(
+        name,
+        "config.json",
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
     return {f"model {name}": Path(config).parent.name if isinstance(config, str) else "not on this machine"}
 
 

@@ -89,6 +89,8 @@ def test_a_step_without_a_readable_clip_changes_no_weight(fit, make_vlm):
 
 @pytest.mark.parametrize("signal_at", sample([3, 4, 5], 4))
 def test_a_signal_stops_the_fit_between_two_steps(fit, tmp_path, signal_at):
+    """After a signal no clip is read any more, so that a step whose clips are not all there yet is repeated."""
+
     def callbacks(name):
         return [StopOnSignal(), RunCheckpoint(CheckpointOptions(1), dirpath=str(tmp_path / name))]
 
@@ -96,8 +98,9 @@ def test_a_signal_stops_the_fit_between_two_steps(fit, tmp_path, signal_at):
     with handle_signals(), pytest.raises(SystemExit):
         fit(epochs=3, signal_at=signal_at, callbacks=callbacks("cut"))
     path = tmp_path / "cut" / "last.ckpt"
-    assert torch.load(path, weights_only=True)["vidreason"]["progress"]["batches"] == 6
+    done = 6 if signal_at == 5 else 3
+    assert torch.load(path, weights_only=True)["vidreason"]["progress"]["batches"] == done
     resumed = fit(epochs=3, checkpoint=path, callbacks=callbacks("cut"))
-    assert resumed.batches == whole.batches[6:]
+    assert resumed.batches == whole.batches[done:]
     for name, value in parameters(whole).items():
         assert torch.equal(value, parameters(resumed)[name])
