@@ -58,8 +58,8 @@ def both(run):
     [
         ("sft_label", {}),
         ("sft_trace", {}),
-        ("sft_trace", {"targets": TargetOptions("trace", answer_weight=None)}),
-        ("calibration", {}),
+        pytest.param("sft_trace", {"targets": TargetOptions("trace", answer_weight=None)}, marks=pytest.mark.slow),
+        pytest.param("calibration", {}, marks=pytest.mark.slow),
         ("calibration", {"objective": "classes"}),
     ],
 )
@@ -75,7 +75,7 @@ def test_a_batch_teaches_what_its_readable_clips_teach(small_base, clip_folder, 
     assert lost["losses"] == pytest.approx(fewer["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("case", sample(list(GRPO), "bnpo", "resampled"))
+@pytest.mark.parametrize("case", sample(list(GRPO), "bnpo"))
 def test_no_group_is_learnt_from_or_counted_in_its_place(small_base, clip_folder, tmp_path, monkeypatch, case):
     monkeypatch.setitem(grpo.CASES, "dead_case", GRPO[case])
     dead = ("train_0", "train_1") if case == "resampled" else ()
@@ -92,7 +92,7 @@ def test_no_group_is_learnt_from_or_counted_in_its_place(small_base, clip_folder
                 assert got[name] == pytest.approx(value, rel=1e-4, abs=2e-6), name
 
 
-@pytest.mark.parametrize("loss_type", sample(LOSS_TYPES, "grpo", "bnpo"))
+@pytest.mark.parametrize("loss_type", sample(LOSS_TYPES, "bnpo"))
 def test_a_minibatch_of_nothing_else_changes_nothing(small_base, clip_folder, tmp_path, monkeypatch, loss_type):
     """Whatever its terms are divided by."""
     monkeypatch.setitem(grpo.CASES, "alone", {"loss_type": loss_type, "minibatches": 6})
@@ -158,7 +158,7 @@ def module_view(data):
     return LabelView(data.task)
 
 
-@pytest.mark.parametrize("lost", [LOST, ()])
+@pytest.mark.parametrize("lost", [LOST, pytest.param((), marks=pytest.mark.slow)])
 def test_a_cache_never_takes_black_frames_for_the_clip(make_vlm, make_trainer, clip_folder, tmp_path, lost):
     """What one fit has kept of a clip that it could not read does not change the next fit, which can."""
     weights = {}

@@ -83,6 +83,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(capfd, fill, argv,
     assert not [name for name in files() if full in name or ".part" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_full_disk_keeps_what_was_written_before(fill, monkeypatch):
     argv, usable = stage("generate", "--model.init_args.traces", WRITES), io.open

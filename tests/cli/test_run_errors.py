@@ -289,6 +289,24 @@ MISTAKES = {
     no_such_file: "no such file",
 }
 """Each with the beginning of its row"""
+NEAREST = {
+    typo_in_a_command: "pipeline",
+    typo_in_a_section: "trainer",
+    typo_in_a_trainer_key: "max_steps",
+    typo_in_an_argument: "targets",
+    typo_in_a_group: "targets",
+    typo_in_an_argument_of_an_argument: "num_frames",
+    typo_in_the_optimizer: "lr",
+    typo_in_yaml: "batch_size",
+    typo_in_yaml_of_the_trainer: "max_steps",
+    typo_in_an_option: "--out",
+    typo_in_an_option_of_classify: "--run",
+    typo_in_an_option_of_demo: "--quick",
+    typo_in_an_option_of_pipeline: "--run_dir",
+    typo_in_a_stage: "test",
+    typo_in_a_setting_of_pipeline: "batch_size",
+}
+"""The name that the answer to a typo suggests"""
 TOO_MANY = "… of … training clips"
 OUT_OF_MEMORY = "out of memory, …"
 NOT_SUPPORTED = "training clips cannot be read"
@@ -316,32 +334,8 @@ def test_mistakes_are_one_line_with_status_2(capfd, mistake):
     rows = rows_that_say(errors[0].removeprefix("error: "), "Commands and runs")
     assert len(rows) == 1, f"docs/errors.md has not exactly one row for: {errors[0]}"
     assert rows[0].startswith(MISTAKES[mistake])
-
-
-@pytest.mark.parametrize(
-    ("mistake", "nearest"),
-    [
-        (typo_in_a_command, "pipeline"),
-        (typo_in_a_section, "trainer"),
-        (typo_in_a_trainer_key, "max_steps"),
-        (typo_in_an_argument, "targets"),
-        (typo_in_a_group, "targets"),
-        (typo_in_an_argument_of_an_argument, "num_frames"),
-        (typo_in_the_optimizer, "lr"),
-        (typo_in_yaml, "batch_size"),
-        (typo_in_yaml_of_the_trainer, "max_steps"),
-        (typo_in_an_option, "--out"),
-        (typo_in_an_option_of_classify, "--run"),
-        (typo_in_an_option_of_demo, "--quick"),
-        (typo_in_an_option_of_pipeline, "--run_dir"),
-        (typo_in_a_stage, "test"),
-        (typo_in_a_setting_of_pipeline, "batch_size"),
-    ],
-)
-@pytest.mark.usefixtures("here")
-def test_a_typo_is_answered_with_the_nearest_name(capfd, mistake, nearest):
-    assert main(mistake()) == 2
-    assert re.search(rf"did you mean '?{nearest}'?\?", capfd.readouterr().err)
+    if mistake in NEAREST:
+        assert re.search(rf"did you mean '?{NEAREST[mistake]}'?\?", errors[0])
 
 
 @pytest.mark.usefixtures("here")

@@ -90,7 +90,6 @@ class Cell:
 
 ONE_PROCESS = [Cell(stage, strategy) for stage in COMMANDS for strategy in OVERLAYS if strategy != "multi_node"]
 TWO_PROCESSES = [Cell(stage, strategy, 2) for stage in COMMANDS for strategy in SEVERAL]
-FEW = [Cell("grpo", "fsdp_qlora")]
 
 
 def name_of(cell: Cell) -> str:
@@ -104,13 +103,8 @@ def run_here(cell: Cell, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> N
     cell.check(run_dir, said)
 
 
-@pytest.mark.parametrize("cell", FEW, ids=name_of)
-def test_a_few_cells(cell: Cell, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_here(cell, tmp_path / "run", capsys)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", [cell for cell in ONE_PROCESS if cell not in FEW], ids=name_of)
+@pytest.mark.parametrize("cell", ONE_PROCESS, ids=name_of)
 def test_every_stage_under_every_strategy(cell: Cell, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_here(cell, tmp_path / "run", capsys)
 

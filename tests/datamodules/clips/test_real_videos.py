@@ -51,6 +51,7 @@ def frames_of(path, reader):
         return None
 
 
+@pytest.mark.slow
 def test_all_readers_return_the_same_frames(test_data):
     """Rotated, 10-bit, interlaced, variable rate, damaged: all that more than one reader accepts."""
     different, pairs = [], 0

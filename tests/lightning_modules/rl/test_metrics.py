@@ -79,6 +79,7 @@ def test_a_step_of_nothing_but_truncated_completions_changes_nothing(make_vlm, m
     assert fit(make(make_vlm()), make_data, make_trainer)["train/grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_the_times_add_up_and_every_key_is_there(make_vlm, make_data, make_trainer):
     options = {"kl_coef": 0.1, "inner_epochs": 2, "minibatches": 3, "resample": 1}
     module, shares = make(make_vlm(), **options), []
