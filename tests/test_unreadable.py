@@ -60,7 +60,7 @@ def both(run):
         ("sft_trace", {}),
         pytest.param("sft_trace", {"targets": TargetOptions("trace", answer_weight=None)}, marks=pytest.mark.slow),
         pytest.param("calibration", {}, marks=pytest.mark.slow),
-        ("calibration", {"objective": "classes"}),
+        pytest.param("calibration", {"objective": "classes"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_batch_teaches_what_its_readable_clips_teach(small_base, clip_folder, tmp_path, stage, options):

@@ -289,6 +289,12 @@ MISTAKES = {
     no_such_file: "no such file",
 }
 """Each with the beginning of its row"""
+TRAIN_TWICE = (
+    checkpoint_of_more_texts,
+    checkpoint_of_other_weights,
+    calibrator_as_policy,
+    adapter_of_another_base,
+)
 NEAREST = {
     typo_in_a_command: "pipeline",
     typo_in_a_section: "trainer",
@@ -324,7 +330,9 @@ def no_gpus_here(monkeypatch):
 
 
 @pytest.mark.usefixtures("here", "no_gpus_here")
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize(
+    "mistake", [pytest.param(made, marks=pytest.mark.slow) if made in TRAIN_TWICE else made for made in MISTAKES]
+)
 def test_mistakes_are_one_line_with_status_2(capfd, mistake):
     argv = mistake()
     capfd.readouterr()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import sample
 from stage_world import adamw, run_dir
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -42,7 +43,7 @@ def policy(make_vlm, make_data, make_trainer):
     return train
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", sample([True, False], True))
 def test_fit_then_test_from_the_folder_alone(make_vlm, make_data, make_trainer, policy, lora):
     start = policy(lora)
     vlm = make_vlm(lora)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import covering
 from safetensors.torch import load_file
 from small_grpo import make
 from stage_world import adamw
@@ -170,8 +171,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing may be written any more."""
 
 
-@pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_steps": 6}])
-@pytest.mark.parametrize("step", [3, 4, 6])
+@pytest.mark.parametrize(("step", "limit"), covering([3, 4, 6], [{"max_epochs": 2}, {"max_steps": 6}]))
 def test_a_kill_between_checkpoint_and_adapter_is_mended_on_resume(
     make_vlm, make_data, make_trainer, monkeypatch, step, limit
 ):
