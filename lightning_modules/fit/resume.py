@@ -23,6 +23,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 
 from vidreason.lightning_internals import batches_done, set_current_rate, set_logged_steps
 from vidreason.lightning_modules.fit.checkpoint_io import read_checkpoint
@@ -81,7 +82,7 @@ class ResumeFit(L.Callback):
             ValueError: If it does not; the message names the difference and the remedy.
         """
         saved = checked_entry(checkpoint, pl_module)
-        check_weights(checkpoint.get("state_dict", {}), "--ckpt_path", START_AGAIN)
+        check_weights(_parameters(pl_module, checkpoint.get("state_dict", {})), "--ckpt_path", START_AGAIN)
         if (stage := resumable(pl_module)) is not None:
             for name, state in stage.stateful().items():
                 state.load_state_dict(saved["stateful"][name])
@@ -162,7 +163,7 @@ def load_weights(path: str | Path, module: L.LightningModule) -> None:
     checkpoint = read_checkpoint(path)
     checked_entry(checkpoint, module)
     state: dict[str, Any] = checkpoint["state_dict"]
-    check_weights(state, f"--ckpt_path {path}", "give an earlier checkpoint")
+    check_weights(_parameters(module, state), f"--ckpt_path {path}", "give an earlier checkpoint")
     lacking = [name for name, p in module.named_parameters() if p.requires_grad and name not in state]
     if lacking:
         raise ValueError(
@@ -191,3 +192,8 @@ def checked_entry(checkpoint: Mapping[str, Any], module: L.LightningModule) -> d
             "--model.init_args.adapter_path"
         )
     return saved
+
+
+def _parameters(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the parameters in a state dict; buffers may be infinite on purpose."""
+    return {name: state[name] for name, _ in module.named_parameters() if name in state}

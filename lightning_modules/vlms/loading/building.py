@@ -68,7 +68,7 @@ def build(
     path, adapter = _sources(path, adapter_path, lora, base_sha)
     base = load_base(path, nf4=nf4, unquantised=unquantised, dtype=dtype, attn_implementation=attn_implementation)
     if path == adapter_path:
-        check_weights(base.state_dict(), f"adapter_path: {path}", BAD_WEIGHTS)
+        check_weights(dict(base.named_parameters()), f"adapter_path: {path}", BAD_WEIGHTS)
     return equip(base, adapter, lora=lora, frozen=frozen, gradient_checkpointing=gradient_checkpointing)
 
 

@@ -90,7 +90,9 @@ def save_weights(model: PreTrainedModel, folder: str | Path, info: Mapping[str, 
     with nullcontext() if sharded else in_compute_dtype(model):
         state = as_computed(model, unsharded_state_dict(model)) if sharded else None
         weights = model.state_dict() if state is None else state
-        check_weights(weights, str(folder), "no weights are written; lower the learning rate")
+        # Buffers may be infinite on purpose: the clipping bounds of Gemma 4's audio tower are.
+        parameters = {name: weights[name] for name, _ in model.named_parameters() if name in weights}
+        check_weights(parameters, str(folder), "no weights are written; lower the learning rate")
         with published(Path(folder), info) as draft:
             model.save_pretrained(draft, state_dict=state)
             if processor is not None:
