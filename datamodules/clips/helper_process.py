@@ -16,8 +16,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -95,24 +95,29 @@ class _Helper:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # readers share the CPUs
             )
         self.alive = True
-        try:
+        with self._killed_on_failure():
             self._wait(_START_TIMEOUT)
             self._receive()
-        except BaseException:
-            self.kill()
-            raise
 
     def call(self, function: Callable[..., T], args: tuple[Any, ...], timeout: float) -> T:
-        try:
+        with self._killed_on_failure():
             self._connection.send_bytes(pickle.dumps((function, args, os.getcwd())))
             self._wait(timeout)
             value, error = self._receive()
-        except BaseException:
-            self.kill()  # what it sends later would be taken for the answer to the next call
-            raise
         if error is not None:
             raise error
         return value  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _killed_on_failure(self) -> Iterator[None]:
+        """Kills the process unless the block completes: a late answer would be taken for that of the next call."""
+        complete = False
+        try:
+            yield
+            complete = True
+        finally:
+            if not complete:
+                self.kill()
 
     def kill(self) -> None:
         self.alive = False

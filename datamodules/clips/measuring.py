@@ -36,9 +36,9 @@ class ClipProbe:
     partial: bool
     """True if parts of the file could not be read."""
     reader: str = ""
-    """What reads it: ``decord``, ``pyav`` or ``pictures``."""
+    """Name of the reader that training uses for this clip: ``decord``, ``pyav`` or ``pictures``."""
     why: str = ""
-    """Why it is not decord; empty if there is no choice."""
+    """Reason why the reader is not decord; empty if decord reads the clip, or never reads such files."""
     looks: bytes = b""
     """Perceptual hash of eight frames; copies in another size or quality share most bits (``perceptual_hash``)."""
     dull: str = ""

@@ -69,7 +69,7 @@ def read_with_pyav(
 
 @dataclass(frozen=True)
 class Contents:
-    """What decoding every frame of a video shows."""
+    """Measurements of a video, made by decoding all of its frames."""
 
     frames: int
     partial: bool

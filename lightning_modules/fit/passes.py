@@ -1,4 +1,4 @@
-"""What a stage does with the clips: passes through the model, how often, and what stands behind each prompt.
+"""The passes of a stage through the model: which clips, how many at once, and which texts follow each prompt.
 
 ``vidreason plan`` derives steps and memory from it, and a fit checks the length of its prompts.
 """
@@ -44,9 +44,9 @@ class Pass:
     sampling: Sampling = Sampling()
     """Options of the completions, for ``generate``."""
     stand_ins: bool = False
-    """Whether the texts of ``view`` stand for texts of the longest length that are yet to be written."""
+    """True if the texts of ``view`` are placeholders of maximal length, because the real texts do not exist yet."""
     per_step: bool = False
-    """Whether the pass belongs to an optimizer step; other passes are made once, or in every validation."""
+    """True if the pass is part of every optimizer step; False if it runs once, or once in every validation."""
 
     def clips(self, data: VideoDataModule) -> list[Clip]:
         """Returns the clips that go through the pass; those without a target are left out of optimizer steps."""

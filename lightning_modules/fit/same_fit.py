@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the fit that is running: same weights, batches, optimizer, seed, clips and texts."""
+"""Checks that a checkpoint belongs to the running fit: same weights, batches, optimizer, seed, clips and texts."""
 
 from __future__ import annotations
 
