@@ -46,7 +46,7 @@ MODELS: Mapping[str, tuple[int, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration."""
+    """A configuration of the comparison: gradient checkpointing, and the clips and texts of a forward pass."""
 
     name: str
     checkpointing: bool
@@ -75,11 +75,11 @@ class Row:
     predicted: int
     measured: int
     saved: int
-    """Of the predicted bytes, those that autograd saves."""
+    """Predicted bytes that autograd saves for the backward pass."""
 
     @property
     def ratio(self) -> float:
-        """Predicted over measured."""
+        """The predicted bytes divided by the measured bytes."""
         return self.predicted / self.measured
 
 

@@ -51,7 +51,7 @@ class DecodedFrames:
     partial: bool = False
     """True if parts of the file could not be read."""
     why: str = ""
-    """Why this reader was used and not decord; empty if decord was, or if there is no choice."""
+    """Reason why decord was not used; empty if it was used, or never reads such files."""
     size: tuple[int, int] = (0, 0)
     """Width and height of the first frame before it was resized, upright."""
 

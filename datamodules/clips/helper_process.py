@@ -78,7 +78,7 @@ _of_thread = threading.local()
 
 
 class _Helper:
-    """The side of the caller."""
+    """A helper process, as the process that calls it sees it."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()

@@ -37,7 +37,7 @@ class _Pictures:
     """Pictures that can be read one by one."""
 
     names: tuple[str, ...]
-    """In natural order."""
+    """Names of the pictures, in natural order (``2.png`` before ``10.png``)."""
     read: Callable[[str], bytes]
 
 

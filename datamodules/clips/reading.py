@@ -105,7 +105,7 @@ def _as_video(read: DecodedFrames) -> DecodedVideo:
 
 @cache
 def _report(reader: str) -> None:
-    """Logs once per process what videos are read with."""
+    """Logs once per process which libraries read videos."""
     if reader == "pyav" or decord() is None:
         _LOG.info("videos are read with PyAV")
     else:

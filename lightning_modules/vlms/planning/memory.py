@@ -36,13 +36,13 @@ class Usage:
     """Bytes of tensors at the peak of a pass, without weights, gradients and the state of the optimizer."""
 
     activations: float = 0
-    """What autograd saves for the backward pass."""
+    """Bytes that autograd saves for the backward pass."""
     cache: float = 0
     """Keys and values, or states, of the rows that are sampled."""
     logits: float = 0
-    """Logits, and what is computed of them."""
+    """Bytes of logits and of what is computed from them."""
     working: float = 0
-    """Everything else that is alive at the peak: of one layer, of the vision tower, gradients of activations."""
+    """Bytes of all other tensors at the peak: of one layer, of the vision tower, and gradients of activations."""
 
     @property
     def total(self) -> float:

@@ -33,7 +33,7 @@ class Profile:
     """The part of a profile that applies to a stage."""
 
     name: str
-    """Its file, and the one that is laid over it."""
+    """File of the profile, and the file that is laid over it."""
     part: str
     settings: Mapping[str, Mapping[str, Any]]
     """Section (``model``, ``data``, ``vlm``, ``trainer``) to its settings; those of a class are its ``init_args``."""
@@ -72,7 +72,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class StageSections:
-    """What decides which profile a stage takes."""
+    """The sections of a stage, as far as they decide which profile it takes."""
 
     part: str | None
     """The stage's part of a profile; None takes no profile."""

@@ -30,7 +30,7 @@ _HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """What the trainer's precision means for the model."""
+    """Dtypes that the trainer's precision sets for a model."""
 
     name: str
     autocast: torch.dtype | None

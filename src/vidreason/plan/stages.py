@@ -44,9 +44,9 @@ class Memory:
     """Bytes at the peak of a pass, by part."""
 
     weights: float
-    """Of the base, in 4 bits where it is quantised."""
+    """Bytes of the base's weights, in 4 bits where they are quantised."""
     adapters: float
-    """Of the trained adapter, and copies of what is trained."""
+    """Bytes of the trained adapter and of copies of trained weights."""
     gradients: float
     optimizer: float
     inputs: float

@@ -59,7 +59,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class ClipReport:
-    """What is said about one row of the manifest."""
+    """The report of one row of the manifest."""
 
     listed: Listed
     status: str

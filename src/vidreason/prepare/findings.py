@@ -23,13 +23,13 @@ _ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """A fault of the set of clips."""
 
     kind: str
     """balance, group_overlap, content_overlap, near_duplicate, metadata, black, constant or stretch."""
     message: str
     clips: tuple[str, ...] = ()
-    """Ids of the clips that it is about."""
+    """Ids of the clips that have the fault."""
 
 
 def find_all(clips: Sequence[Clip], probes: Mapping[int, ClipProbe]) -> list[Finding]:

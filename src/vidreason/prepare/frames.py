@@ -28,7 +28,7 @@ _EMBEDDED = "configs/scale/embedded.yaml"
 
 @dataclass(frozen=True)
 class FrameLimits:
-    """What a model takes of a clip."""
+    """Largest number and size of frames that a model takes of a clip."""
 
     frames: int
     pixels: int
