@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -25,7 +26,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         folder: The run folder, which is made if it does not exist.
 
     Raises:
-        ValueError: If another process holds the lock.
+        ValueError: If another process holds the lock, or the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
@@ -51,7 +52,12 @@ def _open_locked(path: Path) -> TextIO:
         try:
             # A record lock, which forked children (workers of a data loader) do not inherit, unlike that of flock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # what POSIX has for a lock that another process holds
+                file.close()
+                raise ValueError(
+                    f"{path.parent}: cannot be locked ({error.strerror}); give a --run_dir on another file system"
+                ) from error
             file.seek(0)
             owner = " ".join(file.read().split()) or "another process"
             file.close()

@@ -1,5 +1,7 @@
 """What a fit does in a folder that an earlier one has used: the table of docs/resume.md, cell by cell."""
 
+import errno
+import fcntl
 import re
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from vidreason.cli.main import main
+from vidreason.run_lock import lock_run_folder
 
 FIT = ["fit", "--config", "configs/stage.yaml", "--run_dir", "runs/x", "--trainer.max_steps", "5"]
 OTHER = ["--model.init_args.optimizer.init_args.lr", "0.2"]
@@ -123,3 +126,15 @@ def test_the_folder_may_move(project, capsys):
     shutil.move("runs", "elsewhere")
     assert main([*FIT[:-4], "--run_dir", "elsewhere/x", *FIT[-2:]]) == 0
     assert "nothing to do" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with (
+        pytest.raises(ValueError, match=r"cannot be locked \(No locks available\); give a --run_dir"),
+        lock_run_folder(tmp_path),
+    ):
+        pass
