@@ -236,6 +236,10 @@ class VideoDataModule(L.LightningDataModule, ABC):
             if not kept:
                 raise ValueError(f"no clip of split {split!r} has a target to train on")
             clips = kept
+            if self.frames.cache is not None and self.frames.jittered_in_training:
+                _LOG.info(
+                    "frames.sampling 'segment' draws other frames in each epoch: those of training are not cached"
+                )
         return self._loader(clips, view, batch_size, train)
 
     def dataset(self, clips: Sequence[Clip], view: ClipView, train: bool) -> ClipDataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,13 +31,13 @@ class InferenceDataModule(VideoDataModule):
     Args:
         task: Classes and prompts.
         encoder: The model family.
-        frames: Options of the frames that are taken; the same as in training.
+        frames: Options of the frames that are taken; the same as in training. Nothing is written to their cache.
         seed: Seed of the run that trained the model.
         batch_size: Clips per batch.
     """
 
     def __init__(self, task: Task, encoder: BatchEncoder, frames: FrameOptions, seed: int, batch_size: int) -> None:
-        super().__init__(encoder, frames, batch_size, seed=seed, test_splits=(INFERENCE_SPLIT,))
+        super().__init__(encoder, replace(frames, cache=None), batch_size, seed=seed, test_splits=(INFERENCE_SPLIT,))
         self._task = task
         self._given: tuple[Clip, ...] = ()
         self._in_memory: dict[str, tuple[Tensor, float]] = {}

@@ -20,8 +20,7 @@ from torch.utils.data import Dataset
 from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.clips.placeholder_video import blackened, placeholder_video
-from vidreason.datamodules.clips.reading import ReadStoppedError, ReadTimeoutError, call_reader, read_frames
-from vidreason.datamodules.file_hash import content_sha, file_version
+from vidreason.datamodules.clips.reading import ReadStoppedError, ReadTimeoutError, content_of, read_frames
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
 from vidreason.signals import use_stop_pipe
@@ -91,7 +90,6 @@ class ClipDataset(Dataset[LoadedClip]):
         self.frames = frames
         self.seed = seed
         self.train = train
-        self._contents: dict[tuple[str, str], str] = {}
         self._timeouts: Counter[Path] = Counter()
 
     def __len__(self) -> int:
@@ -146,13 +144,7 @@ class ClipDataset(Dataset[LoadedClip]):
         Raises:
             DecodeError: If it cannot be read within the time limit.
         """
-        try:
-            key = (str(clip.path), file_version(clip.path))  # a file that was replaced is hashed again
-        except OSError:
-            return ""
-        if key not in self._contents:
-            self._contents[key] = call_reader(content_sha, clip.path, timeout=self.frames.timeout)
-        return self._contents[key]
+        return content_of(clip.path, self.frames)
 
     def _identity(self, clip: Clip, video: DecodedVideo) -> str:
         """Returns the ``VideoSample.identity``: a hash of the file and the frames taken; empty if these are random."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,9 @@ from vidreason.datamodules.clips import helper_process
 from vidreason.datamodules.clips.decoded import DecodedFrames, DecodedVideo, DecodeError, fit_size, resize
 from vidreason.datamodules.clips.decoding import FrameOptions, decode, frame_chooser
 from vidreason.datamodules.clips.decord_reader import decord
+from vidreason.datamodules.clips.frame_cache import as_jpeg, entry_key, frame_cache, from_jpeg
 from vidreason.datamodules.clips.sampling import Stretch
+from vidreason.datamodules.file_hash import FileContent, clip_version, content_sha
 from vidreason.datamodules.types import FrameTiming
 
 T = TypeVar("T")
@@ -37,11 +40,13 @@ def read_frames(
     generator: torch.Generator | None = None,
     stretch: Stretch | None = None,
 ) -> DecodedVideo:
-    """Reads the sampled frames of one clip.
+    """Reads the sampled frames of one clip, from the cache of ``options`` if they are there.
+
+    Frames with jitter, and those of a damaged file (which may only have been read badly), are not cached.
 
     Args:
         path: A video file, a zip archive of pictures, or a folder of pictures.
-        options: Options of the frames, among them the time limit.
+        options: Options of the frames, among them the time limit and the cache.
         generator: Source of the jitter of ``segment`` sampling; None takes the middle of each segment.
         stretch: The part of a video that is read; None is all of it.
 
@@ -49,10 +54,57 @@ def read_frames(
         DecodeError: If no reader can read any frame of the file within the time limit.
     """
     _report(options.reader)
-    draws = None
     if generator is not None and options.sampling == "segment":
         draws = torch.rand(options.num_frames, generator=generator, dtype=torch.float64).tolist()
-    return _as_video(call_reader(decode, path, options, draws, stretch, timeout=options.timeout))
+        return _decoded(path, options, draws, stretch)[0]
+    content = content_of(path, options) if options.cache is not None else ""
+    if not content or options.cache is None:
+        return _decoded(path, options, None, stretch)[0]
+    cache, key = frame_cache(options.cache, options.cache_gb), entry_key(content, options, stretch)
+    found = cache.read(key)
+    if found is None:
+        found, encoded = _decoded(path, options, None, stretch)
+        if not found.partial and content_of(path, options) == content:  # not replaced meanwhile
+            cache.write(key, found, encoded)
+    return found
+
+
+def content_of(path: Path, options: FrameOptions) -> str:
+    """Returns the hash of a file; an unchanged file is read once, by one of the processes that share a cache.
+
+    Returns:
+        An empty text if there is no file or folder, or hashing takes longer than the time limit.
+
+    Raises:
+        DecodeError: If the file system does not answer within the time limit.
+    """
+    cache = frame_cache(options.cache, options.cache_gb) if options.cache is not None else None
+    path = path.absolute()
+    try:
+        version = call_reader(clip_version, path, timeout=options.timeout)
+        if version is None:
+            return ""
+        known = _contents.get(path) or (cache.known_content(path) if cache is not None else None)
+        if known is None or known.version != version:
+            known = FileContent(version, _hash_in_time(path, options))
+            if cache is not None and known.sha:
+                cache.remember(path, known)
+    except FileNotFoundError:  # it has just vanished
+        return ""
+    _contents[path] = known
+    return known.sha
+
+
+def _hash_in_time(path: Path, options: FrameOptions) -> str:
+    """Returns the hash of a file; empty if that takes too long, as for hours of video on a slow network disk."""
+    try:
+        return call_reader(content_sha, path, timeout=options.timeout)
+    except ReadTimeoutError as error:
+        _LOG.warning("%s, so that nothing about it is cached; raise frames.timeout", error)
+        return ""
+
+
+_contents: dict[Path, FileContent] = {}
 
 
 def call_reader(function: Callable[..., T], path: Path, *args: Any, timeout: float | None) -> T:
@@ -93,8 +145,21 @@ def take_frames(frames: Tensor, fps: float, options: FrameOptions) -> DecodedVid
     size = fit_size(frames.shape[2], frames.shape[3], options.max_pixels)
     chosen = frames[list(indices)].permute(0, 2, 3, 1).numpy()
     pixels = torch.stack([torch.from_numpy(resize(frame, size).copy()) for frame in chosen])
-    timing = FrameTiming(fps, len(frames), indices)
-    return DecodedVideo(pixels.permute(0, 3, 1, 2).contiguous(), timing, len(frames), "memory")
+    taken = pixels.permute(0, 3, 1, 2).contiguous()
+    if options.cache_format == "jpeg":
+        taken = from_jpeg(as_jpeg(taken))
+    return DecodedVideo(taken, FrameTiming(fps, len(frames), indices), len(frames), "memory")
+
+
+def _decoded(
+    path: Path, options: FrameOptions, draws: Sequence[float] | None, stretch: Stretch | None
+) -> tuple[DecodedVideo, list[bytes] | None]:
+    """Decodes a clip; returns its frames, and each as JPEG if the options ask for this format."""
+    read = _as_video(call_reader(decode, path, options, draws, stretch, timeout=options.timeout))
+    if options.cache_format == "raw":
+        return read, None
+    encoded = as_jpeg(read.frames)
+    return replace(read, frames=from_jpeg(encoded)), encoded
 
 
 def _as_video(read: DecodedFrames) -> DecodedVideo:

@@ -27,7 +27,7 @@ from vidreason.spelling import did_you_mean, printable
 COMMANDS = {
     "demo": "the whole main job on the embedded default, within minutes",
     "init": "your own clips: look into a folder or table of them and write what the other commands read",
-    "data": "check: decode every clip of a manifest and say what is wrong with it",
+    "data": "check: what is wrong with the clips of a manifest; cache: decode the clips of a fit beforehand",
     "plan": "tokens, steps and memory of a stage or pipeline before it runs: --memory 24GB",
     "pipeline": "stages in order: --config configs/pipelines/deepintuit.yaml --run_dir runs/x",
     "classify": "ask a finished run about new clips: clip.mp4 --run runs/x",
