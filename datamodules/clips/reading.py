@@ -107,6 +107,11 @@ def _hash_in_time(path: Path, options: FrameOptions) -> str:
 _contents: dict[Path, FileContent] = {}
 
 
+def forget_contents() -> None:
+    """Forgets the hashes of files, so that the next read is like the first of a process."""
+    _contents.clear()
+
+
 def call_reader(function: Callable[..., T], path: Path, *args: Any, timeout: float | None) -> T:
     """Calls a function that opens a clip, in a helper process.
 

@@ -1,9 +1,8 @@
 """Decoded frames are kept on disk: once for each content and choice of frames, whatever happens to the folder."""
 
 import errno
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 import warnings
 
@@ -11,10 +10,13 @@ import pytest
 import torch
 
 from vidreason.datamodules.clips import frame_cache, reading
-from vidreason.datamodules.clips.decoded import DecodeError
+from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions, decode
 from vidreason.datamodules.clips.reading import read_frames
 from vidreason.datamodules.clips.sampling import Stretch
+from vidreason.datamodules.types import FrameTiming
+
+FORK = multiprocessing.get_context("fork")  # a new interpreter takes seconds to import torch
 
 
 @pytest.fixture
@@ -185,58 +187,62 @@ def test_what_is_no_file_is_named_as_without_a_cache(tmp_path, options):
             read_frames(tmp_path / name, options())
 
 
-FILL = """
-import sys
-from pathlib import Path
-from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.clips.reading import read_frames
-folder = Path(sys.argv[1])
-print("ready", flush=True)
-for path in sorted(folder.glob("*.mp4")):
-    read_frames(path, FrameOptions(num_frames=8, cache=str(folder / "cache"), cache_format=sys.argv[2]))
-"""
+def numbered(i):
+    return DecodedVideo(
+        torch.full((8, 3, 180, 320), i % 251, dtype=torch.uint8), FrameTiming(10.0, 8, (0,) * 8), 8, "x"
+    )
 
 
-def fill(tmp_path, cache_format):
-    command = [sys.executable, "-W", "error", "-c", FILL, str(tmp_path), cache_format]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def write_entries(folder, first, encoded):
+    cache = frame_cache.FrameCache(folder, 1.0)
+    for i in range(first, first + 10_000):
+        cache.write(f"{i:040x}", numbered(i), encoded)
 
 
-def check_all(tmp_path, decoded, cache_format):
-    """Every clip is in the cache as it is decoded; nothing is damaged or unfinished."""
+@pytest.mark.parametrize("jpeg", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_processes_leave_whole_entries_only(tmp_path, jpeg):
+    folder = tmp_path / "cache"
+    encoded = frame_cache.as_jpeg(numbered(7).frames) if jpeg else None
+    for attempt in range(6):
+        writer = FORK.Process(target=write_entries, args=(folder, 10_000 * attempt, encoded))
+        writer.start()
+        before = time.monotonic()
+        while not any(folder.glob(f"*{10_000 * attempt:x}.frames")) and time.monotonic() < before + 60:
+            time.sleep(0.001)
+        time.sleep(0.006 * attempt)
+        writer.kill()
+        writer.join()
+    cache = frame_cache.FrameCache(folder, 1.0)
+    assert len(entries(tmp_path)) > 6
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for path in sorted(tmp_path.glob("*.mp4")):
-            given = FrameOptions(num_frames=8, timeout=None, cache_format=cache_format)
-            cached = read_frames(path, FrameOptions(**vars(given) | {"cache": str(tmp_path / "cache")}))
-            assert not decoded
-            assert torch.equal(cached.frames, read_frames(path, given).frames)
-            decoded.clear()
+        for entry in entries(tmp_path):
+            frames = cache.read(entry.stem).frames
+            assert torch.equal(frames, numbered(7 if jpeg else int(entry.stem, 16)).frames)
+    for draft in folder.glob(".*.part"):
+        os.utime(draft, (0, 0))
+    assert cache.folder.bytes == sum(entry.stat().st_size for entry in entries(tmp_path))
+    assert list(folder.glob(".*")) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cache_format", ["raw", "jpeg"])
-def test_killed_runs_leave_whole_entries_only(write_clip, tmp_path, decoded, cache_format):
-    for i in range(24):
-        write_clip(tmp_path / f"{i}.mp4", 16 + i, size=(640, 360))
-    for attempt in range(6):
-        run = fill(tmp_path, cache_format)
-        run.stdout.readline()
-        time.sleep(0.5 + 0.15 * attempt)  # it takes longer than this for all
-        run.kill()
-        run.communicate()
-    assert entries(tmp_path)
-    run = fill(tmp_path, cache_format)
-    assert run.communicate()[1] == ""
-    check_all(tmp_path, decoded, cache_format)
+def read_all(paths, given):
+    warnings.simplefilter("error")
+    for path in paths:
+        read_frames(path, given)
 
 
-@pytest.mark.slow
-def test_two_runs_fill_one_cache(write_clip, tmp_path, decoded):
-    for i in range(24):
-        write_clip(tmp_path / f"{i}.mp4", 16 + i, size=(640, 360))
-    runs = [fill(tmp_path, "raw") for _ in range(2)]
-    assert [run.communicate()[1] for run in runs] == ["", ""]
-    assert len(entries(tmp_path)) == 24
+def test_two_runs_fill_one_cache(write_clip, tmp_path, decoded, options):
+    paths = [write_clip(tmp_path / f"{i}.mp4", 12 + i) for i in range(12)]
+    given = options(reader="pyav")
+    runs = [FORK.Process(target=read_all, args=(order, given)) for order in (paths, paths, paths[::-1])]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+    assert [run.exitcode for run in runs] == [0, 0, 0]
+    assert len(entries(tmp_path)) == 12
     assert list((tmp_path / "cache").glob(".*")) == []
-    check_all(tmp_path, decoded, "raw")
+    cached = [read_frames(path, given).frames for path in paths]
+    assert decoded == []
+    uncached = [read_frames(path, options(reader="pyav", cache=None)).frames for path in paths]
+    assert all(torch.equal(*pair) for pair in zip(cached, uncached, strict=True))
