@@ -29,6 +29,11 @@ def clip_version(path: Path) -> str | None:
     return file_version(path) if path.is_file() or path.is_dir() else None
 
 
+def file_size(path: Path) -> int | None:
+    """Returns the size of an ordinary file in bytes; None if it is something else."""
+    return path.stat().st_size if path.is_file() else None
+
+
 def content_sha(path: Path) -> str:
     """Returns the first 16 hex digits of the SHA-256 of a file, or of the names and contents of a folder's files."""
     if path.is_dir():

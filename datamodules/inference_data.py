@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,15 @@ from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.dataset import ClipDataset
 from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.clips.reading import call_reader, take_frames
-from vidreason.datamodules.file_hash import content_sha
+from vidreason.datamodules.clips.reading import take_frames
+from vidreason.datamodules.clips.time_limit import ReadTimeoutError, call_for_files, call_reader
+from vidreason.datamodules.file_hash import content_sha, file_size
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import BatchEncoder, Clip
 from vidreason.datamodules.words import check_words
 
+_LOG = logging.getLogger(__name__)
 INFERENCE_SPLIT = "inference"
 """The only split of an ``InferenceDataModule``."""
 
@@ -123,14 +126,22 @@ class KnownClips:
     def __init__(self, clips: Iterable[Clip], timeout: float | None = None) -> None:
         self.timeout = timeout
         self._by_size: dict[int, list[Clip]] = {}
-        for clip in clips:
-            if clip.path.is_file() and clip.stretch is None:
-                self._by_size.setdefault(clip.path.stat().st_size, []).append(clip)
+        whole = [clip for clip in clips if clip.stretch is None]
+        try:
+            for clip, size in zip(whole, call_for_files(file_size, [c.path for c in whole], timeout), strict=True):
+                if size is not None:
+                    self._by_size.setdefault(size, []).append(clip)
+        except ReadTimeoutError as error:
+            _LOG.warning("%s; clips of the data set are not all recognised", error)
         self._digests: dict[Path, str] = {}
 
     def find(self, path: Path) -> Clip | None:
         """Returns the clip with the same bytes, or None. Only files of the same size are read."""
-        alike = self._by_size.get(path.stat().st_size, ()) if path.is_file() else ()
+        try:
+            size = call_reader(file_size, path, timeout=self.timeout)
+        except (DecodeError, OSError):
+            return None
+        alike = () if size is None else self._by_size.get(size, ())
         digest = self._sha(path) if alike else ""
         return next((clip for clip in alike if digest and self._digest(clip.path) == digest), None)
 

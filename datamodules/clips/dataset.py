@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.clips.placeholder_video import blackened, placeholder_video
-from vidreason.datamodules.clips.reading import ReadStoppedError, ReadTimeoutError, content_of, read_frames
+from vidreason.datamodules.clips.reading import content_of, read_frames
+from vidreason.datamodules.clips.time_limit import ReadStoppedError, ReadTimeoutError
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
 from vidreason.signals import use_stop_pipe

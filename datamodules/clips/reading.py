@@ -1,37 +1,26 @@
-"""Reading of clips within a time limit, in a helper process: this is how all parts of the program open a clip."""
+"""Reading of clips within a time limit, from the cache of frames or in a helper process."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from vidreason.datamodules.clips import helper_process
-from vidreason.datamodules.clips.decoded import DecodedFrames, DecodedVideo, DecodeError, fit_size, resize
+from vidreason.datamodules.clips.decoded import DecodedFrames, DecodedVideo, fit_size, resize
 from vidreason.datamodules.clips.decoding import FrameOptions, decode, frame_chooser
 from vidreason.datamodules.clips.decord_reader import decord
 from vidreason.datamodules.clips.frame_cache import as_jpeg, entry_key, frame_cache, from_jpeg
 from vidreason.datamodules.clips.sampling import Stretch
+from vidreason.datamodules.clips.time_limit import ReadTimeoutError, call_reader
 from vidreason.datamodules.file_hash import FileContent, clip_version, content_sha
 from vidreason.datamodules.types import FrameTiming
 
-T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
-
-
-class ReadStoppedError(DecodeError):
-    """Raised for a clip that was being read when the run was stopped by a signal."""
-
-
-class ReadTimeoutError(DecodeError):
-    """Raised for a clip that is not read within the time limit."""
 
 
 def read_frames(
@@ -110,32 +99,6 @@ _contents: dict[Path, FileContent] = {}
 def forget_contents() -> None:
     """Forgets the hashes of files, so that the next read is like the first of a process."""
     _contents.clear()
-
-
-def call_reader(function: Callable[..., T], path: Path, *args: Any, timeout: float | None) -> T:
-    """Calls a function that opens a clip, in a helper process.
-
-    Args:
-        function: A function of a module that does not import torch; its first argument is the path.
-        path: The clip.
-        args: Further arguments.
-        timeout: Seconds that it may take; None calls it in this process.
-
-    Raises:
-        DecodeError: If it takes longer or crashes, or has raised one.
-    """
-    if timeout is None or os.name == "nt":
-        return function(path, *args)
-    try:
-        return helper_process.call(function, path, *args, timeout=timeout)
-    except helper_process.StoppedError as error:
-        raise ReadStoppedError(f"{path}: {error}") from error
-    except helper_process.TimeLimitError as error:
-        raise ReadTimeoutError(f"{path}: {error}") from error
-    except helper_process.HelperError as error:
-        raise DecodeError(f"{path}: {error}") from error
-    except MemoryError as error:
-        raise DecodeError(f"{path}: not enough memory") from error
 
 
 def take_frames(frames: Tensor, fps: float, options: FrameOptions) -> DecodedVideo:

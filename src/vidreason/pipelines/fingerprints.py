@@ -148,7 +148,8 @@ def _named_files(key: str, value: object, folder: Path, roots: Sequence[Path]) -
         return fingerprint_config(found, value, roots)
     if found.is_file():
         clips = _listed_clips(found, roots) if found.suffix in _MANIFEST_SUFFIXES else []
-        return {f"file {value}": content_sha(found) + (f" with clips {listing_print(clips)}" if clips else "")}
+        own = {f"file {value}": content_sha(found)}
+        return own | ({f"clips of {value}": listing_print(clips)} if clips else {})
     return {f"folder {value}": listing_print([found])}
 
 

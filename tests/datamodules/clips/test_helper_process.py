@@ -16,7 +16,8 @@ from vidreason.datamodules.clips import helper_process
 from vidreason.datamodules.clips.dataset import ClipKey
 from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.clips.reading import ReadStoppedError, read_frames
+from vidreason.datamodules.clips.reading import read_frames
+from vidreason.datamodules.clips.time_limit import ReadStoppedError
 from vidreason.datamodules.prompts import LabelView
 
 FAKE_DECORD = """
