@@ -1,9 +1,10 @@
 """Decoding: reads the sampled frames of a file, with the reader that reads it correctly.
 
 There are three readers. decord is fast; it is used for plain files if it is installed, since it returns wrong frames of
-others without an error. PyAV reads everything else, and what decord fails on. Pictures in an archive or a folder, and
-animated WebP, are read with Pillow. decord and PyAV return the same frames, chosen by presentation time, so that
-variable frame rates are sampled evenly. A reader is opened for each clip with one thread and not kept.
+others without an error (torchcodec takes its place if it is asked for). PyAV reads everything else, and what decord
+fails on. Pictures in an archive or a folder, and animated WebP, are read with Pillow. decord and PyAV return the same
+frames, chosen by presentation time, so that variable frame rates are sampled evenly. A reader is opened for each clip
+with one thread and not kept.
 
 Nothing here imports torch: it runs in a helper process (``reading.py``).
 """
@@ -27,6 +28,7 @@ from vidreason.datamodules.clips.sampling import (
     segment_indices,
     uniform_indices,
 )
+from vidreason.datamodules.clips.torchcodec_reader import read_with_torchcodec
 
 _LFS_POINTER = b"version https://git-lfs"
 _WEBP = (b"RIFF", b"WEBP")
@@ -41,7 +43,8 @@ class FrameOptions:
         sampling: uniform (middles of equal segments), segment (one frame per segment, random in training) or fps.
         fps: Frames per second of ``fps`` sampling.
         max_pixels: Largest height x width of a frame; larger frames are shrunk, smaller ones stay.
-        reader: auto uses decord for files that it reads correctly, if it is installed, and PyAV for all others.
+        reader: auto uses decord for files that it reads correctly, if it is installed, and PyAV for all others;
+            torchcodec takes decord's place if it is named (``pip install 'vidreason[torchcodec]'``, and FFmpeg).
         timeout: Seconds that reading one clip may take; null sets no limit and reads in the same process.
         cache: Folder in which decoded frames are kept, for all processes and runs that name it; null keeps none.
         cache_gb: Size limit of that folder in GB of 1e9 bytes.
@@ -56,7 +59,7 @@ class FrameOptions:
     sampling: Literal["uniform", "segment", "fps"] = "uniform"
     fps: float | None = None
     max_pixels: int | None = None
-    reader: Literal["auto", "decord", "pyav"] = "auto"
+    reader: Literal["auto", "decord", "pyav", "torchcodec"] = "auto"
     timeout: float | None = field(default=30.0, repr=False)  # the text of the options identifies frames
     cache: str | None = field(default=None, repr=False)
     cache_gb: float = field(default=50.0, repr=False)
@@ -142,15 +145,17 @@ def frame_chooser(options: FrameOptions, draws: Sequence[float] | None) -> Frame
 
 def _read_video(path: Path, choose: FrameChooser, options: FrameOptions, stretch: Stretch | None) -> DecodedFrames:
     found = survey(path, stretch)
-    why = _why_not_decord(found.oddity, options.reader, stretch)
+    why = _why_pyav(found.oddity, options.reader, stretch)
     if options.reader == "decord":
         if why:
             raise DecodeError(f"{path}: reader 'decord': {why}; use 'pyav' or 'auto'")
-        return _with_name(path, choose, options, found)
+        return _read_plain(path, choose, options, found)
     if not why:
         try:
-            return _with_name(path, choose, options, found)
+            return _read_plain(path, choose, options, found)
         except DecodeError as error:
+            if options.reader == "torchcodec":  # which was asked for
+                raise
             why = str(error).removeprefix(f"{path}: ")
     try:
         return replace(read_with_pyav(path, choose, options.max_pixels, found, stretch), why=why)
@@ -158,22 +163,24 @@ def _read_video(path: Path, choose: FrameChooser, options: FrameOptions, stretch
         raise DecodeError(f"{error}; {why}" if why.startswith("decord: ") else str(error)) from error
 
 
-def _with_name(path: Path, choose: FrameChooser, options: FrameOptions, found: Survey) -> DecodedFrames:
+def _read_plain(path: Path, choose: FrameChooser, options: FrameOptions, found: Survey) -> DecodedFrames:
+    read = read_with_torchcodec if options.reader == "torchcodec" else read_with_decord
     try:
-        return read_with_decord(path, choose, options.max_pixels, found)
+        return read(path, choose, options.max_pixels, found)
     except DecodeError as error:
         raise DecodeError(f"{path}: {error}") from error
 
 
-def _why_not_decord(oddity: str, asked: str, stretch: Stretch | None) -> str:
-    """Returns the reason for not using decord, or an empty string."""
+def _why_pyav(oddity: str, asked: str, stretch: Stretch | None) -> str:
+    """Returns the reason for using PyAV and not decord or torchcodec, or an empty string."""
     if asked == "pyav":
         return "asked for"
-    if decord() is None:
+    other = "torchcodec" if asked == "torchcodec" else "decord"
+    if other == "decord" and decord() is None:
         return "decord is not installed"
     if oddity:
-        return f"decord may return wrong frames: {oddity}"
-    return "" if stretch is None else "decord reads the whole file for a part of it"
+        return f"{other} may return wrong frames: {oddity}"
+    return "" if stretch is None else f"{other} reads the whole file for a part of it"
 
 
 def _check_file(path: Path) -> None:

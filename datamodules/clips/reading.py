@@ -17,6 +17,7 @@ from vidreason.datamodules.clips.decord_reader import decord
 from vidreason.datamodules.clips.frame_cache import as_jpeg, entry_key, frame_cache, from_jpeg
 from vidreason.datamodules.clips.sampling import Stretch
 from vidreason.datamodules.clips.time_limit import ReadTimeoutError, call_reader
+from vidreason.datamodules.clips.torchcodec_reader import LOAD_TIMEOUT, load_torchcodec
 from vidreason.datamodules.file_hash import FileContent, clip_version, content_sha
 from vidreason.datamodules.types import FrameTiming
 
@@ -123,6 +124,8 @@ def _decoded(
     path: Path, options: FrameOptions, draws: Sequence[float] | None, stretch: Stretch | None
 ) -> tuple[DecodedVideo, list[bytes] | None]:
     """Decodes a clip; returns its frames, and each as JPEG if the options ask for this format."""
+    if options.reader == "torchcodec":
+        call_reader(load_torchcodec, path, timeout=None if options.timeout is None else LOAD_TIMEOUT)
     read = _as_video(call_reader(decode, path, options, draws, stretch, timeout=options.timeout))
     if options.cache_format == "raw":
         return read, None
