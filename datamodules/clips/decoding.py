@@ -28,7 +28,7 @@ from vidreason.datamodules.clips.sampling import (
     segment_indices,
     uniform_indices,
 )
-from vidreason.datamodules.clips.torchcodec_reader import read_with_torchcodec
+from vidreason.datamodules.clips.torchcodec_reader import NotLoadedError, read_with_torchcodec
 
 _LFS_POINTER = b"version https://git-lfs"
 _WEBP = (b"RIFF", b"WEBP")
@@ -153,14 +153,14 @@ def _read_video(path: Path, choose: FrameChooser, options: FrameOptions, stretch
     if not why:
         try:
             return _read_plain(path, choose, options, found)
+        except NotLoadedError:
+            raise
         except DecodeError as error:
-            if options.reader == "torchcodec":  # which was asked for
-                raise
             why = str(error).removeprefix(f"{path}: ")
     try:
         return replace(read_with_pyav(path, choose, options.max_pixels, found, stretch), why=why)
     except DecodeError as error:
-        raise DecodeError(f"{error}; {why}" if why.startswith("decord: ") else str(error)) from error
+        raise DecodeError(f"{error}; {why}" if why.startswith(("decord: ", "torchcodec: ")) else str(error)) from error
 
 
 def _read_plain(path: Path, choose: FrameChooser, options: FrameOptions, found: Survey) -> DecodedFrames:
@@ -168,7 +168,7 @@ def _read_plain(path: Path, choose: FrameChooser, options: FrameOptions, found: 
     try:
         return read(path, choose, options.max_pixels, found)
     except DecodeError as error:
-        raise DecodeError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _why_pyav(oddity: str, asked: str, stretch: Stretch | None) -> str:

@@ -17,8 +17,13 @@ from vidreason.datamodules.clips.sampling import FrameChooser, choose_by_time
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_NO_FFMPEG = "torchcodec: cannot load the libraries of FFmpeg: install FFmpeg, or set frames.reader to auto"
 LOAD_TIMEOUT = 120.0
 """Seconds that :func:`load_torchcodec` may take on a machine under load."""
+
+
+class NotLoadedError(DecodeError):
+    """Raised if torchcodec or FFmpeg is missing, which is the same for all clips."""
 
 
 def load_torchcodec(path: Path) -> None:
@@ -28,20 +33,20 @@ def load_torchcodec(path: Path) -> None:
         path: The clip that is to be read, for messages.
 
     Raises:
-        DecodeError: If it is not installed.
+        NotLoadedError: If it is not installed.
     """
     try:
         _decoders()
-    except DecodeError as error:
-        raise DecodeError(f"{path}: {error}") from error
+    except NotLoadedError as error:
+        raise NotLoadedError(f"{path}: {error}") from error
 
 
 def read_with_torchcodec(path: Path, choose: FrameChooser, max_pixels: int | None, found: Survey) -> DecodedFrames:
     """Decodes the chosen frames of a video; the message of an error does not name the file.
 
     Raises:
-        DecodeError: If torchcodec or FFmpeg cannot be loaded, decoding fails, or other frames are found than the
-            packets have.
+        NotLoadedError: If torchcodec or FFmpeg is missing.
+        DecodeError: If decoding fails, or other frames are found than the packets have.
     """
     decoders = _decoders()
     shown = choose_by_time(choose, found.times, found.fps)
@@ -64,10 +69,7 @@ def read_with_torchcodec(path: Path, choose: FrameChooser, max_pixels: int | Non
         if isinstance(error, DecodeError):
             raise
         if "Could not load libtorchcodec" in str(error):
-            raise DecodeError(
-                "torchcodec: cannot load the libraries of FFmpeg: install FFmpeg (versions 4 to 8), or set "
-                "frames.reader to auto"
-            ) from error
+            raise NotLoadedError(_NO_FFMPEG) from error
         raise DecodeError(f"torchcodec: {first_line(error)}") from error
     return DecodedFrames(pixels, shown.fps, shown.total, shown.moments, total, "torchcodec", size=size)
 
@@ -76,11 +78,9 @@ def _decoders() -> Any:
     try:
         from torchcodec import decoders
     except ImportError as error:
-        raise DecodeError(
+        raise NotLoadedError(
             f"torchcodec: {first_line(error)}: pip install 'vidreason[torchcodec]', or set frames.reader to auto"
         ) from error
     except RuntimeError as error:  # earlier versions load FFmpeg when they are imported
-        raise DecodeError(
-            "torchcodec: cannot load the libraries of FFmpeg: install FFmpeg, or set frames.reader to auto"
-        ) from error
+        raise NotLoadedError(_NO_FFMPEG) from error
     return decoders
