@@ -5,33 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 _BLOCK = 1 << 22  # bytes read at a time
 _DIGITS = 16
-
-
-class FileContent(NamedTuple):
-    """The content of a file, and the version of the file that has it."""
-
-    version: str
-    """``file_version`` at that time."""
-    sha: str
-    """``content_sha``; empty if it could not be computed."""
-
-
-def clip_version(path: Path) -> str | None:
-    """Returns the ``file_version`` of a file or folder; None if it is neither, so that reading it might block.
-
-    Raises:
-        OSError: If it cannot be looked at.
-    """
-    return file_version(path) if path.is_file() or path.is_dir() else None
-
-
-def file_size(path: Path) -> int | None:
-    """Returns the size of an ordinary file in bytes; None if it is something else."""
-    return path.stat().st_size if path.is_file() else None
 
 
 def content_sha(path: Path) -> str:
@@ -51,6 +27,20 @@ def file_version(path: Path) -> str:
     found = [path.stat(), *(file.stat() for file in (_files_of(path) if path.is_dir() else ()))]
     # The time of the last change of the inode cannot be set, unlike that of the content.
     return " ".join(f"{stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino} {stat.st_size}" for stat in found)
+
+
+def clip_version(path: Path) -> str | None:
+    """Returns the ``file_version`` of a file or folder; None if it is neither, so that reading it might block.
+
+    Raises:
+        OSError: If it cannot be looked at.
+    """
+    return file_version(path) if path.is_file() or path.is_dir() else None
+
+
+def file_size(path: Path) -> int | None:
+    """Returns the size of an ordinary file in bytes; None if it is something else."""
+    return path.stat().st_size if path.is_file() else None
 
 
 def _files_of(folder: Path) -> list[Path]:

@@ -1,10 +1,10 @@
 """Decoding: reads the sampled frames of a file, with the reader that reads it correctly.
 
-There are three readers. decord is fast; it is used for plain files if it is installed, since it returns wrong frames of
-others without an error (torchcodec takes its place if it is asked for). PyAV reads everything else, and what decord
-fails on. Pictures in an archive or a folder, and animated WebP, are read with Pillow. decord and PyAV return the same
-frames, chosen by presentation time, so that variable frame rates are sampled evenly. A reader is opened for each clip
-with one thread and not kept.
+There are three readers. decord is fast in short files; it is used for plain ones if it is installed, since it returns
+wrong frames of others without an error (torchcodec takes its place if it is asked for). PyAV reads everything else,
+long videos, and what decord fails on. Pictures in an archive or a folder, and animated WebP, are read with Pillow.
+decord and PyAV return the same frames, chosen by presentation time, so that variable frame rates are sampled evenly. A
+reader is opened for each clip with one thread and not kept.
 
 Nothing here imports torch: it runs in a helper process (``reading.py``).
 """
@@ -20,7 +20,7 @@ from vidreason.datamodules.clips.decoded import NOMINAL_FPS, DecodedFrames, Deco
 from vidreason.datamodules.clips.decord_reader import decord, read_with_decord
 from vidreason.datamodules.clips.pictures import is_picture_folder, read_animation, read_pictures
 from vidreason.datamodules.clips.pyav_packets import Survey, survey
-from vidreason.datamodules.clips.pyav_reader import Contents, decode_completely, read_with_pyav
+from vidreason.datamodules.clips.pyav_reader import Contents, can_pass_over, decode_completely, read_with_pyav
 from vidreason.datamodules.clips.sampling import (
     FrameChooser,
     Stretch,
@@ -43,7 +43,7 @@ class FrameOptions:
         sampling: uniform (middles of equal segments), segment (one frame per segment, random in training) or fps.
         fps: Frames per second of ``fps`` sampling.
         max_pixels: Largest height x width of a frame; larger frames are shrunk, smaller ones stay.
-        reader: auto uses decord for files that it reads correctly, if it is installed, and PyAV for all others;
+        reader: auto uses decord for short files that it reads correctly, if it is installed, and PyAV for all others;
             torchcodec takes decord's place if it is named (``pip install 'vidreason[torchcodec]'``, and FFmpeg).
         timeout: Seconds that reading one clip may take; null sets no limit and reads in the same process.
         cache: Folder in which decoded frames are kept, for all processes and runs that name it; null keeps none.
@@ -146,6 +146,8 @@ def frame_chooser(options: FrameOptions, draws: Sequence[float] | None) -> Frame
 def _read_video(path: Path, choose: FrameChooser, options: FrameOptions, stretch: Stretch | None) -> DecodedFrames:
     found = survey(path, stretch)
     why = _why_pyav(found.oddity, options.reader, stretch)
+    if not why and options.reader == "auto" and can_pass_over(found, options.num_frames):
+        why = "PyAV passes over frames to which no other refers"
     if options.reader == "decord":
         if why:
             raise DecodeError(f"{path}: reader 'decord': {why}; use 'pyav' or 'auto'")

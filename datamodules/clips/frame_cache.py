@@ -4,9 +4,6 @@ An entry is named by the content of the file and everything else that decides wh
 are. It is one file: a line with a checksum of all that follows, a line of JSON, and the frames [T, 3, H, W], either as
 they are or each as JPEG. Reading one takes a single copy and needs no other process; an entry that is not what was
 written is decoded anew.
-
-Hashes of files are kept beside the entries, by path and version of the file (``file_version``), so that a run does not
-read whole files to find their entries.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import time
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -31,19 +27,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.bounded_folder import BoundedFolder, FullError
 from vidreason.datamodules.clips.decoded import DecodedVideo, Pixels
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.clips.sampling import Stretch
-from vidreason.datamodules.file_hash import FileContent
 from vidreason.datamodules.types import FrameTiming
 
 GB = 10**9
 SUFFIX = ".frames"
 _FORMAT = 1  # of the files; part of their names
 _IN_USE_S = 24 * 3600.0
-_SETTLED_S = 2.0  # a file that was written to just before may be written to again within the resolution of its times
 _JPEG_QUALITY = 95
 _MOST_HEADER = 1 << 20  # bytes
 _Damage = (ValueError, KeyError, TypeError, EOFError)  # JSON and UTF-8 errors are ValueErrors
@@ -111,27 +104,6 @@ class FrameCache:
             self._stop(f"{error}: free some space, or set frames.cache to another folder or null")
         else:
             self.counts.written += 1
-
-    def known_content(self, path: Path) -> FileContent | None:
-        """Returns what is remembered of the content of a file, which may have changed since."""
-        try:
-            known = json.loads(self._memory_of(path).read_text(encoding="utf-8"))
-            return FileContent(str(known["version"]), str(known["sha"])) if known["path"] == str(path) else None
-        except (OSError, *_Damage):
-            return None
-
-    def remember(self, path: Path, content: FileContent) -> None:
-        """Remembers the content of a file for other processes, unless it was written to in the last seconds."""
-        newest = max(int(time_ns) for time_ns in content.version.split()[:2])
-        if self.stopped or time.time() - newest / 1e9 < _SETTLED_S:
-            return
-        with suppress(OSError):  # it is hashed again the next time
-            memory = {"path": str(path), **content._asdict()}
-            write_text(self._memory_of(path), json.dumps(memory, ensure_ascii=True) + "\n")
-
-    def _memory_of(self, path: Path) -> Path:
-        name = hashlib.sha256(os.fsencode(path)).hexdigest()[:40]
-        return self.folder.folder / "contents" / f"{name}.json"
 
     def _stop(self, reason: str) -> None:
         self.stopped = reason

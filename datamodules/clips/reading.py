@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from vidreason.datamodules.clips.frame_cache import as_jpeg, entry_key, frame_ca
 from vidreason.datamodules.clips.sampling import Stretch
 from vidreason.datamodules.clips.time_limit import ReadTimeoutError, call_reader
 from vidreason.datamodules.clips.torchcodec_reader import LOAD_TIMEOUT, load_torchcodec
-from vidreason.datamodules.file_hash import FileContent, clip_version, content_sha
+from vidreason.datamodules.file_hash import clip_version, content_sha
 from vidreason.datamodules.types import FrameTiming
 
 _LOG = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def read_frames(
 
 
 def content_of(path: Path, options: FrameOptions) -> str:
-    """Returns the hash of a file; an unchanged file is read once, by one of the processes that share a cache.
+    """Returns the hash of a file; a process hashes an unchanged file once.
 
     Returns:
         An empty text if there is no file or folder, or hashing takes longer than the time limit.
@@ -68,21 +69,24 @@ def content_of(path: Path, options: FrameOptions) -> str:
     Raises:
         DecodeError: If the file system does not answer within the time limit.
     """
-    cache = frame_cache(options.cache, options.cache_gb) if options.cache is not None else None
     path = path.absolute()
     try:
         version = call_reader(clip_version, path, timeout=options.timeout)
         if version is None:
             return ""
-        known = _contents.get(path) or (cache.known_content(path) if cache is not None else None)
+        known = _contents.get(path)
         if known is None or known.version != version:
-            known = FileContent(version, _hash_in_time(path, options))
-            if cache is not None and known.sha:
-                cache.remember(path, known)
+            known = _contents[path] = _Content(version, _hash_in_time(path, options))
     except FileNotFoundError:  # it has just vanished
         return ""
-    _contents[path] = known
     return known.sha
+
+
+class _Content(NamedTuple):
+    version: str
+    """``file_version`` of the file that was hashed."""
+    sha: str
+    """Empty if that took too long."""
 
 
 def _hash_in_time(path: Path, options: FrameOptions) -> str:
@@ -94,7 +98,7 @@ def _hash_in_time(path: Path, options: FrameOptions) -> str:
         return ""
 
 
-_contents: dict[Path, FileContent] = {}
+_contents: dict[Path, _Content] = {}
 
 
 def forget_contents() -> None:
@@ -142,7 +146,10 @@ def _as_video(read: DecodedFrames) -> DecodedVideo:
 @cache
 def _report(reader: str) -> None:
     """Logs once per process which libraries read videos."""
-    if reader == "pyav" or decord() is None:
-        _LOG.info("videos are read with PyAV")
-    else:
-        _LOG.info("videos are read with decord" + (", and with PyAV where decord fails" if reader == "auto" else ""))
+    with_both = {
+        "auto": "decord, and with PyAV where decord fails or is slower",
+        "torchcodec": "torchcodec, and with PyAV where torchcodec fails",
+        "decord": "decord",
+    }
+    alone = reader == "pyav" or (reader == "auto" and decord() is None)
+    _LOG.info("videos are read with %s", "PyAV" if alone else with_both[reader])

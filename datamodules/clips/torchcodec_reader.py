@@ -6,8 +6,10 @@ only if this reader is asked for.
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from vidreason.datamodules.clips.decoded import DecodedFrames, DecodeError, Pixels, first_line
 from vidreason.datamodules.clips.decord_reader import frames_in_batches
@@ -74,13 +76,12 @@ def read_with_torchcodec(path: Path, choose: FrameChooser, max_pixels: int | Non
     return DecodedFrames(pixels, shown.fps, shown.total, shown.moments, total, "torchcodec", size=size)
 
 
-def _decoders() -> Any:
+def _decoders() -> ModuleType:
     try:
-        from torchcodec import decoders
+        return import_module("torchcodec.decoders")
     except ImportError as error:
         raise NotLoadedError(
             f"torchcodec: {first_line(error)}: pip install 'vidreason[torchcodec]', or set frames.reader to auto"
         ) from error
     except RuntimeError as error:  # earlier versions load FFmpeg when they are imported
         raise NotLoadedError(_NO_FFMPEG) from error
-    return decoders

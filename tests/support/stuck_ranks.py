@@ -9,6 +9,7 @@ writes ``OUT/rank0.pt`` and ``OUT/rank1.pt``. BASE and CLIPS are those of ``stag
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ class StuckClips(strategies.world.GreyClips):  # type: ignore[misc, name-defined
 
 
 def _rank(rank: int, base: Path, clips: Path, out: Path, workers: int) -> None:
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it has workers
     data = functools.partial(StuckClips, frames=FrameOptions(num_frames=4, timeout=TIMEOUT), num_workers=workers)
     start = time.monotonic()
     found = strategies.run("sft_label", "ddp", base, clips, out, 2, clips_of=data, batch_size=2, test=False)

@@ -170,14 +170,11 @@ def test_a_full_disk_costs_nothing_but_the_cache(write_clip, tmp_path, decoded, 
     assert [file.name for file in (tmp_path / "cache").iterdir()] == []
 
 
-def test_hashes_are_remembered_for_other_processes(write_clip, tmp_path, decoded, options, monkeypatch):
-    monkeypatch.setattr(frame_cache, "_SETTLED_S", -1.0)
+def test_an_unchanged_file_is_hashed_once(write_clip, tmp_path, decoded, options, monkeypatch):
     path = write_clip(tmp_path / "clip.mp4", 12)
     read_frames(path, options())
-    monkeypatch.setattr(reading, "_contents", {})  # as in another process
     monkeypatch.setattr(reading, "content_sha", None)
     assert read_frames(path, options()).frames_in_file == 12
-    monkeypatch.undo()
 
 
 def test_what_is_no_file_is_named_as_without_a_cache(tmp_path, options):
