@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import av
 import numpy as np
 import torch
 from PIL import Image
@@ -36,6 +36,7 @@ from vidreason.datamodules.types import FrameTiming
 GB = 10**9
 SUFFIX = ".frames"
 _FORMAT = 1  # of the files; part of their names
+_PYAV = version("av")  # another one may decode other frames; decord has had one version since 2021
 _IN_USE_S = 24 * 3600.0
 _JPEG_QUALITY = 95
 _MOST_HEADER = 1 << 20  # bytes
@@ -124,7 +125,7 @@ def entry_key(content: str, options: FrameOptions, stretch: Stretch | None) -> s
         options: Options of the frames; their text names all that decides about them.
         stretch: The part of the video; None is all of it.
     """
-    parts = [_FORMAT, av.__version__, content, repr(options), None if stretch is None else asdict(stretch)]
+    parts = [_FORMAT, _PYAV, content, repr(options), None if stretch is None else asdict(stretch)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 
