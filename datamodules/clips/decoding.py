@@ -48,8 +48,8 @@ class FrameOptions:
         timeout: Seconds that reading one clip may take; null sets no limit and reads in the same process.
         cache: Folder in which decoded frames are kept, for all processes and runs that name it; null keeps none.
         cache_gb: Size limit of that folder in GB of 1e9 bytes.
-        cache_format: raw keeps frames as they are. jpeg takes a tenth of the space and changes frames a little,
-            in the same way whether they come from the cache or not.
+        cache_format: raw keeps frames as they are. jpeg takes less space and changes frames a little, in the
+            same way whether they come from the cache or not.
 
     Raises:
         ValueError: If a number is not positive, or fps sampling has no rate.

@@ -2,7 +2,7 @@
 
 A short video, or a damaged one, is decoded from the first to the last packet, so that damaged packets are skipped and
 a damaged index does no harm. In a long one, the reader seeks to the key frames before the chosen frames and passes over
-frames to which no other refers (the B frames of most encoders, about half of all). It decodes everything if the frames
+frames to which no other refers (the B frames of most encoders). It decodes everything if the frames
 that it finds do not have the times that the packets have.
 """
 
