@@ -29,6 +29,7 @@ from vidreason.datamodules.clips.samplers import (
     ResumableLoader,
     SeededDistributedSampler,
 )
+from vidreason.datamodules.known import KnowsVideos
 from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.split_names import STANDARD_SPLITS
@@ -270,11 +271,13 @@ class VideoDataModule(L.LightningDataModule, ABC):
         if self.encoder is None:
             raise ValueError("the data module has no encoder: give it the VLM, as the vlm section of a config does")
         dataset = self.dataset(clips, view, train)
+        dataset.knows = self.encoder if isinstance(self.encoder, KnowsVideos) else None
         sampler: DistributedSampler[Any] | None = None
         if train:
             sampler = self._sampler(dataset)
-        elif shared_out and self._ranks()["num_replicas"] > 1:
-            sampler = NonRepeatingDistributedSampler(dataset, **self._ranks())
+        else:  # a sampler of ours even for one rank, since it tells workers which clips need not be decoded
+            ranks = self._ranks() if shared_out else {"num_replicas": 1, "rank": 0}
+            sampler = NonRepeatingDistributedSampler(dataset, **ranks)
         loader = (ResumableLoader if train else DataLoader)(
             dataset,
             batch_size=batch_size or (self.batch_size if train else self.eval_batch_size),

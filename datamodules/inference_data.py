@@ -107,8 +107,8 @@ class _InferenceDataset(ClipDataset):
         if clip.video_id not in self.in_memory:
             return super().content(clip)
         # All frames and not only the sampled ones, as for a file.
-        frames = self.in_memory[clip.video_id][0]
-        return hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest()
+        frames, fps = self.in_memory[clip.video_id]
+        return hashlib.sha256(frames.contiguous().numpy().tobytes() + f" {tuple(frames.shape)} {fps}".encode()).hexdigest()
 
 
 class KnownClips:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from vidreason.datamodules.clips.sampling import Stretch
+
+if TYPE_CHECKING:
+    from vidreason.datamodules.known import KnownVideo
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,11 @@ class VideoSample:
     timing: FrameTiming
     clip: Clip
     identity: str = ""
-    """Equal for equal frames: a hash of the file's content and of the frames taken; empty if frames are drawn at random
-    or the source is unknown."""
+    """Equal for equal frames: a hash of the file's content and of how frames are taken; empty if they are drawn at
+    random or the source is unknown."""
+    known: KnownVideo | None = None
+    """What the prompt needs of a video that is not decoded, since its embeddings are known; ``frames`` have no content
+    then."""
 
     def __post_init__(self) -> None:
         if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[1] != 3:
@@ -181,6 +187,11 @@ class EncodedPrompts:
     """[K] int64, tokens that close an open user turn and open the assistant's; empty if prompts are closed."""
     videos: tuple[str, ...] = ()
     """[B] ``VideoSample.identity`` of each prompt's video; empty if unknown."""
+    known: tuple[KnownVideo | None, ...] = ()
+    """[B] What other prompts about the same videos need besides embeddings; empty or None if it cannot be told."""
+    without_pixels: tuple[bool, ...] = ()
+    """[B] True for a video that was not decoded: its pixels are 0, and have no last axis if no video was decoded. Empty
+    if all videos were."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> EncodedPrompts:
         """Returns a copy on ``device``."""

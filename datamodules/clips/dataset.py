@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +20,11 @@ from torch.utils.data import Dataset
 
 from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.decord_reader import decord
 from vidreason.datamodules.clips.placeholder_video import blackened, placeholder_video
 from vidreason.datamodules.clips.reading import ReadStoppedError, ReadTimeoutError, call_reader, read_frames
 from vidreason.datamodules.file_hash import content_sha, file_version
+from vidreason.datamodules.known import KnownVideo, KnowsVideos
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
 from vidreason.signals import use_stop_pipe
@@ -36,6 +39,8 @@ class ClipKey(NamedTuple):
     epoch: int
     valid: bool = True
     """False for a clip that only gives this rank as many clips as the others have; it does not count."""
+    known: KnownVideo | None = None
+    """What the prompt needs of a clip that is not decoded, since its embeddings are known."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +96,28 @@ class ClipDataset(Dataset[LoadedClip]):
         self.frames = frames
         self.seed = seed
         self.train = train
+        self.knows: KnowsVideos | None = None
+        """Tells in the main process which clips need not be decoded; None decodes all."""
         self._contents: dict[tuple[str, str], str] = {}
         self._timeouts: Counter[Path] = Counter()
 
     def __len__(self) -> int:
         return len(self.clips)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leaves ``knows`` in the main process."""
+        return self.__dict__ | {"knows": None}
+
+    def key(self, position: int, epoch: int = 0, valid: bool = True) -> ClipKey:
+        """Returns the index of a clip; samplers call this in the main process."""
+        return ClipKey(position, epoch, valid, self._known(self.clips[position]))
+
     def __getitem__(self, key: int | ClipKey) -> LoadedClip:
         """Returns a clip with prompt and texts, or the reason why it cannot be read."""
-        position, epoch, valid = key if isinstance(key, ClipKey) else ClipKey(key, 0)
+        position, epoch, valid, known = key if isinstance(key, ClipKey) else ClipKey(key, 0)
         clip = self.clips[position]
+        if known is not None:
+            return LoadedClip(Example(known.sample(clip), self.view.prompt(clip), self.view.texts(clip)), 0.0, valid)
         start = time.perf_counter()
         failed = None
         try:
@@ -124,7 +141,19 @@ class ClipDataset(Dataset[LoadedClip]):
         sample = VideoSample(clip.video_id, video.frames, clip.label, video.timing, clip)
         if not self.view.shows_video:
             return blackened(sample)
-        return replace(sample, identity=self._identity(clip, video))
+        return replace(sample, identity=self._identity(clip))
+
+    def _known(self, clip: Clip) -> KnownVideo | None:
+        """Returns what the prompt needs of a clip whose embeddings are known."""
+        knows = self.knows
+        if knows is None or not knows.knows_videos or not self.view.shows_video or self._timeouts[clip.path]:
+            return None
+        try:
+            video = self._identity(clip)
+        except (DecodeError, OSError) as error:  # the worker, which tries again, says why
+            self._timeouts[clip.path] += isinstance(error, ReadTimeoutError)
+            return None
+        return knows.find_known(video, self.view.prompt(clip), partial(self._sample, clip, None)) if video else None
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
         """Returns the frames of a clip, read from its file; a file that took too long twice is not tried again.
@@ -154,16 +183,18 @@ class ClipDataset(Dataset[LoadedClip]):
             self._contents[key] = call_reader(content_sha, clip.path, timeout=self.frames.timeout)
         return self._contents[key]
 
-    def _identity(self, clip: Clip, video: DecodedVideo) -> str:
-        """Returns the ``VideoSample.identity``: a hash of the file and the frames taken; empty if these are random."""
+    def _identity(self, clip: Clip) -> str:
+        """Returns the ``VideoSample.identity``: a hash of the file and of how frames are taken; empty if at random.
+
+        Raises:
+            DecodeError: If the file cannot be read within the time limit.
+        """
         jittered = self.train and self.frames.sampling == "segment"
         content = "" if jittered else self.content(clip)
         if not content:
             return ""
-        taken = (
-            f"{content} {clip.stretch} {video.timing.indices} {tuple(video.frames.shape)} {video.reader} {self.frames}"
-        )
-        return hashlib.sha256(taken.encode()).hexdigest()
+        library = "pyav" if decord() is None else "decord"
+        return hashlib.sha256(f"{content} {clip.stretch} {library} {self.frames}".encode()).hexdigest()
 
     def _jitter(self, clip: Clip, epoch: int) -> torch.Generator:
         """Returns a generator that depends on seed, epoch and clip only, not on workers or resuming."""

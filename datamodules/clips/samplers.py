@@ -73,8 +73,9 @@ class SeededDistributedSampler(ResumableSampler):
         """Yields this rank's clips of the epoch; in an interrupted epoch, the clips that were not seen yet."""
         places = range(self.rank, self.total_size, self.num_replicas)  # in the order of all ranks together
         rest = islice(zip(places, self.order(), strict=True), self.seen, None)
-        clips = len(self.dataset)  # type: ignore[arg-type]
-        return (ClipKey(index, self.epoch, valid=place < clips) for place, index in rest)
+        assert isinstance(self.dataset, ClipDataset)
+        dataset = self.dataset
+        return (dataset.key(index, self.epoch, valid=place < len(dataset)) for place, index in rest)
 
     def order(self) -> Iterator[int]:
         """Returns this rank's positions of the whole epoch."""
@@ -96,8 +97,9 @@ class NonRepeatingDistributedSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[ClipKey]:
         """Yields this rank's positions."""
-        own = [ClipKey(place, 0) for place in range(self.rank, self.total_size, self.num_replicas)]
-        return iter(own or [ClipKey(0, 0, valid=False)])
+        assert isinstance(self.dataset, ClipDataset)
+        dataset, own = self.dataset, range(self.rank, self.total_size, self.num_replicas)
+        return (dataset.key(place, valid=bool(own)) for place in own or [0])
 
 
 class BalancedSampler(SeededDistributedSampler):

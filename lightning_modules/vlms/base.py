@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vidreason.datamodules.types import EncodedPrompts, TextBatch
+from vidreason.datamodules.known import KnownVideo
+from vidreason.datamodules.types import EncodedPrompts, Prompt, TextBatch, VideoSample
 from vidreason.lightning_modules.vlms import generation
 from vidreason.lightning_modules.vlms.encoder import ClipEncoder, placeholder_tokens
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -126,6 +127,9 @@ class VLM(ClipEncoder, ABC):
         self._announced: set[Choice] = set()
         self._logged_tokens = False
 
+    casts_pixels: ClassVar[bool] = True
+    """Whether the vision path casts pixels to its dtype before it computes with them, so that workers may do so."""
+
     # -- what a family defines ---------------------------------------------------------------------------------------
 
     @property
@@ -178,7 +182,7 @@ class VLM(ClipEncoder, ABC):
             rank_zero_warn(
                 f"vlm.lora.dropout is {self.lora.dropout}: texts behind one prompt share one dropout mask over it"
             )
-        return building.build(
+        model = building.build(
             self.path,
             adapter_path,
             lora=self.lora,
@@ -190,6 +194,32 @@ class VLM(ClipEncoder, ABC):
             gradient_checkpointing=self.gradient_checkpointing,
             base_sha=self.base_sha,
         )
+        self.expect(model)
+        return model
+
+    def expect(self, model: nn.Module) -> None:
+        """Notes the model that prompts will be for: which clips its vision cache knows, and its dtype of pixels."""
+        vision = next(unwrap(model).get_submodule(self.vision_modules[0]).parameters())
+        self.pixel_dtype = vision.dtype if self.casts_pixels and vision.dtype == torch.bfloat16 else None
+        if self.vision_cache is not None:
+            self.vision_cache.expect(model)
+
+    @property
+    def knows_videos(self) -> bool:
+        """Whether the vision cache may have the embeddings of some clip."""
+        return self.vision_cache is not None and self.vision_cache.knows_videos
+
+    def find_known(self, video: str, prompt: Prompt, read: Callable[[], VideoSample]) -> KnownVideo | None:
+        """Returns what a prompt needs of a video whose embeddings the vision cache has.
+
+        Args:
+            video: ``VideoSample.identity`` of the video.
+            prompt: The prompt that will be asked about it.
+            read: Decodes the video, in case its embeddings are removed before they are used.
+        """
+        cache = self.vision_cache
+        known = None if cache is None else cache.find_known(video, read)
+        return known if known is not None and self.tokens_behind(prompt) is not None else None
 
     def score(
         self,
@@ -215,7 +245,7 @@ class VLM(ClipEncoder, ABC):
             self._announced.add(choice)
             rank_zero_info(f"texts are scored by route '{choice.route}': {choice.reason}")
         scoring = Scoring(temperature, banned, with_entropy)
-        with self._vision_fed(model, prompts, choice.route):
+        with self._vision_fed(model, prompts, choice.route) as prompts:
             found = score_texts(self, model, prompts, texts, scoring, choice.route, options)
         blank = torch.zeros(texts.ids.shape, dtype=torch.float32, device=texts.ids.device)
         if not found:
@@ -256,7 +286,7 @@ class VLM(ClipEncoder, ABC):
                 raise ValueError(f"seeds must be [{prompts.batch_size}][{group_size}], got {[len(r) for r in seeds]}")
             noise = generation.draw_noise([seed for row in seeds for seed in row], sampling.max_new_tokens)
         fast = nullcontext() if is_sharded(model) else in_compute_dtype(model)
-        with self._vision_fed(model, prompts, "expand"), unsharded(model), fast:
+        with self._vision_fed(model, prompts, "expand") as prompts, unsharded(model), fast:
             made = generation.sample(
                 self,
                 model,
@@ -281,7 +311,7 @@ class VLM(ClipEncoder, ABC):
     def vision_cache(self) -> VisionCache | None:
         """The cache of vision embeddings; None if the option ``vision_cache`` is null."""
         options = self.vision_cache_options
-        return None if options is None else VisionCache(options, lambda: self._vision_recipe)
+        return None if options is None else VisionCache(options, lambda: self._vision_recipe, self.pixels)
 
     @cached_property
     def _vision_recipe(self) -> str:
@@ -291,10 +321,13 @@ class VLM(ClipEncoder, ABC):
         loading = [self.dtype, self.attn_implementation, self.quantize]
         return json.dumps([frames, self.video_options(), loading], sort_keys=True, default=str)
 
-    def _vision_fed(self, model: nn.Module, prompts: EncodedPrompts, route: str) -> AbstractContextManager[None]:
+    def _vision_fed(
+        self, model: nn.Module, prompts: EncodedPrompts, route: str
+    ) -> AbstractContextManager[EncodedPrompts]:
+        """Makes forwards in the block use the vision cache; yields the prompts to run, with pixels where needed."""
         self._log_tokens(model, prompts)
         cache = self.vision_cache
-        return nullcontext() if cache is None else cache.feeding(self, model, prompts, route)
+        return nullcontext(prompts) if cache is None else cache.feeding(self, model, prompts, route)
 
     def _log_tokens(self, model: nn.Module, prompts: EncodedPrompts) -> None:
         """Logs once how many visual tokens a clip becomes."""

@@ -61,7 +61,7 @@ class PlannedVision(VisionCache):
     """
 
     def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__(VisionCacheOptions(memory_gb=1e6), lambda: "planned")
+        super().__init__(VisionCacheOptions(memory_gb=1e6), lambda: "planned", lambda sample: {})
         self.peak = 0
         self._unchanged = known
 
