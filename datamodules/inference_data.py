@@ -108,7 +108,9 @@ class _InferenceDataset(ClipDataset):
             return super().content(clip)
         # All frames and not only the sampled ones, as for a file.
         frames, fps = self.in_memory[clip.video_id]
-        return hashlib.sha256(frames.contiguous().numpy().tobytes() + f" {tuple(frames.shape)} {fps}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{tuple(frames.shape)} {fps} ".encode())
+        digest.update(frames.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 class KnownClips:

@@ -30,14 +30,12 @@ from vidreason.datamodules.unreadable import warn_unreadable
 from vidreason.lightning_modules.decisions.deciders import AnswerDecider, DecideOptions, Decider, LikelihoodDecider
 from vidreason.lightning_modules.decisions.evaluation import SplitMetrics, evaluate_batch, metric_key
 from vidreason.lightning_modules.decisions.predictions import Prediction
-from vidreason.lightning_modules.fit.context_check import CheckContext
+from vidreason.lightning_modules.fit.callbacks import fit_callbacks
 from vidreason.lightning_modules.fit.fsdp import shard_weights
-from vidreason.lightning_modules.fit.non_finite import StopOnNonFinite
 from vidreason.lightning_modules.fit.optimizer_step import OptimizerStep, StepResult, UpdateOptions, check_trainer
 from vidreason.lightning_modules.fit.passes import Workload, plain_workload
-from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, check_checkpoint_file, load_weights
+from vidreason.lightning_modules.fit.resume import check_attached, check_checkpoint_file, load_weights
 from vidreason.lightning_modules.fit.schedule import OptimOptions, count_steps
-from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable
 from vidreason.lightning_modules.fit.stopping import run_unless_stopped
 from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, complete_clips, trace_view
 from vidreason.lightning_modules.vlms.base import VLM
@@ -111,7 +109,7 @@ class VLMModule(L.LightningModule):
         self.weights_to_load: Path | None = None  # A checkpoint of which a fit takes no more than the weights.
         self._start: StartingWeights | None = None
         self._written: frozenset[str] = frozenset()  # Clips whose texts an earlier ``predict`` has written.
-        self._fit_callbacks: list[Callback] = [ResumeFit(), SkipUnreadable(), StopOnNonFinite(), CheckContext()]
+        self._fit_callbacks = fit_callbacks()
 
     # ------------------------------------------------------------------ where it runs
 

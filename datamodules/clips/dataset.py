@@ -24,9 +24,9 @@ from vidreason.datamodules.clips.decord_reader import decord
 from vidreason.datamodules.clips.placeholder_video import blackened, placeholder_video
 from vidreason.datamodules.clips.reading import ReadStoppedError, ReadTimeoutError, call_reader, read_frames
 from vidreason.datamodules.file_hash import content_sha, file_version
-from vidreason.datamodules.known import KnownVideo, KnowsVideos
+from vidreason.datamodules.known import KnowsVideos, not_decoded
 from vidreason.datamodules.prompts import ClipView
-from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
+from vidreason.datamodules.types import Clip, Example, FailedClip, KnownVideo, VideoSample
 from vidreason.signals import use_stop_pipe
 
 _MOST_TIMEOUTS = 2
@@ -117,7 +117,9 @@ class ClipDataset(Dataset[LoadedClip]):
         position, epoch, valid, known = key if isinstance(key, ClipKey) else ClipKey(key, 0)
         clip = self.clips[position]
         if known is not None:
-            return LoadedClip(Example(known.sample(clip), self.view.prompt(clip), self.view.texts(clip)), 0.0, valid)
+            return LoadedClip(
+                Example(not_decoded(clip, known), self.view.prompt(clip), self.view.texts(clip)), 0.0, valid
+            )
         start = time.perf_counter()
         failed = None
         try:
@@ -128,7 +130,10 @@ class ClipDataset(Dataset[LoadedClip]):
         decode_ms = 1000 * (time.perf_counter() - start)
         if failed is not None and not self.train:
             return LoadedClip(None, decode_ms, valid, failed)
-        return LoadedClip(Example(sample, self.view.prompt(clip), self.view.texts(clip)), decode_ms, valid, failed)
+        return LoadedClip(self._shown(sample), decode_ms, valid, failed)
+
+    def _shown(self, sample: VideoSample) -> Example:
+        return Example(sample, self.view.prompt(sample.clip), self.view.texts(sample.clip))
 
     def _sample(self, clip: Clip, jitter: torch.Generator | None) -> VideoSample:
         """Returns the frames that the view shows of a clip.

@@ -10,15 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vidreason.datamodules.known import KnownVideo
-from vidreason.datamodules.types import EncodedPrompts, Prompt, TextBatch, VideoSample
+from vidreason.datamodules.types import EncodedPrompts, KnownVideo, Prompt, TextBatch, VideoSample
 from vidreason.lightning_modules.vlms import generation
 from vidreason.lightning_modules.vlms.encoder import ClipEncoder, placeholder_tokens
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -26,6 +25,7 @@ from vidreason.lightning_modules.vlms.loading import building
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.loading.master_weights import in_compute_dtype
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded
+from vidreason.lightning_modules.vlms.outputs import Generated, Scores
 from vidreason.lightning_modules.vlms.prefix.head import Scoring
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded, unwrap
 from vidreason.lightning_modules.vlms.prefix.shared_prefix import Choice, RouteOptions, choose_route, score_texts
@@ -33,35 +33,6 @@ from vidreason.lightning_modules.vlms.text import chat
 from vidreason.lightning_modules.vlms.vision_cache.cache import IN_MEMORY, VisionCache, VisionCacheOptions
 
 __all__ = ["VLM", "Generated", "Sampling", "Scores"]
-
-
-class Scores(NamedTuple):
-    """Scores of the tokens of N texts."""
-
-    logprobs: Tensor
-    """[N, L] fp32 log-probabilities, 0 outside ``texts.loss_mask``."""
-    greedy: Tensor
-    """[N, L] fp32, 1 where the token is the likeliest, else 0; no gradient."""
-    entropy: Tensor | None
-    """[N, L] fp32, in nats, 0 outside ``texts.loss_mask``; None if it was not requested."""
-
-
-class Generated(NamedTuple):
-    """N = B·G completions in the order b0g0, b0g1, …, b1g0, …."""
-
-    ids: Tensor
-    """[N, L] int64, right-padded, including the end of turn."""
-    mask: Tensor
-    """[N, L] bool, True on sampled tokens."""
-    logprobs: Tensor
-    """[N, L] fp32 log-probs at the sampling temperature (greedy: at 1), before top-p and top-k."""
-    finish_reason: tuple[Literal["stop", "length"], ...]
-    """[N] ``length``: truncated at max_new_tokens."""
-    owner: Tensor
-    """[N] int64, index of the prompt."""
-    texts: tuple[str, ...]
-    """[N] decoded without the end-of-turn token; other special tokens stay visible. If the prompt ends with the opening
-    tag of the reasoning, the text begins with it."""
 
 
 class VLM(ClipEncoder, ABC):
@@ -210,13 +181,7 @@ class VLM(ClipEncoder, ABC):
         return self.vision_cache is not None and self.vision_cache.knows_videos
 
     def find_known(self, video: str, prompt: Prompt, read: Callable[[], VideoSample]) -> KnownVideo | None:
-        """Returns what a prompt needs of a video whose embeddings the vision cache has.
-
-        Args:
-            video: ``VideoSample.identity`` of the video.
-            prompt: The prompt that will be asked about it.
-            read: Decodes the video, in case its embeddings are removed before they are used.
-        """
+        """Returns what a prompt needs of a video whose embeddings the vision cache has (``KnowsVideos``)."""
         cache = self.vision_cache
         known = None if cache is None else cache.find_known(video, read)
         return known if known is not None and self.tokens_behind(prompt) is not None else None

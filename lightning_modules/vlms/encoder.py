@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 from transformers.utils.hub import cached_file
 
-from vidreason.datamodules.known import KnownVideo
-from vidreason.datamodules.types import Encoded, EncodedPrompts, Example, Prompt, VideoSample
+from vidreason.datamodules.types import Encoded, EncodedPrompts, Example, KnownVideo, Prompt, VideoSample
 from vidreason.datamodules.words import REMEDY, any_token
 from vidreason.lightning_modules.vlms.loading import building
 from vidreason.lightning_modules.vlms.text import chat, known
@@ -109,7 +108,8 @@ class ClipEncoder:
 
     def __getstate__(self) -> dict[str, object]:
         """Drops the processor and what was derived from it, so that each worker loads its own."""
-        cached = {"chat_frame", "opening", "stop_ids", "suppressed_ids", "special_tokens", "placeholder_ids", "vision_cache"}
+        cached = {"chat_frame", "opening", "stop_ids", "suppressed_ids", "special_tokens", "placeholder_ids"}
+        cached.add("vision_cache")
         return {k: v for k, v in self.__dict__.items() if k not in cached} | {"_processor": None}
 
     @cached_property

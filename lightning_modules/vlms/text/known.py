@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidreason.datamodules.known import KnownVideo
-from vidreason.datamodules.types import VideoSample
+from vidreason.datamodules.types import KnownVideo, VideoSample
 from vidreason.lightning_modules.vlms.prefix.layout import PER_TOKEN
 from vidreason.lightning_modules.vlms.text import chat
 

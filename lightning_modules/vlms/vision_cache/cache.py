@@ -26,24 +26,22 @@ from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 import transformers
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from vidreason.datamodules.known import KnownVideo
-from vidreason.datamodules.types import EncodedPrompts, VideoSample
+from vidreason.datamodules.types import EncodedPrompts, KnownVideo, VideoSample
 from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout, unwrap
 from vidreason.lightning_modules.vlms.vision_cache.embedding_store import GB, EmbeddingStore, Entry, entry_bytes
 from vidreason.lightning_modules.vlms.vision_cache.features import flatten, join
 from vidreason.lightning_modules.vlms.vision_cache.known_entries import PROMPT, from_tensors, to_tensors
 from vidreason.lightning_modules.vlms.vision_cache.vision_path import (
     Part,
-    marks,
+    PathHashes,
     path_parts,
-    path_sha,
     path_tensors,
     why_not_fixed,
 )
@@ -89,11 +87,6 @@ class CacheStatistics(NamedTuple):
     """Size in GB of the folder; without a folder, of the entries in memory."""
 
 
-class _Known(NamedTuple):
-    marks: tuple[tuple[int, int], ...]
-    sha: str
-
-
 class VisionCache:
     """A cache of vision embeddings by video.
 
@@ -115,7 +108,7 @@ class VisionCache:
         self.store = EmbeddingStore(Path(options.folder).expanduser(), options.max_gb) if options.folder else None
         self._memory: OrderedDict[str, Entry] = OrderedDict()
         self._memory_bytes = 0
-        self._shas: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+        self._hashes = PathHashes()
         self._said: set[str] = set()
         self._contexts: list[str] = []  # A video is known if there is an entry for it in one of them.
         self._expected: Callable[[], nn.Module | None] | None = None
@@ -203,14 +196,10 @@ class VisionCache:
 
     def _context(self, model: nn.Module, parts: list[Part], device: str, autocast: str) -> str:
         """Returns everything that an entry depends on besides the video."""
-        # Hashing all weights takes seconds: the hash is kept until a tensor of the path is written to.
-        now = marks(parts)
-        known = self._shas.get(model)
-        if known is None or known.marks != now:
-            known = self._shas[model] = _Known(now, path_sha(model, parts))
+        sha = self._hashes.of(model, parts)
         vision = getattr(unwrap(model).config, "vision_config", None)
         attention = getattr(vision, "_attn_implementation", None)
-        return json.dumps([FORMAT, transformers.__version__, self.recipe(), known.sha, device, autocast, attention])
+        return json.dumps([FORMAT, transformers.__version__, self.recipe(), sha, device, autocast, attention])
 
     def _guessed(self, model: nn.Module) -> list[str]:
         """Returns the contexts that the first forward of a model may have."""

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidreason.datamodules.known import KnownVideo
-from vidreason.datamodules.types import FrameTiming
+from vidreason.datamodules.types import FrameTiming, KnownVideo
 from vidreason.lightning_modules.vlms.vision_cache.embedding_store import Entry
 
 PROMPT = "prompt."

@@ -57,6 +57,7 @@ _FAILURES = {
 
 They are given by name, because importing the classes would import torch.
 """
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
 _KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
 # How torch.utils.data re-raises an exception of a DataLoader worker: its traceback becomes the message.
 _WORKER_ERROR = re.compile(r"\ACaught (\w+) in DataLoader worker process")
@@ -177,6 +178,8 @@ def _without_warnings_of_libraries() -> Iterator[None]:
 
 def _dispatch(command: str, rest: list[str]) -> int:
     """Imports and runs a command."""
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"  # read by torch at its first allocation on a GPU
     if command in _TRAINER_COMMANDS:
         from vidreason.config import trainer_cli
 

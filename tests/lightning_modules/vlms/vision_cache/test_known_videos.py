@@ -12,8 +12,8 @@ from families import FAMILIES
 from torch import nn
 from watched_vision import built, counting
 
-from vidreason.datamodules.known import KnownVideo
-from vidreason.datamodules.types import EncodedPrompts, Example, Prompt, VideoSample
+from vidreason.datamodules.known import not_decoded
+from vidreason.datamodules.types import EncodedPrompts, Example, KnownVideo, Prompt, VideoSample
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
@@ -41,7 +41,7 @@ def without_pixels(example: Example, known: KnownVideo | None) -> Example:
     again = from_tensors(to_tensors(known))  # as an entry of the cache gives it back
     assert again is not None
     assert again.timing == example.sample.timing
-    return replace(example, sample=again.sample(example.sample.clip))
+    return replace(example, sample=not_decoded(example.sample.clip, again))
 
 
 @pytest.mark.parametrize("family", fast_first(list(FAMILIES)))
@@ -101,7 +101,7 @@ class World:
             return example.sample
 
         known = self.vlm.find_known(example.sample.identity, example.prompt, read)
-        return example if known is None else replace(example, sample=known.sample(example.sample.clip))
+        return example if known is None else replace(example, sample=not_decoded(example.sample.clip, known))
 
     def values(self, prompts: EncodedPrompts) -> list[torch.Tensor]:
         self.model.zero_grad()
@@ -122,7 +122,7 @@ def test_a_known_video_has_the_same_values_to_the_bit(make_vlm: MakeVLM, family:
     world = World(make_vlm, family, vision_cache=options)
     assert not world.vlm.knows_videos
     expected = world.values(world.prompts())
-    for world in (world, World(make_vlm, family, vision_cache=options)):  # noqa: B020, PLW2901
+    for world in (world, World(make_vlm, family, vision_cache=options)):  # noqa: B020
         prompts = world.prompts()
         assert prompts.without_pixels == (True, True)
         assert not any(v.numel() for name, v in prompts.inputs.items() if name.startswith("pixel"))
