@@ -22,6 +22,7 @@ from vidreason.lightning_modules.vlms.text.context import check_context_length, 
 from vidreason.lightning_modules.vlms.text.prompts import check_video_arrived, encode_prompt, extended, join_prompts
 
 VISUAL_TOKEN = re.compile(r"image|img|video|vision|audio|<row_\d+_col_\d+>", re.IGNORECASE)
+_MOST_PROMPTS = 256  # whose tokens are kept
 
 
 class ClipEncoder:
@@ -47,6 +48,7 @@ class ClipEncoder:
         self.pixel_dtype: torch.dtype | None = None
         """Dtype in which workers hand pixels over; None is that of the processor."""
         self._processor: Any = None
+        self._behind: dict[Prompt, list[int] | None] = {}
 
     def frame_count(self, frames: int) -> int:
         """Returns how many frames of a clip the processor gets; the last one is repeated up to this number."""
@@ -183,8 +185,12 @@ class ClipEncoder:
 
     def tokens_behind(self, prompt: Prompt) -> list[int] | None:
         """Returns the tokens of a prompt from the user's first word on; None if tokens do not part there."""
-        text = chat.prompt_text(self.processor, prompt, self.chat_template_kwargs)
-        return known.tokens_behind(self.processor, text, self.opening)
+        if prompt not in self._behind:  # most clips of a stage have the same prompt
+            if len(self._behind) == _MOST_PROMPTS:
+                self._behind.clear()
+            text = chat.prompt_text(self.processor, prompt, self.chat_template_kwargs)
+            self._behind[prompt] = known.tokens_behind(self.processor, text, self.opening)
+        return self._behind[prompt]
 
     def _encode_one(self, example: Example, empty: bool) -> tuple[dict[str, Tensor], KnownVideo | None]:
         """Returns the inputs of a clip and its prompt, and what other prompts need of the video.

@@ -166,7 +166,7 @@ class VisionCache:
             self._contexts, self._expected = [], None
         reason = off or _why_not_known(prompts)
         if reason is not None:
-            self._say(f"vision embeddings are not cached, and every clip is decoded: {reason}")
+            self._say(f"vision embeddings are not cached: {reason}; every clip is decoded in every epoch")
             yield self._decoded(layout, prompts)
             return
         keys = self._keys(model, parts, prompts)

@@ -18,6 +18,7 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.vision_cache import cache as vision_cache
 from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
 from vidreason.lightning_modules.vlms.vision_cache.embedding_store import EmbeddingStore
+from vidreason.lightning_modules.vlms.vision_cache.features import VisionFeatures
 
 MakeVLM = Callable[..., VLM]
 FAMILIES = ("tiny", "qwen", "smolvlm", "internvl", "onevision", "qwen3")
@@ -181,7 +182,7 @@ def test_deepstack_features_come_from_the_cache(
             torch.testing.assert_close(found, expected[1:] if alone else expected, rtol=1e-5, atol=1e-5)
     assert len(calls) == 2
     join = vision_cache.join
-    without = lambda entries: vision_cache.VisionFeatures(join(entries).pooler_output, [])  # noqa: E731
+    without = lambda entries: VisionFeatures(join(entries).pooler_output, [])  # noqa: E731
     monkeypatch.setattr(vision_cache, "join", without)
     with cache.feeding(vlm, model, prompts, "expand"):
         assert (model(**inputs).logits - expected).abs().max() > 1e-3
