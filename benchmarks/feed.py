@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     rows = []
     with TemporaryDirectory() as name:
         folder = Path(name)
-        vlm_builders.write_qwen(folder / "model")
+        vlm_builders.write_qwen(folder / "model", max_position_embeddings=32768)
         paths = write_clips(folder, options.clips, 0.5 if options.tiny else 10.0, size)
         for workers in (0, 2):
             row = measure(folder, paths, frames, pixels, workers, options.repeats)
