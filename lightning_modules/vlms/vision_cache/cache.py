@@ -141,6 +141,8 @@ class VisionCache:
             key = _key(context, video)
             entry = self._memory.get(key) or (self.store.read(key, PROMPT) if self.store is not None else None)
             if entry is not None and (known := from_tensors(entry)) is not None:
+                if key in self._memory:
+                    self._memory.move_to_end(key)  # it has to stay until its batch is used
                 self._reads[video] = read
                 return known
         return None
