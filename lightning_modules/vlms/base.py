@@ -98,7 +98,7 @@ class VLM(ClipEncoder, ABC):
         self._announced: set[Choice] = set()
         self._logged_tokens = False
 
-    casts_pixels: ClassVar[bool] = True
+    casts_pixels: ClassVar[bool] = False
     """Whether the vision path casts pixels to its dtype before it computes with them, so that workers may do so."""
 
     # -- what a family defines ---------------------------------------------------------------------------------------

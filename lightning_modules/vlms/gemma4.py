@@ -17,8 +17,6 @@ from vidreason.lightning_modules.vlms.loading import building
 class Gemma4(VLM):
     """Gemma 4; its processor gives every frame about the same number of tokens."""
 
-    casts_pixels = False  # its patch embedder scales them first
-
     @cached_property
     def vision_modules(self) -> tuple[str, ...]:
         """Dotted names of the vision tower and, in the smaller models, of what encodes sound."""

@@ -18,6 +18,7 @@ class QwenVL(VLM):
     """Qwen2.5-VL or Qwen2-VL, depending on the checkpoint; ``max_pixels`` is the limit of one frame."""
 
     vision_modules = ("model.visual",)
+    casts_pixels = True
     _reported = False
 
     def video_options(self, frames: int = 1) -> dict[str, Any]:
