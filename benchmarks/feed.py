@@ -3,7 +3,7 @@
     make links && PYTHONPATH=.typing python benchmarks/feed.py --json benchmarks/results/DATE_feed.json
 
 Clips of 640 x 480 pixels with moving noise, H.264, of which 32 frames of at most 200,704 pixels are taken, and the
-processor of Qwen2.5-VL (4,096 visual tokens a clip). The model behind it is tiny, since no epoch that is timed runs it;
+processor of Qwen2.5-VL (4,032 visual tokens a clip). The model behind it is tiny, since no epoch that is timed runs it;
 it only fills the cache. An epoch is timed from the first batch asked for to the last one received.
 
 - *cold*: every clip is decoded and preprocessed.

@@ -108,7 +108,7 @@ class ClipDataset(Dataset[LoadedClip]):
         """Leaves ``knows`` in the main process."""
         return self.__dict__ | {"knows": None}
 
-    def key(self, position: int, epoch: int = 0, valid: bool = True) -> ClipKey:
+    def key(self, position: int, epoch: int, valid: bool) -> ClipKey:
         """Returns the index of a clip; samplers call this in the main process."""
         return ClipKey(position, epoch, valid, self._known(self.clips[position]))
 

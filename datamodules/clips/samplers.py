@@ -20,6 +20,13 @@ def batches_of_an_epoch(trainer: L.Trainer, batches: int) -> int:
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
+def _key(dataset: object, position: int, epoch: int, valid: bool) -> ClipKey:
+    """Returns the index of a clip, with what is known of its video at this moment."""
+    if isinstance(dataset, ClipDataset):
+        return dataset.key(position, epoch, valid)
+    return ClipKey(position, epoch, valid)
+
+
 class ResumableSampler(DistributedSampler[Any]):
     """A sampler that can start in the middle of an epoch."""
 
@@ -73,9 +80,8 @@ class SeededDistributedSampler(ResumableSampler):
         """Yields this rank's clips of the epoch; in an interrupted epoch, the clips that were not seen yet."""
         places = range(self.rank, self.total_size, self.num_replicas)  # in the order of all ranks together
         rest = islice(zip(places, self.order(), strict=True), self.seen, None)
-        assert isinstance(self.dataset, ClipDataset)
-        dataset = self.dataset
-        return (dataset.key(index, self.epoch, valid=place < len(dataset)) for place, index in rest)
+        clips = len(self.dataset)  # type: ignore[arg-type]
+        return (_key(self.dataset, index, self.epoch, valid=place < clips) for place, index in rest)
 
     def order(self) -> Iterator[int]:
         """Returns this rank's positions of the whole epoch."""
@@ -97,9 +103,8 @@ class NonRepeatingDistributedSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[ClipKey]:
         """Yields this rank's positions."""
-        assert isinstance(self.dataset, ClipDataset)
-        dataset, own = self.dataset, range(self.rank, self.total_size, self.num_replicas)
-        return (dataset.key(place, valid=bool(own)) for place in own or [0])
+        own = range(self.rank, self.total_size, self.num_replicas)
+        return (_key(self.dataset, place, 0, valid=bool(own)) for place in own or [0])
 
 
 class BalancedSampler(SeededDistributedSampler):

@@ -23,9 +23,7 @@ def precision() -> Iterator[None]:
 
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(("device", "tf32", "expected"), [("cuda", True, "high"), ("cuda", False, "highest")])
-def test_tf32_is_set_on_a_gpu_and_said(
-    monkeypatch: pytest.MonkeyPatch, device: str, tf32: bool, expected: str
-) -> None:
+def test_tf32_is_set_on_a_gpu_and_said(monkeypatch: pytest.MonkeyPatch, device: str, tf32: bool, expected: str) -> None:
     said: list[str] = []
     monkeypatch.setattr(cuda_settings, "rank_zero_info", said.append)
     torch.set_float32_matmul_precision("medium")
