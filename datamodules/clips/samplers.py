@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import lightning as L
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from vidreason.datamodules.clips.dataset import ClipDataset, ClipKey
 from vidreason.datamodules.clips.sampling import balanced_order
@@ -25,6 +25,26 @@ def _key(dataset: object, position: int, epoch: int, valid: bool) -> ClipKey:
     if isinstance(dataset, ClipDataset):
         return dataset.key(position, epoch, valid)
     return ClipKey(position, epoch, valid)
+
+
+class GivenBatches(Sampler[list[ClipKey]]):
+    """Batches of given positions, as indices with what is known of their videos when they are asked for.
+
+    Args:
+        dataset: The dataset.
+        batches: Positions of the clips of each batch.
+    """
+
+    def __init__(self, dataset: object, batches: Sequence[Sequence[int]]) -> None:
+        self.dataset = dataset
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[ClipKey]]:
+        """Yields the batches in order."""
+        return ([_key(self.dataset, place, 0, valid=True) for place in batch] for batch in self.batches)
 
 
 class ResumableSampler(DistributedSampler[Any]):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.dataset import LoadedClip
+from vidreason.datamodules.clips.samplers import GivenBatches
 from vidreason.datamodules.prompts import ClipView, DescribeView, ReasonView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.trace_parts import join_parts, own_part
@@ -240,10 +241,12 @@ class TraceFile:
             loader: DataLoader[LoadedClip] = self.data.loader(split, self.generator.view)
             yield from DataLoader(
                 loader.dataset,
-                batch_sampler=own,
+                batch_sampler=GivenBatches(loader.dataset, own),
                 num_workers=loader.num_workers,
                 collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
                 worker_init_fn=loader.worker_init_fn,
+                prefetch_factor=loader.prefetch_factor,
             )
 
 

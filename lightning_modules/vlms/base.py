@@ -280,11 +280,11 @@ class VLM(ClipEncoder, ABC):
 
     @cached_property
     def _vision_recipe(self) -> str:
-        """The processing of frames and loading of weights as JSON; part of the cache key."""
+        """The processing of frames, the tokens around them and the loading of weights; part of the cache key."""
         parts = [getattr(self.processor, name, None) for name in ("video_processor", "image_processor")]
         frames = [[type(part).__name__, part.to_dict()] for part in parts if part is not None]
         loading = [self.dtype, self.attn_implementation, self.quantize]
-        return json.dumps([frames, self.video_options(), loading], sort_keys=True, default=str)
+        return json.dumps([frames, self.video_options(), self.prompt_recipe(), loading], sort_keys=True, default=str)
 
     def _vision_fed(
         self, model: nn.Module, prompts: EncodedPrompts, route: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -191,6 +193,12 @@ class ClipEncoder:
             text = chat.prompt_text(self.processor, prompt, self.chat_template_kwargs)
             self._behind[prompt] = known.tokens_behind(self.processor, text, self.opening)
         return self._behind[prompt]
+
+    def prompt_recipe(self) -> list[Any]:
+        """Returns all that the tokens in front of the user's words depend on, besides the video."""
+        plain = {k: v for k, v in vars(self.processor).items() if isinstance(v, str | int | float | list | None)}
+        words = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return [type(self.processor).__name__, plain, self.opening, hashlib.sha256(words.encode()).hexdigest()]
 
     def _encode_one(self, example: Example, empty: bool) -> tuple[dict[str, Tensor], KnownVideo | None]:
         """Returns the inputs of a clip and its prompt, and what other prompts need of the video.

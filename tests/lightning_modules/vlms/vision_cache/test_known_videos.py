@@ -147,6 +147,17 @@ def test_a_known_video_has_the_same_values_to_the_bit(make_vlm: MakeVLM, family:
     assert not world.vlm.knows_videos, "every clip would be decoded again"
 
 
+def test_another_chat_template_does_not_take_the_tokens_of_this_one(make_vlm: MakeVLM, tmp_path: Path) -> None:
+    options = VisionCacheOptions(folder=str(tmp_path))
+    world = World(make_vlm, "qwen", vision_cache=options)
+    world.values(world.prompts())
+    other = World(make_vlm, "qwen", vision_cache=options)
+    template = builders.QWEN_TEMPLATE.replace("{{ m['role'] }}", "the {{ m['role'] }}", 1)
+    other.vlm.processor.chat_template = template
+    assert other.prompts().without_pixels == (False, False)
+    assert World(make_vlm, "qwen", vision_cache=options).prompts().without_pixels == (True, True)
+
+
 def test_nothing_is_known_of_weights_that_change(make_vlm: MakeVLM) -> None:
     world = World(make_vlm, "qwen")
     world.values(world.prompts())
