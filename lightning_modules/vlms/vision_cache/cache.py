@@ -131,12 +131,7 @@ class VisionCache:
         return bool(self._contexts) and (bool(self._memory) or (self.store is not None and self.store.bytes > 0))
 
     def find_known(self, video: str, read: Callable[[], VideoSample]) -> KnownVideo | None:
-        """Returns what a prompt needs of a video that has an entry; None if it has none.
-
-        Args:
-            video: ``VideoSample.identity`` of the video.
-            read: Decodes the video, in case its entry is removed before it is used.
-        """
+        """Returns what a prompt needs of a video that has an entry; ``KnowsVideos.find_known`` has the arguments."""
         for context in self._contexts if self.knows_videos else ():
             key = _key(context, video)
             entry = self._memory.get(key) or (self.store.read(key, PROMPT) if self.store is not None else None)
