@@ -170,8 +170,8 @@ class VLM(ClipEncoder, ABC):
 
     def expect(self, model: nn.Module) -> None:
         """Notes the model that prompts will be for: which clips its vision cache knows, and its dtype of pixels."""
-        vision = next(unwrap(model).get_submodule(self.vision_modules[0]).parameters())
-        self.pixel_dtype = vision.dtype if self.casts_pixels and vision.dtype == torch.bfloat16 else None
+        dtypes = {p.dtype for p in unwrap(model).get_submodule(self.vision_modules[0]).parameters()}
+        self.pixel_dtype = torch.bfloat16 if self.casts_pixels and dtypes == {torch.bfloat16} else None
         if self.vision_cache is not None:
             self.vision_cache.expect(model)
 
