@@ -12,7 +12,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from vidreason.datamodules.clips.collating import BatchCollator
-from vidreason.datamodules.clips.dataset import ClipDataset, LoadedClip, ignore_signals_in_worker
+from vidreason.datamodules.clips.dataset import ClipDataset, LoadedClip
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.clips.samplers import (
     BalancedSampler,
@@ -29,6 +28,7 @@ from vidreason.datamodules.clips.samplers import (
     ResumableLoader,
     SeededDistributedSampler,
 )
+from vidreason.datamodules.clips.workers import worker_options
 from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.split_names import STANDARD_SPLITS
@@ -43,7 +43,6 @@ from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import BatchEncoder, Clip
 from vidreason.datamodules.words import check_words
 from vidreason.run_folder import SPLITS_FILE
-from vidreason.signals import stop_pipe
 
 _LOG = logging.getLogger(__name__)
 
@@ -279,10 +278,8 @@ class VideoDataModule(L.LightningDataModule, ABC):
             dataset,
             batch_size=batch_size or (self.batch_size if train else self.eval_batch_size),
             sampler=sampler,
-            num_workers=self.num_workers,
             collate_fn=BatchCollator(self.encoder, self.label_names),
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=partial(ignore_signals_in_worker, stop=stop_pipe()) if self.num_workers else None,
+            **worker_options(self.num_workers, (type(self).__module__, type(self.encoder).__module__)),
             # Without it, the loader would draw its base seed from torch's global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +20,6 @@ from vidreason.datamodules.clips.reading import ReadStoppedError, ReadTimeoutErr
 from vidreason.datamodules.file_hash import content_sha, file_version
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
-from vidreason.signals import use_stop_pipe
 
 _MOST_TIMEOUTS = 2
 
@@ -49,28 +44,6 @@ class LoadedClip:
     """False for a clip that only gives this rank as many clips as the others have."""
     failed: FailedClip | None = None
     """Why the clip could not be read."""
-
-
-def ignore_signals_in_worker(worker: int, stop: Connection | None = None) -> None:
-    """Makes a worker ignore Ctrl-C and SIGTERM to the process group, so that only its parent process ends it.
-
-    Args:
-        worker: Number of the worker, which a ``worker_init_fn`` receives.
-        stop: ``signals.stop_pipe()`` of the parent process, which ends a read when the parent receives a signal.
-    """
-    if stop is not None:
-        use_stop_pipe(stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        # a blocked signal is only delivered to sigwaitinfo, which tells who sent it
-        threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
-
-
-def _exit_on_sigterm_of_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 class ClipDataset(Dataset[LoadedClip]):
