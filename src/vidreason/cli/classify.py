@@ -15,6 +15,7 @@ from tqdm import tqdm
 from vidreason import exit_codes
 from vidreason.config.options import CommandParser
 from vidreason.datamodules.sources.folders import clips_below
+from vidreason.pipelines.state import run_notes
 from vidreason.pipelines.table import percent, render_table
 from vidreason.spelling import printable
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
 
     classifier = VideoClassifier.from_run(options.run, options.stage)
     print(f"answers: {classifier.answers}", file=sys.stderr, flush=True)
+    for note in run_notes(options.run):
+        print(f"note: {printable(note)}", file=sys.stderr, flush=True)
     decided: list[Decision] = []
     bar = tqdm(total=len(paths), desc="classifying", unit="clip", disable=len(paths) < 2, leave=False)
     with bar:
@@ -65,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
 def find_clips(places: Sequence[Path]) -> Iterator[Path]:
     """Yields the given files, and for a folder the clips at any depth below it, sorted.
 
+    What is passed over in a folder is printed to stderr.
+
     Raises:
         ValueError: If a folder has no clip. A missing file is not checked here; its decision reports it.
     """
@@ -72,7 +77,9 @@ def find_clips(places: Sequence[Path]) -> Iterator[Path]:
         if not place.is_dir():
             yield place
             continue
-        found = clips_below(place)
+        found, passed_over = clips_below(place)
+        if passed_over:
+            print(printable(f"{place}: passed over, no clips: {', '.join(passed_over)}"), file=sys.stderr, flush=True)
         if not found:
             raise ValueError(f"{place}: no clip in this folder")
         yield from found
