@@ -16,26 +16,28 @@ from typing import Literal, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.dataset import LoadedClip
-from vidreason.datamodules.prompts import ClipView, DescribeView, ReasonView
+from vidreason.datamodules.prompts import DescribeView, ReasonView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.trace_parts import join_parts, own_part
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.datamodules.types import Clip, VideoBatch
 from vidreason.datamodules.unreadable import warn_unreadable
 from vidreason.lightning_modules.traces.rationale_filter import RationaleFilter
+from vidreason.lightning_modules.traces.text_quality import judge_texts
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.completions import Completion, generate_completions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded
 from vidreason.lightning_modules.vlms.pieces import split_clips
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
-from vidreason.run_folder import TRACES_FILE
+from vidreason.run_folder import TEXT_QUALITY_FILE, TRACES_FILE
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class TraceOptions:
         sampling: Sampling options; at temperature 1, traces of training and test have the same distribution.
         label_hint: Show the true label in the prompt of a description, as RB-FT's released code does.
         filter: Rules that reject descriptions; traces with an answer are all kept, right or wrong.
+        judge: Judge the texts that the base writes: are they language, and do they depend on the clip?
     """
 
     kind: Literal["describe", "reason"] = "describe"
@@ -55,6 +58,7 @@ class TraceOptions:
     sampling: Sampling = field(default_factory=Sampling)
     label_hint: bool = False
     filter: RationaleFilter = field(default_factory=RationaleFilter)
+    judge: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -67,7 +71,7 @@ def _any_adapter(model: nn.Module) -> AbstractContextManager[None]:
 
 def trace_view(
     task: Task, kind: Literal["describe", "reason"], label_hint: bool = False, form: CompletionForm = THINK_FORM
-) -> ClipView:
+) -> DescribeView | ReasonView:
     """Returns the prompt of generated texts of a kind, without texts behind it."""
     return DescribeView(task, label_hint=label_hint) if kind == "describe" else ReasonView(task, form=form)
 
@@ -77,7 +81,7 @@ class TraceGenerator:
     """Generates texts about clips and records which weights wrote them."""
 
     vlm: VLM
-    view: ClipView
+    view: DescribeView | ReasonView
     """The prompt about a clip."""
     options: TraceOptions
     form: CompletionForm
@@ -242,6 +246,7 @@ class TraceFile:
                 loader.dataset,
                 batch_sampler=own,
                 num_workers=loader.num_workers,
+                multiprocessing_context=loader.multiprocessing_context,
                 collate_fn=loader.collate_fn,
                 worker_init_fn=loader.worker_init_fn,
             )
@@ -270,16 +275,61 @@ def write_run_traces(
         known: Ids of clips to skip because another file has their texts.
         name: Name of the file.
     """
+    path = Path(trainer.default_root_dir) / name
+    with _writing(trainer, model) as shard:
+        store = TraceFile(path, generator, data, shard).complete(model, splits, trainer.strategy.root_device, known)
+    judge_run_texts(trainer, model, generator, data, splits, store)
+    return store
+
+
+def judge_run_texts(
+    trainer: L.Trainer,
+    model: nn.Module,
+    generator: TraceGenerator,
+    data: VideoDataModule,
+    splits: Sequence[str],
+    store: TraceStore | None = None,
+) -> None:
+    """Judges texts that the base wrote, as ``traces.judge`` asks for; writes the verdict and warns of a bad one.
+
+    All ranks have to call it together, after the texts are written.
+
+    Args:
+        trainer: The stage's trainer.
+        model: The weights that wrote them; texts of weights that an earlier stage has trained are not judged.
+        generator: The generator of the texts.
+        data: The data module of the clips.
+        splits: Names of the splits.
+        store: The texts; None takes those of ``traces.jsonl`` in the run folder.
+    """
+    if not generator.options.judge or generator.adapter_sha:
+        return
+    folder = Path(trainer.default_root_dir)
+    trainer.strategy.barrier("judge_texts")
+    with _writing(trainer, model):
+        store = TraceStore.open(folder / TRACES_FILE) if store is None else store
+        texts = {name: [record.text for record in group] for name, group in store.by_video(kept_only=False).items()}
+        device = trainer.strategy.root_device
+        quality = judge_texts(generator.vlm, model, data, generator.view, splits, texts, device)
+    if trainer.is_global_zero:
+        quality.save(folder / TEXT_QUALITY_FILE)
+    if quality.faults:
+        rank_zero_warn(
+            f"{store.path}: the base writes no language about these clips: {'; '.join(quality.faults)}; name a model "
+            "that can describe them, such as --vlm Qwen/Qwen2.5-VL-3B-Instruct"
+        )
+
+
+@contextmanager
+def _writing(trainer: L.Trainer, model: nn.Module) -> Iterator[RankShard]:
+    """Yields this rank's share, with the model on its device, unsharded and in the precision of its forwards."""
     strategy = trainer.strategy
-    device = strategy.root_device
     # Lightning moves the module to the device only after configure_model.
-    if next(model.parameters()).device != device:
-        model.to(device)
-    shard = RankShard(trainer.global_rank, trainer.world_size, partial(strategy.barrier, "write_traces"))
-    file = TraceFile(Path(trainer.default_root_dir) / name, generator, data, shard)
+    if next(model.parameters()).device != strategy.root_device:
+        model.to(strategy.root_device)
     # Ranks write unequal numbers of batches, and a strategy may have set another default device.
     with torch.device("cpu"), unsharded(model), trainer.precision_plugin.forward_context():
-        return file.complete(model, splits, device, known)
+        yield RankShard(trainer.global_rank, trainer.world_size, partial(strategy.barrier, "write_traces"))
 
 
 def complete_clips(trainer: L.Trainer, data: VideoDataModule, splits: Sequence[str], samples: int) -> frozenset[str]:

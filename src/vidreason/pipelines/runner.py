@@ -17,7 +17,7 @@ from vidreason.pipelines.commands import Commands
 from vidreason.pipelines.fingerprints import fingerprint_artefact
 from vidreason.pipelines.inputs import StageInputs
 from vidreason.pipelines.spec import PipelineSpec, StageSpec
-from vidreason.pipelines.state import changed_inputs, find_taken_stage, save_state, unreadable_note
+from vidreason.pipelines.state import changed_inputs, find_taken_stage, save_state, stage_notes, text_faults
 from vidreason.pipelines.summary import write_summary
 from vidreason.run_folder import COMMAND_FILE, PIPELINE_FILE, RunState, StageRecord, artefact_path
 from vidreason.run_lock import lock_run_folder
@@ -106,12 +106,28 @@ class PipelineRun:
             return exit_codes.INTERRUPTED
         for number, stage in enumerate(self.stages, 1):
             title = f"[{number}/{len(self.spec.stages)}] {stage.name}"
+            if self._leaves_out(stage, title):
+                continue
             status = self._take(stage, title) if stage.name in self.use else self._advance(stage, title)
             if status != 0:
                 return status
             if stage.command == "test":
                 write_summary(self.run_dir, self.spec, self.state)
         return 0
+
+    def _leaves_out(self, stage: StageSpec, title: str) -> bool:
+        """Returns whether the condition of a stage does not hold; the stage is then recorded as skipped."""
+        when = stage.when
+        record = None if when is None else self.state.stages.get(when.stage)
+        if when is None or record is None:
+            return False
+        language = not text_faults(self.run_dir / record.folder)
+        if language == when.language:
+            return False
+        print(f"{title}: left out, since the texts of {when.stage} are {'' if language else 'no '}language", flush=True)
+        self.state.stages[stage.name] = StageRecord("skipped", self.spec.folder(stage.name), {})
+        save_state(self.state, self.run_dir)
+        return True
 
     def _take(self, stage: StageSpec, title: str) -> int:
         """Records a finished stage of another run in place of running it.
@@ -136,7 +152,7 @@ class PipelineRun:
             command=found.command,
             artefact_sha=fingerprint_artefact(path),
             taken=True,
-            note=f"taken from {folder}",
+            note="; ".join(filter(None, (f"taken from {folder}", stage_notes(folder)))),
             wall_seconds=found.wall_seconds,
             cpu_seconds=found.cpu_seconds,
             gpu_seconds=found.gpu_seconds,
@@ -210,7 +226,7 @@ class PipelineRun:
             save_state(self.state, self.run_dir)
             raise ValueError(f"stage {stage.name} ended without an error but wrote no {stage.artefact} into {folder}")
         record.status, record.artefact_sha = "finished", fingerprint_artefact(path)
-        record.note = unreadable_note(folder)
+        record.note = stage_notes(folder)
         self._count_train_clips(stage, record)
 
     def _count_train_clips(self, stage: StageSpec, record: StageRecord) -> None:

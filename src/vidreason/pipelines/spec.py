@@ -28,10 +28,12 @@ Command = Literal["fit", "predict", "test"]
 ARTEFACT_OF: Mapping[str, Artefact] = {"fit": "adapter", "predict": "traces", "test": "predictions"}
 SECTIONS = ("data", "vlm", "model", "trainer", "checkpoint", "optimizer", "lr_scheduler", "seed_everything")
 
-_STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_unparsed")
+_STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_unparsed", "when")
 _PIPELINE_KEYS = ("name", "description", "needs", "data", "vlm", "strategy", "seed", "args", "stages")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _REFERENCE = re.compile(r"\{([^{}]+)\}")
+_CONDITION = re.compile(r"(not )?(\w+)\.language")
+_NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,17 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """Whether the texts of an earlier stage are language, which that stage judges itself."""
+
+    stage: str
+    language: bool
+
+    def __str__(self) -> str:
+        return f"{'' if self.language else 'not '}{self.stage}.language"
+
+
+@dataclass(frozen=True)
 class StageSpec:
     """One stage: an ordinary command and its inputs from earlier stages."""
 
@@ -54,12 +67,15 @@ class StageSpec:
     config: str
     args: Mapping[str, object]
     """Dotted settings that override the config (``trainer.max_steps: 5``)."""
-    inputs: Mapping[str, tuple[Reference, ...]]
-    """Dotted setting to the artefacts that may fill it, of which the first that exists is used."""
+    inputs: Mapping[str, tuple[Reference | None, ...]]
+    """Dotted setting to the artefacts that may fill it, of which the first that exists is used; None, as the last,
+    leaves the setting out."""
     on_unparsed: Literal["stop", "skip"] = "stop"
     """What to do if the stage stops because no completion could be parsed."""
     strategy: str | None = None
     """A file that is overlaid on the config, such as ``configs/strategy/qlora.yaml``."""
+    when: Condition | None = None
+    """The condition under which the stage runs; None is always."""
 
     @property
     def artefact(self) -> Artefact:
@@ -135,8 +151,8 @@ class PipelineSpec:
             stage = self.stage(head)
             if rest in stage.inputs:
                 raise ValueError(
-                    f"--{key}: comes from {' or '.join(map(str, stage.inputs[rest]))} in {self.source}; "
-                    f"take a finished stage with --use {stage.inputs[rest][0].stage}=FOLDER instead"
+                    f"--{key}: comes from {' or '.join(map(str, filter(None, stage.inputs[rest])))} in {self.source}; "
+                    f"take a finished stage with --use {str(stage.inputs[rest][0]).partition('.')[0]}=FOLDER instead"
                 )
             changed[stage.name][rest] = value
         stages = tuple(replace(stage, args=changed[stage.name]) for stage in self.stages)
@@ -152,9 +168,13 @@ class PipelineSpec:
             if stage.args:
                 row["args"] = dict(stage.args)
             if stage.inputs:
-                row["inputs"] = {key: "{" + "|".join(map(str, refs)) + "}" for key, refs in stage.inputs.items()}
+                row["inputs"] = {
+                    key: "{" + "|".join(str(ref or _NONE) for ref in refs) + "}" for key, refs in stage.inputs.items()
+                }
             if stage.on_unparsed != "stop":
                 row["on_unparsed"] = stage.on_unparsed
+            if stage.when is not None:
+                row["when"] = str(stage.when)
             stages.append(row)
         top: dict[str, object] = {"name": self.name, "description": self.description, "seed": self.seed}
         top |= {key: value for key in ("needs", "data", "vlm", "args") if (value := getattr(self, key))}
@@ -245,8 +265,9 @@ def _read_stage(row: object, where: str, before: Sequence[StageSpec], strategy: 
         locate_config(config)
     except ValueError as error:
         raise ValueError(f"{where}: key 'config': {error}") from error
+    when = _read_condition(stage.get("when"), f"{where}: key 'when'", before)
     inputs = {
-        key: _read_references(value, f"{where}: inputs.{key}", before)
+        key: _read_references(value, f"{where}: inputs.{key}", before, when)
         for key, value in _settings(stage.get("inputs"), f"{where}: key 'inputs'").items()
     }
     args = _settings(stage.get("args"), f"{where}: key 'args'")
@@ -255,29 +276,56 @@ def _read_stage(row: object, where: str, before: Sequence[StageSpec], strategy: 
         overlay = None if strategy is None else strategy_file(str(strategy))
     except ValueError as error:
         raise ValueError(f"{where}: key 'strategy': {error}") from error
-    return StageSpec(name, cast(Command, command), config, args, inputs, policy, overlay)
+    return StageSpec(name, cast(Command, command), config, args, inputs, policy, overlay, when)
 
 
-def _read_references(value: object, where: str, before: Sequence[StageSpec]) -> tuple[Reference, ...]:
+def _read_condition(value: object, where: str, before: Sequence[StageSpec]) -> Condition | None:
+    if value is None:
+        return None
+    match = _CONDITION.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{where}: must read STAGE.language or not STAGE.language, got {value!r}")
+    writers = [stage.name for stage in before if stage.command == "predict"]
+    if match[2] not in writers:
+        raise ValueError(
+            f"{where}: no earlier stage {match[2]!r} that writes texts{did_you_mean(match[2], writers, '; ')}"
+        )
+    return Condition(match[2], match[1] is None)
+
+
+def _read_references(
+    value: object, where: str, before: Sequence[StageSpec], when: Condition | None
+) -> tuple[Reference | None, ...]:
     match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f'{where}: must read "{{stage.artefact}}", got {value!r}; fixed values belong in args')
-    references = []
+    references: list[Reference | None] = []
     stages = {stage.name: stage for stage in before}
     for text in match[1].split("|"):
         name, _, artefact = text.strip().partition(".")
+        if references and (references[-1] is None or text.strip() == _NONE):
+            references.append(None)
+            continue
         if name not in stages:
             raise ValueError(f"{where}: no earlier stage {name!r}{did_you_mean(name, list(stages), '; ')}")
         if artefact != stages[name].artefact:
             raise ValueError(f"{where}: stage {name} ({stages[name].command}) writes {stages[name].artefact!r} only")
         references.append(Reference(name, stages[name].artefact))
     # the last alternative has to exist whatever happens
-    if stages[references[-1].stage].on_unparsed == "skip":
+    last = references[-1]
+    if last is not None and (reason := _may_lack_artefact(stages[last.stage], when)):
         raise ValueError(
-            f"{where}: stage {references[-1].stage} may end without an artefact (on_unparsed: skip); name what to "
-            f'take instead, "{{{references[-1]}|earlier_stage.{references[-1].artefact}}}"'
+            f"{where}: stage {last.stage} may end without an artefact ({reason}); name what to take instead, "
+            f'"{{{last}|earlier_stage.{last.artefact}}}", or leave the setting out then, "{{{last}|{_NONE}}}"'
         )
     return tuple(references)
+
+
+def _may_lack_artefact(stage: StageSpec, when: Condition | None) -> str:
+    """Returns why a stage may write no artefact where another one with the condition ``when`` runs, if it may."""
+    if stage.on_unparsed == "skip":
+        return "on_unparsed: skip"
+    return f"when: {stage.when}" if stage.when not in (None, when) else ""
 
 
 def _mapping(value: object, where: str, known: Sequence[str]) -> dict[str, object]:
