@@ -53,6 +53,7 @@ from vidreason.lightning_modules.vlms.loading.master_weights import keep_master_
 from vidreason.lightning_modules.vlms.pieces import EvalOptions
 from vidreason.lightning_modules.weights.export import StartingWeights, export_weights, trained_state
 from vidreason.lightning_modules.weights.lineage import Lineage, check_policy, check_task
+from vidreason.lightning_modules.weights.model_inputs import describe_inputs
 from vidreason.lightning_modules.weights.parameters import set_train_mode, trainable
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
@@ -316,6 +317,7 @@ class VLMModule(L.LightningModule):
             definitions=tuple(spec.definition for spec in self.data.task.classes),
             seed=self.seed,
             global_step=self.trainer.global_step,
+            inputs=describe_inputs(self.vlm, self.data.frames, self.decider(self.data.task).view),
         )
 
     def export(self, run_dir: Path) -> Path:
