@@ -106,10 +106,10 @@ def references() -> dict[str, float | None]:
     prose = "\n".join(b for b in pages.split("\n\n") if 30 <= len(b.split()) <= 80 and b[0].isalpha())
     letters = "".join(rng.choices(string.ascii_lowercase + " ", k=6000))
     shares = {}
-    for size in (1000, 1500, 3000, 6000):
+    for size in (3000, 4500, 6000):
         shares[f"{size} characters of the docs"] = compressed_share([prose[:size]])
         shares[f"{size} random letters"] = compressed_share([letters[:size]])
-    return {**shares, "one sentence 100 times": compressed_share(["A man walks to the door."] * 100)}
+    return {**shares, "one sentence 200 times": compressed_share(["A man walks to the door."] * 200)}
 
 
 def main() -> None:

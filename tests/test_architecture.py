@@ -186,6 +186,23 @@ def test_a_circle_would_be_found():
     assert _strongly_connected({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}, {"a"}, {"d"}]
 
 
+def test_nothing_forks_a_process_that_may_have_threads():
+    """Workers of loaders come from ``worker_options``, or from the loader that another one is made of."""
+    forks = ("os.fork(", "preexec_fn", "ProcessPoolExecutor", '"fork"')
+    loaders = 0
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        found = [word for word in forks if word in text]
+        assert not found, f"{relative(path)}: {', '.join(found)}"
+        for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            if "collate_fn" in given:
+                loaders += 1
+                safe = given.get(None, "").startswith("worker_options(") or "multiprocessing_context" in given
+                assert safe, f"{relative(path)}, line {call.lineno}: its workers would be forks"
+    assert loaders >= 2
+
+
 def dotted(path: Path) -> str:
     """The name under which a file is imported."""
     parts = path.relative_to(ROOT).with_suffix("").parts

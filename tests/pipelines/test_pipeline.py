@@ -149,7 +149,8 @@ def test_without_language_the_run_goes_on_with_labels_and_says_so(
     assert "[2/5] cold: left out, since the texts of generate are no language" in capsys.readouterr().out
     (row,) = json.loads(Path("runs/x/summary.json").read_text())
     assert row["method"] == "two_ways"
-    assert row["note"].startswith("generate wrote no language about these clips (they are letters); tested: not better")
+    said = "generate wrote no language about these clips (they are letters): name a model that can, --vlm; "
+    assert row["note"].startswith(f"{said}test: not better")
     assert run_notes(Path("runs/x")) == [row["note"]]
     assert find_stage_folder(Path("runs/x")).name == "05_tested"
     assert run(trainer) == 0

@@ -94,7 +94,7 @@ def text_faults(folder: Path) -> tuple[str, ...]:
 def stage_notes(folder: Path) -> str:
     """Returns what the summary has to say about a finished stage, or an empty text."""
     faults = text_faults(folder)
-    told = f"wrote no language about these clips ({'; '.join(faults)})" if faults else ""
+    told = f"wrote no language about these clips ({'; '.join(faults)}): name a model that can, --vlm" if faults else ""
     return "; ".join(filter(None, (unreadable_note(folder), told)))
 
 

@@ -84,7 +84,7 @@ def test_the_interval_is_students():
 def test_verdicts():
     good = TextQuality(64, 16, 0.5, 0.4, 0.6, 0.4)
     rng = random.Random(0)
-    letters = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=60)) for _ in range(40)]
+    letters = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=60)) for _ in range(60)]
     assert not good.faults
     assert not replace(good, difference=None, low=None, high=None).faults, "too few pairs: the size decides"
     for quality, fault in (
