@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,8 +34,10 @@ def worker_options(number: int, modules: Iterable[str] = ()) -> dict[str, Any]:
     if not number:
         return {"num_workers": 0}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*dict.fromkeys(modules)])  # has no effect on a server that runs already
-    with _environment(_ONE_THREAD):
+    # Neither has an effect on a server that runs already.
+    context.set_forkserver_preload([*dict.fromkeys(("vidreason.datamodules.base", *modules))])
+    # Python 3.11 does not hand the paths of modules on.
+    with _environment({**_ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
         forkserver.ensure_running()
     return {
         "num_workers": number,

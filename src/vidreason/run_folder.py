@@ -78,6 +78,11 @@ class StageRecord:
         """True if the stage finished, or ended without an artefact as its ``on_unparsed: skip`` allows."""
         return self.status in ("finished", "skipped")
 
+    @property
+    def left_out(self) -> bool:
+        """True if the stage was not run because its condition did not hold."""
+        return self.status == "skipped" and not self.inputs
+
 
 @dataclass
 class RunState:

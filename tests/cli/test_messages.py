@@ -71,6 +71,23 @@ def test_backslashes_are_separators_where_no_file_has_that_name(tmp_path):
         ManifestDataModule(table).samples("train")
 
 
+@pytest.mark.parametrize("option", ["--data", "--vlm"])
+def test_a_backslash_in_an_option_is_named(here, capfd, option):
+    message = f"{option} sub\\x.yaml: no such file; folders are separated by / here, not by \\"
+    assert said(capfd, [*FIT, option, "sub\\x.yaml"]) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--trainer.check_val_every_n_epoch", "0"), "trainer.check_val_every_n_epoch is 0: raise it"),
+        (("--model.init_args.optim.optimizer.init_args.lr", ".nan"), "optim.optimizer: Invalid learning rate: nan"),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(here, capfd, options, message):
+    assert message in said(capfd, [*FIT, *options])
+
+
 def test_no_file_of_a_class_folder_is_passed_over_without_being_listed(tmp_path):
     for label in "ab":
         (tmp_path / label).mkdir()

@@ -152,6 +152,7 @@ def test_without_language_the_run_goes_on_with_labels_and_says_so(
     said = "generate wrote no language about these clips (they are letters): name a model that can, --vlm; "
     assert row["note"].startswith(f"{said}test: not better")
     assert run_notes(Path("runs/x")) == [row["note"]]
+    Path("runs/x/stages/05_tested/config.yaml").touch()
     assert find_stage_folder(Path("runs/x")).name == "05_tested"
     assert run(trainer) == 0
     assert trainer.stages == []

@@ -21,6 +21,7 @@ from vidreason.config.files import find_config, shipped_folder
 from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.sources.rows import read_table
 from vidreason.datamodules.sources.table_paths import spellings
+from vidreason.datamodules.task import explain_yaml_error
 from vidreason.pipelines.content import code_prints, listing_print
 
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -117,7 +118,7 @@ def read_yaml(path: Path) -> object:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(explain_yaml_error(path, error)) from error
 
 
 def _resolved(value: str) -> str:

@@ -98,6 +98,8 @@ class PipelineRun:
 
     def _run_locked(self) -> int:
         write_text(self.run_dir / PIPELINE_FILE, self.spec.as_yaml())
+        for name in [name for name, record in self.state.stages.items() if record.left_out]:
+            del self.state.stages[name]  # decided anew, since the texts may be others
         try:
             if not self.prepare():
                 return exit_codes.USAGE
