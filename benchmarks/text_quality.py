@@ -84,8 +84,8 @@ def sources(folder: Path, vlm: TinyVLM, clips: int) -> Iterator[tuple[str, Video
         )
 
 
-def measure(vlm: TinyVLM, model: torch.nn.Module, data: VideoDataModule, clips: int) -> tuple[TextQuality, str]:
-    """Returns the verdict on two texts about each training clip, and one of them."""
+def measure(vlm: TinyVLM, model: torch.nn.Module, data: VideoDataModule) -> tuple[TextQuality, list[str]]:
+    """Returns the verdict on two texts about each training clip, and the texts."""
     data.prepare_data()
     data.setup("fit")
     view, texts = DescribeView(data.task), dict[str, tuple[str, ...]]()
@@ -95,7 +95,7 @@ def measure(vlm: TinyVLM, model: torch.nn.Module, data: VideoDataModule, clips: 
         told = [tuple(completion.text for completion in group) for group in made.completions]
         texts |= dict(zip(batch.video_ids, told, strict=True))
     quality = judge_texts(vlm, model, data, view, ("train",), texts, torch.device("cpu"))
-    return quality, next(iter(texts.values()))[0]
+    return quality, [text for told in texts.values() for text in told]
 
 
 def references() -> dict[str, float | None]:
@@ -127,12 +127,20 @@ def main() -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, data in sources(Path(folder), vlm, options.clips):
-            quality, example = measure(vlm, model, data, options.clips)
-            rows[name] = {**asdict(quality), "language": not quality.faults, "example": example}
+            quality, texts = measure(vlm, model, data)
+            size, share = sum(map(len, texts)), compressed_share(texts, fewest=1)
+            rows[name] = {
+                **asdict(quality),
+                "characters": size,
+                "compressed_at_any_size": share,
+                "faults": quality.faults,
+                "examples": texts[:4],
+            }
             print(
-                f"{name:36s} compressed {quality.compressed or 0:.3f}, own minus other {quality.difference or 0:+.3f} "
-                f"({quality.low or 0:+.3f} to {quality.high or 0:+.3f}), {quality.pairs} pairs: "
-                f"{'language' if not quality.faults else 'no language'}\n    {example[:160]!r}",
+                f"{name:36s} compressed {share or 0:.3f} ({size} characters), "
+                f"own minus other {quality.difference or 0:+.3f} ({quality.low or 0:+.3f} to "
+                f"{quality.high or 0:+.3f}), {quality.pairs} pairs: "
+                f"{'language' if not quality.faults else 'no language'}\n    {texts[0][:160]!r}",
                 flush=True,
             )
     write_json(options.json, {"clips": options.clips, "references": known, "sources": rows})

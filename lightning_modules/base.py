@@ -39,13 +39,8 @@ from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, ch
 from vidreason.lightning_modules.fit.schedule import OptimOptions, count_steps
 from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable
 from vidreason.lightning_modules.fit.stopping import run_unless_stopped
-from vidreason.lightning_modules.traces.generation import (
-    TraceGenerator,
-    TraceOptions,
-    complete_clips,
-    judge_run_texts,
-    trace_view,
-)
+from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, trace_view
+from vidreason.lightning_modules.traces.run_texts import complete_clips
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
@@ -288,12 +283,6 @@ class VLMModule(L.LightningModule):
         records = self.trace_generator(self.data.task).records(self.policy, batch, self.data.label_names)
         return {"traces": tuple(record for record in records if record.video_id not in self._written)}
 
-    def on_predict_end(self) -> None:
-        """Judges descriptions by the base; Lightning calls this after the callbacks have written them."""
-        if self.traces.kind == "describe":
-            generator = self.trace_generator(self.data.task)
-            judge_run_texts(self.trainer, self.policy, generator, self.data, self.data.predict_splits)
-
     # ------------------------------------------------------------------ checkpoints and artefacts
 
     def stateful(self) -> Mapping[str, Stateful]:
@@ -321,11 +310,7 @@ class VLMModule(L.LightningModule):
         )
 
     def export(self, run_dir: Path) -> Path:
-        """Writes the trained weights for the next stage.
-
-        Returns:
-            ``run_dir/adapter``, or after full fine-tuning ``run_dir/weights``, a model folder.
-        """
+        """Writes the trained weights to ``run_dir/adapter`` (or ``run_dir/weights``) and returns the folder."""
         return export_weights(self.policy, run_dir, self.lineage(run_dir).info(), self.vlm.processor)
 
     def export_adapter(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:

@@ -47,7 +47,8 @@ from vidreason.lightning_modules.fit.passes import (
 from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import count_or_one, label_log_probabilities
-from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, write_run_traces
+from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions
+from vidreason.lightning_modules.traces.run_texts import write_run_traces
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.pieces import split_clips

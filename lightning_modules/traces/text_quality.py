@@ -87,17 +87,17 @@ class TextQuality:
         write_text(path, json.dumps({**asdict(self), "faults": self.faults}, indent=1) + "\n")
 
 
-def compressed_share(texts: Sequence[str]) -> float | None:
+def compressed_share(texts: Sequence[str], fewest: int = FEWEST_BYTES) -> float | None:
     """Returns the compressed size of texts relative to that of their characters in random order.
 
-    Texts of less than ``FEWEST_BYTES`` bytes in all give None; of long texts the beginning counts.
+    Texts of less than ``fewest`` bytes in all give None; of long texts the beginning counts.
 
     >>> compressed_share(["A man walks to the door."])
     >>> round(compressed_share(["A man walks to the door."] * 200), 2)
     0.02
     """
     content = "\n".join(texts)[:_MOST_CHARACTERS]
-    if len(content.encode()) < FEWEST_BYTES:
+    if len(content.encode()) < fewest:
         return None
     characters = list(content)
     random.Random(0).shuffle(characters)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vidreason import __version__
 from vidreason.config.vlm_shorthand import shorthand_settings
+from vidreason.pipelines.config_files import locate_config
 from vidreason.pipelines.fingerprints import (
     fingerprint_artefact,
     fingerprint_config,
@@ -16,7 +17,7 @@ from vidreason.pipelines.fingerprints import (
     fingerprint_settings,
     named_values,
 )
-from vidreason.pipelines.spec import PipelineSpec, Reference, StageSpec, locate_config
+from vidreason.pipelines.spec import PipelineSpec, Reference, StageSpec
 from vidreason.pipelines.state import changed_inputs
 from vidreason.run_folder import ARTEFACT_FILES, CHECKPOINTS_FOLDER, LAST_CHECKPOINT, RunState, artefact_path
 

@@ -7,18 +7,15 @@ of several that exists). The command determines which artefact a stage writes.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal, cast
 
 import yaml
 
-from vidreason.config.command_files import check_section, check_yaml
-from vidreason.config.files import PREFIX, find_config, shipped_folder
 from vidreason.config.moved_keys import PIPELINE_MOVED, explain_moved
+from vidreason.pipelines.config_files import locate_config, strategy_file
 from vidreason.pipelines.fingerprints import read_yaml
 from vidreason.run_folder import STAGES_FOLDER, Artefact
 from vidreason.spelling import did_you_mean
@@ -179,39 +176,6 @@ class PipelineSpec:
         top: dict[str, object] = {"name": self.name, "description": self.description, "seed": self.seed}
         top |= {key: value for key in ("needs", "data", "vlm", "args") if (value := getattr(self, key))}
         return yaml.safe_dump({**top, "stages": stages}, sort_keys=False, width=120)
-
-
-def locate_config(name: str) -> Path:
-    """Returns the path of a config file in the current folder or, failing that, among the shipped files.
-
-    Raises:
-        ValueError: If it is in neither place, or no YAML file.
-    """
-    try:
-        check_section("--data", name)
-        path = find_config(name)
-        if path is not None:
-            check_yaml(path)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    if path is None:
-        raise ValueError(f"no file {name!r}, neither from {Path.cwd()} nor among the shipped configs")
-    return path
-
-
-def strategy_file(name: str) -> str:
-    """Returns the file of a strategy: ``configs/strategy/qlora.yaml`` for ``qlora``; a file name is returned unchanged.
-
-    Raises:
-        ValueError: If there is no such file; the message lists the shipped ones.
-    """
-    path = name if name.endswith((".yaml", ".yml")) else f"{PREFIX}/strategy/{name}.yaml"
-    if find_config(path) is None:
-        shipped = sorted(p.stem for p in (shipped_folder() / "strategy").glob("*.yaml"))
-        raise ValueError(
-            f"no strategy {name!r} ({path}); shipped are {', '.join(shipped)}{did_you_mean(name, shipped, '; ')}"
-        )
-    return path
 
 
 def read_pipeline(config: str) -> PipelineSpec:

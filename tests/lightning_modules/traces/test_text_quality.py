@@ -19,7 +19,8 @@ from vidreason.datamodules.porch.render import write_mp4
 from vidreason.datamodules.prompts import DescribeView
 from vidreason.datamodules.traces import TraceStore
 from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.traces.generation import TraceOptions, write_run_traces
+from vidreason.lightning_modules.traces.generation import TraceOptions
+from vidreason.lightning_modules.traces.run_texts import write_run_traces
 from vidreason.lightning_modules.traces.text_quality import (
     TextQuality,
     compressed_share,
