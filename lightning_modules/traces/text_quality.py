@@ -39,7 +39,7 @@ from vidreason.lightning_modules.vlms.generation import evaluating
 LEAST_COMPRESSED, MOST_COMPRESSED = 0.05, 0.80
 """Relative compressed sizes between which texts count as language.
 
-Measured: 0.02 for one sentence 200 times, 0.12 to 0.16 for the embedded base about its own clips, 0.79 for 3000
+Measured: 0.02 for one sentence 200 times, 0.15 to 0.16 for the embedded base about its own clips, 0.79 for 3000
 characters of unrelated paragraphs of English (less for more), 0.86 to 0.92 for its letter soup about other clips.
 """
 FEWEST_BYTES = 3000
