@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from vidreason.lightning_modules.vlms.prefix.layout import text_config, would_checkpoint
 from vidreason.lightning_modules.vlms.prefix.recompute import RecomputedCache
@@ -50,6 +50,53 @@ class LinearState(LinearAttentionLayer):
 
 def _rows(states: dict[int, Tensor | None], indices: Tensor) -> dict[int, Tensor | None]:
     return {key: None if state is None else state[indices] for key, state in states.items()}
+
+
+class ReservedLayer(DynamicLayer):
+    """Keys and values of n rows of a layer with full attention, in storage with room for all tokens to come.
+
+    A step writes its token in place, and rows that leave make room for others; nothing else is copied. It has no
+    gradient. K key heads, S tokens, D head size.
+
+    Args:
+        layer: The layer that is continued: [m, K, S, D]; it is not changed.
+        rows: [n] int64, its rows, which may repeat.
+        room: Number of tokens to come.
+    """
+
+    def __init__(self, layer: DynamicLayer, rows: Tensor, room: int) -> None:
+        super().__init__()
+        assert layer.keys is not None and layer.values is not None
+        self.lazy_initialization(layer.keys, layer.values)
+        self._stores = [_reserved(states, rows, room) for states in (layer.keys, layer.values)]
+        self._show(len(rows), layer.keys.shape[2])
+
+    def _show(self, rows: int, tokens: int) -> None:
+        self.keys, self.values = (store[:rows, :, :tokens] for store in self._stores)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes keys and values [n, K, W, D] of new tokens, and returns those of all tokens."""
+        rows, tokens = len(self.keys), self.keys.shape[2]
+        self._show(rows, tokens + key_states.shape[2])
+        self.keys[:, :, tokens:] = key_states
+        self.values[:, :, tokens:] = value_states
+        return self.keys, self.values
+
+    def move(self, source: Tensor, target: Tensor, rows: int) -> None:
+        """Copies the rows ``source`` to ``target``, [k] int64 each, and keeps the first ``rows`` rows."""
+        for states in (self.keys, self.values):
+            states[target] = states[source]
+        self._show(rows, self.keys.shape[2])
+
+
+def _reserved(states: Tensor, rows: Tensor, room: int) -> Tensor:
+    """Returns storage [n, K, S + room, D] that begins with the rows ``rows`` of ``states`` [m, K, S, D]."""
+    _, heads, tokens, size = states.shape
+    store = states.new_empty(len(rows), heads, tokens + room, size)
+    store[:, :, :tokens] = states[rows]
+    return store
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
