@@ -156,10 +156,11 @@ class VLM(ClipEncoder, ABC):
     def texts_from(self, generated: Generated) -> TextBatch:
         """Returns completions as texts behind their prompts, made of exactly the sampled tokens."""
         # Never decode and encode again: another tokenisation of the same text has other log-probabilities.
-        answers = torch.zeros_like(generated.mask)
-        for row, length in enumerate(generated.mask.sum(1).tolist()):
-            answers[row, :length] = chat.answer_tokens(self.processor, generated.ids[row, :length].tolist())
-        parent = torch.full_like(generated.owner, -1)
+        ids, lengths = generated.ids.tolist(), generated.mask.sum(1).tolist()
+        answers = torch.zeros(generated.mask.shape, dtype=torch.bool)
+        for row, length in enumerate(lengths):
+            answers[row, :length] = chat.answer_tokens(self.processor, ids[row][:length])
+        answers, parent = answers.to(generated.ids.device), torch.full_like(generated.owner, -1)
         return TextBatch(generated.ids, generated.mask, generated.mask, answers, generated.owner, parent)
 
     # -- model -------------------------------------------------------------------------------------------------------
@@ -268,11 +269,10 @@ class VLM(ClipEncoder, ABC):
                 sorted(self.suppressed_ids),
                 chat.pad_id(self.processor),
             )
+        ids, lengths, stopped = made.ids.tolist(), made.mask.sum(1).tolist(), made.stopped.tolist()
         texts = []
-        stopped = made.stopped.tolist()
-        for row, length in enumerate(made.mask.sum(1).tolist()):
-            words = chat.decode(self.processor, made.ids[row, : length - stopped[row]].tolist())
-            texts.append(self.chat_frame.reasoning_start + words)
+        for row, length, stop in zip(ids, lengths, stopped, strict=True):
+            texts.append(self.chat_frame.reasoning_start + chat.decode(self.processor, row[: length - stop]))
         owner = torch.arange(prompts.batch_size, device=made.ids.device).repeat_interleave(group_size)
         reasons: tuple[Literal["stop", "length"], ...] = tuple("stop" if s else "length" for s in stopped)
         return Generated(made.ids, made.mask, made.logprobs, reasons, owner, tuple(texts))

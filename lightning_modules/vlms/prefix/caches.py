@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from vidreason.lightning_modules.vlms.prefix.layout import text_config, would_checkpoint
 from vidreason.lightning_modules.vlms.prefix.recompute import RecomputedCache
@@ -67,7 +67,7 @@ class ReservedLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer, rows: Tensor, room: int) -> None:
         super().__init__()
         assert layer.keys is not None and layer.values is not None
-        self.lazy_initialization(layer.keys, layer.values)
+        self.device, self.is_initialized = layer.keys.device, True
         self._stores = [_reserved(states, rows, room) for states in (layer.keys, layer.values)]
         self._show(len(rows), layer.keys.shape[2])
 
@@ -89,6 +89,12 @@ class ReservedLayer(DynamicLayer):
         for states in (self.keys, self.values):
             states[target] = states[source]
         self._show(rows, self.keys.shape[2])
+
+
+class PaddedCache(Cache):
+    """A cache of padded rows, for whose next tokens transformers makes a mask without asking the device for padding."""
+
+    is_compileable = True
 
 
 def _reserved(states: Tensor, rows: Tensor, room: int) -> Tensor:

@@ -16,25 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
-from vidreason.lightning_modules.vlms.prefix.caches import ReservedLayer, new_cache
+from vidreason.lightning_modules.vlms.prefix.caches import PaddedCache, ReservedLayer, new_cache
 from vidreason.lightning_modules.vlms.prefix.head import Answer, Scored, Scoring, forward, scores_of
 from vidreason.lightning_modules.vlms.prefix.layout import (
     PromptLayout,
     cache_keyword,
     layers_with_state,
     next_positions,
-    text_config,
     unwrap,
 )
-from vidreason.lightning_modules.vlms.prefix.packing import NAME
 from vidreason.lightning_modules.vlms.prefix.recompute import recomputed_layers
 from vidreason.lightning_modules.vlms.prefix.text_plan import TextPlan, plan_texts, targets
-
-SDPA = ("sdpa", NAME)
-"""Names of attention that takes a mask [n, 1, W, S] as it is."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +56,16 @@ class Prefix:
         Layers with a sliding window or linear attention, which keep a limited number of states, grow as before. This
         prefix must not be used afterwards, and the new one has no gradient. The host waits for the device once.
         """
-        for index, layer in enumerate(self.cache.layers):
+        layers = []
+        for layer in self.cache.layers:
             if type(layer) is DynamicLayer and layer.is_initialized:
-                self.cache.layers[index] = ReservedLayer(layer, rows, room)
+                layers.append(ReservedLayer(layer, rows, room))
             else:
                 layer.batch_select_indices(rows)
-        return Prefix(self.cache, self.mask[rows], self.start[rows], not bool(self.mask.all()))
+                layers.append(layer)
+        padded = not bool(self.mask.all())
+        cache = (PaddedCache if padded else Cache)(layers)
+        return Prefix(cache, self.mask[rows], self.start[rows], padded)
 
     def keep(self, rows: Sequence[int]) -> Prefix:
         """Returns a reserved prefix of fewer rows; only rows that change their place are copied.
@@ -123,7 +122,7 @@ def extend(
         model: The model, with or without PEFT around it.
         prefix: The prefix of n rows; its cache grows in place.
         ids: [n, W] int64.
-        mask: [n, W] bool, real tokens; None if all are, which saves the host a look at the device.
+        mask: [n, W] bool, real tokens; None if all are.
         answer: Computes the first result from hidden states and head.
 
     Returns:
@@ -132,31 +131,19 @@ def extend(
     steps = torch.arange(ids.shape[1], device=ids.device)
     full = torch.cat([prefix.mask, torch.ones_like(ids) if mask is None else mask.long()], dim=1)
     lengths = ids.shape[1] if mask is None else mask.sum(dim=1)
+    padded = prefix.padded or mask is not None
     with recomputed_layers(model, prefix.cache):
         out = forward(
             model,
             answer,
             input_ids=ids,
-            attention_mask=full if mask is not None else _attended(model, full, prefix.padded, ids.shape[1]),
+            attention_mask=full if padded else None,
             position_ids=layout.text_position_ids(prefix.start[:, None] + steps),
             use_cache=True,
             **{cache_keyword(model): prefix.cache},
         )
     # ``forward`` puts the answer in the place of the logits.
-    padded = prefix.padded or mask is not None
     return out.logits, Prefix(prefix.cache, full, prefix.start + lengths, padded)
-
-
-def _attended(model: nn.Module, mask: Tensor, padded: bool, width: int) -> Tensor | None:
-    """Returns the mask of ``width`` new tokens in a form in which transformers does not look for padding itself.
-
-    It would ask the device whether ``mask`` [n, S] hides anything, once per forward.
-    """
-    if not padded:
-        return None
-    if width == 1 and layers_with_state(model) is None and text_config(model)._attn_implementation in SDPA:
-        return mask[:, None, None].bool()
-    return mask
 
 
 def expand_prompts(
