@@ -2,7 +2,8 @@
 
 Letters as in ``generation.py``. The model is the reference of all CPU benchmarks. Each measurement is a process of its
 own, and the two checkouts take turns. Times are of the first pass after a short one that loads the kernels, with the
-vision embeddings cached; memory is the peak of the resident set in the pass, minus the level before.
+vision embeddings cached. Memory is the peak of the resident set minus the level after the model was built; the bytes of
+tensors at their peak are counted in one more pass.
 
     git worktree add /tmp/before REVISION && make -C /tmp/before links
     python benchmarks/sampling.py --against /tmp/before --json FILE
@@ -16,47 +17,62 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from figures import write_json
-from harness import Setting, Work, circumstances, in_a_fork, run
+from harness import Setting, _status, circumstances, in_a_fork
 from reference_model import END, make_prompts, make_vlm
+from torch import Tensor
 
 from vidreason.lightning_modules.vlms import generation
 from vidreason.lightning_modules.vlms.generation import Sampled, Sampling
+from vidreason.lightning_modules.vlms.planning.live_bytes import LiveBytes
 
 VIDEOS = 8
 SMALL = 2
 """New tokens of the pass that loads the kernels."""
 
 
-def sample(setting: Setting, found: list[Sampled]) -> Work:
-    """Returns the work of sampling; what it samples is put into ``found``."""
+def sampler(setting: Setting) -> tuple[Callable[[int], Sampled], list[Tensor]]:
+    """Returns a function that samples a number of tokens for each completion, and the tensors that exist before."""
     vlm = make_vlm(setting.family, setting.grid, setting.seed)
     model = vlm.build()
     prompts = make_prompts(setting.family, setting.grid, VIDEOS, setting.seed)
     noise = generation.draw_noise(list(range(VIDEOS * setting.group_size)), setting.text_tokens)
 
-    def step(tokens: int = setting.text_tokens) -> None:
+    def run(tokens: int) -> Sampled:
         with vlm._vision_fed(model, prompts, "expand"):
             options = Sampling(tokens), noise, [END], sorted(vlm.suppressed_ids), 0
-            found[:] = [generation.sample(vlm, model, prompts, setting.group_size, *options)]
+            return generation.sample(vlm, model, prompts, setting.group_size, *options)
 
-    return Work(vlm, model, step, lambda: step(SMALL))
+    return run, [*model.parameters(), *model.buffers(), *prompts.inputs.values(), noise]
 
 
 def measured(setting: Setting) -> dict[str, Any]:
     """Returns the time and memory of one pass, and what identifies its tokens."""
-    torch.set_num_threads(1)
-    found: list[Sampled] = []
-    taken = run(lambda setting: sample(setting, found), setting, second_step=False)
-    (sampled,) = found
+    run, _ = sampler(setting)
+    level = _status("VmRSS")
+    run(SMALL)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory
+    cpu, wall = time.process_time(), time.perf_counter()
+    sampled = run(setting.text_tokens)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     tokens = hashlib.sha256(sampled.ids.numpy().tobytes()).hexdigest()
-    return {**taken._asdict(), "tokens": int(sampled.mask.sum()), "sha256": tokens}
+    peak = _status("VmHWM") - level
+    return {"cpu_s": cpu, "wall_s": wall, "peak_mb": peak, "tokens": int(sampled.mask.sum()), "sha256": tokens}
+
+
+def tensor_peak(setting: Setting) -> float:
+    """Returns the bytes of the tensors that one pass makes, at their peak, in MB of 1e6 bytes."""
+    run, known = sampler(setting)
+    run(SMALL)
+    with LiveBytes(known) as live:
+        run(setting.text_tokens)
+    return live.peak / 1e6
 
 
 def in_checkout(folder: Path, options: Sequence[str]) -> dict[str, Any]:
@@ -79,7 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     setting = Setting("qwen", (8, 16, 16), 8, options.tokens, 0, options.repeats)
     if options.once:
-        print(json.dumps(in_a_fork(measured, setting)))
+        print(json.dumps({**in_a_fork(measured, setting), "tensors_mb": in_a_fork(tensor_peak, setting)}))
         return
     if options.against is None:
         parser.error("--against is needed: the folder of another checkout")
@@ -90,13 +106,14 @@ def main() -> None:
             runs[name].append(in_checkout(folders[name], ["--tokens", str(options.tokens)]))
             print(name, runs[name][-1], file=sys.stderr, flush=True)
     middle = {
-        name: {key: median(run[key] for run in found) for key in ("cpu_s", "wall_s", "peak_mb")}
+        name: {key: median(run[key] for run in found) for key in ("cpu_s", "wall_s", "peak_mb", "tensors_mb")}
         for name, found in runs.items()
     }
     headline = {
         "wall_ratio": middle["before"]["wall_s"] / middle["now"]["wall_s"],
         "cpu_ratio": middle["before"]["cpu_s"] / middle["now"]["cpu_s"],
         "memory_ratio": middle["now"]["peak_mb"] / middle["before"]["peak_mb"],
+        "tensors_ratio": middle["now"]["tensors_mb"] / middle["before"]["tensors_mb"],
     }
     same = len({run["sha256"] for found in runs.values() for run in found}) == 1
     for name, value in {**headline, "same_tokens": same}.items():

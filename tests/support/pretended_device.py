@@ -1,8 +1,8 @@
 """A device that does not exist: tensors that say they are on it, and hold values on the CPU.
 
-In a block of ``pretending`` every operation is checked as CUDA would check it: all tensors must be on one device, except
-host tensors without dimensions and host indices. What a GPU would have to do is counted: kernels, transfers, and the
-places where the host waits for the device. Blind to ``is_cuda`` branches, streams and real kernels.
+In a block of ``pretending`` every operation is checked as CUDA would check it: all tensors must be on one device,
+except host tensors without dimensions and host indices. What a GPU would have to do is counted: kernels, transfers, and
+the places where the host waits for the device. Blind to ``is_cuda`` branches, streams and real kernels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "pretended"
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
@@ -31,7 +30,7 @@ READING = (Tensor.tolist, Tensor.numpy)
 NO_KERNEL = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "alias")
 
 
-class MixUp(RuntimeError):
+class MixUpError(RuntimeError):
     """An operation got tensors from the host and from the device."""
 
 
@@ -92,7 +91,12 @@ class Pretended(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> Pretended:
         made: Pretended = Tensor._make_wrapper_subclass(
-            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=DEVICE
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=DEVICE,
         )
         made.held = held
         return made
@@ -123,13 +127,13 @@ class _Functions(TorchFunctionMode):
         options = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor):
             device = options.pop("device", None)
-            data = tree_map_only(Pretended, lambda x: x.item(), args[0]) if func is torch.tensor else args[0]
+            data = _mapped(args[0], Pretended, lambda value: value.item()) if func is torch.tensor else args[0]
             made = func(data, *args[1:], **options)
             return made if device is None else made.to(device)
         if func in READING and isinstance(args[0], Pretended):
             _State.counts.syncs[place()] += 1
             if func is Tensor.numpy:
-                raise MixUp(f"numpy() of a tensor on the device at {place()}")
+                raise MixUpError(f"numpy() of a tensor on the device at {place()}")
             return args[0].held.tolist()
         if func is scaled_dot_product_attention and isinstance(args[0], Pretended) and not _State.inside_kernel:
             _State.counts.kernels += 1
@@ -141,44 +145,80 @@ class _Functions(TorchFunctionMode):
         return func(*args, **options)
 
 
+def _leaves(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors in arguments or results of an operation, which are nested in lists and tuples only."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Returns the same nested lists and tuples, with the items of one type changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(item, kind, change) for item in value])
+    return value
+
+
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs an operation on the held values, after checking where its tensors are."""
+    tensors = [*_leaves(args), *_leaves([*kwargs.values()])]
+    there = _checked(func, args, kwargs, tensors)
+    if there and not func.is_view and func.overloadpacket.__name__ not in NO_KERNEL and not _State.inside_kernel:
+        _State.counts.kernels += 1
+    held = {key: _mapped(value, Pretended, _held) for key, value in kwargs.items()}
+    if there and "device" in held:
+        held["device"] = torch.device("cpu")
+    out = func(*_mapped(args, Pretended, _held), **held)
+    if not there:
+        _remember_origin(out, tensors)
+        return out
+    if func._schema.is_mutable and isinstance(args[0], Pretended) and out is args[0].held:
+        return args[0]
+    return _mapped(out, Tensor, Pretended)
+
+
+def _checked(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Sequence[Tensor]) -> bool:
+    """Counts syncs and transfers of an operation, and returns whether its result is on the device.
+
+    Raises:
+        MixUpError: If a GPU could not run it.
+    """
     name, counts = func.overloadpacket.__name__, _State.counts
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     on = [isinstance(tensor, Pretended) for tensor in tensors]
     target = kwargs.get("device")
     there = any(on) if target is None else torch.device(target).type == NAME
-    if target is not None and there:
-        kwargs["device"] = torch.device("cpu")
-    if name == "_to_copy" and on[0] != there:
-        counts.transfers[place()] += 1
-        if on[0]:
-            counts.syncs[place()] += 1
-    elif name == "copy_" and on[0] != on[1]:
-        counts.transfers[place()] += 1
+    if name == "copy_":
         there = on[0]
-        if on[1]:
-            counts.syncs[place()] += 1
+    if name in ("_to_copy", "copy_"):
+        source = on[-1]  # of ``copy_``, the second argument
+        if source != there:
+            counts.transfers[place()] += 1
+            counts.syncs.update([place()] if source else ())
     elif any(on):
         _check(name, func, args, tensors, on)
         if name in ("_local_scalar_dense", *SIZED_BY_VALUES) or _by_bools(name, args) or _repeats(name, args, kwargs):
             counts.syncs[place()] += 1
-    if there and not func.is_view and name not in NO_KERNEL and not _State.inside_kernel:
-        counts.kernels += 1
-    held_args, held_kwargs = tree_map_only(Pretended, lambda tensor: tensor.held, (args, kwargs))
-    out = func(*held_args, **held_kwargs)
-    if not there:
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.dim() and not hasattr(leaf, "made_at"):
-                leaf.made_at = place()  # type: ignore[attr-defined]
-        return out
-    if func._schema.is_mutable and isinstance(args[0], Pretended) and isinstance(out, Tensor) and out is args[0].held:
-        return args[0]
-    return tree_map_only(Tensor, Pretended, out)
+    return there
+
+
+def _remember_origin(out: Any, tensors: Sequence[Tensor]) -> None:
+    """Notes where a host tensor was made, or the first host tensor that it was computed from."""
+    origins = [tensor.made_at for tensor in tensors if hasattr(tensor, "made_at")]
+    for leaf in _leaves(out):
+        if leaf.dim() and not hasattr(leaf, "made_at"):
+            leaf.made_at = origins[0] if origins else place()  # type: ignore[attr-defined]
+
+
+def _held(tensor: Pretended) -> Tensor:
+    return tensor.held
 
 
 def _check(name: str, func: Any, args: tuple[Any, ...], tensors: Sequence[Tensor], on: Sequence[bool]) -> None:
-    """Raises ``MixUp`` if a GPU could not run the operation."""
+    """Raises ``MixUpError`` if a GPU could not run the operation."""
     host = [tensor for tensor, there in zip(tensors, on, strict=True) if not there and tensor.dim() > 0]
     if name in INDEXING and on[0]:
         indices = [index for index in args[1] if index is not None]
@@ -187,7 +227,7 @@ def _check(name: str, func: Any, args: tuple[Any, ...], tensors: Sequence[Tensor
         host = [tensor for tensor in host if not any(tensor is index for index in indices)]
     if host:
         shapes = ", ".join(f"{list(tensor.shape)} made at {getattr(tensor, 'made_at', '?')}" for tensor in host)
-        raise MixUp(f"{func} at {place()} got tensors of the device and of the host: {shapes}")
+        raise MixUpError(f"{func} at {place()} got tensors of the device and of the host: {shapes}")
 
 
 def _by_bools(name: str, args: tuple[Any, ...]) -> bool:

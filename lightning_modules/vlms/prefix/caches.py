@@ -66,7 +66,8 @@ class ReservedLayer(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer, rows: Tensor, room: int) -> None:
         super().__init__()
-        assert layer.keys is not None and layer.values is not None
+        assert layer.keys is not None
+        assert layer.values is not None
         self.device, self.is_initialized = layer.keys.device, True
         self._stores = [_reserved(states, rows, room) for states in (layer.keys, layer.values)]
         self._show(len(rows), layer.keys.shape[2])
@@ -74,9 +75,7 @@ class ReservedLayer(DynamicLayer):
     def _show(self, rows: int, tokens: int) -> None:
         self.keys, self.values = (store[:rows, :, :tokens] for store in self._stores)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes keys and values [n, K, W, D] of new tokens, and returns those of all tokens."""
         rows, tokens = len(self.keys), self.keys.shape[2]
         self._show(rows, tokens + key_states.shape[2])
