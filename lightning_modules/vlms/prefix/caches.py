@@ -65,29 +65,35 @@ class ReservedLayer(DynamicLayer):
     """
 
     def __init__(self, layer: DynamicLayer, rows: Tensor, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         assert layer.keys is not None
         assert layer.values is not None
         self.device, self.is_initialized = layer.keys.device, True
         self._stores = [_reserved(states, rows, room) for states in (layer.keys, layer.values)]
-        self._show(len(rows), layer.keys.shape[2])
+        self._rows, self._tokens = len(rows), layer.keys.shape[2]
+        self._shown()
 
-    def _show(self, rows: int, tokens: int) -> None:
-        self.keys, self.values = (store[:rows, :, :tokens] for store in self._stores)
+    def _shown(self) -> tuple[Tensor, Tensor]:
+        """Returns keys and values of the tokens and rows so far, and sets what transformers reads."""
+        keys, values = (store[: self._rows, :, : self._tokens] for store in self._stores)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes keys and values [n, K, W, D] of new tokens, and returns those of all tokens."""
-        rows, tokens = len(self.keys), self.keys.shape[2]
-        self._show(rows, tokens + key_states.shape[2])
-        self.keys[:, :, tokens:] = key_states
-        self.values[:, :, tokens:] = value_states
-        return self.keys, self.values
+        before = self._tokens
+        self._tokens += key_states.shape[2]
+        keys, values = self._shown()
+        keys[:, :, before:] = key_states
+        values[:, :, before:] = value_states
+        return keys, values
 
     def move(self, source: Tensor, target: Tensor, rows: int) -> None:
         """Copies the rows ``source`` to ``target``, [k] int64 each, and keeps the first ``rows`` rows."""
-        for states in (self.keys, self.values):
+        for states in self._shown():
             states[target] = states[source]
-        self._show(rows, self.keys.shape[2])
+        self._rows = rows
+        self._shown()
 
 
 class PaddedCache(Cache):

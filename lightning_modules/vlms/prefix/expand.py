@@ -56,7 +56,7 @@ class Prefix:
         Layers with a sliding window or linear attention, which keep a limited number of states, grow as before. This
         prefix must not be used afterwards, and the new one has no gradient. The host waits for the device once.
         """
-        layers = []
+        layers: list[Any] = []
         for layer in self.cache.layers:
             if type(layer) is DynamicLayer and layer.is_initialized:
                 layers.append(ReservedLayer(layer, rows, room))

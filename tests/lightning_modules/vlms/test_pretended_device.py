@@ -27,8 +27,8 @@ from vidreason.testing.samples import relative_gap
 MakeVLM = Callable[..., VLM]
 FAST = ("qwen", "smolvlm", "qwen3_5")
 ALL = [pytest.param(family, marks=() if family in FAST else pytest.mark.slow) for family in FAMILIES]
-KERNELS = {"qwen": 230, "smolvlm": 230, "qwen3_5": 430}
-"""At most so many kernels per sampled token, with LoRA; the models have two or three layers."""
+KERNELS = {"qwen3_5": 430, "gemma4": 620}
+"""At most so many kernels per sampled token, with LoRA; the models have two to four layers. Others take 260."""
 SEEDS = [[1, 2], [3, 4]]
 
 
@@ -94,7 +94,7 @@ def test_what_a_sampled_token_costs(
     assert many.transfers == few.transfers
     kernels = (many.kernels - few.kernels) / 8
     print(f"{family}: {kernels} kernels a token, {many.syncs.total()} syncs, {many.transfers.total()} transfers")
-    assert kernels <= KERNELS.get(family, 500)
+    assert kernels <= KERNELS.get(family, 260)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, function: Any, old: str, new: str) -> None:
