@@ -304,6 +304,7 @@ class VLMModule(L.LightningModule):
             definitions=tuple(spec.definition for spec in self.data.task.classes),
             seed=self.seed,
             global_step=self.trainer.global_step,
+            extra={} if self.vlm.note is None else {"note": self.vlm.note},
         )
 
     def export(self, run_dir: Path) -> Path:

@@ -295,7 +295,8 @@ class CalibrationModule(VLMModule):
         """Returns the origin of the calibrator, with the entries that are needed to run it."""
         policy = policy_reference(self.start, folder, Path(self.trainer.default_root_dir))
         extra = calibrator_entries(self.scaling.temperature, self.input, self.objective, policy, self.traces)
-        return replace(super().lineage(folder), extra=extra)
+        found = super().lineage(folder)
+        return replace(found, extra={**found.extra, **extra})
 
     def export(self, run_dir: Path) -> Path:
         """Writes the calibrator, with a copy of its policy's adapter inside, to ``run_dir/adapter``."""

@@ -106,7 +106,8 @@ class ClipEncoder:
 
     def __getstate__(self) -> dict[str, object]:
         """Drops the processor and what was derived from it, so that each worker loads its own."""
-        cached = {"chat_frame", "stop_ids", "suppressed_ids", "special_tokens", "placeholder_ids", "vision_cache"}
+        cached = {"chat_frame", "stop_ids", "suppressed_ids", "special_tokens", "placeholder_ids", "_placeholders"}
+        cached |= {"vision_cache"}
         return {k: v for k, v in self.__dict__.items() if k not in cached} | {"_processor": None}
 
     @cached_property
@@ -134,9 +135,11 @@ class ClipEncoder:
 
     @cached_property
     def suppressed_ids(self) -> frozenset[int]:
-        """Visual special tokens such as placeholders; they are never sampled and have probability 0 in scoring."""
+        """Placeholders and other visual special tokens; they are never sampled and have probability 0 in scoring."""
         added = self.tokenizer.added_tokens_decoder.items()
-        return frozenset(i for i, t in added if t.special and VISUAL_TOKEN.search(t.content)) - self.stop_ids
+        visual = {i for i, t in added if t.special and VISUAL_TOKEN.search(t.content)}
+        # A tokenizer may hold a placeholder as an ordinary token.
+        return frozenset(visual | self._placeholders) - self.stop_ids
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
@@ -147,8 +150,12 @@ class ClipEncoder:
     @cached_property
     def placeholder_ids(self) -> frozenset[int]:
         """The tokens that stand for parts of a video in a prompt."""
+        return self._placeholders or self.suppressed_ids
+
+    @cached_property
+    def _placeholders(self) -> frozenset[int]:
         with building.readable(self.path):
-            return placeholder_tokens(AutoConfig.from_pretrained(self.path)) or self.suppressed_ids
+            return placeholder_tokens(AutoConfig.from_pretrained(self.path))
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Encodes B clips with their prompts and texts as one batch; called in data workers.

@@ -18,6 +18,10 @@ class QwenVL(VLM):
     """Qwen2.5-VL or Qwen2-VL, depending on the checkpoint; ``max_pixels`` is the limit of one frame."""
 
     vision_modules = ("model.visual",)
+    note = (
+        "generate() of transformers 5.19 to 5.24 gives text behind a video other positions than the training of these "
+        "weights, and vLLM gives the same: docs/models.md"
+    )
     _reported = False
 
     def video_options(self, frames: int = 1) -> dict[str, Any]:

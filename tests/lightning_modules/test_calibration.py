@@ -19,7 +19,7 @@ from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
+from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha, read_info
 from vidreason.lightning_modules.weights.reviewer import CALIBRATOR
 
 OWN = TraceOptions(kind="reason", samples=2, sampling=Sampling(max_new_tokens=5))
@@ -235,7 +235,10 @@ def test_a_calibrator_of_something_else_is_refused(make_vlm, make_data, make_tra
     module = ready(make(make_vlm(), adapter_path=start))
     with torch.no_grad():
         next(p for p in module.parameters() if p.requires_grad).add_(0.1)
+    module.vlm.note = "what others have to know"
     folder = str(module.export(run_dir(module)))
+    assert read_info(folder)["note"] == "what others have to know"
+    assert "note" not in read_info(start)
     for kwargs, message in [
         ({"calibrator_path": start}, "sft_label"),
         ({"calibrator_path": folder, "input": "trace"}, "input"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from vidreason.lightning_modules.vlms.prefix.layout import text_config, would_checkpoint
+from vidreason.lightning_modules.vlms.prefix.layout import text_config, unwrap, would_checkpoint
 from vidreason.lightning_modules.vlms.prefix.recompute import RecomputedCache
 
 
@@ -53,8 +53,19 @@ def _rows(states: dict[int, Tensor | None], indices: Tensor) -> dict[int, Tensor
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
-    """Returns an empty cache for the decoder of ``model``, which layers under gradient checkpointing may extend."""
-    cache = (RecomputedCache if would_checkpoint(model) else DynamicCache)(config=text_config(model))
+    """Returns an empty cache for the decoder of ``model``, which layers under gradient checkpointing may extend.
+
+    Raises:
+        ValueError: If every layer has linear attention.
+    """
+    config = text_config(model)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and set(kinds) == {"linear_attention"}:
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has linear attention in every layer: the cache of transformers takes its "
+            "length from a layer with full attention; vlm.route: naive scores texts without one, and nothing generates"
+        )
+    cache = (RecomputedCache if would_checkpoint(model) else DynamicCache)(config=config)
     for index, layer in enumerate(cache.layers):
         if type(layer) is LinearAttentionLayer:
             cache.layers[index] = LinearState(number_of_states=layer.number_of_states)
