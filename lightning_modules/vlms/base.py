@@ -128,9 +128,6 @@ class VLM(ClipEncoder, ABC):
 
     # -- what a family defines ---------------------------------------------------------------------------------------
 
-    note: str | None = None
-    """What another program has to know to run the trained weights; written to their ``vidreason.json``."""
-
     @property
     @abstractmethod
     def vision_modules(self) -> tuple[str, ...]:
