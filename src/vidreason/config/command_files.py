@@ -160,6 +160,8 @@ def given_batch_size(argv: Sequence[str]) -> str | None:
 
 def without_sections(content: str, sections: Sequence[str]) -> str:
     """Returns the text of a YAML file without some top-level keys; text that is not a mapping is returned unchanged."""
+    if not sections:
+        return content
     try:
         loaded = yaml.safe_load(content)
     except yaml.YAMLError:

@@ -40,7 +40,7 @@ from vidreason.config.fit_start import (
 )
 from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.out_of_memory import explain_out_of_memory
-from vidreason.config.run_record import RunRecord
+from vidreason.config.run_record import RunRecord, saved_config
 from vidreason.config.scale import find_profile
 from vidreason.config.strict_parser import StrictParser
 from vidreason.lightning_internals import forward_sigterm
@@ -77,6 +77,7 @@ class VideoCLI(LightningCLI):
 
     run_dir: Path
     _scratch: str | None = None
+    _saved: dict[str, Any] | None = None
 
     def __init__(self, command: str, argv: Sequence[str], execute: bool = True, with_trainer: bool = True) -> None:
         self.command = command
@@ -90,7 +91,7 @@ class VideoCLI(LightningCLI):
             L.LightningModule,
             L.LightningDataModule,
             save_config_callback=RunRecord,
-            save_config_kwargs={"command_line": self.command_line},
+            save_config_kwargs={"command_line": self.command_line, "saved": self.saved},
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "vidreason",
@@ -228,7 +229,9 @@ class VideoCLI(LightningCLI):
         check_machines(self.trainer)
         try:
             with lock_run_folder(self.run_dir) if self.trainer.is_global_zero else nullcontext():
-                fit = prepare_fit(self, self.run_dir, self.force, self.reset_optimizer) if subcommand == "fit" else None
+                fit = None
+                if subcommand == "fit":
+                    fit = prepare_fit(self, self.run_dir, self.saved(), self.force, self.reset_optimizer)
                 if fit is None or fit.runs:
                     self._run_locked(subcommand)
                 if fit is not None and fit.runs:
@@ -263,6 +266,12 @@ class VideoCLI(LightningCLI):
         except (StopRequested, TooManyUnreadableError):
             say(how_to_resume(self.trainer, self.subcommand, self.command_line))
             raise
+
+    def saved(self) -> dict[str, Any]:
+        """Returns the configuration as ``config.yaml`` shows it; it is made once, which takes as long as parsing."""
+        if self._saved is None:
+            self._saved = saved_config(self._parser(self.subcommand), self.config[self.subcommand])
+        return self._saved
 
     def settings(self) -> list[str]:
         """Returns lines with the settings of the model's profile as they hold in this run."""
