@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 PREFIX = "configs"
 
@@ -40,12 +37,3 @@ def find_config(name: str) -> Path | None:
         if shipped.is_file():
             return shipped
     return None
-
-
-def parse_yaml(text: str) -> Any:
-    """Parses YAML with libyaml, which takes a tenth of the time of ``yaml.safe_load``, where PyYAML is built with it.
-
-    Raises:
-        YAMLError: If the text is not YAML; libyaml's message does not show the line.
-    """
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))

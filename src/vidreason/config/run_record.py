@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from vidreason.config.files import parse_yaml
+from vidreason.config.command_files import parse_yaml
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.run_folder import COMMAND_FILE, CONFIG_FILE, FINISHED_FILE, TASK_FILE, named_after

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from vidreason.config.command_files import OrderedFiles
-from vidreason.config.files import find_config, parse_yaml
+from vidreason.config.command_files import OrderedFiles, parse_yaml
+from vidreason.config.files import find_config
 from vidreason.spelling import did_you_mean
 
 DEFAULT = "configs/scale/lora_2b_8b.yaml"
