@@ -167,6 +167,10 @@ def test_the_strategies_script_runs_on_a_cpu(tmp_path: Path) -> None:
 def test_arms_in_4_bits_are_named_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     script, real = load("gpu_strategies"), importlib.util.find_spec
     monkeypatch.setattr(script, "STAGES", ("sft_label",))
+    monkeypatch.setattr(script, "build", lambda *_: None)
+    monkeypatch.setattr(
+        script, "measure", lambda _, strategy, stage, __: script.Row(stage, strategy, 1, 0.1, 0.0, True)
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
     found = script.main(["--smoke"])
     assert [row["strategy"] for row in found["rows"]] == ["lora", "fsdp"]

@@ -30,15 +30,22 @@ def make(vlm, **kwargs):
     return CalibrationModule(vlm, **{"optim": ADAMW, "traces": OWN, **kwargs})
 
 
+POLICIES = {}
+"""The folder of each policy that has been trained, by whether it is an adapter; no test writes there"""
+
+
 @pytest.fixture
-def policy(make_vlm, make_data, make_trainer):
-    """``policy(lora)``: folder of a policy that has been trained a little."""
+def policy(make_vlm, make_data, make_trainer, tmp_path_factory):
+    """``policy(lora)``: folder of a policy that has been trained a little, once for all tests."""
 
     def train(lora=True):
-        vlm = make_vlm(lora)
-        module = RationaleSFTModule(vlm, optim=ADAMW)
-        make_trainer("policy", max_steps=2, limit_val_batches=0).fit(module, make_data(vlm))
-        return str(module.export(run_dir(module)))
+        if lora not in POLICIES:
+            vlm = make_vlm(lora)
+            module = RationaleSFTModule(vlm, optim=ADAMW)
+            folder = tmp_path_factory.mktemp("policy")
+            make_trainer(folder, max_steps=2, limit_val_batches=0).fit(module, make_data(vlm))
+            POLICIES[lora] = str(module.export(run_dir(module)))
+        return POLICIES[lora]
 
     return train
 

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from covering import covering
+from covering import sample
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from watched_vision import built, counting, prompts_of, texts_of
@@ -30,7 +31,10 @@ def logprobs_and_gradient(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, t
     return [scores.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize(("family", "route"), covering(list(FAMILIES), ["expand", "packed"]))
+@pytest.mark.parametrize(
+    ("family", "route"),
+    sample(list(product(FAMILIES, ["expand", "packed"])), ("tiny", "expand"), ("qwen", "packed"), ("qwen3", "packed")),
+)
 def test_same_values_and_one_call_per_video(make_vlm: MakeVLM, family: str, route: str, tmp_path: Path) -> None:
     """Scoring, sampling and scoring again; from memory, then from disk by another run."""
     plain, model = built(make_vlm, family, route=route, vision_cache=None)
