@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,16 +78,15 @@ class VideoCLI(LightningCLI):
 
     run_dir: Path
     _scratch: str | None = None
-    _saved: dict[str, Any] | None = None
 
     def __init__(self, command: str, argv: Sequence[str], execute: bool = True, with_trainer: bool = True) -> None:
-        self.command = command
+        self.command, self.execute, self.with_trainer = command, execute, with_trainer
         self.command_line = shlex.join(["vidreason", command, *argv])
-        self.execute = execute
-        self.with_trainer = with_trainer
         self.argv, self.files = argv, order_files(argv)
         config_files(argv)  # a mistake in a YAML file is found before the parser meets it
         self.profile, profile = find_profile(self.files)
+        # made once: it takes a tenth of a second
+        self.saved = cache(lambda: saved_config(self._parser(command), self.config[command]))
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -266,12 +266,6 @@ class VideoCLI(LightningCLI):
         except (StopRequested, TooManyUnreadableError):
             say(how_to_resume(self.trainer, self.subcommand, self.command_line))
             raise
-
-    def saved(self) -> dict[str, Any]:
-        """Returns the configuration as ``config.yaml`` shows it; it is made once, which takes as long as parsing."""
-        if self._saved is None:
-            self._saved = saved_config(self._parser(self.subcommand), self.config[self.subcommand])
-        return self._saved
 
     def settings(self) -> list[str]:
         """Returns lines with the settings of the model's profile as they hold in this run."""
