@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.clips.placeholder_video import blackened, placeholder_video
+from vidreason.datamodules.clips.placeholder_video import blackened, placeholder_video, shuffled
 from vidreason.datamodules.clips.reading import ReadStoppedError, ReadTimeoutError, call_reader, read_frames
 from vidreason.datamodules.file_hash import content_sha, file_version
 from vidreason.datamodules.prompts import ClipView
@@ -121,8 +121,9 @@ class ClipDataset(Dataset[LoadedClip]):
             OSError: If the file cannot be opened.
         """
         video = self.read(clip, jitter)
-        sample = VideoSample(clip.video_id, video.frames, clip.label, video.timing, clip)
-        if not self.view.shows_video:
+        frames = shuffled(video.frames, clip.video_id) if self.frames.probe == "shuffled" else video.frames
+        sample = VideoSample(clip.video_id, frames, clip.label, video.timing, clip)
+        if not self.view.shows_video or self.frames.probe == "black":
             return blackened(sample)
         return replace(sample, identity=self._identity(clip, video))
 

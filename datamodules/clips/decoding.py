@@ -43,6 +43,8 @@ class FrameOptions:
         max_pixels: Largest height x width of a frame; larger frames are shrunk, smaller ones stay.
         reader: auto uses decord for files that it reads correctly, if it is installed, and PyAV for all others.
         timeout: Seconds that reading one clip may take; null sets no limit and reads in the same process.
+        probe: Tests whether a model looks at the video: ``black`` blackens every frame, ``shuffled`` changes their
+            order. For evaluation.
 
     Raises:
         ValueError: If a number is not positive, or fps sampling has no rate.
@@ -54,6 +56,7 @@ class FrameOptions:
     max_pixels: int | None = None
     reader: Literal["auto", "decord", "pyav"] = "auto"
     timeout: float | None = field(default=30.0, repr=False)  # the text of the options identifies frames
+    probe: Literal["none", "black", "shuffled"] = "none"
 
     def __post_init__(self) -> None:
         if self.num_frames < 1:

@@ -25,7 +25,7 @@ from vidreason.pipelines.content import code_prints, listing_print
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _FILE_SUFFIXES = (*_YAML_SUFFIXES, ".csv", ".jsonl", ".json")
-_FOLDER_KEYS = ("path", "manifest", "adapter_path")  # other keys name folders that are written to
+_FOLDER_KEYS = ("path", "manifest", "adapter_path", "calibrator_path")  # other keys name folders that are written to
 _MANIFEST_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:(\w+)(?:,([^}]*))?\}")

@@ -84,8 +84,11 @@ class PipelineRun:
                 print(f"settings {which}: {profile} (docs/budgets.md), printed by each as it starts", flush=True)
         return True
 
-    def run(self) -> int:
+    def run(self, summarise: bool = True) -> int:
         """Runs every stage that has not finished with its current inputs, while no other process writes there.
+
+        Args:
+            summarise: Whether to write and print the summary behind each test stage.
 
         Returns:
             0, or the exit status of the stage that failed.
@@ -94,9 +97,9 @@ class PipelineRun:
             ValueError: If a stage of ``use`` has other inputs, or a stage did not write its artefact.
         """
         with lock_run_folder(self.run_dir):
-            return self._run_locked()
+            return self._run_locked(summarise)
 
-    def _run_locked(self) -> int:
+    def _run_locked(self, summarise: bool) -> int:
         write_text(self.run_dir / PIPELINE_FILE, self.spec.as_yaml())
         try:
             if not self.prepare():
@@ -109,7 +112,7 @@ class PipelineRun:
             status = self._take(stage, title) if stage.name in self.use else self._advance(stage, title)
             if status != 0:
                 return status
-            if stage.command == "test":
+            if stage.command == "test" and summarise:
                 write_summary(self.run_dir, self.spec, self.state)
         return 0
 
