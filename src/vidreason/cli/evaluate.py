@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         samples=options.samples,
         probes=options.probes,
     )
-    again, commands, runs, rows = command_line(argv), trainer_commands(), [], []
+    again, commands, runs, rows = command_line("evaluate", argv), trainer_commands(), [], []
     try:
         for folder in options.run:
             run = evaluate_run(folder, chosen, commands, again)

@@ -113,6 +113,33 @@ def plan_evaluation(
     return EvaluationPlan(spec, tuple(plan.methods), tuple(plan.swaps))
 
 
+def plan_cal(run: Path, name: str | None) -> tuple[EvaluationPlan, FinishedStage]:
+    """Plans the decisions about split ``cal`` of the stage that answers, for a threshold.
+
+    Args:
+        run: The run folder.
+        name: Stage of the pipeline; None takes the one that its last test tested.
+
+    Raises:
+        ValueError: If the stage decides by sampled answers, which have no probability.
+    """
+    stage = find_stage(run, name)
+    init, plan = _init_args(stage.folder), _Tests(run, [CALIBRATION_SPLIT], probes=False)
+    if "calibrator_path" in init:
+        samples = int(init["traces"]["samples"])
+        plan.add("cal", "calibrated", stage, {f"{_MODEL}.traces.samples": samples}, samples)
+    elif init.get("decide", {}).get("by") == "answer":
+        raise ValueError(
+            f"{stage.folder}: decides by a sampled answer, which has no probability to put a threshold on; calibrate "
+            "it first (configs/calibration.yaml), or name a stage that decides by likelihood with --stage"
+        )
+    else:
+        plan.add("cal", "likelihood", stage, {})
+    seed = _finished_stages(run)[1]
+    spec = PipelineSpec("threshold", "decisions about cal", tuple(plan.tests), str(run), seed=seed)
+    return EvaluationPlan(spec, tuple(plan.methods), ()), stage
+
+
 class _Tests:
     """Collects the test stages of an evaluation."""
 

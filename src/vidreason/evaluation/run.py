@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from vidreason.config.finished_stage import find_stage
+from vidreason.config.finished_stage import find_stage, threshold_folder
 from vidreason.config.quiet import quietly
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.base import VideoDataModule
@@ -19,13 +19,24 @@ from vidreason.datamodules.types import Clip
 from vidreason.evaluation.decisions import Decisions
 from vidreason.evaluation.intervals import Difference, compare
 from vidreason.evaluation.leaks import check_unseen
-from vidreason.evaluation.plan import EVALUATION_FOLDER, EvaluationPlan, Mode, SwappedTraces, plan_evaluation
+from vidreason.evaluation.plan import (
+    EVALUATION_FOLDER,
+    EvaluationPlan,
+    Mode,
+    SwappedTraces,
+    plan_cal,
+    plan_evaluation,
+)
 from vidreason.evaluation.rows import Evaluated, EvaluationRow, rows_of
+from vidreason.evaluation.threshold import fit_threshold
+from vidreason.lightning_modules.decisions.threshold import Threshold
+from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
 from vidreason.pipelines.commands import Commands
 from vidreason.pipelines.runner import PipelineRun
 from vidreason.run_folder import CONFIG_FILE, artefact_path
 
 EVALUATION_FILE = "evaluation.json"
+THRESHOLD_FOLDER = "threshold"
 
 
 class EvaluationStoppedError(Exception):
@@ -121,6 +132,35 @@ def _finish(pipeline: PipelineRun) -> None:
         raise EvaluationStoppedError(status)
 
 
+def threshold_of_run(run: Path, name: str | None, error: float, commands: Commands, again: str) -> Threshold:
+    """Fits a threshold for the stage of a run that answers, and writes it beside the weights of that stage.
+
+    Args:
+        run: The run folder.
+        name: Stage of the pipeline; None takes the one that its last test tested.
+        error: Largest share of wrong decisions among accepted ones.
+        commands: The commands that the test stage runs.
+        again: The command line of this call, for messages.
+
+    Raises:
+        ValueError: If the run has no split ``cal``, or no threshold can be shown to keep the error.
+        EvaluationStoppedError: If the test stage was interrupted or failed.
+    """
+    data = _data_of(run)
+    if not data.clips(CALIBRATION_SPLIT):
+        raise ValueError(f"--run {run}: its data have no split cal, and a threshold from other clips would not hold")
+    plan, stage = plan_cal(run, name)
+    pipeline = PipelineRun(plan.spec, run / THRESHOLD_FOLDER, commands, again)
+    _finish(pipeline)
+    path = artefact_path(run / THRESHOLD_FOLDER / pipeline.state.stages["cal"].folder, "predictions")
+    assert path is not None, "a finished test stage has its predictions"
+    decided = Evaluated.read(plan.methods[0], path, data.label_names, None).decisions[CALIBRATION_SPLIT]
+    sha = adapter_sha(stage.weights[-1]) if stage.weights else ""
+    found = fit_threshold(decided, error, sha, plan.methods[0].samples, plan.spec.seed)
+    found.save(threshold_folder(stage))
+    return found
+
+
 def rows_of_run(found: EvaluatedRun, by_group: bool) -> list[EvaluationRow]:
     """Returns the rows of all methods of a run."""
     return [row for one in found.methods for row in rows_of(one, found.folder, found.pipeline, found.seed, by_group)]
@@ -161,9 +201,9 @@ def write_evaluation(path: Path, rows: Sequence[EvaluationRow], comparisons: Seq
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def command_line(argv: Sequence[str]) -> str:
+def command_line(command: str, argv: Sequence[str]) -> str:
     """Returns the command that was given, to show how to go on."""
-    return shlex.join(["vidreason", "evaluate", *argv])
+    return shlex.join(["vidreason", command, *argv])
 
 
 def _read(run: Path, plan: EvaluationPlan, pipeline: PipelineRun, label_names: tuple[str, ...]) -> EvaluatedRun:
