@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pipeline_world import options
 
-from tests.support.pipeline_world import options
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.datamodules.types import Clip
@@ -184,6 +184,9 @@ def test_methods_are_compared_over_seeds(finished: Path, data: Clips) -> None:
     found = evaluate_run(finished, ALL, FakeTests().commands, "again")
     single = {one.first: one.difference for one in compare_methods([found], None)}
     assert "deepintuit: zero_shot likelihood" not in single
+    seconds = {one.first: one.second for one in compare_methods([found], None)}
+    assert seconds["deepintuit: cold answer, no video"] == "deepintuit: cold answer"
+    assert seconds["deepintuit: cold answer"] == "deepintuit: zero_shot likelihood"
     gain = single["deepintuit: calibration 2 traces"]
     assert gain.mean == pytest.approx(10 / 24)
     assert gain.p_value == pytest.approx(2 / 2**10)

@@ -167,7 +167,7 @@ def rows_of_run(found: EvaluatedRun, by_group: bool) -> list[EvaluationRow]:
 
 
 def compare_methods(runs: Sequence[EvaluatedRun], against: str | None) -> list[Comparison]:
-    """Compares every method with one of them, on every split, over the seeds of the runs.
+    """Compares every method with one of them, and every probe with its method, on every split over the seeds.
 
     Args:
         runs: Evaluated runs; those of one pipeline with different seeds count as repetitions.
@@ -178,15 +178,20 @@ def compare_methods(runs: Sequence[EvaluatedRun], against: str | None) -> list[C
         ValueError: If there is no such method.
     """
     decided: dict[tuple[str, str], dict[int, Decisions]] = defaultdict(dict)
+    probed: dict[str, str] = {}
     for run in runs:
         for one in run.methods:
             for split, decisions in one.decisions.items():
                 if split != CALIBRATION_SPLIT:
-                    decided[f"{run.pipeline}: {one.method.name}", split][run.seed] = decisions
+                    name = f"{run.pipeline}: {one.method.name}"
+                    decided[name, split][run.seed] = decisions
+                    if one.method.probe_of is not None:
+                        probed[name] = f"{run.pipeline}: {one.method.probe_of}"
     names = list(dict.fromkeys(name for name, _ in decided))
-    second = _reference(names, against)
+    reference = _reference([name for name in names if name not in probed], against)
     found = []
     for (first, split), by_seed in decided.items():
+        second = probed.get(first, reference)
         other = decided.get((second, split), {})
         seeds = sorted(by_seed.keys() & other.keys())
         if first != second and seeds:

@@ -77,17 +77,23 @@ def _cells(name: str, rows: Sequence[EvaluationRow]) -> list[str]:
 
 
 def _compared(comparisons: Sequence[Comparison]) -> str:
+    """Returns a table for each method that others are compared with."""
     header = ("method", "split", "points", "95 % or p", "could show", "seeds", "n")
-    cells = []
+    by_second: dict[str, list[list[str]]] = defaultdict(list)
     for one in comparisons:
         d = one.difference
         sure = f"{_points(d.low)} to {_points(d.high)}" if d.low is not None else _p_value(d.p_value)
-        cells.append(
-            [one.first, one.split, _points(d.mean), sure, f"{100 * d.detectable:.1f}", str(d.seeds), str(d.clips)]
-        )
-    return (
-        f"accuracy minus that of {comparisons[0].second}, on the same clips\n{render_table(header, cells)}\n"
-        "could show: smallest true difference that is found with probability 0.8 at the 5 % level, given this spread"
+        row = [one.first, one.split, _points(d.mean), sure, f"{100 * d.detectable:.1f}", str(d.seeds), str(d.clips)]
+        by_second[one.second].append(row)
+    tables = [
+        f"accuracy minus that of {name}, on the same clips\n{render_table(header, rows)}"
+        for name, rows in by_second.items()
+    ]
+    return "\n\n".join(
+        [
+            *tables,
+            "could show: smallest true difference that is found with probability 0.8 at the 5 % level, at this spread",
+        ]
     )
 
 
