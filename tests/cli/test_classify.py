@@ -200,6 +200,7 @@ def test_below_the_threshold_of_its_weights_the_classifier_abstains(
         VideoClassifier.from_run("x")
 
 
+@pytest.mark.slow
 def test_a_threshold_needs_clips_and_evaluation_decides_with_every_stage(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
