@@ -1,4 +1,4 @@
-"""Common parts of the GPU benchmarks: options, circumstances and a clock."""
+"""Common parts of the GPU benchmarks: options, circumstances, a time limit and a clock."""
 
 from __future__ import annotations
 
@@ -15,16 +15,39 @@ import torch
 from figures import versions
 
 
-def options_of(doc: str, arguments: Sequence[str] | None, minutes: float) -> argparse.Namespace:
-    """Parses the options of all GPU benchmarks; without a GPU it exits unless ``--smoke`` is given."""
+def options_of(doc: str, arguments: Sequence[str] | None, minutes: float, parts: Sequence[str]) -> argparse.Namespace:
+    """Parses the options; without a GPU it exits unless ``--tiny`` is given."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file that the figures are written to")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--minutes", type=float, default=minutes, help="nothing is begun after them")
+    parser.add_argument("--parts", nargs="+", choices=tuple(parts), default=tuple(parts))
     options = parser.parse_args(arguments)
-    if not options.smoke and not torch.cuda.is_available():
-        parser.error("no GPU here; --smoke runs the same code on a CPU")
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("no GPU here; --tiny runs the same code on a CPU")
     return options
+
+
+class Deadline:
+    """The time limit of a script.
+
+    Args:
+        minutes: Minutes after which nothing is begun.
+
+    Attributes:
+        left_out: What was not begun.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+        self.left_out: list[str] = []
+
+    def allows(self, name: str) -> bool:
+        """Returns whether there is time to begin something; notes it if not."""
+        if time.monotonic() < self.end:
+            return True
+        self.left_out.append(name)
+        return False
 
 
 def circumstances(clock: Clock, packages: Sequence[str]) -> dict[str, Any]:
@@ -41,6 +64,7 @@ class Clock:
     """Measures time and memory on the device."""
 
     def __init__(self, device: str) -> None:
+        self.device = device
         self.cuda = device == "cuda"
 
     def run(self, step: Callable[[], None], repeats: int) -> tuple[list[float], float] | None:

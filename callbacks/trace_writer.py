@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from vidreason.datamodules.trace_parts import join_parts, own_part
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.traces.run_texts import judge_run_texts
 from vidreason.run_folder import TRACES_FILE
 
 
@@ -53,13 +54,19 @@ class TraceWriter(L.Callback):
             self._store.append(records)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Joins the files of all ranks and prints the number of texts and the reasons for rejections."""
+        """Joins the files of all ranks, prints how many texts were rejected and why, and judges descriptions."""
         trainer.strategy.barrier("trace_writer")
-        if self._store is None or not trainer.is_global_zero:
-            return
-        join_parts(self._store.path)
-        records = self._store.records()
+        assert isinstance(pl_module, VLMModule)
+        if self._store is not None and trainer.is_global_zero:
+            self._join(self._store)
+        if pl_module.traces.kind == "describe":
+            data = pl_module.data
+            judge_run_texts(trainer, pl_module.policy, pl_module.trace_generator(data.task), data, data.predict_splits)
+
+    def _join(self, store: TraceStore) -> None:
+        join_parts(store.path)
+        records = store.records()
         # a reason reads "kind: details"; only kinds are counted
         reasons = Counter(r.reject_reason.split(":")[0] for r in records if r.reject_reason)
         why = "".join(f", {count} rejected ({reason})" for reason, count in reasons.most_common())
-        rank_zero_info(f"{self._store.path}: {len(records)} texts, {sum(r.kept for r in records)} kept{why}")
+        rank_zero_info(f"{store.path}: {len(records)} texts, {sum(r.kept for r in records)} kept{why}")

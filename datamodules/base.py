@@ -10,18 +10,17 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from vidreason.datamodules.clips.collating import BatchCollator
-from vidreason.datamodules.clips.dataset import ClipDataset, LoadedClip, ignore_signals_in_worker
+from vidreason.datamodules.clips.dataset import ClipDataset, LoadedClip
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.clips.samplers import (
     BalancedSampler,
@@ -29,12 +28,15 @@ from vidreason.datamodules.clips.samplers import (
     ResumableLoader,
     SeededDistributedSampler,
 )
+from vidreason.datamodules.clips.workers import worker_options
+from vidreason.datamodules.known import KnowsVideos
 from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.split_names import STANDARD_SPLITS
 from vidreason.datamodules.splits import (
     DEFAULT_FRACTIONS,
     check_disjoint,
+    check_labels,
     complete_splits,
     first_five,
     write_splits,
@@ -43,7 +45,6 @@ from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import BatchEncoder, Clip
 from vidreason.datamodules.words import check_words
 from vidreason.run_folder import SPLITS_FILE
-from vidreason.signals import stop_pipe
 
 _LOG = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class VideoDataModule(L.LightningDataModule, ABC):
         predict_splits: Splits of ``predict``.
         test_splits: Splits of ``test``; null takes every split except train, val and cal.
         split_seed: Seed of the splits that have to be made; separate from ``seed``, so that all seeds share splits.
+        prefetch_batches: Batches that each worker loads ahead; they wait in shared memory (``/dev/shm``).
+        pin_memory: Whether batches are loaded to page-locked memory, which a GPU reads without the CPU; null does so if
+            the trainer uses a GPU.
     """
 
     def __init__(
@@ -79,8 +83,12 @@ class VideoDataModule(L.LightningDataModule, ABC):
         predict_splits: Sequence[str] = ("train",),
         test_splits: Sequence[str] | None = None,
         split_seed: int = 0,
+        prefetch_batches: int = 2,
+        pin_memory: bool | None = None,
     ) -> None:
         super().__init__()
+        if prefetch_batches < 1:
+            raise ValueError(f"prefetch_batches must be at least 1, got {prefetch_batches}")
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError(f"batch sizes must be at least 1, got {batch_size} and {eval_batch_size}")
         self.encoder = encoder
@@ -92,6 +100,8 @@ class VideoDataModule(L.LightningDataModule, ABC):
         self.predict_splits = tuple(predict_splits)
         self.test_splits = None if test_splits is None else tuple(test_splits)
         self.split_seed = split_seed
+        self.prefetch_batches = prefetch_batches
+        self.pin_memory = pin_memory
         self.balance_classes = False
         self.view: ClipView | None = None
         self._eval_view: ClipView | None = None
@@ -126,7 +136,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
                 name: tuple(clip if clip.split == name else replace(clip, split=name) for clip in self.samples(name))
                 for name in self.splits()
             }
-            self._check_labels(given)
+            check_labels(self.label_names, given)
             check_disjoint(given)
             self._clips, made = complete_splits(given, DEFAULT_FRACTIONS, self.split_seed)
             self._made = (*self._made, *made)
@@ -236,18 +246,13 @@ class VideoDataModule(L.LightningDataModule, ABC):
             if not kept:
                 raise ValueError(f"no clip of split {split!r} has a target to train on")
             clips = kept
+            if self.frames.cache is not None and self.frames.jittered_in_training:
+                _LOG.info("frames of training are not cached: frames.sampling 'segment' draws others in each epoch")
         return self._loader(clips, view, batch_size, train)
 
     def dataset(self, clips: Sequence[Clip], view: ClipView, train: bool) -> ClipDataset:
         """Returns the dataset of a loader; override it if clips are not read from files."""
         return ClipDataset(clips, view, self.frames, self.seed, train)
-
-    def _check_labels(self, given: Mapping[str, Sequence[Clip]]) -> None:
-        names = (*self.label_names, None)
-        wrong = [clip for clips in given.values() for clip in clips if clip.label not in names]
-        if wrong:
-            rows = [f"{clip.where or clip.video_id}: {clip.label!r}" for clip in wrong]
-            raise ValueError(f"label that label_names ({', '.join(self.label_names)}) lacks: {first_five(rows)}")
 
     def _eval_loader(self, splits: Sequence[str]) -> DataLoader[LoadedClip]:
         clips, view = self._of(splits), self._shown(self._eval_view or self.view)
@@ -270,25 +275,27 @@ class VideoDataModule(L.LightningDataModule, ABC):
         if self.encoder is None:
             raise ValueError("the data module has no encoder: give it the VLM, as the vlm section of a config does")
         dataset = self.dataset(clips, view, train)
-        sampler: DistributedSampler[Any] | None = None
-        if train:
-            sampler = self._sampler(dataset)
-        elif shared_out and self._ranks()["num_replicas"] > 1:
-            sampler = NonRepeatingDistributedSampler(dataset, **self._ranks())
+        dataset.knows = self.encoder if isinstance(self.encoder, KnowsVideos) else None
+        alone = {"num_replicas": 1, "rank": 0}
+        # A sampler of ours also for one rank: it tells the workers which clips need not be decoded.
+        evaluated = NonRepeatingDistributedSampler(dataset, **(self._ranks() if shared_out else alone))
         loader = (ResumableLoader if train else DataLoader)(
             dataset,
             batch_size=batch_size or (self.batch_size if train else self.eval_batch_size),
-            sampler=sampler,
-            num_workers=self.num_workers,
+            sampler=self._sampler(dataset) if train else evaluated,
             collate_fn=BatchCollator(self.encoder, self.label_names),
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=partial(ignore_signals_in_worker, stop=stop_pipe()) if self.num_workers else None,
+            prefetch_factor=self.prefetch_batches if self.num_workers else None,
+            pin_memory=self._on_gpu() if self.pin_memory is None else self.pin_memory,
+            **worker_options(self.num_workers, (type(self).__module__, type(self.encoder).__module__)),
             # Without it, the loader would draw its base seed from torch's global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
         if isinstance(loader, ResumableLoader):
             loader.trainer = self.trainer
         return loader
+
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _ranks(self) -> dict[str, int]:
         given = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,13 +15,15 @@ from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.dataset import ClipDataset
 from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.clips.reading import call_reader, take_frames
-from vidreason.datamodules.file_hash import content_sha
+from vidreason.datamodules.clips.reading import take_frames
+from vidreason.datamodules.clips.time_limit import ReadTimeoutError, call_for_files, call_reader
+from vidreason.datamodules.file_hash import content_sha, file_size
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import BatchEncoder, Clip
 from vidreason.datamodules.words import check_words
 
+_LOG = logging.getLogger(__name__)
 INFERENCE_SPLIT = "inference"
 """The only split of an ``InferenceDataModule``."""
 
@@ -30,13 +34,13 @@ class InferenceDataModule(VideoDataModule):
     Args:
         task: Classes and prompts.
         encoder: The model family.
-        frames: Options of the frames that are taken; the same as in training.
+        frames: Options of the frames that are taken; the same as in training. Nothing is written to their cache.
         seed: Seed of the run that trained the model.
         batch_size: Clips per batch.
     """
 
     def __init__(self, task: Task, encoder: BatchEncoder, frames: FrameOptions, seed: int, batch_size: int) -> None:
-        super().__init__(encoder, frames, batch_size, seed=seed, test_splits=(INFERENCE_SPLIT,))
+        super().__init__(encoder, replace(frames, cache=None), batch_size, seed=seed, test_splits=(INFERENCE_SPLIT,))
         self._task = task
         self._given: tuple[Clip, ...] = ()
         self._in_memory: dict[str, tuple[Tensor, float]] = {}
@@ -107,8 +111,10 @@ class _InferenceDataset(ClipDataset):
         if clip.video_id not in self.in_memory:
             return super().content(clip)
         # All frames and not only the sampled ones, as for a file.
-        frames = self.in_memory[clip.video_id][0]
-        return hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest()
+        frames, fps = self.in_memory[clip.video_id]
+        digest = hashlib.sha256(f"{tuple(frames.shape)} {fps} ".encode())
+        digest.update(frames.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 class KnownClips:
@@ -122,14 +128,22 @@ class KnownClips:
     def __init__(self, clips: Iterable[Clip], timeout: float | None = None) -> None:
         self.timeout = timeout
         self._by_size: dict[int, list[Clip]] = {}
-        for clip in clips:
-            if clip.path.is_file() and clip.stretch is None:
-                self._by_size.setdefault(clip.path.stat().st_size, []).append(clip)
+        whole = [clip for clip in clips if clip.stretch is None]
+        try:
+            for clip, size in zip(whole, call_for_files(file_size, [c.path for c in whole], timeout), strict=True):
+                if size is not None:
+                    self._by_size.setdefault(size, []).append(clip)
+        except ReadTimeoutError as error:
+            _LOG.warning("%s; clips of the data set are not all recognised", error)
         self._digests: dict[Path, str] = {}
 
     def find(self, path: Path) -> Clip | None:
         """Returns the clip with the same bytes, or None. Only files of the same size are read."""
-        alike = self._by_size.get(path.stat().st_size, ()) if path.is_file() else ()
+        try:
+            size = call_reader(file_size, path, timeout=self.timeout)
+        except (DecodeError, OSError):
+            return None
+        alike = () if size is None else self._by_size.get(size, ())
         digest = self._sha(path) if alike else ""
         return next((clip for clip in alike if digest and self._digest(clip.path) == digest), None)
 

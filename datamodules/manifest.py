@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.sampling import Stretch
+from vidreason.datamodules.clips.time_limit import ReadTimeoutError, existing
 from vidreason.datamodules.sources.rows import Row, Table, read_table
 from vidreason.datamodules.sources.stretches import grouped_by_video, name_of, stretch_of
 from vidreason.datamodules.sources.table_paths import on_windows_drive, spellings
@@ -113,8 +115,9 @@ class ManifestDataModule(VideoDataModule):
         self._check_none("no label", [row.place for row in rows if not row.get("label")])
         task = self._load_task(rows)
         self._check_against(task, rows, table.columns)
-        clips = grouped_by_video([self._clip(row) for row in rows], [row.get("path") for row in rows])
-        self._check_clips(clips)
+        there = self._existing(rows)
+        clips = grouped_by_video([self._clip(row, there) for row in rows], [row.get("path") for row in rows])
+        self._check_clips(clips, there)
         splits, self._made = self._split(clips)
         self._samples = self._limited(splits)
         self._task = task
@@ -160,15 +163,31 @@ class ManifestDataModule(VideoDataModule):
                 f"there are {_list(columns)}"
             )
 
-    def _clip(self, row: Row) -> Clip:
-        root = self.root or (self.manifest if self.manifest.is_dir() else self.manifest.parent)
-        places = [root / text for text in spellings(row.get("path"))]
+    @cached_property
+    def _clip_root(self) -> Path:
+        return self.root or (self.manifest if self.manifest.is_dir() else self.manifest.parent)
+
+    def _places(self, row: Row) -> list[Path]:
+        """Returns the paths at which the clip of a row may be."""
+        return [self._clip_root / text for text in spellings(row.get("path"))]
+
+    def _existing(self, rows: Sequence[Row]) -> set[Path]:
+        """Returns the places of clips at which there is a file or folder."""
+        try:
+            return existing((place for row in rows for place in self._places(row)), self.frames.timeout)
+        except ReadTimeoutError as error:
+            raise ValueError(
+                f"{self.manifest}: {error}: repair the disk or network mount, or set root to where the clips are"
+            ) from error
+
+    def _clip(self, row: Row, there: Set[Path]) -> Clip:
+        places = self._places(row)
         try:
             stretch = stretch_of(row)
         except ValueError as error:
             raise ValueError(f"{self.manifest}: {row.place}: {error}") from error
         return Clip(
-            path=next((path for path in places if path.exists()), places[0]),
+            path=next((path for path in places if path in there), places[0]),
             label=row.get("label"),
             video_id=row.get("video_id") or name_of(row.get("path"), stretch),
             split=row.get("split"),
@@ -178,7 +197,7 @@ class ManifestDataModule(VideoDataModule):
             stretch=stretch,
         )
 
-    def _check_clips(self, clips: Sequence[Clip]) -> None:
+    def _check_clips(self, clips: Sequence[Clip], there: Set[Path]) -> None:
         """Checks for duplicate ids or files, missing files and misspelt standard split names."""
         counts = Counter(clip.video_id for clip in clips)
         twice = [clip for clip in clips if counts[clip.video_id] > 1]
@@ -189,7 +208,7 @@ class ManifestDataModule(VideoDataModule):
             "the same file under two ids, so that test clips might be known from training",
             [f"{self._place(clip)}: {clip.path}, as in {self._place(home)}" for clip, home in again],
         )
-        missing = [clip for clip in clips if not clip.path.exists()]  # reading refuses what is there but no clip
+        missing = [clip for clip in clips if clip.path not in there]  # reading refuses what is there but no clip
         self._check_none(
             f"missing file, looked for from {self.root or self.manifest.parent}",
             [f"{self._place(clip)}: {clip.path}{_windows_drive(clip)}" for clip in missing],

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Literal
+from copy import copy
+from typing import Literal, Self
 
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.templates import CONFIDENCE_REQUEST, LABEL_HINT, REASON_KINDS, PromptKind
@@ -68,6 +69,12 @@ class _TextsByVideo(ClipView):
 
     def keep(self, clip: Clip) -> bool:
         return self.targets is None or bool(self.targets.get(clip.video_id))
+
+    def with_texts(self, texts: Mapping[str, tuple[str, ...]]) -> Self:
+        """Returns a copy with other target texts."""
+        view = copy(self)
+        view.targets = texts
+        return view
 
 
 class DescribeView(_TextsByVideo):

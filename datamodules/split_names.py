@@ -4,6 +4,8 @@ from __future__ import annotations
 
 STANDARD_SPLITS = ("train", "val", "cal", "test")
 """A split of any other name is a further test set."""
+CALIBRATION_SPLIT = "cal"
+"""The split that temperatures and thresholds are fitted on."""
 
 ALMOST_SPLITS = {
     "training": "train",

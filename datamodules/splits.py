@@ -86,6 +86,18 @@ def complete_splits(
     return {name: splits[name] for name in (*order, *sorted(splits.keys() - order))}, missing
 
 
+def check_labels(label_names: Sequence[str], given: Mapping[str, Sequence[Clip]]) -> None:
+    """Checks that every label of the splits is one of ``label_names``; None is none.
+
+    Raises:
+        ValueError: If one is not; the message names where such clips are.
+    """
+    wrong = [clip for clips in given.values() for clip in clips if clip.label not in (*label_names, None)]
+    if wrong:
+        rows = [f"{clip.where or clip.video_id}: {clip.label!r}" for clip in wrong]
+        raise ValueError(f"label that label_names ({', '.join(label_names)}) lacks: {first_five(rows)}")
+
+
 def check_disjoint(splits: Mapping[str, Sequence[Clip]]) -> None:
     """Checks that no video id occurs twice and no group is in two splits.
 

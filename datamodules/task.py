@@ -23,6 +23,17 @@ _PLACEHOLDERS = ("question", "classes", "names", "fields")
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
+def explain_yaml_error(file: Path, error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """Returns why a file could not be read as YAML, in one line, with line and column if they are known."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{file}: not in UTF-8 (byte {error.start}): save it as UTF-8"
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f"{file}: not valid YAML: {' '.join(str(error).split())}"
+    mark = error.problem_mark or error.context_mark
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{file}{place}: not valid YAML: {error.problem or error.context}; check the indentation and quotes there"
+
+
 @dataclass(frozen=True)
 class ClassSpec:
     """One class: its name, which is the label, and its definition."""
@@ -81,7 +92,7 @@ class Task:
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not readable as YAML: {error}") from error
+            raise ValueError(explain_yaml_error(file, error)) from error
         try:
             return replace(_task_from(content), file=str(file))
         except ValueError as error:

@@ -6,12 +6,13 @@ Shape letters: B clips (prompts) in a batch, N texts behind them, L tokens of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vidreason.datamodules.clips.sampling import Stretch
@@ -52,6 +53,26 @@ class FrameTiming:
 
 
 @dataclass(frozen=True)
+class KnownVideo:
+    """What a prompt needs of a video whose embeddings are known: everything that the processor made except pixels.
+
+    It holds NumPy arrays, which go through the queues of a loader by value: each tensor would take a file descriptor.
+    """
+
+    video: str
+    """``VideoSample.identity``."""
+    shape: tuple[int, ...]
+    """Shape of ``VideoSample.frames``."""
+    timing: FrameTiming
+    per_token: Mapping[str, NDArray[Any]]
+    """[1, K] inputs with one entry per token, for the K tokens in front of the user's words."""
+    others: Mapping[str, NDArray[Any]]
+    """Inputs that are neither pixels nor per token, such as grids and times."""
+    pixels: Mapping[str, tuple[str, tuple[int, ...]]]
+    """Dtypes, as torch names them, and shapes of the pixels and their masks."""
+
+
+@dataclass(frozen=True)
 class VideoSample:
     """One clip before the processor."""
 
@@ -62,8 +83,11 @@ class VideoSample:
     timing: FrameTiming
     clip: Clip
     identity: str = ""
-    """Equal for equal frames: a hash of the file's content and of the frames taken; empty if frames are drawn at random
-    or the source is unknown."""
+    """Equal for equal frames: a hash of the file's content and of how frames are taken; empty if they are drawn at
+    random or the source is unknown."""
+    known: KnownVideo | None = None
+    """What the prompt needs of a video that is not decoded, since its embeddings are known; ``frames`` have no content
+    then."""
 
     def __post_init__(self) -> None:
         if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[1] != 3:
@@ -161,14 +185,14 @@ class TextBatch:
             parent=torch.where(parent < 0, parent, place[parent.clamp(min=0)]),
         )
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> TextBatch:
+        """Returns a copy with ``function`` of each tensor."""
+        names = ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")
+        return TextBatch(*(function(getattr(self, name)) for name in names))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TextBatch:
         """Returns a copy on ``device``."""
-        return TextBatch(
-            *(
-                getattr(self, name).to(device, non_blocking=non_blocking)
-                for name in ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")
-            )
-        )
+        return self.mapped(_mover(device, non_blocking))
 
 
 @dataclass(frozen=True)
@@ -181,11 +205,20 @@ class EncodedPrompts:
     """[K] int64, tokens that close an open user turn and open the assistant's; empty if prompts are closed."""
     videos: tuple[str, ...] = ()
     """[B] ``VideoSample.identity`` of each prompt's video; empty if unknown."""
+    known: tuple[KnownVideo | None, ...] = ()
+    """[B] What other prompts about the same videos need besides embeddings; empty or None if it cannot be told."""
+    without_pixels: tuple[bool, ...] = ()
+    """[B] True for a video that was not decoded: its pixels are 0, and have no last axis if no video was decoded. Empty
+    if all videos were."""
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> EncodedPrompts:
+        """Returns a copy with ``function`` of each tensor."""
+        inputs = {name: function(value) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, turn_end=function(self.turn_end))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> EncodedPrompts:
         """Returns a copy on ``device``."""
-        inputs = {k: v.to(device, non_blocking=non_blocking) for k, v in self.inputs.items()}
-        return replace(self, inputs=inputs, turn_end=self.turn_end.to(device))
+        return self.mapped(_mover(device, non_blocking))
 
 
 @dataclass(frozen=True)
@@ -195,9 +228,9 @@ class Encoded:
     prompts: EncodedPrompts
     texts: TextBatch
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Encoded:
-        """Returns a copy on ``device``."""
-        return Encoded(self.prompts.to(device, non_blocking), self.texts.to(device, non_blocking))
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Encoded:
+        """Returns a copy with ``function`` of each tensor."""
+        return Encoded(self.prompts.mapped(function), self.texts.mapped(function))
 
 
 class BatchEncoder(Protocol):
@@ -255,11 +288,25 @@ class VideoBatch:
         """[B] ids in batch order."""
         return tuple(clip.video_id for clip in self.clips)
 
+    def pin_memory(self) -> VideoBatch:
+        """Returns a copy in page-locked memory, which a GPU reads by itself; the loader calls this."""
+        return self.mapped(torch.Tensor.pin_memory)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> VideoBatch:
+        """Returns a copy with ``function`` of each tensor."""
+        encoded = None if self.encoded is None else self.encoded.mapped(function)
+        labels, sample_mask = function(self.labels), function(self.sample_mask)
+        return replace(self, encoded=encoded, labels=labels, sample_mask=sample_mask)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> VideoBatch:
         """Returns a copy on ``device``; Lightning calls this to move a batch."""
-        return replace(
-            self,
-            encoded=None if self.encoded is None else self.encoded.to(device, non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            sample_mask=self.sample_mask.to(device, non_blocking=non_blocking),
-        )
+        return self.mapped(_mover(device, non_blocking))
+
+
+def _mover(device: torch.device | str, non_blocking: bool) -> Callable[[Tensor], Tensor]:
+    """Returns a function that copies a tensor to a device, without waiting for it if the tensor is in pinned memory."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=non_blocking or tensor.is_pinned())
+
+    return move

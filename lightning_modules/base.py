@@ -30,16 +30,15 @@ from vidreason.datamodules.unreadable import warn_unreadable
 from vidreason.lightning_modules.decisions.deciders import AnswerDecider, DecideOptions, Decider, LikelihoodDecider
 from vidreason.lightning_modules.decisions.evaluation import SplitMetrics, evaluate_batch, metric_key
 from vidreason.lightning_modules.decisions.predictions import Prediction
-from vidreason.lightning_modules.fit.context_check import CheckContext
+from vidreason.lightning_modules.fit.callbacks import fit_callbacks
 from vidreason.lightning_modules.fit.fsdp import shard_weights
-from vidreason.lightning_modules.fit.non_finite import StopOnNonFinite
 from vidreason.lightning_modules.fit.optimizer_step import OptimizerStep, StepResult, UpdateOptions, check_trainer
 from vidreason.lightning_modules.fit.passes import Workload, plain_workload
-from vidreason.lightning_modules.fit.resume import ResumeFit, check_attached, check_checkpoint_file, load_weights
+from vidreason.lightning_modules.fit.resume import check_attached, check_checkpoint_file, load_weights
 from vidreason.lightning_modules.fit.schedule import OptimOptions, count_steps
-from vidreason.lightning_modules.fit.skip_unreadable import SkipUnreadable
 from vidreason.lightning_modules.fit.stopping import run_unless_stopped
-from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, complete_clips, trace_view
+from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, trace_view
+from vidreason.lightning_modules.traces.run_texts import complete_clips
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import save_adapter
 from vidreason.lightning_modules.vlms.loading.building import POLICY, checkpoint_sha
@@ -47,6 +46,7 @@ from vidreason.lightning_modules.vlms.loading.master_weights import keep_master_
 from vidreason.lightning_modules.vlms.pieces import EvalOptions
 from vidreason.lightning_modules.weights.export import StartingWeights, export_weights, trained_state
 from vidreason.lightning_modules.weights.lineage import Lineage, check_policy, check_task
+from vidreason.lightning_modules.weights.model_inputs import describe_inputs
 from vidreason.lightning_modules.weights.parameters import set_train_mode, trainable
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
 
@@ -111,7 +111,7 @@ class VLMModule(L.LightningModule):
         self.weights_to_load: Path | None = None  # A checkpoint of which a fit takes no more than the weights.
         self._start: StartingWeights | None = None
         self._written: frozenset[str] = frozenset()  # Clips whose texts an earlier ``predict`` has written.
-        self._fit_callbacks: list[Callback] = [ResumeFit(), SkipUnreadable(), StopOnNonFinite(), CheckContext()]
+        self._fit_callbacks = fit_callbacks()
 
     # ------------------------------------------------------------------ where it runs
 
@@ -304,14 +304,12 @@ class VLMModule(L.LightningModule):
             definitions=tuple(spec.definition for spec in self.data.task.classes),
             seed=self.seed,
             global_step=self.trainer.global_step,
+            inputs=describe_inputs(self.vlm, self.data.frames, self.decider(self.data.task).view),
+            extra={} if self.vlm.note is None else {"note": self.vlm.note},
         )
 
     def export(self, run_dir: Path) -> Path:
-        """Writes the trained weights for the next stage.
-
-        Returns:
-            ``run_dir/adapter``, or after full fine-tuning ``run_dir/weights``, a model folder.
-        """
+        """Writes the trained weights to ``run_dir/adapter`` (or ``run_dir/weights``) and returns the folder."""
         return export_weights(self.policy, run_dir, self.lineage(run_dir).info(), self.vlm.processor)
 
     def export_adapter(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:

@@ -47,7 +47,8 @@ from vidreason.lightning_modules.fit.passes import (
 from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import count_or_one, label_log_probabilities
-from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions, write_run_traces
+from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions
+from vidreason.lightning_modules.traces.run_texts import write_run_traces
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.pieces import split_clips
@@ -295,7 +296,8 @@ class CalibrationModule(VLMModule):
         """Returns the origin of the calibrator, with the entries that are needed to run it."""
         policy = policy_reference(self.start, folder, Path(self.trainer.default_root_dir))
         extra = calibrator_entries(self.scaling.temperature, self.input, self.objective, policy, self.traces)
-        return replace(super().lineage(folder), extra=extra)
+        found = super().lineage(folder)
+        return replace(found, extra={**found.extra, **extra})
 
     def export(self, run_dir: Path) -> Path:
         """Writes the calibrator, with a copy of its policy's adapter inside, to ``run_dir/adapter``."""

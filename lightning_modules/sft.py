@@ -36,7 +36,7 @@ from vidreason.lightning_modules.fit.passes import (
 from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import TextLoss, weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import TokenCounts, count_tokens
-from vidreason.lightning_modules.traces.generation import write_run_traces
+from vidreason.lightning_modules.traces.run_texts import write_run_traces
 from vidreason.lightning_modules.traces.targets import (
     TargetOptions,
     Texts,

@@ -5,6 +5,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,22 @@ RECORDS = {"Looks", "SummaryRow"}
 """Rows of a table, which only our own code makes; they may have more fields than a constructor has arguments"""
 
 
-def imported(path: Path) -> set[str]:
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Every node of a file's tree, the module first."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
+def imported(path: Path) -> frozenset[str]:
     """Dotted names of everything a file imports, wherever in the file."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add("." * node.level + (node.module or ""))
-    return names
+    return frozenset(names)
 
 
 def tops(path: Path) -> set[str]:
@@ -84,8 +92,10 @@ def test_the_grammar_is_written_in_one_file():
     for path in SOURCES:
         if relative(path) == "rewards/completion.py":
             continue
-        for node in ast.walk(_without_docstrings(path)):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        # a bare string is a docstring, of a field too
+        docstrings = {id(node.value) for node in nodes(path) if isinstance(node, ast.Expr)}
+        for node in nodes(path):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
                 assert not tag.match(node.value), f"{relative(path)}, line {node.lineno}: use rewards/completion.py"
 
 
@@ -130,8 +140,7 @@ def test_package_folders_start_empty():
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_nothing_swallows_errors_or_saves_hyperparameters(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else ""
             passes_on = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
@@ -165,8 +174,7 @@ def test_a_stage_has_one_base_of_ours():
 
 def test_constructors_are_narrow():
     """What a class hands on to its base is the base's."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
-    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    classes = {node.name: node for path in SOURCES for node in nodes(path) if isinstance(node, ast.ClassDef)}
     for name, node in classes.items():
         bases = [classes[base] for base in map(ast.unparse, node.bases) if base in classes]
         inherited = {argument for base in bases for argument in _constructor_arguments(base)}
@@ -186,6 +194,24 @@ def test_a_circle_would_be_found():
     assert _strongly_connected({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}, {"a"}, {"d"}]
 
 
+def test_nothing_forks_a_process_that_may_have_threads():
+    """Workers of loaders come from ``worker_options``, or from the loader that another one is made of."""
+    forks = ("os.fork(", "preexec_fn", "ProcessPoolExecutor", '"fork"')
+    loaders = 0
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        product = not relative(path).startswith("benchmarks")  # which measure the memory of a child
+        found = [word for word in forks if word in text and product]
+        assert not found, f"{relative(path)}: {', '.join(found)}"
+        for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            if "collate_fn" in given:
+                loaders += 1
+                safe = given.get(None, "").startswith("worker_options(") or "multiprocessing_context" in given
+                assert safe, f"{relative(path)}, line {call.lineno}: its workers would be forks"
+    assert loaders >= 2
+
+
 def dotted(path: Path) -> str:
     """The name under which a file is imported."""
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -198,7 +224,7 @@ def dotted(path: Path) -> str:
 
 def _own_imports(path: Path, modules: Iterable[str]) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -249,12 +275,3 @@ def _constructor_arguments(node: ast.ClassDef) -> list[str]:
         return []
     fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
     return [ast.unparse(f.target) for f in fields if "ClassVar" not in ast.unparse(f.annotation)]
-
-
-def _without_docstrings(path: Path) -> ast.Module:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):  # a bare string is a docstring, of a field too
-            node.body = [c for c in body if not (isinstance(c, ast.Expr) and isinstance(c.value, ast.Constant))]
-    return tree

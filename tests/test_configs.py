@@ -57,7 +57,7 @@ def test_stage_files_set_nothing_of_a_section_but_its_file(name):
     assert all(isinstance(content[section], str) for section in ("data", "vlm"))
 
 
-@pytest.mark.parametrize("name", sample(FITS, "grpo.yaml", "calibration.yaml"))
+@pytest.mark.parametrize("name", sample(FITS, "calibration.yaml"))
 def test_what_fits_can_be_tested_with_the_same_file(name):
     assert build("test", ["--config", str(CONFIGS / name)]).model is not None
 
@@ -118,7 +118,7 @@ def test_all_strategies_of_the_documentation_exist():
     assert {name.removesuffix(".yaml") for name in OVERLAYS} >= wanted
 
 
-@pytest.mark.parametrize("name", sample(FITS, "grpo.yaml", "sft_label.yaml"))
+@pytest.mark.parametrize("name", sample(FITS, "grpo.yaml"))
 def test_debug_overlay(name):
     cli = build("fit", ["--config", str(CONFIGS / name), "--config", str(CONFIGS / "debug.yaml")])
     assert cli.trainer.max_steps == 2

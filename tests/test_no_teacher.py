@@ -24,7 +24,7 @@ EVERYWHERE = {
     "data.init_args.num_workers": 0,
     "trainer.limit_val_batches": 0,
 }
-GENERATE = {"model.init_args.traces.samples": 1}
+GENERATE = {"model.init_args.traces.samples": 1, "model.init_args.traces.judge": False}  # too few clips for a verdict
 STAGES = {
     "label_sft": {"sft_label": {"trainer.max_steps": 1}},
     "rb_ft": {"generate": GENERATE, "sft_rationale": {"trainer.max_steps": 1}, "sft_label": {"trainer.max_steps": 1}},

@@ -94,8 +94,8 @@ def resumed_over(make_vlm, make_trainer, clip_folder, tmp_path):
     ("numbers", "now"),
     [
         ((0, 1, 2, 3, 5), "hold 5:"),
-        ((0, 1, 2, 3, 4, 5, 6), "hold 7:"),
-        ((0, 1, 2, 3, 4, 6), "hold 6, others or in another order:"),
+        pytest.param((0, 1, 2, 3, 4, 5, 6), "hold 7:", marks=pytest.mark.slow),
+        pytest.param((0, 1, 2, 3, 4, 6), "hold 6, others or in another order:", marks=pytest.mark.slow),
         ((1, 0, 2, 3, 4, 5), "hold 6, others or in another order:"),
     ],
 )

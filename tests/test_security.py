@@ -44,7 +44,7 @@ def test_a_checkpoint_runs_nothing(tmp_path):
 
 def test_a_task_file_builds_no_objects(tmp_path):
     (tmp_path / "task.yaml").write_text(f"name: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\nclasses: []\n")
-    with pytest.raises(ValueError, match="not readable as YAML"):
+    with pytest.raises(ValueError, match="not valid YAML"):
         Task.from_yaml(tmp_path / "task.yaml")
     assert not (tmp_path / "ran").exists()
 

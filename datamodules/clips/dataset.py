@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +16,13 @@ from torch.utils.data import Dataset
 
 from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.clips.placeholder_video import blackened, placeholder_video
-from vidreason.datamodules.clips.reading import ReadStoppedError, ReadTimeoutError, call_reader, read_frames
-from vidreason.datamodules.file_hash import content_sha, file_version
+from vidreason.datamodules.clips.decord_reader import decord
+from vidreason.datamodules.clips.placeholder_video import blackened, placeholder_video, shuffled
+from vidreason.datamodules.clips.reading import content_of, read_frames
+from vidreason.datamodules.clips.time_limit import ReadStoppedError, ReadTimeoutError
+from vidreason.datamodules.known import KnowsVideos, not_decoded
 from vidreason.datamodules.prompts import ClipView
-from vidreason.datamodules.types import Clip, Example, FailedClip, VideoSample
-from vidreason.signals import use_stop_pipe
+from vidreason.datamodules.types import Clip, Example, FailedClip, KnownVideo, VideoSample
 
 _MOST_TIMEOUTS = 2
 
@@ -36,6 +34,8 @@ class ClipKey(NamedTuple):
     epoch: int
     valid: bool = True
     """False for a clip that only gives this rank as many clips as the others have; it does not count."""
+    known: KnownVideo | None = None
+    """What the prompt needs of a clip that is not decoded, since its embeddings are known."""
 
 
 @dataclass(frozen=True)
@@ -49,28 +49,6 @@ class LoadedClip:
     """False for a clip that only gives this rank as many clips as the others have."""
     failed: FailedClip | None = None
     """Why the clip could not be read."""
-
-
-def ignore_signals_in_worker(worker: int, stop: Connection | None = None) -> None:
-    """Makes a worker ignore Ctrl-C and SIGTERM to the process group, so that only its parent process ends it.
-
-    Args:
-        worker: Number of the worker, which a ``worker_init_fn`` receives.
-        stop: ``signals.stop_pipe()`` of the parent process, which ends a read when the parent receives a signal.
-    """
-    if stop is not None:
-        use_stop_pipe(stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        # a blocked signal is only delivered to sigwaitinfo, which tells who sent it
-        threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
-
-
-def _exit_on_sigterm_of_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 class ClipDataset(Dataset[LoadedClip]):
@@ -91,16 +69,29 @@ class ClipDataset(Dataset[LoadedClip]):
         self.frames = frames
         self.seed = seed
         self.train = train
-        self._contents: dict[tuple[str, str], str] = {}
+        self.knows: KnowsVideos | None = None
+        """Tells in the main process which clips need not be decoded; None decodes all."""
         self._timeouts: Counter[Path] = Counter()
 
     def __len__(self) -> int:
         return len(self.clips)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leaves ``knows`` in the main process."""
+        return self.__dict__ | {"knows": None}
+
+    def key(self, position: int, epoch: int, valid: bool) -> ClipKey:
+        """Returns the index of a clip; samplers call this in the main process."""
+        return ClipKey(position, epoch, valid, self._known(self.clips[position]))
+
     def __getitem__(self, key: int | ClipKey) -> LoadedClip:
         """Returns a clip with prompt and texts, or the reason why it cannot be read."""
-        position, epoch, valid = key if isinstance(key, ClipKey) else ClipKey(key, 0)
+        position, epoch, valid, known = key if isinstance(key, ClipKey) else ClipKey(key, 0)
         clip = self.clips[position]
+        if known is not None:
+            return LoadedClip(
+                Example(not_decoded(clip, known), self.view.prompt(clip), self.view.texts(clip)), 0.0, valid
+            )
         start = time.perf_counter()
         failed = None
         try:
@@ -111,7 +102,10 @@ class ClipDataset(Dataset[LoadedClip]):
         decode_ms = 1000 * (time.perf_counter() - start)
         if failed is not None and not self.train:
             return LoadedClip(None, decode_ms, valid, failed)
-        return LoadedClip(Example(sample, self.view.prompt(clip), self.view.texts(clip)), decode_ms, valid, failed)
+        return LoadedClip(self._shown(sample), decode_ms, valid, failed)
+
+    def _shown(self, sample: VideoSample) -> Example:
+        return Example(sample, self.view.prompt(sample.clip), self.view.texts(sample.clip))
 
     def _sample(self, clip: Clip, jitter: torch.Generator | None) -> VideoSample:
         """Returns the frames that the view shows of a clip.
@@ -121,10 +115,24 @@ class ClipDataset(Dataset[LoadedClip]):
             OSError: If the file cannot be opened.
         """
         video = self.read(clip, jitter)
-        sample = VideoSample(clip.video_id, video.frames, clip.label, video.timing, clip)
-        if not self.view.shows_video:
+        frames = shuffled(video.frames, clip.video_id) if self.frames.probe == "shuffled" else video.frames
+        sample = VideoSample(clip.video_id, frames, clip.label, video.timing, clip)
+        if not self.view.shows_video or self.frames.probe == "black":
             return blackened(sample)
-        return replace(sample, identity=self._identity(clip, video))
+        return replace(sample, identity=self._identity(clip))
+
+    def _known(self, clip: Clip) -> KnownVideo | None:
+        """Returns what the prompt needs of a clip whose embeddings are known."""
+        knows = self.knows
+        hidden = not self.view.shows_video or self.frames.probe == "black"
+        if knows is None or not knows.knows_videos or hidden or self._timeouts[clip.path]:
+            return None
+        try:
+            video = self._identity(clip)
+        except (DecodeError, OSError) as error:  # the worker, which tries again, says why
+            self._timeouts[clip.path] += isinstance(error, ReadTimeoutError)
+            return None
+        return knows.find_known(video, self.view.prompt(clip), partial(self._sample, clip, None)) if video else None
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
         """Returns the frames of a clip, read from its file; a file that took too long twice is not tried again.
@@ -146,24 +154,20 @@ class ClipDataset(Dataset[LoadedClip]):
         Raises:
             DecodeError: If it cannot be read within the time limit.
         """
-        try:
-            key = (str(clip.path), file_version(clip.path))  # a file that was replaced is hashed again
-        except OSError:
-            return ""
-        if key not in self._contents:
-            self._contents[key] = call_reader(content_sha, clip.path, timeout=self.frames.timeout)
-        return self._contents[key]
+        return content_of(clip.path, self.frames)
 
-    def _identity(self, clip: Clip, video: DecodedVideo) -> str:
-        """Returns the ``VideoSample.identity``: a hash of the file and the frames taken; empty if these are random."""
+    def _identity(self, clip: Clip) -> str:
+        """Returns the ``VideoSample.identity``: a hash of the file and of how frames are taken; empty if at random.
+
+        Raises:
+            DecodeError: If the file cannot be read within the time limit.
+        """
         jittered = self.train and self.frames.sampling == "segment"
         content = "" if jittered else self.content(clip)
         if not content:
             return ""
-        taken = (
-            f"{content} {clip.stretch} {video.timing.indices} {tuple(video.frames.shape)} {video.reader} {self.frames}"
-        )
-        return hashlib.sha256(taken.encode()).hexdigest()
+        library = "pyav" if decord() is None else "decord"
+        return hashlib.sha256(f"{content} {clip.stretch} {library} {self.frames}".encode()).hexdigest()
 
     def _jitter(self, clip: Clip, epoch: int) -> torch.Generator:
         """Returns a generator that depends on seed, epoch and clip only, not on workers or resuming."""

@@ -47,11 +47,11 @@ class DecodedFrames:
     frames_in_file: int
     """Frames of the clip."""
     reader: str
-    """``decord``, ``pyav``, ``pictures`` or ``memory``."""
+    """``decord``, ``pyav``, ``torchcodec``, ``pictures`` or ``memory``."""
     partial: bool = False
     """True if parts of the file could not be read."""
     why: str = ""
-    """Reason why decord was not used; empty if it was used, or never reads such files."""
+    """Reason why PyAV was used; empty if another reader was used, or never reads such files."""
     size: tuple[int, int] = (0, 0)
     """Width and height of the first frame before it was resized, upright."""
 

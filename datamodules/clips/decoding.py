@@ -1,9 +1,10 @@
 """Decoding: reads the sampled frames of a file, with the reader that reads it correctly.
 
-There are three readers. decord is fast; it is used for plain files if it is installed, since it returns wrong frames of
-others without an error. PyAV reads everything else, and what decord fails on. Pictures in an archive or a folder, and
-animated WebP, are read with Pillow. decord and PyAV return the same frames, chosen by presentation time, so that
-variable frame rates are sampled evenly. A reader is opened for each clip with one thread and not kept.
+There are three readers. decord is fast in short files; it is used for plain ones if it is installed, since it returns
+wrong frames of others without an error (torchcodec takes its place if it is asked for). PyAV reads everything else,
+long videos, and what decord fails on. Pictures in an archive or a folder, and animated WebP, are read with Pillow.
+decord and PyAV return the same frames, chosen by presentation time, so that variable frame rates are sampled evenly. A
+reader is opened for each clip with one thread and not kept.
 
 Nothing here imports torch: it runs in a helper process (``reading.py``).
 """
@@ -19,7 +20,7 @@ from vidreason.datamodules.clips.decoded import NOMINAL_FPS, DecodedFrames, Deco
 from vidreason.datamodules.clips.decord_reader import decord, read_with_decord
 from vidreason.datamodules.clips.pictures import is_picture_folder, read_animation, read_pictures
 from vidreason.datamodules.clips.pyav_packets import Survey, survey
-from vidreason.datamodules.clips.pyav_reader import Contents, decode_completely, read_with_pyav
+from vidreason.datamodules.clips.pyav_reader import Contents, can_pass_over, decode_completely, read_with_pyav
 from vidreason.datamodules.clips.sampling import (
     FrameChooser,
     Stretch,
@@ -27,6 +28,7 @@ from vidreason.datamodules.clips.sampling import (
     segment_indices,
     uniform_indices,
 )
+from vidreason.datamodules.clips.torchcodec_reader import NotLoadedError, read_with_torchcodec
 
 _LFS_POINTER = b"version https://git-lfs"
 _WEBP = (b"RIFF", b"WEBP")
@@ -41,8 +43,15 @@ class FrameOptions:
         sampling: uniform (middles of equal segments), segment (one frame per segment, random in training) or fps.
         fps: Frames per second of ``fps`` sampling.
         max_pixels: Largest height x width of a frame; larger frames are shrunk, smaller ones stay.
-        reader: auto uses decord for files that it reads correctly, if it is installed, and PyAV for all others.
+        reader: auto uses decord for short files that it reads correctly, if it is installed, and PyAV for all others;
+            torchcodec takes decord's place if it is named (``pip install 'vidreason[torchcodec]'``, and FFmpeg).
         timeout: Seconds that reading one clip may take; null sets no limit and reads in the same process.
+        cache: Folder in which decoded frames are kept, for all processes and runs that name it; null keeps none.
+        cache_gb: Size limit of that folder in GB of 1e9 bytes.
+        cache_format: raw keeps frames as they are. jpeg takes less space and changes frames a little, in the
+            same way whether they come from the cache or not.
+        probe: Tests whether a model looks at the video: ``black`` blackens every frame, ``shuffled`` changes their
+            order. For evaluation.
 
     Raises:
         ValueError: If a number is not positive, or fps sampling has no rate.
@@ -52,8 +61,12 @@ class FrameOptions:
     sampling: Literal["uniform", "segment", "fps"] = "uniform"
     fps: float | None = None
     max_pixels: int | None = None
-    reader: Literal["auto", "decord", "pyav"] = "auto"
+    reader: Literal["auto", "decord", "pyav", "torchcodec"] = "auto"
     timeout: float | None = field(default=30.0, repr=False)  # the text of the options identifies frames
+    cache: str | None = field(default=None, repr=False)
+    cache_gb: float = field(default=50.0, repr=False)
+    cache_format: Literal["raw", "jpeg"] = "raw"
+    probe: Literal["none", "black", "shuffled"] = "none"
 
     def __post_init__(self) -> None:
         if self.num_frames < 1:
@@ -64,6 +77,13 @@ class FrameOptions:
             raise ValueError(f"sampling 'fps' needs a positive fps, got {self.fps}")
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds or null, got {self.timeout}")
+        if not self.cache_gb > 0:
+            raise ValueError(f"cache_gb must be positive, got {self.cache_gb}; cache: null keeps no frames")
+
+    @property
+    def jittered_in_training(self) -> bool:
+        """Whether training takes other frames in each epoch, which are not cached."""
+        return self.sampling == "segment"
 
 
 def decode(
@@ -128,38 +148,44 @@ def frame_chooser(options: FrameOptions, draws: Sequence[float] | None) -> Frame
 
 def _read_video(path: Path, choose: FrameChooser, options: FrameOptions, stretch: Stretch | None) -> DecodedFrames:
     found = survey(path, stretch)
-    why = _why_not_decord(found.oddity, options.reader, stretch)
+    why = _why_pyav(found.oddity, options.reader, stretch)
+    if not why and options.reader == "auto" and can_pass_over(found, options.num_frames):
+        why = "PyAV passes over frames to which no other refers"
     if options.reader == "decord":
         if why:
             raise DecodeError(f"{path}: reader 'decord': {why}; use 'pyav' or 'auto'")
-        return _with_name(path, choose, options, found)
+        return _read_plain(path, choose, options, found)
     if not why:
         try:
-            return _with_name(path, choose, options, found)
+            return _read_plain(path, choose, options, found)
+        except NotLoadedError:
+            raise
         except DecodeError as error:
             why = str(error).removeprefix(f"{path}: ")
     try:
         return replace(read_with_pyav(path, choose, options.max_pixels, found, stretch), why=why)
     except DecodeError as error:
-        raise DecodeError(f"{error}; {why}" if why.startswith("decord: ") else str(error)) from error
+        raise DecodeError(f"{error}; {why}" if why.startswith(("decord: ", "torchcodec: ")) else str(error)) from error
 
 
-def _with_name(path: Path, choose: FrameChooser, options: FrameOptions, found: Survey) -> DecodedFrames:
+def _read_plain(path: Path, choose: FrameChooser, options: FrameOptions, found: Survey) -> DecodedFrames:
+    read = read_with_torchcodec if options.reader == "torchcodec" else read_with_decord
     try:
-        return read_with_decord(path, choose, options.max_pixels, found)
+        return read(path, choose, options.max_pixels, found)
     except DecodeError as error:
-        raise DecodeError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
 
 
-def _why_not_decord(oddity: str, asked: str, stretch: Stretch | None) -> str:
-    """Returns the reason for not using decord, or an empty string."""
+def _why_pyav(oddity: str, asked: str, stretch: Stretch | None) -> str:
+    """Returns the reason for using PyAV and not decord or torchcodec, or an empty string."""
     if asked == "pyav":
         return "asked for"
-    if decord() is None:
+    other = "torchcodec" if asked == "torchcodec" else "decord"
+    if other == "decord" and decord() is None:
         return "decord is not installed"
     if oddity:
-        return f"decord may return wrong frames: {oddity}"
-    return "" if stretch is None else "decord reads the whole file for a part of it"
+        return f"{other} may return wrong frames: {oddity}"
+    return "" if stretch is None else f"{other} reads the whole file for a part of it"
 
 
 def _check_file(path: Path) -> None:

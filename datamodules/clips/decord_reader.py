@@ -7,7 +7,7 @@ have to be those of the packets.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -51,7 +51,7 @@ def read_with_decord(path: Path, choose: FrameChooser, max_pixels: int | None, f
         if not (math.isfinite(fps) and fps > 0):
             raise DecodeError(f"decord: {total} frames at {fps} frames per second")
         shown = choose_by_time(choose, found.times, found.fps)
-        pixels, size = _frames(reader, shown.frames, max_pixels)
+        pixels, size = frames_in_batches(lambda some: reader.get_batch(list(some)).asnumpy(), shown.frames, max_pixels)
     except (RuntimeError, module.DECORDError, IndexError, OSError) as error:
         raise DecodeError(f"decord: {first_line(error)}") from error
     return DecodedFrames(pixels, shown.fps, shown.total, shown.moments, total, "decord", size=size)
@@ -64,16 +64,23 @@ def _alike(times: Sequence[float], others: Sequence[float]) -> bool:
     return np.allclose(np.subtract(times, times[0]), np.subtract(others, others[0]), rtol=0, atol=TIME_SLACK)
 
 
-def _frames(reader: object, indices: tuple[int, ...], max_pixels: int | None) -> tuple[Pixels, tuple[int, int]]:
+def frames_in_batches(
+    take: Callable[[Sequence[int]], Pixels], indices: Sequence[int], max_pixels: int | None
+) -> tuple[Pixels, tuple[int, int]]:
     """Returns the frames [T, H, W, 3], and the width and height that they had.
 
     They are decoded and resized a few at a time, so that few are in memory at full size.
+
+    Args:
+        take: Decodes the frames with the given positions.
+        indices: [T] positions.
+        max_pixels: Largest height x width of a frame.
     """
     done: list[Pixels] = []
     first, count = 0, 1
     height = width = 0
     while first < len(indices):
-        batch = reader.get_batch(list(indices[first : first + count])).asnumpy()  # type: ignore[attr-defined]
+        batch = take(indices[first : first + count])
         height, width = batch.shape[1:3]
         done += [resize(frame, fit_size(height, width, max_pixels)) for frame in batch]
         first += count

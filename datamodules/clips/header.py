@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -15,7 +18,12 @@ from vidreason.datamodules.clips.decoded import NOMINAL_FPS, DecodeError, fit_si
 from vidreason.datamodules.clips.decoding import FrameOptions, frame_chooser
 from vidreason.datamodules.clips.pictures import is_picture_folder, picture_names
 from vidreason.datamodules.clips.pyav_packets import open_video, video_stream
-from vidreason.datamodules.types import Clip, FrameTiming
+from vidreason.datamodules.clips.time_limit import ReadTimeoutError, call_for_files
+
+if TYPE_CHECKING:  # imports torch, and the helper process reads headers
+    from vidreason.datamodules.types import Clip, FrameTiming
+
+_LOG = logging.getLogger(__name__)
 
 COLUMNS = ("clip_frames", "clip_fps", "clip_width", "clip_height")
 """Columns of a manifest of ``vidreason init`` with the measurements of a clip."""
@@ -34,6 +42,8 @@ class ClipHeader:
 
     def timing(self, options: FrameOptions) -> FrameTiming:
         """Returns the frames that are sampled, as if all were shown equally long."""
+        from vidreason.datamodules.types import FrameTiming
+
         return FrameTiming(self.fps, self.frames, frame_chooser(options, None)(self.frames, self.fps))
 
     def size(self, options: FrameOptions) -> tuple[int, int]:
@@ -41,35 +51,57 @@ class ClipHeader:
         return fit_size(self.height, self.width, options.max_pixels)
 
 
-def read_header(clip: Clip) -> ClipHeader | None:
-    """Returns length and size of a clip; None if neither its columns nor its file tell them.
+def read_headers(clips: Sequence[Clip], timeout: float | None) -> list[ClipHeader | None]:
+    """Returns length and size of clips; None if neither the columns of a clip nor its file tell them.
 
     A file without a frame count is as long as its duration times its frame rate. A part of a video has its own length.
+    If a file does not answer, the files behind it are not looked at, which is reported: clips are read later anyway,
+    each within its own time limit.
+
+    Args:
+        clips: The clips.
+        timeout: Seconds that a few headers may take; None sets no limit.
     """
-    found = _whole(clip)
-    if found is None or clip.stretch is None:
-        return found
-    seconds = clip.stretch.end - clip.stretch.start
-    if not math.isfinite(seconds):
-        seconds = found.frames / found.fps - clip.stretch.start
-    return replace(found, frames=max(1, round(min(seconds, found.frames / found.fps) * found.fps)))
-
-
-def _whole(clip: Clip) -> ClipHeader | None:
-    """Returns length and size of the file of a clip."""
-    if all(clip.fields.get(name) for name in COLUMNS):
-        try:
-            frames, fps, width, height = (float(clip.fields[name]) for name in COLUMNS)
-        except ValueError:
-            return None
-        return ClipHeader(int(frames), fps, int(width), int(height))
+    told = {clip.path: header for clip in clips if (header := _from_columns(clip)) is not None}
+    paths = list(dict.fromkeys(clip.path for clip in clips if clip.path not in told))
+    found: dict[Path, ClipHeader | None] = dict(told)
     try:
-        if clip.path.is_dir():
-            return _folder_header(clip.path)
-        found = _zip_header(clip.path) if clip.path.suffix.lower() == ".zip" else _video_header(clip.path)
+        for path, header in zip(paths, call_for_files(header_of, paths, timeout, at_once=16), strict=True):
+            found[path] = header
+    except ReadTimeoutError as error:
+        _LOG.warning("%s; the headers of %d files are not looked at", error, len(told) + len(paths) - len(found))
+    return [_of_stretch(clip, found.get(clip.path)) for clip in clips]
+
+
+def header_of(path: Path) -> ClipHeader | None:
+    """Returns length and size of the clip in a file or folder; None if it does not tell them."""
+    try:
+        if path.is_dir():
+            return _folder_header(path)
+        if not path.is_file():  # opening a pipe would block
+            return None
+        found = _zip_header(path) if path.suffix.lower() == ".zip" else _video_header(path)
     except (DecodeError, OSError, ValueError, zipfile.BadZipFile):
         return None
     return found if found.frames > 0 and found.fps > 0 and found.width * found.height > 0 else None
+
+
+def _from_columns(clip: Clip) -> ClipHeader | None:
+    """Returns length and size of the file of a clip by the columns that ``vidreason init`` writes."""
+    try:
+        frames, fps, width, height = (float(clip.fields[name]) for name in COLUMNS)
+    except (KeyError, ValueError):
+        return None
+    return ClipHeader(int(frames), fps, int(width), int(height))
+
+
+def _of_stretch(clip: Clip, whole: ClipHeader | None) -> ClipHeader | None:
+    if whole is None or clip.stretch is None:
+        return whole
+    seconds = clip.stretch.end - clip.stretch.start
+    if not math.isfinite(seconds):
+        seconds = whole.frames / whole.fps - clip.stretch.start
+    return replace(whole, frames=max(1, round(min(seconds, whole.frames / whole.fps) * whole.fps)))
 
 
 def _video_header(path: Path) -> ClipHeader:

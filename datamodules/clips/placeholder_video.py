@@ -1,10 +1,12 @@
-"""Black videos: for views that hide the video, and as placeholders for training clips that cannot be read."""
+"""Videos that hide something: black ones, also as placeholders of clips that cannot be read, and shuffled ones."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from vidreason.datamodules.clips.decoded import NOMINAL_FPS, fit_size
 from vidreason.datamodules.clips.decoding import FrameOptions
@@ -32,3 +34,9 @@ def placeholder_video(clip: Clip, options: FrameOptions) -> VideoSample:
     frames = torch.zeros(options.num_frames, 3, height, width, dtype=torch.uint8)
     timing = FrameTiming(NOMINAL_FPS, options.num_frames, tuple(range(options.num_frames)))
     return blackened(VideoSample(clip.video_id, frames, clip.label, timing, clip))
+
+
+def shuffled(frames: Tensor, video_id: str) -> Tensor:
+    """Returns the frames [T, 3, H, W] of a clip in a random order that depends on its id alone."""
+    seed = int.from_bytes(hashlib.blake2b(video_id.encode(), digest_size=7).digest(), "big")
+    return frames[torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))]

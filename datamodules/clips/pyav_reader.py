@@ -1,8 +1,9 @@
 """Reads videos with PyAV.
 
 A short video, or a damaged one, is decoded from the first to the last packet, so that damaged packets are skipped and
-a damaged index does no harm. In a long one, the reader seeks to the key frames before the chosen frames, and decodes
-everything if the frames that it finds there do not have the times that the packets have.
+a damaged index does no harm. In a long one, the reader seeks to the key frames before the chosen frames and passes over
+frames to which no other refers (the B frames of most encoders). It decodes everything if the frames
+that it finds do not have the times that the packets have.
 """
 
 from __future__ import annotations
@@ -59,12 +60,23 @@ def read_with_pyav(
     if found.times and all(before < after for before, after in pairwise(found.times)):
         first, last = within(found.times, found.origin, stretch, path)
         shown = choose_by_time(choose, found.times[first:last], found.fps)
-        if stretch is not None or _frames_saved(found, [first + index for index in shown.frames]) > _WORTH_A_SEEK:
+        saved = _frames_saved(found, [first + index for index in shown.frames])
+        if stretch is not None or saved > _WORTH_A_SEEK or can_pass_over(found, len(shown.frames)):
             times = [found.times[first + index] for index in shown.frames]
-            frames = _decode_at(path, times, found.keys, max_pixels)
+            frames = _decode_at(path, times, found.keys, max_pixels, plain=not found.oddity)
             if frames is not None:
                 return _decoded(frames, shown, last - first)
     return _decode_all(path, choose, max_pixels, found, stretch)
+
+
+def can_pass_over(found: Survey, count: int) -> bool:
+    """Returns whether many frames need not be decoded, since no other frame refers to them.
+
+    Args:
+        found: The packets of a video.
+        count: Number of frames that are taken.
+    """
+    return not found.oddity and len(found.times) - count > _WORTH_A_SEEK
 
 
 @dataclass(frozen=True)
@@ -112,11 +124,15 @@ def _frames_saved(found: Survey, indices: Sequence[int]) -> int:
 
 
 def _decode_at(
-    path: Path, times: Sequence[float], keys: Sequence[float], max_pixels: int | None
+    path: Path, times: Sequence[float], keys: Sequence[float], max_pixels: int | None, plain: bool
 ) -> list[_Frame] | None:
-    """Decodes the frames with the given times in seconds, ascending; returns None if one of them is not found."""
+    """Decodes the frames with the given times in seconds, ascending; returns None if one of them is not found.
+
+    In a ``plain`` H.264 video, other frames to which none refers are passed over.
+    """
     kept: dict[float, _Frame] = {}
-    wanted = sorted(set(times))
+    taken = set(times)
+    wanted = sorted(taken)
     shrink = _Shrink(max_pixels)
     place = -math.inf
     with open_video(path) as container:
@@ -128,6 +144,9 @@ def _decode_at(
                     seek_before(container, stream, key)
                     place = key
                 for packet in container.demux(stream):
+                    if plain:
+                        needed = packet.pts is None or seconds(packet.pts, packet.time_base) in taken
+                        stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
                     for frame in stream.decode(packet):
                         time = seconds(frame.pts, frame.time_base)
                         place = max(place, time)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import lightning as L
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from vidreason.datamodules.clips.dataset import ClipDataset, ClipKey
 from vidreason.datamodules.clips.sampling import balanced_order
@@ -18,6 +18,33 @@ def batches_of_an_epoch(trainer: L.Trainer, batches: int) -> int:
     """Returns how many of a loader's ``batches`` the trainer uses in an epoch."""
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def _key(dataset: object, position: int, epoch: int, valid: bool) -> ClipKey:
+    """Returns the index of a clip, with what is known of its video at this moment."""
+    if isinstance(dataset, ClipDataset):
+        return dataset.key(position, epoch, valid)
+    return ClipKey(position, epoch, valid)
+
+
+class GivenBatches(Sampler[list[ClipKey]]):
+    """Batches of given positions, as indices with what is known of their videos when they are asked for.
+
+    Args:
+        dataset: The dataset.
+        batches: Positions of the clips of each batch.
+    """
+
+    def __init__(self, dataset: object, batches: Sequence[Sequence[int]]) -> None:
+        self.dataset = dataset
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[ClipKey]]:
+        """Yields the batches in order."""
+        return ([_key(self.dataset, place, 0, valid=True) for place in batch] for batch in self.batches)
 
 
 class ResumableSampler(DistributedSampler[Any]):
@@ -74,7 +101,7 @@ class SeededDistributedSampler(ResumableSampler):
         places = range(self.rank, self.total_size, self.num_replicas)  # in the order of all ranks together
         rest = islice(zip(places, self.order(), strict=True), self.seen, None)
         clips = len(self.dataset)  # type: ignore[arg-type]
-        return (ClipKey(index, self.epoch, valid=place < clips) for place, index in rest)
+        return (_key(self.dataset, index, self.epoch, valid=place < clips) for place, index in rest)
 
     def order(self) -> Iterator[int]:
         """Returns this rank's positions of the whole epoch."""
@@ -96,8 +123,8 @@ class NonRepeatingDistributedSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[ClipKey]:
         """Yields this rank's positions."""
-        own = [ClipKey(place, 0) for place in range(self.rank, self.total_size, self.num_replicas)]
-        return iter(own or [ClipKey(0, 0, valid=False)])
+        own = range(self.rank, self.total_size, self.num_replicas)
+        return (_key(self.dataset, place, 0, valid=bool(own)) for place in own or [0])
 
 
 class BalancedSampler(SeededDistributedSampler):

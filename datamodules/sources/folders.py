@@ -75,13 +75,9 @@ def read_layout(folder: Path) -> Layout:
     hidden: list[Path] = []
     inner: dict[Path, None] = {}
     for place in homes:
-        files, hidden_here, odd = _files_below(place.path)
+        found_here, others_here, hidden_here = _sort_files(place.path, place.path)
         hidden += hidden_here
-        found_here = _clips_among(files, place.path)
-        taken = set(found_here)
-        rest = [path for path in files if path not in taken and path.parent not in taken]
-        others.update(path.suffix.lower() or path.name for path in rest)
-        others.update(f"{path.name} (not a regular file)" for path in odd)
+        others += others_here
         clips += [FolderClip(path, place.label, place.split) for path in found_here]
         deeper = (path.relative_to(place.path) for path in found_here)
         inner.update(dict.fromkeys(place.path / path.parts[0] for path in deeper if len(path.parts) > 1))
@@ -96,12 +92,27 @@ def read_layout(folder: Path) -> Layout:
     )
 
 
-def clips_below(folder: Path) -> list[Path]:
-    """Returns all clips below a folder, sorted, except in folders that begin with ``_`` or ``.``.
+def clips_below(folder: Path) -> tuple[list[Path], list[str]]:
+    """Returns all clips below a folder, sorted, and what is passed over, in words.
 
-    A folder of pictures is a clip, also the given one.
+    A folder of pictures is a clip, also the given one. Folders that begin with ``_`` or ``.`` are passed over.
     """
-    return sorted(_clips_among(_files_below(folder)[0], folder.parent))
+    clips, others, hidden = _sort_files(folder, folder.parent)
+    told = [kind if " " in kind else f"{number} of {kind}" for kind, number in sorted(others.items())]
+    return sorted(clips), [*told, *(f"folder {path.name}" for path in hidden)]
+
+
+def _sort_files(folder: Path, home: Path) -> tuple[list[Path], Counter[str], list[Path]]:
+    """Returns the clips below a folder, the number of other files by suffix, and the folders that were skipped.
+
+    What is no regular file is among the others by its name.
+    """
+    files, hidden, odd = _files_below(folder)
+    clips = _clips_among(files, home)
+    taken = set(clips)
+    others = Counter(p.suffix.lower() or p.name for p in files if p not in taken and p.parent not in taken)
+    others.update(f"{path.name} (not a regular file)" for path in odd)
+    return clips, others, hidden
 
 
 def _clips_among(files: Sequence[Path], home: Path) -> list[Path]:

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.clips.measuring import ClipProbe, measure_clip
-from vidreason.datamodules.clips.reading import call_reader
 from vidreason.datamodules.clips.sampling import Stretch
+from vidreason.datamodules.clips.time_limit import call_reader
 
 T = TypeVar("T")
 

@@ -6,8 +6,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from vidreason.datamodules.clips.time_limit import LOOK_TIMEOUT, call_for_files
 from vidreason.datamodules.sources.folders import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 
 _SAMPLE = 200  # rows that the guess of a root looks for
@@ -53,7 +55,7 @@ def locator(table: Path, values: Sequence[str], root: Path | None) -> tuple[Call
     roots = [root] if root is not None else list(dict.fromkeys([absolute(table.parent), Path.cwd()]))
     sample = [path_of(value) for value in values]
     for some in (sample[:_SAMPLE], sample):
-        hits = [sum(_find(absolute(folder), value) is not None for value in some) for folder in roots]
+        hits = [len(_find_all(absolute(folder), some)) for folder in roots]
         if max(hits):
             break
     else:
@@ -65,7 +67,19 @@ def locator(table: Path, values: Sequence[str], root: Path | None) -> tuple[Call
         )
     best = absolute(roots[hits.index(max(hits))])
     notes = [f"paths are relative to {best}"] if len(roots) > 1 and best != absolute(table.parent) else []
-    return lambda value: _find(best, value) or absolute(best / value), notes
+    found = _find_all(best, sample)
+    return lambda value: found.get(value) or absolute(best / value), notes
+
+
+def _find_all(root: Path, values: Sequence[str]) -> dict[str, Path]:
+    """Returns the files of those paths that have one.
+
+    Raises:
+        ReadTimeoutError: If the file system does not answer.
+    """
+    wanted = list(dict.fromkeys(values))
+    files = call_for_files(partial(_find, root), wanted, LOOK_TIMEOUT)
+    return {value: file for value, file in zip(wanted, files, strict=True) if file is not None}
 
 
 def _find(root: Path, value: str) -> Path | None:

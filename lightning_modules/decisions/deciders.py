@@ -134,7 +134,7 @@ class ReviewDecider:
         """Decides by the averaged and temperature-scaled class probabilities."""
         logprobs = score_classes(vlm, model, batch, self.task.label_names)
         traces = [
-            tuple(Trace(record.text, record.answer) for record in self.traces.get(clip.video_id, ()))
+            tuple(Trace(record.text, record.answer, record.n_tokens) for record in self.traces.get(clip.video_id, ()))
             for clip in batch.clips
         ]
         probs = apply_temperature(logprobs, self.temperature)
@@ -193,7 +193,7 @@ def decide_by_answers(groups: Sequence[Sequence[Completion]], label_names: Seque
         probs=torch.stack([v.probs for v in votes]),
         pred=torch.tensor([v.chosen for v in votes]),
         answers=tuple(group[0].parsed.answer for group in groups),
-        traces=tuple(tuple(Trace(c.text, c.parsed.answer) for c in group) for group in groups),
+        traces=tuple(tuple(Trace(c.text, c.parsed.answer, c.n_tokens) for c in group) for group in groups),
         has_probs=min(map(len, groups), default=0) > 1,
     )
 

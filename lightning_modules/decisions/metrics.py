@@ -87,8 +87,8 @@ class ClassificationMetrics(nn.Module):
             metric.update(decision, labels)
         chosen = probs.gather(-1, pred.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         confidence = torch.where(pred == UNDECIDED, probs.amax(-1), chosen)
-        # With a value such as 1.0000001, torchmetrics would take the batch for logits and apply a sigmoid.
-        self.calibration.update(confidence.clamp(0.0, 1.0), (pred == labels).long())
+        # torchmetrics gives a confidence of 1 a bin of its own, and takes a batch with 1.0000001 for logits.
+        self.calibration.update(confidence.clamp(0.0, 1 - 2**-24), (pred == labels).long())
         self.nll.update(nll(probs, labels))
         self.brier.update(brier(probs, labels))
 

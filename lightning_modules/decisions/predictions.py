@@ -23,6 +23,8 @@ class Trace:
 
     text: str
     answer: str | None
+    n_tokens: int | None = None
+    """Number of sampled tokens; None if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ def read_predictions(path: Path) -> list[Prediction]:
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
-            traces = tuple(Trace(trace["text"], trace["answer"]) for trace in row["traces"] or ())
+            traces = tuple(
+                Trace(trace["text"], trace["answer"], trace.get("n_tokens")) for trace in row["traces"] or ()
+            )
             names = ("video_id", "split", "group", "label", "pred", "answer", "unparsed", "failed")
             fields = {name: row[name] for name in names}
             predictions.append(Prediction(**fields, probs=row["probs"] or {}, traces=traces))

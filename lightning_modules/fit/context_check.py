@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.clips.header import ClipHeader, read_header
+from vidreason.datamodules.clips.header import ClipHeader, read_headers
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.types import Clip, Example
 from vidreason.lightning_modules.fit.passes import Pass
@@ -56,6 +56,9 @@ class CheckContext(L.Callback):
         if vlm.context_length is None:
             return
         planned = PlannedClips(vlm, data.frames)
+        unknown = [clip for clip in clips if clip.video_id not in self._headers]
+        headers = read_headers(unknown, data.frames.timeout)
+        self._headers |= {clip.video_id: header for clip, header in zip(unknown, headers, strict=True)}
         for example in self._longest(planned, clips, view):
             encoded = planned.encode([example])
             names = [example.sample.video_id]
@@ -68,8 +71,6 @@ class CheckContext(L.Callback):
         """
         longest: dict[tuple[tuple[int, ...], str], tuple[float, Clip]] = {}
         for clip in clips:
-            if clip.video_id not in self._headers:
-                self._headers[clip.video_id] = read_header(clip)
             header = self._headers[clip.video_id]
             if header is None:  # reported when it is read
                 continue

@@ -43,7 +43,7 @@ class UpdateOptions:
     def __post_init__(self) -> None:
         if self.clips_per_forward is not None and self.clips_per_forward < 1:
             raise ValueError(f"updates.clips_per_forward must be at least 1 or null, got {self.clips_per_forward}")
-        if self.max_grad_norm < 0:
+        if not self.max_grad_norm >= 0:  # NaN is not, either
             raise ValueError(f"updates.max_grad_norm must not be negative (0 is off), got {self.max_grad_norm}")
 
     @property
@@ -125,6 +125,15 @@ def check_precision(precision: str) -> None:
         )
 
 
+def _check_counts(trainer: L.Trainer) -> None:
+    for option in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(trainer, option) == 0:
+            raise ValueError(f"trainer.{option} is 0, so that nothing would be trained: raise it")
+    for option in ("val_check_interval", "check_val_every_n_epoch"):
+        if getattr(trainer, option, None) == 0:
+            raise ValueError(f"trainer.{option} is 0: raise it; trainer.limit_val_batches 0 switches validation off")
+
+
 def check_trainer(trainer: L.Trainer, stage: str, automatic: bool, updates: UpdateOptions) -> None:
     """Checks the precision, and for a fit that no option is set that the stage's way of optimising ignores.
 
@@ -140,9 +149,7 @@ def check_trainer(trainer: L.Trainer, stage: str, automatic: bool, updates: Upda
     check_precision(str(trainer.precision))
     if trainer.state.fn != TrainerFn.FITTING:
         return
-    for option in ("max_epochs", "max_steps", "limit_train_batches"):
-        if getattr(trainer, option) == 0:
-            raise ValueError(f"trainer.{option} is 0, so that nothing would be trained: raise it")
+    _check_counts(trainer)
     if automatic:
         if updates != UpdateOptions():
             raise ValueError(

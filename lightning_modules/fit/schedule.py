@@ -38,10 +38,17 @@ class OptimOptions:
 
     def described(self) -> dict[str, Any]:
         """Returns what a resumed fit must have in common with the interrupted one, as plain values."""
-        defaults = self.optimizer([nn.Parameter(torch.zeros(1))]).defaults
+        defaults = self._make([nn.Parameter(torch.zeros(1))]).defaults
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
         kept = {key: value for key, value in plain.items() if isinstance(value, bool | int | float | str | list)}
         return {**kept, "schedule": self.schedule, "warmup": self.warmup}
+
+    def _make(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Returns the optimizer; a number that it refuses, such as a rate of NaN, is an error that names the option."""
+        try:
+            return self.optimizer(parameters)
+        except ValueError as error:
+            raise ValueError(f"model.init_args.optim.optimizer: {error}; give a number that it takes") from error
 
     def build(self, module: nn.Module, total_steps: int) -> Any:
         """Returns the optimizer of all trainable parameters and a schedule that is stepped after every step.
@@ -56,7 +63,7 @@ class OptimOptions:
         parameters = trainable(module)
         if not parameters:
             raise ValueError("nothing to train: give the vlm section lora options or leave its weights unfrozen")
-        optimizer = self.optimizer(parameters)
+        optimizer = self._make(parameters)
         if is_sharded(module) and type(optimizer).__module__.startswith("bitsandbytes"):
             raise ValueError(
                 f"{type(optimizer).__name__} cannot step sharded weights: set model.init_args.optim.optimizer to "

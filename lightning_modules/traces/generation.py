@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import lightning as L
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -22,7 +20,8 @@ from tqdm import tqdm
 
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.dataset import LoadedClip
-from vidreason.datamodules.prompts import ClipView, DescribeView, ReasonView
+from vidreason.datamodules.clips.samplers import GivenBatches
+from vidreason.datamodules.prompts import DescribeView, ReasonView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.trace_parts import join_parts, own_part
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
@@ -32,10 +31,8 @@ from vidreason.lightning_modules.traces.rationale_filter import RationaleFilter
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.completions import Completion, generate_completions
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.loading.sharding import unsharded
 from vidreason.lightning_modules.vlms.pieces import split_clips
 from vidreason.rewards.completion import THINK_FORM, CompletionForm
-from vidreason.run_folder import TRACES_FILE
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class TraceOptions:
         sampling: Sampling options; at temperature 1, traces of training and test have the same distribution.
         label_hint: Show the true label in the prompt of a description, as RB-FT's released code does.
         filter: Rules that reject descriptions; traces with an answer are all kept, right or wrong.
+        judge: Judge the texts that the base writes: are they language, and do they depend on the clip?
     """
 
     kind: Literal["describe", "reason"] = "describe"
@@ -55,6 +53,7 @@ class TraceOptions:
     sampling: Sampling = field(default_factory=Sampling)
     label_hint: bool = False
     filter: RationaleFilter = field(default_factory=RationaleFilter)
+    judge: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -67,7 +66,7 @@ def _any_adapter(model: nn.Module) -> AbstractContextManager[None]:
 
 def trace_view(
     task: Task, kind: Literal["describe", "reason"], label_hint: bool = False, form: CompletionForm = THINK_FORM
-) -> ClipView:
+) -> DescribeView | ReasonView:
     """Returns the prompt of generated texts of a kind, without texts behind it."""
     return DescribeView(task, label_hint=label_hint) if kind == "describe" else ReasonView(task, form=form)
 
@@ -77,7 +76,7 @@ class TraceGenerator:
     """Generates texts about clips and records which weights wrote them."""
 
     vlm: VLM
-    view: ClipView
+    view: DescribeView | ReasonView
     """The prompt about a clip."""
     options: TraceOptions
     form: CompletionForm
@@ -240,58 +239,11 @@ class TraceFile:
             loader: DataLoader[LoadedClip] = self.data.loader(split, self.generator.view)
             yield from DataLoader(
                 loader.dataset,
-                batch_sampler=own,
+                batch_sampler=GivenBatches(loader.dataset, own),
                 num_workers=loader.num_workers,
+                multiprocessing_context=loader.multiprocessing_context,
                 collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
                 worker_init_fn=loader.worker_init_fn,
+                prefetch_factor=loader.prefetch_factor,
             )
-
-
-def write_run_traces(
-    trainer: L.Trainer,
-    model: nn.Module,
-    generator: TraceGenerator,
-    data: VideoDataModule,
-    splits: Sequence[str],
-    known: Collection[str] = (),
-    name: str = TRACES_FILE,
-) -> TraceStore:
-    """Completes a trace file of the run folder for ``splits`` with a stage's starting weights.
-
-    Call it in ``configure_model``, before a checkpoint is restored, so that the same weights write all texts of a
-    resumed run.
-
-    Args:
-        trainer: The stage's trainer, whose ranks share the work.
-        model: The starting weights.
-        generator: The generator of the texts.
-        data: The data module of the clips.
-        splits: Names of the splits.
-        known: Ids of clips to skip because another file has their texts.
-        name: Name of the file.
-    """
-    strategy = trainer.strategy
-    device = strategy.root_device
-    # Lightning moves the module to the device only after configure_model.
-    if next(model.parameters()).device != device:
-        model.to(device)
-    shard = RankShard(trainer.global_rank, trainer.world_size, partial(strategy.barrier, "write_traces"))
-    file = TraceFile(Path(trainer.default_root_dir) / name, generator, data, shard)
-    # Ranks write unequal numbers of batches, and a strategy may have set another default device.
-    with torch.device("cpu"), unsharded(model), trainer.precision_plugin.forward_context():
-        return file.complete(model, splits, device, known)
-
-
-def complete_clips(trainer: L.Trainer, data: VideoDataModule, splits: Sequence[str], samples: int) -> frozenset[str]:
-    """Returns the ids of the clips that have all ``samples`` texts in the run folder's trace file.
-
-    All ranks have to call it together: the first one joins the parts that an interrupted run of several ranks has left.
-    """
-    path = Path(trainer.default_root_dir) / TRACES_FILE
-    if trainer.is_global_zero and path.exists():
-        join_parts(path)
-    trainer.strategy.barrier("complete_clips")
-    if not path.exists():
-        return frozenset()
-    ids = [clip.video_id for split in splits for clip in data.clips(split)]
-    return frozenset(ids) - frozenset(TraceStore.open(path).missing(ids, samples))

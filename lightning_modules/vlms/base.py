@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vidreason.datamodules.types import EncodedPrompts, TextBatch
+from vidreason.datamodules.types import EncodedPrompts, KnownVideo, Prompt, TextBatch, VideoSample
 from vidreason.lightning_modules.vlms import generation
 from vidreason.lightning_modules.vlms.encoder import ClipEncoder, placeholder_tokens
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -25,6 +25,7 @@ from vidreason.lightning_modules.vlms.loading import building
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.loading.master_weights import in_compute_dtype
 from vidreason.lightning_modules.vlms.loading.sharding import unsharded
+from vidreason.lightning_modules.vlms.outputs import Generated, Scores
 from vidreason.lightning_modules.vlms.prefix.head import Scoring
 from vidreason.lightning_modules.vlms.prefix.layout import is_sharded, unwrap
 from vidreason.lightning_modules.vlms.prefix.shared_prefix import Choice, RouteOptions, choose_route, score_texts
@@ -32,35 +33,6 @@ from vidreason.lightning_modules.vlms.text import chat
 from vidreason.lightning_modules.vlms.vision_cache.cache import IN_MEMORY, VisionCache, VisionCacheOptions
 
 __all__ = ["VLM", "Generated", "Sampling", "Scores"]
-
-
-class Scores(NamedTuple):
-    """Scores of the tokens of N texts."""
-
-    logprobs: Tensor
-    """[N, L] fp32 log-probabilities, 0 outside ``texts.loss_mask``."""
-    greedy: Tensor
-    """[N, L] fp32, 1 where the token is the likeliest, else 0; no gradient."""
-    entropy: Tensor | None
-    """[N, L] fp32, in nats, 0 outside ``texts.loss_mask``; None if it was not requested."""
-
-
-class Generated(NamedTuple):
-    """N = B·G completions in the order b0g0, b0g1, …, b1g0, …."""
-
-    ids: Tensor
-    """[N, L] int64, right-padded, including the end of turn."""
-    mask: Tensor
-    """[N, L] bool, True on sampled tokens."""
-    logprobs: Tensor
-    """[N, L] fp32 log-probs at the sampling temperature (greedy: at 1), before top-p and top-k."""
-    finish_reason: tuple[Literal["stop", "length"], ...]
-    """[N] ``length``: truncated at max_new_tokens."""
-    owner: Tensor
-    """[N] int64, index of the prompt."""
-    texts: tuple[str, ...]
-    """[N] decoded without the end-of-turn token; other special tokens stay visible. If the prompt ends with the opening
-    tag of the reasoning, the text begins with it."""
 
 
 class VLM(ClipEncoder, ABC):
@@ -126,6 +98,9 @@ class VLM(ClipEncoder, ABC):
         self._announced: set[Choice] = set()
         self._logged_tokens = False
 
+    casts_pixels: ClassVar[bool] = False
+    """Whether the vision path casts pixels to its dtype before it computes with them, so that workers may do so."""
+
     # -- what a family defines ---------------------------------------------------------------------------------------
 
     @property
@@ -156,10 +131,11 @@ class VLM(ClipEncoder, ABC):
     def texts_from(self, generated: Generated) -> TextBatch:
         """Returns completions as texts behind their prompts, made of exactly the sampled tokens."""
         # Never decode and encode again: another tokenisation of the same text has other log-probabilities.
-        answers = torch.zeros_like(generated.mask)
-        for row, length in enumerate(generated.mask.sum(1).tolist()):
-            answers[row, :length] = chat.answer_tokens(self.processor, generated.ids[row, :length].tolist())
-        parent = torch.full_like(generated.owner, -1)
+        ids, lengths = generated.ids.tolist(), generated.mask.sum(1).tolist()
+        answers = torch.zeros(generated.mask.shape, dtype=torch.bool)
+        for row, length in enumerate(lengths):
+            answers[row, :length] = chat.answer_tokens(self.processor, ids[row][:length])
+        answers, parent = answers.to(generated.ids.device), torch.full_like(generated.owner, -1)
         return TextBatch(generated.ids, generated.mask, generated.mask, answers, generated.owner, parent)
 
     # -- model -------------------------------------------------------------------------------------------------------
@@ -178,7 +154,7 @@ class VLM(ClipEncoder, ABC):
             rank_zero_warn(
                 f"vlm.lora.dropout is {self.lora.dropout}: texts behind one prompt share one dropout mask over it"
             )
-        return building.build(
+        model = building.build(
             self.path,
             adapter_path,
             lora=self.lora,
@@ -190,6 +166,26 @@ class VLM(ClipEncoder, ABC):
             gradient_checkpointing=self.gradient_checkpointing,
             base_sha=self.base_sha,
         )
+        self.expect(model)
+        return model
+
+    def expect(self, model: nn.Module) -> None:
+        """Notes the model that prompts will be for: which clips its vision cache knows, and its dtype of pixels."""
+        dtypes = {p.dtype for p in unwrap(model).get_submodule(self.vision_modules[0]).parameters()}
+        self.pixel_dtype = torch.bfloat16 if self.casts_pixels and dtypes == {torch.bfloat16} else None
+        if self.vision_cache is not None:
+            self.vision_cache.expect(model)
+
+    @property
+    def knows_videos(self) -> bool:
+        """Whether the vision cache may have the embeddings of some clip."""
+        return self.vision_cache is not None and self.vision_cache.knows_videos
+
+    def find_known(self, video: str, prompt: Prompt, read: Callable[[], VideoSample]) -> KnownVideo | None:
+        """Returns what a prompt needs of a video whose embeddings the vision cache has (``KnowsVideos``)."""
+        cache = self.vision_cache
+        known = None if cache is None else cache.find_known(video, read)
+        return known if known is not None and self.tokens_behind(prompt) is not None else None
 
     def score(
         self,
@@ -215,7 +211,7 @@ class VLM(ClipEncoder, ABC):
             self._announced.add(choice)
             rank_zero_info(f"texts are scored by route '{choice.route}': {choice.reason}")
         scoring = Scoring(temperature, banned, with_entropy)
-        with self._vision_fed(model, prompts, choice.route):
+        with self._vision_fed(model, prompts, choice.route) as prompts:
             found = score_texts(self, model, prompts, texts, scoring, choice.route, options)
         blank = torch.zeros(texts.ids.shape, dtype=torch.float32, device=texts.ids.device)
         if not found:
@@ -256,7 +252,7 @@ class VLM(ClipEncoder, ABC):
                 raise ValueError(f"seeds must be [{prompts.batch_size}][{group_size}], got {[len(r) for r in seeds]}")
             noise = generation.draw_noise([seed for row in seeds for seed in row], sampling.max_new_tokens)
         fast = nullcontext() if is_sharded(model) else in_compute_dtype(model)
-        with self._vision_fed(model, prompts, "expand"), unsharded(model), fast:
+        with self._vision_fed(model, prompts, "expand") as prompts, unsharded(model), fast:
             made = generation.sample(
                 self,
                 model,
@@ -268,11 +264,10 @@ class VLM(ClipEncoder, ABC):
                 sorted(self.suppressed_ids),
                 chat.pad_id(self.processor),
             )
+        ids, lengths, stopped = made.ids.tolist(), made.mask.sum(1).tolist(), made.stopped.tolist()
         texts = []
-        stopped = made.stopped.tolist()
-        for row, length in enumerate(made.mask.sum(1).tolist()):
-            words = chat.decode(self.processor, made.ids[row, : length - stopped[row]].tolist())
-            texts.append(self.chat_frame.reasoning_start + words)
+        for row, length, stop in zip(ids, lengths, stopped, strict=True):
+            texts.append(self.chat_frame.reasoning_start + chat.decode(self.processor, row[: length - stop]))
         owner = torch.arange(prompts.batch_size, device=made.ids.device).repeat_interleave(group_size)
         reasons: tuple[Literal["stop", "length"], ...] = tuple("stop" if s else "length" for s in stopped)
         return Generated(made.ids, made.mask, made.logprobs, reasons, owner, tuple(texts))
@@ -281,20 +276,23 @@ class VLM(ClipEncoder, ABC):
     def vision_cache(self) -> VisionCache | None:
         """The cache of vision embeddings; None if the option ``vision_cache`` is null."""
         options = self.vision_cache_options
-        return None if options is None else VisionCache(options, lambda: self._vision_recipe)
+        return None if options is None else VisionCache(options, lambda: self._vision_recipe, self.pixels)
 
     @cached_property
     def _vision_recipe(self) -> str:
-        """The processing of frames and loading of weights as JSON; part of the cache key."""
+        """The processing of frames, the tokens around them and the loading of weights; part of the cache key."""
         parts = [getattr(self.processor, name, None) for name in ("video_processor", "image_processor")]
         frames = [[type(part).__name__, part.to_dict()] for part in parts if part is not None]
         loading = [self.dtype, self.attn_implementation, self.quantize]
-        return json.dumps([frames, self.video_options(), loading], sort_keys=True, default=str)
+        return json.dumps([frames, self.video_options(), self.prompt_recipe(), loading], sort_keys=True, default=str)
 
-    def _vision_fed(self, model: nn.Module, prompts: EncodedPrompts, route: str) -> AbstractContextManager[None]:
+    def _vision_fed(
+        self, model: nn.Module, prompts: EncodedPrompts, route: str
+    ) -> AbstractContextManager[EncodedPrompts]:
+        """Makes forwards in the block use the vision cache; yields the prompts to run, with pixels where needed."""
         self._log_tokens(model, prompts)
         cache = self.vision_cache
-        return nullcontext() if cache is None else cache.feeding(self, model, prompts, route)
+        return nullcontext(prompts) if cache is None else cache.feeding(self, model, prompts, route)
 
     def _log_tokens(self, model: nn.Module, prompts: EncodedPrompts) -> None:
         """Logs once how many visual tokens a clip becomes."""

@@ -110,8 +110,12 @@ class CompletionBatch:
 
 def take_prompts(vlm: VLM, prompts: EncodedPrompts, index: Tensor) -> EncodedPrompts:
     """Returns the prompts ``index`` [n] of a batch."""
-    videos = tuple(prompts.videos[b] for b in index.tolist()) if prompts.videos else ()
-    return EncodedPrompts(vlm.repeat_prompts(prompts.inputs, index), int(index.numel()), prompts.turn_end, videos)
+    rows = index.tolist()
+    per_video = {
+        name: tuple(getattr(prompts, name)[b] for b in rows) if getattr(prompts, name) else ()
+        for name in ("videos", "known", "without_pixels")
+    }
+    return EncodedPrompts(vlm.repeat_prompts(prompts.inputs, index), len(rows), prompts.turn_end, **per_video)
 
 
 def completion_seed(seed: int, step: int, video_id: str, sample: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,14 +16,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 from transformers.utils.hub import cached_file
 
-from vidreason.datamodules.types import Encoded, EncodedPrompts, Example
+from vidreason.datamodules.types import Encoded, EncodedPrompts, Example, KnownVideo, Prompt, VideoSample
 from vidreason.datamodules.words import REMEDY, any_token
 from vidreason.lightning_modules.vlms.loading import building
-from vidreason.lightning_modules.vlms.text import chat
+from vidreason.lightning_modules.vlms.text import chat, known
 from vidreason.lightning_modules.vlms.text.context import check_context_length, longest_texts, max_position_embeddings
 from vidreason.lightning_modules.vlms.text.prompts import check_video_arrived, encode_prompt, extended, join_prompts
 
 VISUAL_TOKEN = re.compile(r"image|img|video|vision|audio|<row_\d+_col_\d+>", re.IGNORECASE)
+_MOST_PROMPTS = 256  # whose tokens are kept
 
 
 class ClipEncoder:
@@ -36,6 +39,8 @@ class ClipEncoder:
     end_of_turn: str | None = None
     """Text of the tokens that end an assistant's turn. A family sets it if the chat template of its models does not
     write them; None takes them from the template."""
+    note: str | None = None
+    """What another program has to know to run the trained weights; written to their ``vidreason.json``."""
 
     def __init__(
         self, path: str, max_pixels: int | None = None, chat_template_kwargs: dict[str, Any] | None = None
@@ -44,7 +49,10 @@ class ClipEncoder:
         self.max_pixels = max_pixels
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.video_options()  # raises here, not in a worker, if the family does not support max_pixels
+        self.pixel_dtype: torch.dtype | None = None
+        """Dtype in which workers hand pixels over; None is that of the processor."""
         self._processor: Any = None
+        self._behind: dict[Prompt, list[int] | None] = {}
 
     def frame_count(self, frames: int) -> int:
         """Returns how many frames of a clip the processor gets; the last one is repeated up to this number."""
@@ -106,13 +114,19 @@ class ClipEncoder:
 
     def __getstate__(self) -> dict[str, object]:
         """Drops the processor and what was derived from it, so that each worker loads its own."""
-        cached = {"chat_frame", "stop_ids", "suppressed_ids", "special_tokens", "placeholder_ids", "vision_cache"}
+        cached = {"chat_frame", "opening", "stop_ids", "suppressed_ids", "special_tokens", "placeholder_ids"}
+        cached |= {"_placeholders", "vision_cache"}
         return {k: v for k, v in self.__dict__.items() if k not in cached} | {"_processor": None}
 
     @cached_property
     def chat_frame(self) -> chat.ChatFrame:
         """The tokens of the chat template around the words of user and assistant."""
         return chat.chat_frame(self.processor, self._model_stop_ids(), self.end_of_turn, self.chat_template_kwargs)
+
+    @cached_property
+    def opening(self) -> str:
+        """The chat template in front of the user's words; the video is in it."""
+        return known.opening(self.processor, self.chat_template_kwargs)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -134,9 +148,11 @@ class ClipEncoder:
 
     @cached_property
     def suppressed_ids(self) -> frozenset[int]:
-        """Visual special tokens such as placeholders; they are never sampled and have probability 0 in scoring."""
+        """Placeholders and other visual special tokens; they are never sampled and have probability 0 in scoring."""
         added = self.tokenizer.added_tokens_decoder.items()
-        return frozenset(i for i, t in added if t.special and VISUAL_TOKEN.search(t.content)) - self.stop_ids
+        visual = {i for i, t in added if t.special and VISUAL_TOKEN.search(t.content)}
+        # A tokenizer may hold a placeholder as an ordinary token.
+        return frozenset(visual | self._placeholders) - self.stop_ids
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
@@ -147,8 +163,12 @@ class ClipEncoder:
     @cached_property
     def placeholder_ids(self) -> frozenset[int]:
         """The tokens that stand for parts of a video in a prompt."""
+        return self._placeholders or self.suppressed_ids
+
+    @cached_property
+    def _placeholders(self) -> frozenset[int]:
         with building.readable(self.path):
-            return placeholder_tokens(AutoConfig.from_pretrained(self.path)) or self.suppressed_ids
+            return placeholder_tokens(AutoConfig.from_pretrained(self.path))
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Encodes B clips with their prompts and texts as one batch; called in data workers.
@@ -160,16 +180,59 @@ class ClipEncoder:
         """
         if len({example.prompt.open for example in examples}) != 1:
             raise ValueError(f"a batch needs prompts that are all open or all closed, got {len(examples)} examples")
-        alone = [self.prompt_inputs(example) for example in examples]
+        without = tuple(example.sample.known is not None for example in examples)
+        alone, videos_known = zip(*(self._encode_one(example, all(without)) for example in examples), strict=True)
         inputs = join_prompts(alone, chat.pad_id(self.processor), self.join_visual)
         frame, is_open = self.chat_frame, examples[0].prompt.open
         turn_end = chat.tokens(self.processor, frame.turn_end) if is_open else []
         videos = tuple(example.sample.identity for example in examples)
-        prompts = EncodedPrompts(inputs, len(examples), torch.tensor(turn_end, dtype=torch.long), videos)
+        ends = torch.tensor(turn_end, dtype=torch.long)
+        prompts = EncodedPrompts(inputs, len(examples), ends, videos, videos_known, without)
         texts = chat.encode_texts(self.processor, frame, examples, self.suppressed_ids)
         names, behind = [example.sample.video_id for example in examples], longest_texts(texts, len(examples))
         check_context_length(names, prompts, behind, self.context_length, "the longest text behind it")
         return Encoded(prompts, texts)
+
+    def tokens_behind(self, prompt: Prompt) -> list[int] | None:
+        """Returns the tokens of a prompt from the user's first word on; None if tokens do not part there."""
+        if prompt not in self._behind:  # most clips of a stage have the same prompt
+            if len(self._behind) == _MOST_PROMPTS:
+                self._behind.clear()
+            text = chat.prompt_text(self.processor, prompt, self.chat_template_kwargs)
+            self._behind[prompt] = known.tokens_behind(self.processor, text, self.opening)
+        return self._behind[prompt]
+
+    def prompt_recipe(self) -> list[Any]:
+        """Returns all that the tokens in front of the user's words depend on, besides the video."""
+        plain = {k: v for k, v in vars(self.processor).items() if isinstance(v, str | int | float | list | None)}
+        words = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return [type(self.processor).__name__, plain, self.opening, hashlib.sha256(words.encode()).hexdigest()]
+
+    def _encode_one(self, example: Example, empty: bool) -> tuple[dict[str, Tensor], KnownVideo | None]:
+        """Returns the inputs of a clip and its prompt, and what other prompts need of the video.
+
+        Args:
+            example: The clip, which may be one that was not decoded.
+            empty: Whether the pixels of a clip that was not decoded take no memory.
+        """
+        behind, video = self.tokens_behind(example.prompt), example.sample.known
+        if video is None:
+            inputs = self.prompt_inputs(example)
+            return inputs, known.known_video(example.sample, inputs, behind)
+        self._check_words(example)
+        assert behind is not None, "find_known has checked it"
+        return known.prompt_of_known(video, behind, empty), video
+
+    def pixels(self, sample: VideoSample) -> dict[str, Tensor]:
+        """Returns the pixels of a decoded clip, and what else the processor makes of it."""
+        return self.prompt_inputs(Example(sample, Prompt("")))
+
+    def _check_words(self, example: Example) -> None:
+        if found := any_token(self.special_tokens).search(example.prompt.text):
+            raise ValueError(
+                f"clip {example.sample.video_id}: the prompt contains {found[0]}, a special token of the model: "
+                f"{REMEDY}, in the task file or in a column of metadata_fields"
+            )
 
     def prompt_inputs(self, example: Example) -> dict[str, Tensor]:
         """Returns the inputs of one clip and its prompt, without texts.
@@ -177,17 +240,18 @@ class ClipEncoder:
         Raises:
             ValueError: If the prompt contains a special token, or the model would not see the video.
         """
-        clip = example.sample.video_id
-        if found := any_token(self.special_tokens).search(example.prompt.text):
-            raise ValueError(
-                f"clip {clip}: the prompt contains {found[0]}, a special token of the model: {REMEDY}, in the task "
-                "file or in a column of metadata_fields"
-            )
+        self._check_words(example)
         example = replace(example, sample=extended(example.sample, self.frame_count(len(example.sample.frames))))
         text = chat.prompt_text(self.processor, example.prompt, self.chat_template_kwargs)
         inputs = encode_prompt(self.processor, text, example.sample, self.video_options(len(example.sample.frames)))
-        check_video_arrived(clip, inputs, self.placeholder_ids, self.visual_tokens)
-        return inputs
+        check_video_arrived(example.sample.video_id, inputs, self.placeholder_ids, self.visual_tokens)
+        return {name: self._narrow(name, value) for name, value in inputs.items()}
+
+    def _narrow(self, name: str, value: Tensor) -> Tensor:
+        """Returns pixels in ``pixel_dtype``, which is that of the vision tower."""
+        if self.pixel_dtype is None or not name.startswith("pixel") or not value.is_floating_point():
+            return value
+        return value.to(self.pixel_dtype)
 
 
 def placeholder_tokens(config: Any) -> frozenset[int]:

@@ -20,6 +20,12 @@ from vidreason.lightning_modules.vlms.prefix.head import logits_at
 from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout
 from vidreason.signals import check_stop
 
+STEPS_BETWEEN_LOOKS = 8
+"""Number of tokens after which the host asks a device which rows have ended; a CPU need not be waited for.
+
+Rows that ended meanwhile are forwarded for up to seven tokens more, which are dropped.
+"""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -40,7 +46,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"sampling.max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # NaN is not, either
             raise ValueError(f"sampling.temperature must not be negative (0 is greedy), got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p must be in (0, 1], got {self.top_p}")
@@ -135,9 +141,7 @@ def sample(
     batch, steps = prompts.batch_size, sampling.max_new_tokens
     n = batch * group_size
     ids = torch.full((n, steps), pad_id, dtype=torch.long, device=device)
-    mask = torch.zeros(n, steps, dtype=torch.bool, device=device)
     logprobs = torch.zeros(n, steps, device=device)
-    stopped = torch.zeros(n, dtype=torch.bool, device=device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     banned = torch.tensor(sorted(suppressed_ids), dtype=torch.long, device=device)
     noise = None if noise is None else noise.to(device)
@@ -146,35 +150,45 @@ def sample(
         last = torch.full_like(everyone, prompts.inputs["input_ids"].shape[1] - 1)
         logits, prefix = prefill(layout, model, prompts, logits_at(everyone, last))
         owner = everyone.repeat_interleave(group_size)
-        logits, prefix = logits[owner], prefix.select(owner)  # the keys and values of a prompt, once per completion
+        logits, prefix = logits[owner], prefix.reserve(owner, steps - 1)  # the last token is not forwarded
         alive = torch.arange(n, device=device)
+        ended = torch.zeros(n, dtype=torch.bool, device=device)
         for step in range(steps):
             check_stop()  # sampling takes minutes on a large model, so a signal must not wait for the end
             scores = logits.float() / (sampling.temperature or 1.0)
-            scores[:, banned] = -torch.inf
+            scores.index_fill_(-1, banned, -torch.inf)
             logp = scores.log_softmax(-1)
             if sampling.temperature == 0:
                 token = logp.argmax(-1)
             else:
                 assert noise is not None, "sampling at a temperature needs noise"
                 token = inverse_cdf(keep_likeliest(logp.exp(), sampling.top_p, sampling.top_k), noise[alive, step])
-            ids[alive, step], mask[alive, step] = token, True
+            ids[alive, step] = token
             logprobs[alive, step] = logp.gather(-1, token[:, None])[:, 0]
-            ended = torch.isin(token, stops)
-            stopped[alive] = ended
-            if step + 1 == steps or bool(ended.all()):
+            ended |= torch.isin(token, stops)
+            if step + 1 == steps:
                 break
-            if bool(ended.any()):
-                rest = (~ended).nonzero()[:, 0]
-                alive, token, prefix = alive[rest], token[rest], prefix.select(rest)
-            rows = torch.arange(len(alive), device=device)
+            if device.type == "cpu" or (step + 1) % STEPS_BETWEEN_LOOKS == 0:
+                rows = remaining(ended.tolist())
+                if not rows:
+                    break
+                if len(rows) < len(alive):
+                    index = torch.tensor(rows, dtype=torch.long).to(device)
+                    alive, token, ended, prefix = alive[index], token[index], ended[index], prefix.keep(rows)
+            first = torch.arange(len(alive), device=device)
             logits, prefix = extend(
-                layout,
-                model,
-                prefix,
-                token[:, None],
-                torch.ones_like(token[:, None], dtype=torch.bool),
-                logits_at(rows, torch.zeros_like(rows)),
+                layout, model, prefix, token[:, None], None, logits_at(first, torch.zeros_like(first))
             )
+    is_stop = torch.isin(ids[:, : step + 1], stops)
+    mask = is_stop.cumsum(1) - is_stop.long() == 0  # up to the first stop
     length = int(mask.sum(1).max()) if n else 0
-    return Sampled(ids[:, :length], mask[:, :length], logprobs[:, :length], stopped)
+    ids, logprobs, mask = ids[:, :length], logprobs[:, :length], mask[:, :length]
+    return Sampled(ids.where(mask, pad_id), mask, logprobs.where(mask, 0.0), is_stop.any(1))
+
+
+def remaining(ended: Sequence[bool]) -> list[int]:
+    """Returns the rows that have not ended, in an order in which as few as possible change their place."""
+    alive = [row for row, over in enumerate(ended) if not over]
+    stay = [row for row in alive if row < len(alive)]
+    move = iter(alive[len(stay) :])
+    return [row if not ended[row] else next(move) for row in range(len(alive))]

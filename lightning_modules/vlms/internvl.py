@@ -14,6 +14,7 @@ class InternVL(VLM):
     """InternVL3 or InternVL3.5."""
 
     vision_modules = ("model.vision_tower",)
+    casts_pixels = True
 
     @property
     def unquantised(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ class LlavaOnevision(VLM):
     """LLaVA-OneVision or LLaVA-NeXT-Video, depending on the checkpoint."""
 
     vision_modules = ("model.vision_tower",)
+    casts_pixels = True
 
     @property
     def unquantised(self) -> tuple[str, ...]:

@@ -18,6 +18,11 @@ class QwenVL(VLM):
     """Qwen2.5-VL or Qwen2-VL, depending on the checkpoint; ``max_pixels`` is the limit of one frame."""
 
     vision_modules = ("model.visual",)
+    casts_pixels = True
+    note = (
+        "generate() of transformers 5.19 to 5.24 gives text behind a video other positions than those that the weights "
+        "were trained with, which vLLM gives it: docs/models.md"
+    )
     _reported = False
 
     def video_options(self, frames: int = 1) -> dict[str, Any]:

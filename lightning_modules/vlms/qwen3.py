@@ -17,6 +17,7 @@ class Qwen3VL(VLM):
     """Qwen3-VL or Qwen3.5, depending on the checkpoint; ``max_pixels`` is the limit of one frame."""
 
     vision_modules = ("model.visual",)
+    casts_pixels = True
     least_pixels = 128 * 32 * 32
     """The processor's least number of pixels of a whole video."""
 

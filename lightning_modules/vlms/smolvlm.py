@@ -14,6 +14,7 @@ class SmolVLM(VLM):
     """SmolVLM2."""
 
     vision_modules = ("model.vision_model",)
+    casts_pixels = True
 
     @property
     def unquantised(self) -> tuple[str, ...]:

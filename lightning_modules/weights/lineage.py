@@ -35,6 +35,8 @@ class Lineage:
     seed: int
     global_step: int
     """Number of optimizer steps."""
+    inputs: dict[str, object] = field(default_factory=dict)
+    """What the weights were asked and shown, see ``model_inputs.py``."""
     extra: dict[str, object] = field(default_factory=dict)
     """Further entries of a stage at the top level of the file, for example a temperature."""
 

@@ -20,9 +20,9 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from vidreason.config.finished_stage import FinishedStage, find_stage
+from vidreason.config.built_stage import build_stage
+from vidreason.config.finished_stage import FinishedStage, find_stage, threshold_folder
 from vidreason.config.quiet import quietly
-from vidreason.config.trainer_cli import build_stage
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.inference_data import INFERENCE_SPLIT, InferenceDataModule, KnownClips
 from vidreason.datamodules.task import Task
@@ -36,7 +36,9 @@ from vidreason.lightning_modules.decisions.deciders import (
     decide_in_pieces,
 )
 from vidreason.lightning_modules.decisions.predictions import BatchDecisions
+from vidreason.lightning_modules.decisions.threshold import THRESHOLD_FILE, Threshold
 from vidreason.lightning_modules.fit.optimizer_step import check_precision
+from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
 from vidreason.lightning_modules.weights.lineage import check_task, describe_weights
 
 Video = str | os.PathLike[str] | np.ndarray | Tensor
@@ -49,7 +51,7 @@ class Decision:
     video: str
     """Path of the file, or ``frames 0``, ``frames 1`` … for frames in memory."""
     label: str | None
-    """None if the clip could not be read, or no answer could be parsed."""
+    """None if the clip could not be read, no answer could be parsed, or the classifier abstained."""
     probs: Mapping[str, float]
     """Probability of every class, in the task's order: of a calibration stage temperature-scaled, of several sampled
     answers their shares. Empty if the clip could not be read, or the stage samples a single answer."""
@@ -59,6 +61,9 @@ class Decision:
     """Wall time in seconds: the time of the batch divided by its clips."""
     error: str | None = None
     """The reason why the clip could not be read; None if it was read."""
+    abstained: bool = False
+    """Whether the confidence is below the threshold of ``vidreason threshold``; ``label`` is None then, and ``probs``
+    are given all the same."""
 
 
 class VideoClassifier:
@@ -82,6 +87,7 @@ class VideoClassifier:
         self._module, data = built.model, built.data
         self._task, self._known = _task_and_clips(data, stage.task_file)
         self.answers = describe_weights(stage.weights[-1] if stage.weights else None)
+        self.threshold = _threshold_of(stage)
         self._data = InferenceDataModule(self._task, self._module.vlm, data.frames, data.seed, batch_size)
         check_precision(str(built.precision))
         self._fabric = L.Fabric(accelerator=built.accelerator, devices=1, precision=built.precision)
@@ -167,8 +173,10 @@ class VideoClassifier:
         with torch.inference_mode(), self._fabric.autocast(), quietly():
             found = self._decide_all(self._decider(traces))
         seconds = (time.perf_counter() - start) / len(videos)
+        # A threshold holds for the number of traces that it was fitted with.
+        threshold = self.threshold if self.threshold is None or traces in (None, self.threshold.samples) else None
         for name, clip in zip(names, clips, strict=True):
-            yield self._decision(name, found[clip.video_id], seconds)
+            yield self._decision(name, found[clip.video_id], seconds, threshold)
 
     def _clip_of(self, path: Path, name: str) -> Clip:
         """Returns the clip of the run's data set that has the same content, or a new clip.
@@ -206,14 +214,19 @@ class VideoClassifier:
                 found |= {clip.video_id: (decisions, row) for row, clip in enumerate(batch.clips)}
         return found
 
-    def _decision(self, name: str, found: tuple[BatchDecisions, int] | str, seconds: float) -> Decision:
+    def _decision(
+        self, name: str, found: tuple[BatchDecisions, int] | str, seconds: float, threshold: Threshold | None
+    ) -> Decision:
         if isinstance(found, str):
             return Decision(name, None, {}, (), seconds, found)
         decisions, row = found
         chosen = int(decisions.pred[row])
         probs = decisions.probabilities(row, self.label_names)
         texts = tuple(trace.text for trace in decisions.traces[row])
-        return Decision(name, self.label_names[chosen] if chosen >= 0 else None, probs, texts, seconds)
+        unscaled = decisions.probs if decisions.unscaled is None else decisions.unscaled
+        abstained = threshold is not None and not threshold.accepts(unscaled[row])
+        label = self.label_names[chosen] if chosen >= 0 and not abstained else None
+        return Decision(name, label, probs, texts, seconds, abstained=abstained)
 
 
 @contextmanager
@@ -245,6 +258,22 @@ def _task_and_clips(data: VideoDataModule, saved_task: Path) -> tuple[Task, Know
         if saved is None:
             raise
         return saved, KnownClips(())
+
+
+def _threshold_of(stage: FinishedStage) -> Threshold | None:
+    """Returns the threshold beside the weights of a stage; None if there is none.
+
+    Raises:
+        ValueError: If it belongs to other weights.
+    """
+    folder = threshold_folder(stage)
+    found = Threshold.load(folder)
+    if found is not None and found.weights_sha != (adapter_sha(stage.weights[-1]) if stage.weights else ""):
+        raise ValueError(
+            f"{folder / THRESHOLD_FILE}: belongs to other weights than those of this stage; run vidreason threshold "
+            "again, or delete the file"
+        )
+    return found
 
 
 def _frames(video: np.ndarray | Tensor, fps: float | None, name: str) -> tuple[Tensor, float]:

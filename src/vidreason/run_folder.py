@@ -22,6 +22,8 @@ TASK_FILE = "task.yaml"
 TRACES_FILE = "traces.jsonl"
 DESCRIPTIONS_FILE = "descriptions.jsonl"
 """Descriptions that a cold start wrote of clips without a trace that ends in the label."""
+TEXT_QUALITY_FILE = "text_quality.json"
+"""The verdict on texts that the base wrote."""
 PREDICTIONS_FILE = "predictions.jsonl"
 UNREADABLE_FILE = "unreadable.csv"
 """Clips that were left out because they could not be read."""
@@ -75,6 +77,11 @@ class StageRecord:
     def done(self) -> bool:
         """True if the stage finished, or ended without an artefact as its ``on_unparsed: skip`` allows."""
         return self.status in ("finished", "skipped")
+
+    @property
+    def left_out(self) -> bool:
+        """True if the stage was not run because its condition did not hold."""
+        return self.status == "skipped" and not self.inputs
 
 
 @dataclass

@@ -30,7 +30,7 @@ def test_one_line_for_every_clip_in_the_documented_form(make_vlm, make_data, mak
     assert all(list(line) == KEYS for line in lines)
     assert sorted(line["video_id"] for line in lines) == sorted(f"test_{s}_{i}" for s in "ab" for i in range(3))
     assert [line["video_id"] for line in lines if line["failed"]] == ["test_b_2"]
-    assert set(lines[0]["traces"][0]) == {"text", "answer"}
+    assert set(lines[0]["traces"][0]) == {"text", "answer", "n_tokens"}
     assert not list(path.parent.glob("*.part*"))
 
 

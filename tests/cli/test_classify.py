@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from vidreason.cli.main import main
 from vidreason.config.finished_stage import find_stage
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.clips.reading import read_frames
+from vidreason.lightning_modules.decisions.threshold import Threshold
+from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
 from vidreason.pipelines.state import save_state
 from vidreason.run_folder import RunState, StageRecord
 
@@ -155,7 +158,7 @@ def test_command(
     assert main(["classify", str(tmp_path), "clips/8.mp4", "--run", "runs/x", "--json"]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [Path(line["path"]).name for line in lines] == ["broken.mp4", "fine.mp4", "8.mp4"]
-    assert [set(line) for line in lines] == [{"path", "label", "probs", "traces", "seconds", "error"}] * 3
+    assert [set(line) for line in lines] == [{"path", "label", "probs", "traces", "seconds", "error", "abstained"}] * 3
     assert "broken.mp4" in lines[0]["error"]
     assert lines[0]["label"] is None
     assert sum(lines[1]["probs"].values()) == pytest.approx(1)
@@ -168,6 +171,53 @@ def test_command(
     assert re.search(r"^answers: stage calibration, step 2 \(.*01_calibration/adapter\)$", err, flags=re.MULTILINE)
     assert "clips/8.mp4" in out
     assert predictions(home)["8.mp4"]["pred"] in out
+
+
+def test_below_the_threshold_of_its_weights_the_classifier_abstains(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(home / "runs/x", tmp_path / "x")
+    shutil.copytree(home / "clips", tmp_path / "clips")
+    monkeypatch.chdir(tmp_path)
+    stage = Path("x/stages/01_calibration")
+    said = predictions(home)["8.mp4"]
+    strict = Threshold(1.0, 1.0, 0.1, 0.09, 40, 1, 0.5, adapter_sha(str(stage / "adapter")), 2)
+    strict.save(stage)
+    capsys.readouterr()
+    assert main(["classify", "clips/8.mp4", "--run", "x"]) == 0
+    out, err = capsys.readouterr()
+    assert f"abstains ({said['pred']})" in out
+    assert "abstains below a confidence of 1.000: on clips like those of split cal, at most 10% of" in err
+    ask = VideoClassifier.from_run("x")
+    decision = ask("clips/8.mp4")
+    assert (decision.label, decision.abstained) == (None, True)
+    assert decision.probs == pytest.approx(said["probs"], abs=1e-6)
+    assert not ask("clips/8.mp4", traces=1).abstained, "it holds for two traces"
+    replace(strict, confidence=0.5).save(stage)
+    assert VideoClassifier.from_run("x")("clips/8.mp4").label == said["pred"]
+    replace(strict, weights_sha="other").save(stage)
+    with pytest.raises(ValueError, match="threshold.json: belongs to other weights"):
+        VideoClassifier.from_run("x")
+
+
+@pytest.mark.slow
+def test_a_threshold_needs_clips_and_evaluation_decides_with_every_stage(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(home / "runs/label", tmp_path / "label")
+    monkeypatch.chdir(home)
+    capsys.readouterr()
+    assert main(["threshold", "--run", str(tmp_path / "label")]) == 2
+    assert "cal has 2 clips, and 29 accepted ones without an error" in capsys.readouterr().err
+    assert main(["evaluate", "--run", str(tmp_path / "label"), "--splits", "cal"]) == 2
+    assert "error: --splits cal: the run has trained" in capsys.readouterr().err
+    assert main(["evaluate", "--run", str(tmp_path / "label")]) == 0
+    assert "zero_shot likelihood" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "label/evaluation/evaluation.json").read_text())["rows"]
+    assert [(row["who"]["method"], row["clips"]) for row in rows] == [
+        ("zero_shot likelihood", 3),
+        ("fit likelihood", 3),
+    ]
 
 
 def test_weights_of_another_task_are_refused_by_name(

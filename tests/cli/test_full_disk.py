@@ -67,7 +67,7 @@ def files() -> set[str]:
         (stage("test"), "predictions.jsonl", "runs/test/predictions.jsonl"),
         ([*FIT], "last.ckpt", "runs/sft_label/checkpoints/last.ckpt"),
         ([*FIT, *LORA], "vidreason.json", "runs/sft_label/adapter"),
-        ([*FIT], "vidreason.json", "runs/sft_label/weights"),
+        pytest.param([*FIT], "vidreason.json", "runs/sft_label/weights", marks=pytest.mark.slow),
         ([*FIT], "command.txt", "runs/sft_label/command.txt"),
     ],
     ids=["traces", "predictions", "checkpoint", "adapter", "weights", "record"],

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from errors_page import FIT
 
+from vidreason.cli.classify import find_clips
 from vidreason.cli.main import main
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.sources.folders import read_layout
@@ -70,6 +71,23 @@ def test_backslashes_are_separators_where_no_file_has_that_name(tmp_path):
         ManifestDataModule(table).samples("train")
 
 
+@pytest.mark.parametrize("option", ["--data", "--vlm"])
+def test_a_backslash_in_an_option_is_named(here, capfd, option):
+    message = f"{option} sub\\x.yaml: no such file; folders are separated by / here, not by \\"
+    assert said(capfd, [*FIT, option, "sub\\x.yaml"]) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--trainer.check_val_every_n_epoch", "0"), "trainer.check_val_every_n_epoch is 0: raise it"),
+        (("--model.init_args.optim.optimizer.init_args.lr", ".nan"), "optim.optimizer: Invalid learning rate: nan"),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(here, capfd, options, message):
+    assert message in said(capfd, [*FIT, *options])
+
+
 def test_no_file_of_a_class_folder_is_passed_over_without_being_listed(tmp_path):
     for label in "ab":
         (tmp_path / label).mkdir()
@@ -79,6 +97,15 @@ def test_no_file_of_a_class_folder_is_passed_over_without_being_listed(tmp_path)
     layout = read_layout(tmp_path)
     assert len(layout.clips) == 2
     assert layout.others == {"pipe.mp4 (not a regular file)": 1, "lost.mp4 (not a regular file)": 1}
+
+
+def test_classify_lists_what_it_passes_over(tmp_path, capsys):
+    for place in ("1.mp4", "notes.txt", "more.txt"):
+        (tmp_path / place).write_bytes(b"x")
+    (tmp_path / "_old").mkdir()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert list(find_clips([tmp_path])) == [tmp_path / "1.mp4"]
+    assert "passed over, no clips: 2 of .txt, pipe.mp4 (not a regular file), folder _old\n" in capsys.readouterr().err
 
 
 def test_names_are_printed_without_control_characters(here, capfd):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from covering import sample
 from errors_page import FIT, FULL_DISK, LORA, TOO_MANY_GPUS, WRITES, documented, rows_that_say, stage
 
 from vidreason.cli.main import main
@@ -295,6 +296,16 @@ TRAIN_TWICE = (
     calibrator_as_policy,
     adapter_of_another_base,
 )
+ALIKE = (
+    checkpoint_of_another_seed,
+    accumulation_by_the_trainer,
+    typo_in_a_trainer_key,
+    typo_in_an_argument,
+    typo_in_the_optimizer,
+    typo_in_an_option_of_classify,
+    typo_in_an_option_of_demo,
+)
+"""Further cases of a row, of a check or of a parser that another mistake meets too"""
 NEAREST = {
     typo_in_a_command: "pipeline",
     typo_in_a_section: "trainer",
@@ -331,7 +342,7 @@ def no_gpus_here(monkeypatch):
 
 @pytest.mark.usefixtures("here", "no_gpus_here")
 @pytest.mark.parametrize(
-    "mistake", [pytest.param(made, marks=pytest.mark.slow) if made in TRAIN_TWICE else made for made in MISTAKES]
+    "mistake", sample(list(MISTAKES), *(made for made in MISTAKES if made not in {*TRAIN_TWICE, *ALIKE}))
 )
 def test_mistakes_are_one_line_with_status_2(capfd, mistake):
     argv = mistake()

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from vidreason.cli.main import main
+from vidreason.config.fit_folder import begin_fit, mark_finished
+from vidreason.run_folder import COMMAND_FILE, CONFIG_FILE
 from vidreason.run_lock import lock_run_folder
 
 FIT = ["fit", "--config", "configs/stage.yaml", "--run_dir", "runs/x", "--trainer.max_steps", "5"]
@@ -138,3 +141,15 @@ def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, 
         lock_run_folder(tmp_path),
     ):
         pass
+
+
+def test_another_cache_of_frames_is_the_same_fit(tmp_path):
+    (tmp_path / COMMAND_FILE).write_text("vidreason fit --config x.yaml\n")
+    frames = {"num_frames": 4, "cache": None, "cache_gb": 50.0, "cache_format": "raw"}
+    (tmp_path / CONFIG_FILE).write_text(yaml.safe_dump({"data": {"init_args": {"frames": frames}}}))
+    mark_finished(tmp_path, 1, 1)
+    moved = {"data": {"init_args": {"frames": {**frames, "cache": "/fast/disk", "cache_gb": 9.0}}}}
+    assert begin_fit(tmp_path, moved, None, reset=False).action == "nothing"
+    other = {"data": {"init_args": {"frames": {**frames, "cache_format": "jpeg"}}}}
+    with pytest.raises(ValueError, match=r"frames.cache_format is \"jpeg\", was \"raw\""):
+        begin_fit(tmp_path, other, None, reset=False)

@@ -25,7 +25,11 @@ def _elsewhere(tmp_path, monkeypatch):
     ("overlays", "said"),
     [
         ((), "SingleDevice, 1 process, precision 32-true; trains the model's own weights"),
-        (("qlora",), "SingleDevice, 1 process, precision 32-true; trains a LoRA adapter (r 16) on a base in 4 bits"),
+        pytest.param(
+            ("qlora",),
+            "SingleDevice, 1 process, precision 32-true; trains a LoRA adapter (r 16) on a base in 4 bits",
+            marks=pytest.mark.slow,
+        ),
         (("ddp", "lora"), "DDP, 1 process, precision 32-true; trains a LoRA adapter (r 16) on a base as it is"),
         (("fsdp_qlora",), "FSDP2, 1 process, precision 32-true; trains a LoRA adapter (r 16) on a base in 4 bits"),
     ],

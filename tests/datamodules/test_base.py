@@ -1,6 +1,7 @@
 """A data module: batches, views, splits, and what it refuses."""
 
 import csv
+import types
 
 import lightning as L
 import pytest
@@ -176,3 +177,33 @@ def test_given_splits_are_not_written(make, tmp_path):
     data.connect(train_view=LabelView(data.task))
     fit(data, tmp_path / "run", epochs=1)
     assert not (tmp_path / "run" / "splits.csv").exists()
+
+
+def test_a_gpu_gets_pinned_batches_without_waiting(make, monkeypatch):
+    """Every tensor of a batch is pinned; a pinned tensor is moved without waiting for it."""
+    data = make()
+    loader = data.loader("val", LabelView(data.task))
+    assert not loader.pin_memory
+    (batch,) = loader
+    pinned, moved = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor)
+    whole = batch.pin_memory()
+    texts = [getattr(batch.texts, name) for name in ("ids", "mask", "loss_mask", "answer_mask", "owner", "parent")]
+    tensors = [*batch.prompts.inputs.values(), batch.prompts.turn_end, *texts, batch.labels, batch.sample_mask]
+    assert sorted(pinned) == sorted(tensor.data_ptr() for tensor in tensors)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() == batch.labels.data_ptr())
+    real = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda t, d, non_blocking: moved.append(non_blocking) or real(t, d, non_blocking=False)
+    )
+    whole.to("cpu")
+    assert sorted(moved) == [False] * (len(tensors) - 1) + [True]
+    device = types.SimpleNamespace(root_device=torch.device("cuda"))
+    data.trainer = types.SimpleNamespace(strategy=device, distributed_sampler_kwargs=None)
+    assert data.loader("val", LabelView(data.task)).pin_memory
+    data.pin_memory = False
+    data.num_workers, data.prefetch_batches = 1, 3
+    loader = data.loader("val", LabelView(data.task))
+    assert (loader.pin_memory, loader.prefetch_factor) == (False, 3)
+    with pytest.raises(ValueError, match="prefetch_batches must be at least 1"):
+        make(prefetch_batches=0)

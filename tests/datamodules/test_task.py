@@ -46,7 +46,7 @@ def test_classes_may_be_plain_names(tmp_path):
         ("[camera]", "[camera, camera]", "twice"),
         ("metadata_fields: [camera]", "metadata_fields: camera", "must be a list"),
         ("metadata_fields: [camera]", "ordinal: perhaps", "true or false"),
-        ("classes: [", "classes: [[", "not readable as YAML"),
+        ("classes: [", "classes: [[", r", line \d, column \d+: not valid YAML"),
     ],
 )
 def test_mistakes_name_file_and_key(tmp_path, old, new, message):

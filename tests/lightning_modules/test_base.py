@@ -12,6 +12,7 @@ from stage_world import run_dir
 from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.callbacks.throughput import Throughput
 from vidreason.callbacks.trace_writer import TraceWriter
+from vidreason.datamodules.clips.dataset import ClipDataset
 from vidreason.datamodules.prompts import DescribeView, LabelScoringView, LabelView, ReasonView
 from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.base import VLMModule
@@ -264,15 +265,21 @@ def test_the_tower_runs_once_per_video_in_every_stage(make_vlm, make_data, make_
     }[stage]
     build = TinyVLM.build
     monkeypatch.setattr(TinyVLM, "build", lambda self, path=None: watched(build(self, path), self, calls))
+    decoded, read = [], ClipDataset.read
+    monkeypatch.setattr(
+        ClipDataset, "read", lambda self, clip, jitter: decoded.append(clip.video_id) or read(self, clip, jitter)
+    )
     for expected in (3, 0):
         vlm = make_vlm(lora=True)
         vlm.vision_cache_options = VisionCacheOptions(folder=str(tmp_path / "embeddings"))
         calls.clear()
-        trainer = make_trainer(f"run{expected}", max_epochs=2, callbacks=[Throughput()])
+        trainer = make_trainer(f"run{expected}", max_epochs=2 if expected else 1, callbacks=[Throughput()])
         if stage == "test":
             trainer.test(make(vlm), make_data(vlm), verbose=False)
         else:
             trainer.fit(make(vlm), make_data(vlm))
         assert len(calls) == expected
+        assert bool(decoded) == bool(expected), "what is known is not even decoded"
+        decoded.clear()
         assert 0 < float(trainer.callback_metrics["vision_cache/hit_rate"]) <= 1
         assert float(trainer.callback_metrics["vision_cache/gb"]) > 0

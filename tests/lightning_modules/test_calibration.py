@@ -19,7 +19,7 @@ from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
-from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
+from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha, read_info
 from vidreason.lightning_modules.weights.reviewer import CALIBRATOR
 
 OWN = TraceOptions(kind="reason", samples=2, sampling=Sampling(max_new_tokens=5))
@@ -30,15 +30,22 @@ def make(vlm, **kwargs):
     return CalibrationModule(vlm, **{"optim": ADAMW, "traces": OWN, **kwargs})
 
 
+POLICIES = {}
+"""The folder of each policy that has been trained, by whether it is an adapter; no test writes there"""
+
+
 @pytest.fixture
-def policy(make_vlm, make_data, make_trainer):
-    """``policy(lora)``: folder of a policy that has been trained a little."""
+def policy(make_vlm, make_data, make_trainer, tmp_path_factory):
+    """``policy(lora)``: folder of a policy that has been trained a little, once for all tests."""
 
     def train(lora=True):
-        vlm = make_vlm(lora)
-        module = RationaleSFTModule(vlm, optim=ADAMW)
-        make_trainer("policy", max_steps=2, limit_val_batches=0).fit(module, make_data(vlm))
-        return str(module.export(run_dir(module)))
+        if lora not in POLICIES:
+            vlm = make_vlm(lora)
+            module = RationaleSFTModule(vlm, optim=ADAMW)
+            folder = tmp_path_factory.mktemp("policy")
+            make_trainer(folder, max_steps=2, limit_val_batches=0).fit(module, make_data(vlm))
+            POLICIES[lora] = str(module.export(run_dir(module)))
+        return POLICIES[lora]
 
     return train
 
@@ -235,7 +242,10 @@ def test_a_calibrator_of_something_else_is_refused(make_vlm, make_data, make_tra
     module = ready(make(make_vlm(), adapter_path=start))
     with torch.no_grad():
         next(p for p in module.parameters() if p.requires_grad).add_(0.1)
+    module.vlm.note = "what others have to know"
     folder = str(module.export(run_dir(module)))
+    assert read_info(folder)["note"] == "what others have to know"
+    assert "note" not in read_info(start)
     for kwargs, message in [
         ({"calibrator_path": start}, "sft_label"),
         ({"calibrator_path": folder, "input": "trace"}, "input"),

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from covering import covering
 from stage_world import adamw, parameters, run_dir
 
 from vidreason.datamodules.prompts import DescribeView
@@ -49,8 +50,7 @@ def without_a_step(micro_batches, loss, has_samples):
     return StepResult(torch.zeros(()), 0.0)
 
 
-@pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("target", ["label", "caption", "rationale", "trace"])
+@pytest.mark.parametrize(("target", "lora"), covering(["label", "caption", "rationale", "trace"], [False, True]))
 def test_each_target_trains(make_vlm, make_data, make_trainer, target, lora):
     vlm = make_vlm(lora)
     module = RationaleSFTModule(vlm, targets=TargetOptions(kind=target), optim=ADAMW, traces=OWN)

@@ -22,7 +22,7 @@ ANY_TEXT = {f"{TRACES}.filter": {"complete": False, "min_words": 0}}
 ONE_STEP = {"trainer.max_steps": 1, "trainer.max_epochs": -1, "trainer.check_val_every_n_epoch": None}
 ANSWERS = {"model.init_args.decide.sampling.max_new_tokens": 8}
 STAGES = {
-    "generate": {**SHORT, **ANY_TEXT},
+    "generate": {**SHORT, **ANY_TEXT, f"{TRACES}.judge": False},
     "sft_cold_start": {**SHORT, **ANSWERS, **ONE_STEP, f"{TRACES}.samples": 1, "trainer.val_check_interval": 1},
     "grpo": {
         **ANSWERS,
@@ -60,7 +60,7 @@ def test_a_pipeline_of_a_checkpoint_runs_with_the_large_profile(capfd, tmp_path,
 
     spec = read_pipeline("configs/pipelines/deepintuit.yaml")
     given = set(yaml.safe_load(Path("data.yaml").read_text())["init_args"])
-    for stage in spec.stages:
+    for stage in spec.stages[:6]:  # the others are for texts that are no language
         part = PARTS.get(stage.name, stage.name)
         assert f"settings: {name}, part {part} (docs/budgets.md)" in said.err
         saved = yaml.safe_load((Path("run") / spec.folder(stage.name) / "config.yaml").read_text())

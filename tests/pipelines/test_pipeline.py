@@ -16,6 +16,8 @@ from vidreason.cli.pipeline import list_pipelines, main
 from vidreason.config.files import shipped_folder
 from vidreason.pipelines.call import read_call, run_pipeline
 from vidreason.pipelines.spec import read_pipeline
+from vidreason.pipelines.state import run_notes
+from vidreason.run_folder import find_stage_folder
 
 project, trainer = pipeline_world.project, pipeline_world.trainer
 
@@ -116,6 +118,68 @@ def test_what_a_stage_went_without_is_said_whenever_it_is_passed_over(
     assert said in capsys.readouterr().out
     summary = json.loads(Path("runs/x/summary.json").read_text())
     assert "cold went without 2 training clips" in json.dumps(summary)
+
+
+LANGUAGE = """
+name: two_ways
+stages:
+  - {name: generate, command: predict, config: generate.yaml}
+  - {name: cold, when: generate.language, command: fit, config: train.yaml}
+  - {name: test, when: generate.language, command: test, config: train.yaml, inputs: {a.b: "{cold.adapter}"}}
+  - {name: label, command: fit, config: train.yaml, inputs: {a.b: "{cold.adapter|none}"}}
+  - {name: tested, when: not generate.language, command: test, config: train.yaml, inputs: {a.b: "{label.adapter}"}}
+"""
+
+
+def test_without_language_the_run_goes_on_with_labels_and_says_so(
+    project: Path, trainer: FakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "p.yaml").write_text(LANGUAGE)
+
+    def soup(folder: Path) -> int:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "traces.jsonl").write_text("soup")
+        (folder / "text_quality.json").write_text(json.dumps({"faults": ["they are letters"]}))
+        return 0
+
+    trainer.before["generate"] = soup
+    assert run(trainer) == 0
+    assert trainer.stages == ["generate", "label", "tested"]
+    assert "a.b" not in options(trainer.calls[1])
+    assert "[2/5] cold: left out, since the texts of generate are no language" in capsys.readouterr().out
+    (row,) = json.loads(Path("runs/x/summary.json").read_text())
+    assert row["method"] == "two_ways"
+    said = "generate wrote no language about these clips (they are letters): name a model that can, --vlm; "
+    assert row["note"].startswith(f"{said}test: not better")
+    assert run_notes(Path("runs/x")) == [row["note"]]
+    Path("runs/x/stages/05_tested/config.yaml").touch()
+    assert find_stage_folder(Path("runs/x")).name == "05_tested"
+    assert run(trainer) == 0
+    assert trainer.stages == []
+    assert "generate: finished, inputs unchanged; wrote no language" in capsys.readouterr().out
+
+    trainer.before.clear()
+    (project / "generate.yaml").write_text("model: {init_args: {samples: 2}}")
+    assert run(trainer) == 0
+    assert trainer.stages == ["generate", "cold", "test", "label"], "texts of another model are language"
+    assert option(trainer.calls[-1], "a.b") == "runs/x/stages/02_cold/adapter"
+    assert state_of()["tested"]["status"] == "skipped"
+    assert "language" not in json.loads(Path("runs/x/summary.json").read_text())[0]["note"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("when: generate.language,", "when: language,", r"\(cold\): key 'when': must read STAGE.language or not STAGE"),
+        ("when: generate.language,", "when: generat.language,", r"no earlier stage 'generat'.*did you mean 'generate'"),
+        ("|none}", "}", r"may end without an artefact \(when: generate.language\).*\"\{cold.adapter\|none\}\""),
+    ],
+)
+def test_a_condition_that_cannot_be_is_refused(project: Path, before: str, after: str, message: str) -> None:
+    assert before in LANGUAGE
+    (project / "p.yaml").write_text(LANGUAGE.replace(before, after, 1))
+    with pytest.raises(ValueError, match=message):
+        read_pipeline("p.yaml")
 
 
 def test_an_interrupted_fit_resumes_from_its_last_checkpoint(

@@ -87,7 +87,7 @@ def test_ece_uses_fifteen_bins() -> None:
     together = [clip("a", "a", 0.67), clip("b", "a", 0.70)]
     assert probability_scores(apart)[0] == pytest.approx((0.40 + 0.67) / 2)  # type: ignore[index]
     assert probability_scores(together)[0] == pytest.approx(abs(0.67 + 0.70 - 1) / 2)  # type: ignore[index]
-    assert probability_scores([clip("a", "a", 1.0)])[0] == pytest.approx(0.0)  # type: ignore[index]
+    assert probability_scores([clip("a", "a", 1.0)])[0] == pytest.approx(0.0, abs=1e-6)  # type: ignore[index]
 
 
 def test_a_twin_pair_counts_only_if_both_are_right() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +25,10 @@ def published_positions(config: Any, inputs: Mapping[str, Tensor]) -> Tensor:
                 start = following if start is None else start
                 t, h, w = cells.pop(0)
                 if hasattr(config.vision_config, "tokens_per_second"):
-                    seconds = float(inputs["second_per_grid_ts"][row])
-                    t = int(t * seconds * config.vision_config.tokens_per_second)
+                    # In fp32, as published. In float64, times that are exact products are rounded down to the number
+                    # before: at 1.2 frames per second the third step is 9.9999998 instead of 10.
+                    seconds = np.float32(inputs["second_per_grid_ts"][row])
+                    t = int(np.float32(t) * seconds * np.float32(config.vision_config.tokens_per_second))
                 place = (start + t, start + h, start + w)
             largest = max(largest, *place)
             following = start if start is not None and cells else largest + 1

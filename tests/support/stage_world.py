@@ -91,6 +91,10 @@ class _Lost(ClipDataset):
         super().__init__(*args)
         self.lost = lost
 
+    def content(self, clip: Clip) -> str:
+        """Returns an empty text for a file that has vanished, whose embeddings do not help."""
+        return "" if self.train and clip.video_id in self.lost else super().content(clip)
+
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
         if self.train and clip.video_id in self.lost:
             LostClips.unread.append(clip.video_id)

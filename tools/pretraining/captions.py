@@ -17,8 +17,9 @@ from tools.pretraining.stream import StreamSampler, pretraining_frames, pretrain
 from tools.pretraining.texts import ECHO_QUESTION, FRAMES_QUESTION, SLOTS_QUESTION, echo, frame_by_frame, slots
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.collating import BatchCollator
-from vidreason.datamodules.clips.dataset import LoadedClip, ignore_signals_in_worker
+from vidreason.datamodules.clips.dataset import LoadedClip
 from vidreason.datamodules.clips.samplers import ResumableLoader
+from vidreason.datamodules.clips.workers import worker_options
 from vidreason.datamodules.porch.scene import FRAMES
 from vidreason.datamodules.porch.texts import DESCRIBE_QUESTION, describe
 from vidreason.datamodules.porch.world import LABELS, stream
@@ -120,9 +121,7 @@ class PorchCaptionDataModule(VideoDataModule):
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=ignore_signals_in_worker,
+            **worker_options(self.num_workers, (__name__,)),
             collate_fn=BatchCollator(self.encoder, self.label_names),
         )
         if isinstance(loader, ResumableLoader):

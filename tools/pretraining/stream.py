@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tools.pretraining.texts import COLUMNS, person_columns
-from vidreason.datamodules.clips.dataset import ignore_signals_in_worker
 from vidreason.datamodules.clips.samplers import ResumableLoader, ResumableSampler
+from vidreason.datamodules.clips.workers import worker_options
 from vidreason.datamodules.porch.render import Frames, render
 from vidreason.datamodules.porch.scene import FRAMES, WIDTH, Scene, draw_scene
 from vidreason.datamodules.porch.world import draw_any_facts, stream
@@ -133,9 +133,7 @@ class PorchFrameDataModule(L.LightningDataModule):
             dataset,  # type: ignore[arg-type]
             batch_size=self.batch_size,
             sampler=StreamSampler(dataset, ranks["num_replicas"], ranks["rank"]) if endless else None,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=ignore_signals_in_worker,
+            **worker_options(self.num_workers, (__name__,)),
             collate_fn=_collate,
         )
         if isinstance(loader, ResumableLoader):

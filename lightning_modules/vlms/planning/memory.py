@@ -61,7 +61,7 @@ class PlannedVision(VisionCache):
     """
 
     def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__(VisionCacheOptions(memory_gb=1e6), lambda: "planned")
+        super().__init__(VisionCacheOptions(memory_gb=1e6), lambda: "planned", lambda sample: {})
         self.peak = 0
         self._unchanged = known
 
@@ -170,12 +170,12 @@ class MemoryEstimate:
                 _, prefix = prefill(self.vlm, model, batch.prompts, answer)
                 kept = _cache_bytes(prefix.cache)
                 prompts = Usage(cache=kept, working=max(live.peak - kept, 0))
-                prefix = prefix.select(rows)
+                prefix = prefix.reserve(rows, sampling.max_new_tokens - 1)
                 before, start = _cache_bytes(prefix.cache), live.now
                 live.peak = live.now
                 last = logits_at(torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.long))
                 one = torch.ones(len(rows), 1, dtype=torch.long)
-                _, prefix = extend(self.vlm, model, prefix, one, one.bool(), last)
+                _, prefix = extend(self.vlm, model, prefix, one, None, last)
             grown = _cache_bytes(prefix.cache) - before
             longest = before + sampling.max_new_tokens * grown
             return [prompts, Usage(cache=longest, working=max(live.peak - start - grown, 0))]
@@ -295,5 +295,6 @@ def _cache_bytes(cache: Any) -> int:
         values = [
             item for value in vars(layer).values() for item in (value.values() if isinstance(value, dict) else [value])
         ]
-        found |= {id(value): value.nbytes for value in values if isinstance(value, Tensor)}
+        storages = [value.untyped_storage() for value in values if isinstance(value, Tensor)]
+        found |= {storage._cdata: storage.nbytes() for storage in storages}
     return sum(found.values())

@@ -10,15 +10,16 @@ Letters: B prompts, n rows of one forward, S tokens already in the cache, W colu
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
 
 from vidreason.datamodules.types import EncodedPrompts, TextBatch
-from vidreason.lightning_modules.vlms.prefix.caches import new_cache
+from vidreason.lightning_modules.vlms.prefix.caches import PaddedCache, ReservedLayer, new_cache
 from vidreason.lightning_modules.vlms.prefix.head import Answer, Scored, Scoring, forward, scores_of
 from vidreason.lightning_modules.vlms.prefix.layout import (
     PromptLayout,
@@ -41,11 +42,47 @@ class Prefix:
     """[n, S] int64, 1 on real tokens."""
     start: Tensor
     """[n] int64, position of the next token."""
+    padded: bool = True
+    """False if the host knows that ``mask`` is 1 everywhere."""
 
     def select(self, rows: Tensor) -> Prefix:
         """Returns the prefix of selected rows, which may repeat; this prefix must not be used afterwards."""
         self.cache.batch_select_indices(rows)
         return Prefix(self.cache, self.mask[rows], self.start[rows])
+
+    def reserve(self, rows: Tensor, room: int) -> Prefix:
+        """Returns the prefix of selected rows, which may repeat, in storage with room for ``room`` tokens more.
+
+        Layers with a sliding window or linear attention, which keep a limited number of states, grow as before. This
+        prefix must not be used afterwards, and the new one has no gradient. The host waits for the device once.
+        """
+        layers: list[Any] = []
+        for layer in self.cache.layers:
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                layers.append(ReservedLayer(layer, rows, room))
+            else:
+                layer.batch_select_indices(rows)
+                layers.append(layer)
+        padded = not bool(self.mask.all())
+        cache = (PaddedCache if padded else Cache)(layers)
+        return Prefix(cache, self.mask[rows], self.start[rows], padded)
+
+    def keep(self, rows: Sequence[int]) -> Prefix:
+        """Returns a reserved prefix of fewer rows; only rows that change their place are copied.
+
+        Args:
+            rows: Rows that stay, in their new order. A row that moves must come from behind those that stay.
+        """
+        device = self.mask.device
+        moved = [(row, place) for place, row in enumerate(rows) if row != place]
+        source, target = torch.tensor(moved, dtype=torch.long).reshape(-1, 2).to(device).T
+        index = torch.tensor(rows, dtype=torch.long).to(device)
+        for layer in self.cache.layers:
+            if isinstance(layer, ReservedLayer):
+                layer.move(source, target, len(rows))
+            else:
+                layer.batch_select_indices(index)
+        return replace(self, mask=self.mask[index], start=self.start[index])
 
     def fork(self) -> Prefix:
         """Returns a prefix with the same keys and values that can be extended without changing this one."""
@@ -76,7 +113,7 @@ def prefill(layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, ans
 
 
 def extend(
-    layout: PromptLayout, model: nn.Module, prefix: Prefix, ids: Tensor, mask: Tensor, answer: Answer
+    layout: PromptLayout, model: nn.Module, prefix: Prefix, ids: Tensor, mask: Tensor | None, answer: Answer
 ) -> tuple[Tensor, Prefix]:
     """Forwards right-padded tokens behind a prefix.
 
@@ -85,26 +122,28 @@ def extend(
         model: The model, with or without PEFT around it.
         prefix: The prefix of n rows; its cache grows in place.
         ids: [n, W] int64.
-        mask: [n, W] bool, real tokens.
+        mask: [n, W] bool, real tokens; None if all are.
         answer: Computes the first result from hidden states and head.
 
     Returns:
         The result of ``answer``, and the extended prefix.
     """
     steps = torch.arange(ids.shape[1], device=ids.device)
-    full = torch.cat([prefix.mask, mask.long()], dim=1)
+    full = torch.cat([prefix.mask, torch.ones_like(ids) if mask is None else mask.long()], dim=1)
+    lengths = ids.shape[1] if mask is None else mask.sum(dim=1)
+    padded = prefix.padded or mask is not None
     with recomputed_layers(model, prefix.cache):
         out = forward(
             model,
             answer,
             input_ids=ids,
-            attention_mask=full,
+            attention_mask=full if padded else None,
             position_ids=layout.text_position_ids(prefix.start[:, None] + steps),
             use_cache=True,
             **{cache_keyword(model): prefix.cache},
         )
     # ``forward`` puts the answer in the place of the logits.
-    return out.logits, Prefix(prefix.cache, full, prefix.start + mask.sum(dim=1))
+    return out.logits, Prefix(prefix.cache, full, prefix.start + lengths, padded)
 
 
 def expand_prompts(

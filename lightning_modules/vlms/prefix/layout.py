@@ -5,7 +5,7 @@ Letters: B prompts, P prompt tokens, n rows, L tokens of a row, A rotary axes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ class PromptLayout(Protocol):
 
     def repeat_prompts(self, inputs: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
         """Returns the inputs of the prompts ``index`` [n], including pixels."""
+
+    def join_visual(self, name: str, values: Sequence[Tensor]) -> Tensor:
+        """Joins an input of several prompts that has no entry per token, such as pixels."""
 
 
 def unwrap(model: Any) -> Any:

@@ -30,6 +30,7 @@ class TinyVLM(VLM):
     """
 
     vision_modules = ("model.visual",)
+    casts_pixels = True
 
     def __init__(
         self,

@@ -9,7 +9,10 @@ Entries replace the results of the family's ``get_video_features`` and ``get_ima
 handles masks, positions and DeepStack. Videos that are not cached are encoded one by one, so that an entry does not
 depend on the batch.
 
-Letters: B prompts, one video each; V visual tokens of a video, H hidden size.
+An entry also holds what a prompt needs of its video, so that a loader need not decode it (``find_known``). If such a
+video has no entry any more when it is needed, it is decoded then, in the main process.
+
+Letters: B prompts, one video each.
 """
 
 from __future__ import annotations
@@ -19,28 +22,35 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 import transformers
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
-from vidreason.datamodules.types import EncodedPrompts
+from vidreason.datamodules.types import EncodedPrompts, KnownVideo, VideoSample
 from vidreason.lightning_modules.vlms.prefix.layout import PromptLayout, unwrap
 from vidreason.lightning_modules.vlms.vision_cache.embedding_store import GB, EmbeddingStore, Entry, entry_bytes
-from vidreason.lightning_modules.vlms.vision_cache.vision_path import Part, marks, path_parts, path_sha, why_not_fixed
+from vidreason.lightning_modules.vlms.vision_cache.features import flatten, join
+from vidreason.lightning_modules.vlms.vision_cache.known_entries import PROMPT, from_tensors, to_tensors
+from vidreason.lightning_modules.vlms.vision_cache.vision_path import (
+    Part,
+    PathHashes,
+    path_parts,
+    path_tensors,
+    why_not_fixed,
+)
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files; part of the key."""
 FEATURES = ("get_video_features", "get_image_features")
-BARE, POOLED, LAYERS = "features", "pooler_output", "deepstack_features"
-"""Names in an entry: of a bare tensor, and of the two fields of a tower's output that forwards use."""
+AUTOCAST = ("off", "torch.bfloat16", "torch.float16")
+NAIVE = "route 'naive' encodes the video once for every text"
 
 
 @dataclass(frozen=True)
@@ -68,16 +78,6 @@ class VisionCacheOptions:
 IN_MEMORY = VisionCacheOptions()
 
 
-@dataclass
-class VisionFeatures(ModelOutput):
-    """The fields of a vision path's output that forwards use."""
-
-    pooler_output: Any = None
-    """A tensor, or a tuple of [V, H] for each video."""
-    deepstack_features: Any = None
-    """For each layer a tensor, or a tuple of [V, H] for each video; None in families without DeepStack."""
-
-
 class CacheStatistics(NamedTuple):
     """Statistics of the cache since the last reading."""
 
@@ -87,32 +87,66 @@ class CacheStatistics(NamedTuple):
     """Size in GB of the folder; without a folder, of the entries in memory."""
 
 
-class _Known(NamedTuple):
-    marks: tuple[tuple[int, int], ...]
-    sha: str
-
-
 class VisionCache:
     """A cache of vision embeddings by video.
 
     Args:
         options: Options of the cache.
         recipe: Returns the processing of frames and the loading of the model as text; part of the key.
+        process: Returns the processor's inputs for a decoded video, pixels among them.
     """
 
-    def __init__(self, options: VisionCacheOptions, recipe: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        options: VisionCacheOptions,
+        recipe: Callable[[], str],
+        process: Callable[[VideoSample], Mapping[str, Tensor]],
+    ) -> None:
         self.options = options
         self.recipe = recipe
+        self.process = process
         self.store = EmbeddingStore(Path(options.folder).expanduser(), options.max_gb) if options.folder else None
         self._memory: OrderedDict[str, Entry] = OrderedDict()
         self._memory_bytes = 0
-        self._shas: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+        self._hashes = PathHashes()
         self._said: set[str] = set()
+        self._contexts: list[str] = []  # A video is known if there is an entry for it in one of them.
+        self._expected: Callable[[], nn.Module | None] | None = None
+        self._reads: dict[str, Callable[[], VideoSample]] = {}  # By ``VideoSample.identity``: decodes a known video.
         self._hits = self._lookups = 0
 
+    def expect(self, model: nn.Module) -> None:
+        """Notes the model whose embeddings will be asked for, so that videos are known before its first forward.
+
+        Whether that runs under autocast is not known yet; entries from earlier runs with or without it count.
+        """
+        self._expected = ref(model)
+
+    @property
+    def knows_videos(self) -> bool:
+        """Whether there may be an entry for some video."""
+        if self._expected is not None:
+            model, self._expected = self._expected(), None
+            self._contexts = [] if model is None else self._guessed(model)
+        return bool(self._contexts) and (bool(self._memory) or (self.store is not None and self.store.bytes > 0))
+
+    def find_known(self, video: str, read: Callable[[], VideoSample]) -> KnownVideo | None:
+        """Returns what a prompt needs of a video that has an entry; ``KnowsVideos.find_known`` has the arguments."""
+        for context in self._contexts if self.knows_videos else ():
+            key = _key(context, video)
+            entry = self._memory.get(key) or (self.store.read(key, PROMPT) if self.store is not None else None)
+            if entry is not None and (known := from_tensors(entry)) is not None:
+                if key in self._memory:
+                    self._memory.move_to_end(key)  # it has to stay until its batch is used
+                self._reads[video] = read
+                return known
+        return None
+
     @contextmanager
-    def feeding(self, layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, route: str) -> Iterator[None]:
-        """Makes forwards of ``model`` on ``prompts`` use cached embeddings in the block.
+    def feeding(
+        self, layout: PromptLayout, model: nn.Module, prompts: EncodedPrompts, route: str
+    ) -> Iterator[EncodedPrompts]:
+        """Makes forwards of ``model`` on the prompts that it yields use cached embeddings in the block.
 
         Args:
             layout: The model family.
@@ -121,13 +155,16 @@ class VisionCache:
             route: Route of the texts; ``naive`` encodes every repetition of a video and is not cached.
         """
         if not any(name.startswith("pixel") for name in prompts.inputs):
-            yield
+            yield prompts
             return
         parts = path_parts(model)
-        reason = why_not_fixed(parts) or _why_not_known(prompts, route)
+        off = why_not_fixed(parts) or (NAIVE if route == "naive" else None)
+        if off is not None:
+            self._contexts, self._expected = [], None
+        reason = off or _why_not_known(prompts)
         if reason is not None:
-            self._say(f"vision embeddings are not cached: {reason}")
-            yield
+            self._say(f"vision embeddings are not cached: {reason}; every clip is decoded in every epoch")
+            yield self._decoded(layout, prompts)
             return
         keys = self._keys(model, parts, prompts)
         base = unwrap(model).base_model
@@ -136,7 +173,7 @@ class VisionCache:
                 if hasattr(base, name):  # an attribute of the instance hides the method until it is deleted
                     setattr(base, name, self._fed(getattr(base, name), layout, prompts, keys))
                     stack.callback(delattr, base, name)
-            yield
+            yield prompts
 
     def take_statistics(self) -> CacheStatistics:
         """Returns the statistics since the last call and resets them."""
@@ -148,24 +185,57 @@ class VisionCache:
 
     def _keys(self, model: nn.Module, parts: list[Part], prompts: EncodedPrompts) -> list[str]:
         """Returns one key per video, [B]."""
-        # Hashing all weights takes seconds: the hash is kept until a tensor of the path is written to.
-        now = marks(parts)
-        known = self._shas.get(model)
-        if known is None or known.marks != now:
-            known = self._shas[model] = _Known(now, path_sha(model, parts))
         device = prompts.inputs["input_ids"].device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
+        context = self._context(model, parts, device, autocast)
+        self._contexts, self._expected = [context], None
+        return [_key(context, video) for video in prompts.videos]
+
+    def _context(self, model: nn.Module, parts: list[Part], device: str, autocast: str) -> str:
+        """Returns everything that an entry depends on besides the video."""
+        sha = self._hashes.of(model, parts)
         vision = getattr(unwrap(model).config, "vision_config", None)
         attention = getattr(vision, "_attn_implementation", None)
-        common = [FORMAT, transformers.__version__, self.recipe(), known.sha, device, autocast, attention]
-        return [hashlib.sha256(json.dumps([*common, video]).encode()).hexdigest()[:40] for video in prompts.videos]
+        return json.dumps([FORMAT, transformers.__version__, self.recipe(), sha, device, autocast, attention])
+
+    def _guessed(self, model: nn.Module) -> list[str]:
+        """Returns the contexts that the first forward of a model may have."""
+        parts = path_parts(model)
+        if why_not_fixed(parts) is not None:
+            return []
+        device = next(tensor.device.type for _, tensor in path_tensors(parts))
+        return [self._context(model, parts, device, autocast) for autocast in AUTOCAST]
+
+    def _decoded(self, layout: PromptLayout, prompts: EncodedPrompts) -> EncodedPrompts:
+        """Returns the prompts with the pixels of all videos."""
+        if not any(prompts.without_pixels):
+            return prompts
+        each = [self._one(layout, prompts, i) for i in range(prompts.batch_size)]
+        names = [name for name in prompts.inputs if name.startswith("pixel")]
+        pixels = {name: layout.join_visual(name, [one[name] for one in each]) for name in names}
+        return replace(prompts, inputs={**prompts.inputs, **pixels}, without_pixels=())
+
+    def _one(self, layout: PromptLayout, prompts: EncodedPrompts, i: int) -> dict[str, Tensor]:
+        """Returns all inputs of a prompt, whose video is decoded if it was not.
+
+        Raises:
+            ValueError: If it cannot be decoded.
+        """
+        place = prompts.inputs["input_ids"].device
+        one = layout.repeat_prompts(prompts.inputs, torch.tensor([i], device=place))
+        if not prompts.without_pixels or not prompts.without_pixels[i]:
+            return one
+        try:
+            made = self.process(self._reads[prompts.videos[i]]())
+        except (ValueError, OSError) as error:
+            raise ValueError(f"a clip whose vision embeddings were removed cannot be decoded again: {error}") from error
+        return one | {name: value.to(place) for name, value in made.items() if name.startswith("pixel")}
 
     def _fed(
         self, compute: Callable[..., Any], layout: PromptLayout, prompts: EncodedPrompts, keys: Sequence[str]
     ) -> Callable[..., Any]:
         """Returns the family's function ``compute`` with a look-up in the cache before it."""
         names = list(signature(compute).parameters)
-        place = prompts.inputs["input_ids"].device
 
         def features(*args: Any, **kwargs: Any) -> Any:
             call = dict(zip(names, args, strict=False)) | kwargs
@@ -178,17 +248,19 @@ class VisionCache:
                 entry = entries.get(key) or self._find(key)
                 if entry is None:
                     # All inputs of the prompt: pixels alone may not tell how many frames belong to which prompt.
-                    one = layout.repeat_prompts(prompts.inputs, torch.tensor([i], device=place))
+                    one = self._one(layout, prompts, i)
                     # By name, since decorators of transformers add keywords. One video at a time, since kernels may
                     # round differently in another batch.
                     with torch.no_grad():
                         entry = flatten(compute(**{**call, **{name: one[name] for name in given}}))
+                    known = prompts.known[i] if prompts.known else None
+                    entry = {**entry, **to_tensors(known)}
                     self._keep(key, entry)
                 else:
                     self._hits += 1
                 entries[key] = entry
             device = next(iter(given.values())).device
-            return join([{name: value.to(device) for name, value in entries[key].items()} for key in keys])
+            return join([_embeddings(entries[key], device) for key in keys])
 
         return features
 
@@ -229,51 +301,16 @@ class VisionCache:
             rank_zero_info(message)
 
 
-def _why_not_known(prompts: EncodedPrompts, route: str) -> str | None:
-    if route == "naive":
-        return "route 'naive' encodes the video once for every text"
+def _why_not_known(prompts: EncodedPrompts) -> str | None:
     if len(prompts.videos) != prompts.batch_size or not all(prompts.videos):
         return "the frames are jittered (data.init_args.frames.sampling: segment), or nothing says which ones they are"
     return None
 
 
-def flatten(features: Any) -> Entry:
-    """Converts a vision path's output for one video to named tensors on the CPU that autograd may use.
-
-    Raises:
-        ValueError: If the output is neither a tensor nor has pooled features.
-    """
-    pooled = getattr(features, POOLED, None)
-    if isinstance(features, Tensor):
-        named: dict[str, Any] = {BARE: features}
-    elif pooled is not None:
-        named = {POOLED: pooled}
-        for layer, value in enumerate(getattr(features, LAYERS, None) or ()):
-            named[f"{LAYERS}.{layer}"] = value
-    else:
-        raise ValueError(
-            f"vision embeddings cannot be cached: the vision path returned a {type(features).__name__} without "
-            f"{POOLED}; set vlm.vision_cache to null"
-        )
-    entry: dict[str, Tensor] = {}
-    with torch.inference_mode(False):  # autograd, which may read the entry later, rejects inference tensors
-        for name, value in named.items():
-            items = {name: value} if isinstance(value, Tensor) else {f"{name}/{i}": v for i, v in enumerate(value)}
-            entry |= {key: tensor.detach().clone().cpu().contiguous() for key, tensor in items.items()}
-    return entry
+def _key(context: str, video: str) -> str:
+    return hashlib.sha256(f"{context} {video}".encode()).hexdigest()[:40]
 
 
-def join(entries: Sequence[Mapping[str, Tensor]]) -> Any:
-    """Joins the entries of B videos to the output that the family's function returns for a batch."""
-    if BARE in entries[0]:
-        return torch.cat([entry[BARE] for entry in entries])
-    names = sorted({name.partition("/")[0] for name in entries[0]})
-    layers = sorted((name for name in names if name != POOLED), key=lambda name: int(name.rpartition(".")[2]))
-
-    def field(name: str) -> Tensor | tuple[Tensor, ...]:
-        if name in entries[0]:
-            return torch.cat([entry[name] for entry in entries])
-        numbers = sorted(int(key.partition("/")[2]) for key in entries[0] if key.partition("/")[0] == name)
-        return tuple(entry[f"{name}/{i}"] for entry in entries for i in numbers)
-
-    return VisionFeatures(field(POOLED), [field(name) for name in layers] or None)
+def _embeddings(entry: Entry, device: torch.device) -> Entry:
+    """Returns the embeddings of an entry on a device, without what a prompt needs."""
+    return {name: value.to(device) for name, value in entry.items() if not name.startswith(PROMPT)}

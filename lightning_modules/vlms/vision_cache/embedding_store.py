@@ -69,19 +69,25 @@ class EmbeddingStore:
         """Returns the path of a key's entry, which may not exist."""
         return self.folder / f"{key}{SUFFIX}"
 
-    def read(self, key: str) -> Entry | None:
-        """Returns the entry of a key, or None if there is none; a damaged file is removed with a warning."""
+    def read(self, key: str, prefix: str = "") -> Entry | None:
+        """Returns the entry of a key, or None if there is none; a damaged file is removed with a warning.
+
+        Args:
+            key: The key.
+            prefix: Only tensors whose names begin with it are read.
+        """
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                entry = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict
+                entry = {name: file.get_tensor(name).clone() for name in names}
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, ValueError) as error:
             self._damaged(path, str(error).splitlines()[0])
             return None
-        if metadata.get("key") != key or metadata.get("sha256") != _sha(entry):
+        if metadata.get("key") != key or any(metadata.get(name) != sha for name, sha in _shas(entry).items()):
             self._damaged(path, "its content is not what was written")
             return None
         with suppress(OSError):  # another process has just removed it, or the folder is read-only
@@ -101,7 +107,7 @@ class EmbeddingStore:
         draft = self.folder / f".{key}.{uuid4().hex}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(dict(entry), draft, metadata={"key": key, "sha256": _sha(entry)})
+            save_file(dict(entry), draft, metadata={"key": key, **_shas(entry)})
             size = draft.stat().st_size
             self._make_room(size)
             os.replace(draft, self.path(key))
@@ -160,10 +166,11 @@ class EmbeddingStore:
         path.unlink(missing_ok=True)
 
 
-def _sha(entry: Entry) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(entry):
-        tensor = entry[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+def _shas(entry: Entry) -> dict[str, str]:
+    """Returns the SHA-256 of each tensor, with its name, dtype and shape."""
+    found = {}
+    for name, tensor in entry.items():
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+        found[name] = digest.hexdigest()
+    return found

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -76,6 +77,20 @@ def _drops(module: nn.Module) -> bool:
 def marks(parts: list[Part]) -> tuple[tuple[int, int], ...]:
     """Returns addresses and version counters, which change if a tensor of the path is replaced or written to."""
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in path_tensors(parts))
+
+
+class PathHashes:
+    """Hashes of vision paths; each, which takes seconds, is kept until a tensor of its path is written to."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], ...], str]] = WeakKeyDictionary()
+
+    def of(self, model: nn.Module, parts: list[Part]) -> str:
+        """Returns the ``path_sha`` of a model."""
+        now = marks(parts)
+        if model not in self._known or self._known[model][0] != now:
+            self._known[model] = (now, path_sha(model, parts))
+        return self._known[model][1]
 
 
 def path_sha(model: nn.Module, parts: list[Part]) -> str:

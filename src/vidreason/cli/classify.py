@@ -15,6 +15,7 @@ from tqdm import tqdm
 from vidreason import exit_codes
 from vidreason.config.options import CommandParser
 from vidreason.datamodules.sources.folders import clips_below
+from vidreason.pipelines.state import run_notes
 from vidreason.pipelines.table import percent, render_table
 from vidreason.spelling import printable
 
@@ -49,6 +50,17 @@ def main(argv: Sequence[str]) -> int:
 
     classifier = VideoClassifier.from_run(options.run, options.stage)
     print(f"answers: {classifier.answers}", file=sys.stderr, flush=True)
+    for note in run_notes(options.run):
+        print(f"note: {printable(note)}", file=sys.stderr, flush=True)
+    limit = classifier.threshold
+    if limit is not None and options.traces in (None, limit.samples):
+        print(
+            f"abstains below a confidence of {limit.confidence:.3f}: on clips like those of split cal, at most "
+            f"{limit.error:.0%} of the other decisions are wrong (with 95 % certainty; {limit.coverage:.0%} of cal)",
+            file=sys.stderr,
+        )
+    elif limit is not None:
+        print(f"no threshold: it was fitted with {limit.samples} traces per clip", file=sys.stderr)
     decided: list[Decision] = []
     bar = tqdm(total=len(paths), desc="classifying", unit="clip", disable=len(paths) < 2, leave=False)
     with bar:
@@ -65,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
 def find_clips(places: Sequence[Path]) -> Iterator[Path]:
     """Yields the given files, and for a folder the clips at any depth below it, sorted.
 
+    What is passed over in a folder is printed to stderr.
+
     Raises:
         ValueError: If a folder has no clip. A missing file is not checked here; its decision reports it.
     """
@@ -72,7 +86,9 @@ def find_clips(places: Sequence[Path]) -> Iterator[Path]:
         if not place.is_dir():
             yield place
             continue
-        found = clips_below(place)
+        found, passed_over = clips_below(place)
+        if passed_over:
+            print(printable(f"{place}: passed over, no clips: {', '.join(passed_over)}"), file=sys.stderr, flush=True)
         if not found:
             raise ValueError(f"{place}: no clip in this folder")
         yield from found
@@ -88,7 +104,8 @@ def report(decisions: Sequence[Decision]) -> str:
     """Returns a table of decisions, then a trace of each clip, then the clips that could not be read."""
     read = [decision for decision in decisions if decision.error is None]
     rows = [
-        [d.video, d.label or "-", percent(d.probs.get(d.label or "")), _runner_up(d), f"{d.seconds:.1f}"] for d in read
+        [d.video, _answer(d), percent(max(d.probs.values(), default=None)), _runner_up(d), f"{d.seconds:.1f}"]
+        for d in read
     ]
     parts = [render_table(["clip", "label", "probability %", "next", "seconds"], rows)] if rows else []
     for decision in read:
@@ -99,13 +116,17 @@ def report(decisions: Sequence[Decision]) -> str:
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
 
 
+def _answer(decision: Decision) -> str:
+    """Returns the label, or why there is none."""
+    if decision.abstained:
+        return f"abstains ({max(decision.probs, key=decision.probs.__getitem__)})"
+    return decision.label or "-"
+
+
 def _runner_up(decision: Decision) -> str:
-    """Returns the most probable of the other classes, with its probability in percent."""
-    others = [(p, name) for name, p in decision.probs.items() if name != decision.label]
-    if not others:
-        return "-"
-    share, name = max(others)
-    return f"{name} {percent(share)}"
+    """Returns the second most probable class, with its probability in percent."""
+    ranked = sorted(((p, name) for name, p in decision.probs.items()), reverse=True)
+    return f"{ranked[1][1]} {percent(ranked[1][0])}" if len(ranked) > 1 else "-"
 
 
 def _telling_trace(decision: Decision) -> str:

@@ -27,9 +27,11 @@ from vidreason.spelling import did_you_mean, printable
 COMMANDS = {
     "demo": "the whole main job on the embedded default, within minutes",
     "init": "your own clips: look into a folder or table of them and write what the other commands read",
-    "data": "check: decode every clip of a manifest and say what is wrong with it",
+    "data": "check: what is wrong with the clips of a manifest; cache: decode the clips of a fit beforehand",
     "plan": "tokens, steps and memory of a stage or pipeline before it runs: --memory 24GB",
     "pipeline": "stages in order: --config configs/pipelines/deepintuit.yaml --run_dir runs/x",
+    "evaluate": "which stage of a run brings what, with intervals and comparisons: --run runs/x",
+    "threshold": "the confidence below which a run abstains, for an error of 10 %: --run runs/x",
     "classify": "ask a finished run about new clips: clip.mp4 --run runs/x",
     "fit": "train one stage: --config configs/sft_label.yaml",
     "validate": "compute the validation metrics of a stage",
@@ -57,6 +59,7 @@ _FAILURES = {
 
 They are given by name, because importing the classes would import torch.
 """
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
 _KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
 # How torch.utils.data re-raises an exception of a DataLoader worker: its traceback becomes the message.
 _WORKER_ERROR = re.compile(r"\ACaught (\w+) in DataLoader worker process")
@@ -177,6 +180,8 @@ def _without_warnings_of_libraries() -> Iterator[None]:
 
 def _dispatch(command: str, rest: list[str]) -> int:
     """Imports and runs a command."""
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"  # read by torch at its first allocation on a GPU
     if command in _TRAINER_COMMANDS:
         from vidreason.config import trainer_cli
 

@@ -60,6 +60,11 @@ def find_stage(run: Path, name: str | None = None) -> FinishedStage:
     return FinishedStage(folder, tuple(options), tuple(used))
 
 
+def threshold_folder(stage: FinishedStage) -> Path:
+    """Returns the folder of a stage's threshold: beside its weights, or of the stage itself if it runs the base."""
+    return Path(stage.weights[-1]).parent if stage.weights else stage.folder
+
+
 def _own_weights(folder: Path, calibrates: bool) -> dict[str, str | None]:
     """Returns the weights that a training stage wrote, as the options that load them.
 

@@ -36,6 +36,8 @@ from vidreason.run_lock import LOCK_FILE
 
 _PLACES = ("run_dir", "ckpt_path", "config", "trainer.default_root_dir")
 """Keys that say where a fit reads and writes, not what it computes."""
+_CACHES = (".frames.cache", ".frames.cache_gb")
+"""Ends of further such keys."""
 _MOST_NAMED = 5
 
 
@@ -127,7 +129,8 @@ def _differences(file: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Returns "KEY is NEW, was OLD" for every key in which a saved configuration differs."""
     before = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
     now = dict(_flat(config))
-    keys = [key for key in sorted({*before, *now} - {*_PLACES}) if before.get(key) != now.get(key)]
+    keys = [key for key in sorted({*before, *now} - {*_PLACES}) if not key.endswith(_CACHES)]
+    keys = [key for key in keys if before.get(key) != now.get(key)]
     return {key: f"{key} is {_shown(now.get(key))}, was {_shown(before.get(key))}" for key in keys}
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 from jsonargparse import Namespace
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from vidreason.config.command_files import given_batch_size
 from vidreason.config.fit_folder import begin_fit, clear_folder, mark_finished
 from vidreason.config.machine import say
-from vidreason.config.run_record import from_the_start, saved_config
+from vidreason.config.run_record import from_the_start
 from vidreason.lightning_internals import batches_done
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.fit.resume import check_checkpoint_file
@@ -59,12 +59,15 @@ def say_which_batch_size_counts(config: Namespace, argv: Sequence[str]) -> None:
         )
 
 
-def prepare_fit(cli: LightningCLI, run_dir: Path, force: bool, reset_optimizer: bool) -> PreparedFit:
+def prepare_fit(
+    cli: LightningCLI, run_dir: Path, config: Mapping[str, Any], force: bool, reset_optimizer: bool
+) -> PreparedFit:
     """Decides from the content of the run folder whether a fit starts, is resumed, or has nothing to do.
 
     Args:
         cli: The command, whose ``ckpt_path`` is set if an unfinished fit is resumed.
         run_dir: Its run folder.
+        config: The configuration as ``config.yaml`` shows it.
         force: Whether to start again where the folder holds another fit.
         reset_optimizer: Whether to take only the weights of the checkpoint.
 
@@ -72,7 +75,6 @@ def prepare_fit(cli: LightningCLI, run_dir: Path, force: bool, reset_optimizer: 
         ValueError: If the folder holds another fit, or the checkpoint to resume belongs to another stage.
     """
     init = cli.config_init["fit"]
-    config = saved_config(cli._parser("fit"), cli.config["fit"])
     given = init.ckpt_path if init.ckpt_path not in CKPT_KEYWORDS else None
     if force:
         if cli.trainer.is_global_zero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -62,10 +63,16 @@ def describe(error: BaseException, module: object, argv: Sequence[str]) -> str:
         smaller += "or --config configs/strategy/qlora.yaml take less"
     else:
         smaller = f"smaller values take less: --{key} 1"
+    fragmented = isinstance(error, torch.OutOfMemoryError) and "expandable_segments" not in _allocator()
+    wasted = " (PYTORCH_ALLOC_CONF=expandable_segments:True leaves fewer gaps between tensors)" if fragmented else ""
     return (
-        f"{what}: {key} is {'null (the whole batch)' if value is None else value}, {smaller}; what fits says "
+        f"{what}{wasted}: {key} is {'null (the whole batch)' if value is None else value}, {smaller}; what fits says "
         f"{plan_command(argv)}"
     )
+
+
+def _allocator() -> str:
+    return " ".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
 
 
 def plan_command(argv: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from vidreason.config.command_files import parse_yaml
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.run_folder import COMMAND_FILE, CONFIG_FILE, FINISHED_FILE, TASK_FILE, named_after
@@ -27,14 +29,20 @@ class RunRecord(SaveConfigCallback):
         parser: The parser that produced ``config``.
         config: The parsed configuration.
         command_line: The command as the user typed it.
+        saved: Returns the configuration as ``config.yaml`` shows it (``saved_config``).
         overwrite: Whether a second run into the same folder replaces the record of the first.
     """
 
     def __init__(
-        self, parser: LightningArgumentParser, config: Namespace, command_line: str, overwrite: bool = True
+        self,
+        parser: LightningArgumentParser,
+        config: Namespace,
+        command_line: str,
+        saved: Callable[[], dict[str, Any]],
+        overwrite: bool = True,
     ) -> None:
         super().__init__(parser, config, overwrite=overwrite, save_to_log_dir=False)
-        self.command_line = command_line
+        self.command_line, self.saved = command_line, saved
         self._trainer: L.Trainer | None = None
         self._earlier: dict[str, float] = {}
 
@@ -70,7 +78,7 @@ class RunRecord(SaveConfigCallback):
         if name == "fit":
             (folder / FINISHED_FILE).unlink(missing_ok=True)
         write_text(command, from_the_start(self.command_line) + "\n")
-        text = yaml.safe_dump(saved_config(self.parser, self.config), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(self.saved(), sort_keys=False, allow_unicode=True)
         write_text(config, text)
         self._log_text(trainer, text)
         data: object = trainer.datamodule  # type: ignore[attr-defined]
@@ -105,7 +113,8 @@ class RunRecord(SaveConfigCallback):
 
 def saved_config(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
     """Returns a parsed configuration as plain values, with absolute paths, so that it can be used from any folder."""
-    content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False))
+    # parsing has validated the values; a second time takes as long as the rest of this function
+    content: dict[str, Any] = parse_yaml(parser.dump(config, skip_unset=False, skip_validation=True))
     return {key: value if key == "run_dir" else _absolute(value) for key, value in content.items()}
 
 

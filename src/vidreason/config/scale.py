@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from vidreason.config.command_files import OrderedFiles
+from vidreason.config.command_files import OrderedFiles, parse_yaml
 from vidreason.config.files import find_config
 from vidreason.spelling import did_you_mean
 
@@ -184,7 +184,7 @@ def _read(file: str) -> dict[str, Any]:
     path = find_config(file)
     if path is None:
         raise ValueError(f"vlm.scale: no file {file}, neither here nor among the shipped configs (configs/scale/)")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = parse_yaml(path.read_text(encoding="utf-8"))
     unknown = [key for key in content if key not in _KEYS] if isinstance(content, dict) else ["no mapping"]
     if unknown:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; a profile has {', '.join(_KEYS)}")
@@ -237,7 +237,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
         return text  # the parser reports it
 

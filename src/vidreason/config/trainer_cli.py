@@ -15,8 +15,9 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace, set_parsing_settings
@@ -40,7 +41,7 @@ from vidreason.config.fit_start import (
 )
 from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.out_of_memory import explain_out_of_memory
-from vidreason.config.run_record import RunRecord
+from vidreason.config.run_record import RunRecord, saved_config
 from vidreason.config.scale import find_profile
 from vidreason.config.strict_parser import StrictParser
 from vidreason.lightning_internals import forward_sigterm
@@ -90,7 +91,7 @@ class VideoCLI(LightningCLI):
             L.LightningModule,
             L.LightningDataModule,
             save_config_callback=RunRecord,
-            save_config_kwargs={"command_line": self.command_line},
+            save_config_kwargs={"command_line": self.command_line, "saved": lambda: self.saved},
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "vidreason",
@@ -228,7 +229,9 @@ class VideoCLI(LightningCLI):
         check_machines(self.trainer)
         try:
             with lock_run_folder(self.run_dir) if self.trainer.is_global_zero else nullcontext():
-                fit = prepare_fit(self, self.run_dir, self.force, self.reset_optimizer) if subcommand == "fit" else None
+                fit = None
+                if subcommand == "fit":
+                    fit = prepare_fit(self, self.run_dir, self.saved, self.force, self.reset_optimizer)
                 if fit is None or fit.runs:
                     self._run_locked(subcommand)
                 if fit is not None and fit.runs:
@@ -263,6 +266,11 @@ class VideoCLI(LightningCLI):
         except (StopRequested, TooManyUnreadableError):
             say(how_to_resume(self.trainer, self.subcommand, self.command_line))
             raise
+
+    @cached_property
+    def saved(self) -> dict[str, Any]:
+        """The configuration as ``config.yaml`` shows it; making it takes as long as parsing."""
+        return saved_config(self._parser(self.subcommand), self.config[self.subcommand])
 
     def settings(self) -> list[str]:
         """Returns lines with the settings of the model's profile as they hold in this run."""
@@ -299,19 +307,3 @@ def run(command: str, argv: Sequence[str]) -> int:
 def build(command: str, argv: Sequence[str]) -> VideoCLI:
     """Builds everything that a command would use, without running it or loading weights."""
     return VideoCLI(command, argv, execute=False)
-
-
-class BuiltStage(NamedTuple):
-    """A stage and its data without a Trainer, with the accelerator and precision of the YAML."""
-
-    model: L.LightningModule
-    data: L.LightningDataModule
-    accelerator: str
-    precision: Any
-
-
-def build_stage(command: str, argv: Sequence[str]) -> BuiltStage:
-    """Builds the stage and data that a command would use, without a Trainer and without weights."""
-    cli = VideoCLI(command, argv, execute=False, with_trainer=False)
-    trainer: Namespace = cli.config[command].trainer
-    return BuiltStage(cli.model, cli.datamodule, trainer.accelerator, trainer.precision or "32-true")

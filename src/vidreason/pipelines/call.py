@@ -16,8 +16,9 @@ from vidreason import exit_codes
 from vidreason.config.options import CommandParser
 from vidreason.config.vlm_shorthand import expand, is_shorthand
 from vidreason.pipelines.commands import Commands, trainer_commands
+from vidreason.pipelines.config_files import locate_config
 from vidreason.pipelines.runner import PipelineRun
-from vidreason.pipelines.spec import PipelineSpec, locate_config, read_pipeline
+from vidreason.pipelines.spec import PipelineSpec, read_pipeline
 from vidreason.spelling import did_you_mean
 
 _SETTING = re.compile(r"--(\w[\w.]*\+?)(?:=(.*))?", re.DOTALL)  # KEY+ appends to a list

@@ -231,7 +231,7 @@ def fingerprint_own_classes(built: Builds, argv: list[str]) -> dict[str, str]:
                 clips = [(split, clip) for split in data.splits() for clip in data.samples(split)]
             told = "".join(f"{split} {clip}\n" for split, clip in clips)
             content = listing_print(clip.path for _, clip in clips)
-            prints[key] = f"{hashlib.sha256(told.encode()).hexdigest()[:16]} {content}"
+            prints[key] = f"{content} of {hashlib.sha256(told.encode()).hexdigest()[:16]}"
         elif not isinstance(data, VideoDataModule) and not hasattr(data, "fingerprint"):
             prints[key] = f"{UNPROVEN}{type(data).__name__} has neither samples() nor fingerprint()"
         return prints

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
+from vidreason.datamodules.clips.time_limit import LOOK_TIMEOUT, ReadTimeoutError, call_for_files
 from vidreason.datamodules.file_hash import content_sha
 
 UNPROVEN = "unproven: "
@@ -35,12 +36,30 @@ def file_print(path: Path) -> str:
 
 
 def listing_print(paths: Iterable[Path]) -> str:
-    """Returns a hash of the names and contents of files, and of all files in folders, behind links as well."""
-    lines = []
-    for path in paths:
-        found = sorted(_files_below(path)) if path.is_dir() else [path]
-        lines += [f"{file.as_posix()} {file_print(file) if file.is_file() else 'missing'}" for file in found]
+    """Returns a hash of the names and contents of files, and of all files in folders, behind links as well.
+
+    If one of them cannot be read, the result begins with ``UNPROVEN``.
+    """
+    try:
+        listed = call_for_files(_files_at, list(paths), LOOK_TIMEOUT)
+        files = [file for found in listed for file in found or ()]
+        lines = []
+        for file, line in zip(files, call_for_files(_line_of, files, LOOK_TIMEOUT, at_once=16), strict=True):
+            if line is None:
+                return f"{UNPROVEN}{file}: cannot be read"
+            lines.append(line)
+    except ReadTimeoutError as error:
+        return f"{UNPROVEN}{error}"
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _files_at(path: Path) -> list[Path]:
+    return sorted(_files_below(path)) if path.is_dir() else [path]
+
+
+def _line_of(file: Path) -> str:
+    """Returns the name and the content of a file; what is no ordinary file, such as a pipe, is not opened."""
+    return f"{file.as_posix()} {file_print(file) if file.is_file() else 'missing'}"
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -21,11 +21,12 @@ from vidreason.config.files import find_config, shipped_folder
 from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.sources.rows import read_table
 from vidreason.datamodules.sources.table_paths import spellings
+from vidreason.datamodules.task import explain_yaml_error
 from vidreason.pipelines.content import code_prints, listing_print
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _FILE_SUFFIXES = (*_YAML_SUFFIXES, ".csv", ".jsonl", ".json")
-_FOLDER_KEYS = ("path", "manifest", "adapter_path")  # other keys name folders that are written to
+_FOLDER_KEYS = ("path", "manifest", "adapter_path", "calibrator_path")  # other keys name folders that are written to
 _MANIFEST_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:(\w+)(?:,([^}]*))?\}")
@@ -117,7 +118,7 @@ def read_yaml(path: Path) -> object:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(explain_yaml_error(path, error)) from error
 
 
 def _resolved(value: str) -> str:
@@ -148,7 +149,8 @@ def _named_files(key: str, value: object, folder: Path, roots: Sequence[Path]) -
         return fingerprint_config(found, value, roots)
     if found.is_file():
         clips = _listed_clips(found, roots) if found.suffix in _MANIFEST_SUFFIXES else []
-        return {f"file {value}": content_sha(found) + (f" with clips {listing_print(clips)}" if clips else "")}
+        own = {f"file {value}": content_sha(found)}
+        return own | ({f"clips of {value}": listing_print(clips)} if clips else {})
     return {f"folder {value}": listing_print([found])}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vidreason import __version__
 from vidreason.config.vlm_shorthand import shorthand_settings
+from vidreason.pipelines.config_files import locate_config
 from vidreason.pipelines.fingerprints import (
     fingerprint_artefact,
     fingerprint_config,
@@ -16,7 +17,7 @@ from vidreason.pipelines.fingerprints import (
     fingerprint_settings,
     named_values,
 )
-from vidreason.pipelines.spec import PipelineSpec, Reference, StageSpec, locate_config
+from vidreason.pipelines.spec import PipelineSpec, Reference, StageSpec
 from vidreason.pipelines.state import changed_inputs
 from vidreason.run_folder import ARTEFACT_FILES, CHECKPOINTS_FOLDER, LAST_CHECKPOINT, RunState, artefact_path
 
@@ -47,7 +48,8 @@ class StageInputs:
         argv: list[str] = [stage.command, "--config", stage.config]
         settings = {"run_dir": folder.as_posix(), **self._settings(stage)}
         argv += ["--config", stage.strategy] if stage.strategy is not None else []
-        settings |= {key: self._resolve(refs)[1].as_posix() for key, refs in stage.inputs.items()}
+        found = {key: self._resolve(references) for key, references in stage.inputs.items()}
+        settings |= {key: artefact[1].as_posix() for key, artefact in found.items() if artefact is not None}
         checkpoint = folder / CHECKPOINTS_FOLDER / LAST_CHECKPOINT
         if stage.command == "fit" and checkpoint.is_file():
             settings["ckpt_path"] = checkpoint.as_posix()
@@ -86,13 +88,19 @@ class StageInputs:
         """Returns fingerprints of all inputs, including the artefacts of earlier stages."""
         inputs = self.given(stage)
         for key, references in stage.inputs.items():
-            reference, path = self._resolve(references)
-            inputs[f"{_ARTEFACT} {key}"] = f"{reference} {fingerprint_artefact(path)}"
+            found = self._resolve(references)
+            told = "none" if found is None else f"{found[0]} {fingerprint_artefact(found[1])}"
+            inputs[f"{_ARTEFACT} {key}"] = told
         return inputs
 
-    def _resolve(self, references: tuple[Reference, ...]) -> tuple[Reference, Path]:
-        """Returns the first alternative whose stage was not skipped, and the present or future path of its artefact."""
+    def _resolve(self, references: tuple[Reference | None, ...]) -> tuple[Reference, Path] | None:
+        """Returns the first alternative whose stage was not skipped, and the present or future path of its artefact.
+
+        None stands for a setting that is left out.
+        """
         for reference in references:
+            if reference is None:
+                return None
             record = self.state.stages.get(reference.stage)
             if record is not None and record.status == "skipped":
                 continue

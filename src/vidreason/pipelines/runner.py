@@ -17,7 +17,7 @@ from vidreason.pipelines.commands import Commands
 from vidreason.pipelines.fingerprints import fingerprint_artefact
 from vidreason.pipelines.inputs import StageInputs
 from vidreason.pipelines.spec import PipelineSpec, StageSpec
-from vidreason.pipelines.state import changed_inputs, find_taken_stage, save_state, unreadable_note
+from vidreason.pipelines.state import changed_inputs, find_taken_stage, save_state, stage_notes, text_faults
 from vidreason.pipelines.summary import write_summary
 from vidreason.run_folder import COMMAND_FILE, PIPELINE_FILE, RunState, StageRecord, artefact_path
 from vidreason.run_lock import lock_run_folder
@@ -51,6 +51,8 @@ class PipelineRun:
         self.spec, self.run_dir, self.commands, self.again = spec, run_dir, commands, again
         self.use = {spec.stage(name).name: folder for name, folder in (use or {}).items()}
         self.state = RunState.load(run_dir) or RunState(spec.name)
+        for name in [name for name, record in self.state.stages.items() if record.left_out]:
+            del self.state.stages[name]  # decided anew, since the texts may be others
         self.inputs = StageInputs(spec, run_dir, self.state, commands.own_inputs)
         names = [stage.name for stage in spec.stages]
         self.stages = spec.stages[: names.index(spec.stage(until).name) + 1] if until else spec.stages
@@ -84,8 +86,11 @@ class PipelineRun:
                 print(f"settings {which}: {profile} (docs/budgets.md), printed by each as it starts", flush=True)
         return True
 
-    def run(self) -> int:
+    def run(self, summarise: bool = True) -> int:
         """Runs every stage that has not finished with its current inputs, while no other process writes there.
+
+        Args:
+            summarise: Whether to write and print the summary behind each test stage.
 
         Returns:
             0, or the exit status of the stage that failed.
@@ -94,9 +99,9 @@ class PipelineRun:
             ValueError: If a stage of ``use`` has other inputs, or a stage did not write its artefact.
         """
         with lock_run_folder(self.run_dir):
-            return self._run_locked()
+            return self._run_locked(summarise)
 
-    def _run_locked(self) -> int:
+    def _run_locked(self, summarise: bool) -> int:
         write_text(self.run_dir / PIPELINE_FILE, self.spec.as_yaml())
         try:
             if not self.prepare():
@@ -106,12 +111,28 @@ class PipelineRun:
             return exit_codes.INTERRUPTED
         for number, stage in enumerate(self.stages, 1):
             title = f"[{number}/{len(self.spec.stages)}] {stage.name}"
+            if self._leaves_out(stage, title):
+                continue
             status = self._take(stage, title) if stage.name in self.use else self._advance(stage, title)
             if status != 0:
                 return status
-            if stage.command == "test":
+            if stage.command == "test" and summarise:
                 write_summary(self.run_dir, self.spec, self.state)
         return 0
+
+    def _leaves_out(self, stage: StageSpec, title: str) -> bool:
+        """Returns whether the condition of a stage does not hold; the stage is then recorded as skipped."""
+        when = stage.when
+        record = None if when is None else self.state.stages.get(when.stage)
+        if when is None or record is None:
+            return False
+        language = not text_faults(self.run_dir / record.folder)
+        if language == when.language:
+            return False
+        print(f"{title}: left out, since the texts of {when.stage} are {'' if language else 'no '}language", flush=True)
+        self.state.stages[stage.name] = StageRecord("skipped", self.spec.folder(stage.name), {})
+        save_state(self.state, self.run_dir)
+        return True
 
     def _take(self, stage: StageSpec, title: str) -> int:
         """Records a finished stage of another run in place of running it.
@@ -136,7 +157,7 @@ class PipelineRun:
             command=found.command,
             artefact_sha=fingerprint_artefact(path),
             taken=True,
-            note=f"taken from {folder}",
+            note="; ".join(filter(None, (f"taken from {folder}", stage_notes(folder)))),
             wall_seconds=found.wall_seconds,
             cpu_seconds=found.cpu_seconds,
             gpu_seconds=found.gpu_seconds,
@@ -210,7 +231,7 @@ class PipelineRun:
             save_state(self.state, self.run_dir)
             raise ValueError(f"stage {stage.name} ended without an error but wrote no {stage.artefact} into {folder}")
         record.status, record.artefact_sha = "finished", fingerprint_artefact(path)
-        record.note = unreadable_note(folder)
+        record.note = stage_notes(folder)
         self._count_train_clips(stage, record)
 
     def _count_train_clips(self, stage: StageSpec, record: StageRecord) -> None:

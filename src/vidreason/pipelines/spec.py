@@ -7,18 +7,15 @@ of several that exists). The command determines which artefact a stage writes.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal, cast
 
 import yaml
 
-from vidreason.config.command_files import check_section, check_yaml
-from vidreason.config.files import PREFIX, find_config, shipped_folder
 from vidreason.config.moved_keys import PIPELINE_MOVED, explain_moved
+from vidreason.pipelines.config_files import locate_config, strategy_file
 from vidreason.pipelines.fingerprints import read_yaml
 from vidreason.run_folder import STAGES_FOLDER, Artefact
 from vidreason.spelling import did_you_mean
@@ -28,10 +25,12 @@ Command = Literal["fit", "predict", "test"]
 ARTEFACT_OF: Mapping[str, Artefact] = {"fit": "adapter", "predict": "traces", "test": "predictions"}
 SECTIONS = ("data", "vlm", "model", "trainer", "checkpoint", "optimizer", "lr_scheduler", "seed_everything")
 
-_STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_unparsed")
+_STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_unparsed", "when")
 _PIPELINE_KEYS = ("name", "description", "needs", "data", "vlm", "strategy", "seed", "args", "stages")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _REFERENCE = re.compile(r"\{([^{}]+)\}")
+_CONDITION = re.compile(r"(not )?(\w+)\.language")
+_NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,17 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """Whether the texts of an earlier stage are language, which that stage judges itself."""
+
+    stage: str
+    language: bool
+
+    def __str__(self) -> str:
+        return f"{'' if self.language else 'not '}{self.stage}.language"
+
+
+@dataclass(frozen=True)
 class StageSpec:
     """One stage: an ordinary command and its inputs from earlier stages."""
 
@@ -54,12 +64,15 @@ class StageSpec:
     config: str
     args: Mapping[str, object]
     """Dotted settings that override the config (``trainer.max_steps: 5``)."""
-    inputs: Mapping[str, tuple[Reference, ...]]
-    """Dotted setting to the artefacts that may fill it, of which the first that exists is used."""
+    inputs: Mapping[str, tuple[Reference | None, ...]]
+    """Dotted setting to the artefacts that may fill it, of which the first that exists is used; None, as the last,
+    leaves the setting out."""
     on_unparsed: Literal["stop", "skip"] = "stop"
     """What to do if the stage stops because no completion could be parsed."""
     strategy: str | None = None
     """A file that is overlaid on the config, such as ``configs/strategy/qlora.yaml``."""
+    when: Condition | None = None
+    """The condition under which the stage runs; None is always."""
 
     @property
     def artefact(self) -> Artefact:
@@ -135,8 +148,8 @@ class PipelineSpec:
             stage = self.stage(head)
             if rest in stage.inputs:
                 raise ValueError(
-                    f"--{key}: comes from {' or '.join(map(str, stage.inputs[rest]))} in {self.source}; "
-                    f"take a finished stage with --use {stage.inputs[rest][0].stage}=FOLDER instead"
+                    f"--{key}: comes from {' or '.join(map(str, filter(None, stage.inputs[rest])))} in {self.source}; "
+                    f"take a finished stage with --use {str(stage.inputs[rest][0]).partition('.')[0]}=FOLDER instead"
                 )
             changed[stage.name][rest] = value
         stages = tuple(replace(stage, args=changed[stage.name]) for stage in self.stages)
@@ -152,46 +165,17 @@ class PipelineSpec:
             if stage.args:
                 row["args"] = dict(stage.args)
             if stage.inputs:
-                row["inputs"] = {key: "{" + "|".join(map(str, refs)) + "}" for key, refs in stage.inputs.items()}
+                row["inputs"] = {
+                    key: "{" + "|".join(str(ref or _NONE) for ref in refs) + "}" for key, refs in stage.inputs.items()
+                }
             if stage.on_unparsed != "stop":
                 row["on_unparsed"] = stage.on_unparsed
+            if stage.when is not None:
+                row["when"] = str(stage.when)
             stages.append(row)
         top: dict[str, object] = {"name": self.name, "description": self.description, "seed": self.seed}
         top |= {key: value for key in ("needs", "data", "vlm", "args") if (value := getattr(self, key))}
         return yaml.safe_dump({**top, "stages": stages}, sort_keys=False, width=120)
-
-
-def locate_config(name: str) -> Path:
-    """Returns the path of a config file in the current folder or, failing that, among the shipped files.
-
-    Raises:
-        ValueError: If it is in neither place, or no YAML file.
-    """
-    try:
-        check_section("--data", name)
-        path = find_config(name)
-        if path is not None:
-            check_yaml(path)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    if path is None:
-        raise ValueError(f"no file {name!r}, neither from {Path.cwd()} nor among the shipped configs")
-    return path
-
-
-def strategy_file(name: str) -> str:
-    """Returns the file of a strategy: ``configs/strategy/qlora.yaml`` for ``qlora``; a file name is returned unchanged.
-
-    Raises:
-        ValueError: If there is no such file; the message lists the shipped ones.
-    """
-    path = name if name.endswith((".yaml", ".yml")) else f"{PREFIX}/strategy/{name}.yaml"
-    if find_config(path) is None:
-        shipped = sorted(p.stem for p in (shipped_folder() / "strategy").glob("*.yaml"))
-        raise ValueError(
-            f"no strategy {name!r} ({path}); shipped are {', '.join(shipped)}{did_you_mean(name, shipped, '; ')}"
-        )
-    return path
 
 
 def read_pipeline(config: str) -> PipelineSpec:
@@ -245,8 +229,9 @@ def _read_stage(row: object, where: str, before: Sequence[StageSpec], strategy: 
         locate_config(config)
     except ValueError as error:
         raise ValueError(f"{where}: key 'config': {error}") from error
+    when = _read_condition(stage.get("when"), f"{where}: key 'when'", before)
     inputs = {
-        key: _read_references(value, f"{where}: inputs.{key}", before)
+        key: _read_references(value, f"{where}: inputs.{key}", before, when)
         for key, value in _settings(stage.get("inputs"), f"{where}: key 'inputs'").items()
     }
     args = _settings(stage.get("args"), f"{where}: key 'args'")
@@ -255,29 +240,56 @@ def _read_stage(row: object, where: str, before: Sequence[StageSpec], strategy: 
         overlay = None if strategy is None else strategy_file(str(strategy))
     except ValueError as error:
         raise ValueError(f"{where}: key 'strategy': {error}") from error
-    return StageSpec(name, cast(Command, command), config, args, inputs, policy, overlay)
+    return StageSpec(name, cast(Command, command), config, args, inputs, policy, overlay, when)
 
 
-def _read_references(value: object, where: str, before: Sequence[StageSpec]) -> tuple[Reference, ...]:
+def _read_condition(value: object, where: str, before: Sequence[StageSpec]) -> Condition | None:
+    if value is None:
+        return None
+    match = _CONDITION.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{where}: must read STAGE.language or not STAGE.language, got {value!r}")
+    writers = [stage.name for stage in before if stage.command == "predict"]
+    if match[2] not in writers:
+        raise ValueError(
+            f"{where}: no earlier stage {match[2]!r} that writes texts{did_you_mean(match[2], writers, '; ')}"
+        )
+    return Condition(match[2], match[1] is None)
+
+
+def _read_references(
+    value: object, where: str, before: Sequence[StageSpec], when: Condition | None
+) -> tuple[Reference | None, ...]:
     match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f'{where}: must read "{{stage.artefact}}", got {value!r}; fixed values belong in args')
-    references = []
+    references: list[Reference | None] = []
     stages = {stage.name: stage for stage in before}
     for text in match[1].split("|"):
         name, _, artefact = text.strip().partition(".")
+        if references and (references[-1] is None or text.strip() == _NONE):
+            references.append(None)
+            continue
         if name not in stages:
             raise ValueError(f"{where}: no earlier stage {name!r}{did_you_mean(name, list(stages), '; ')}")
         if artefact != stages[name].artefact:
             raise ValueError(f"{where}: stage {name} ({stages[name].command}) writes {stages[name].artefact!r} only")
         references.append(Reference(name, stages[name].artefact))
     # the last alternative has to exist whatever happens
-    if stages[references[-1].stage].on_unparsed == "skip":
+    last = references[-1]
+    if last is not None and (reason := _may_lack_artefact(stages[last.stage], when)):
         raise ValueError(
-            f"{where}: stage {references[-1].stage} may end without an artefact (on_unparsed: skip); name what to "
-            f'take instead, "{{{references[-1]}|earlier_stage.{references[-1].artefact}}}"'
+            f"{where}: stage {last.stage} may end without an artefact ({reason}); name what to take instead, "
+            f'"{{{last}|earlier_stage.{last.artefact}}}", or leave the setting out then, "{{{last}|{_NONE}}}"'
         )
     return tuple(references)
+
+
+def _may_lack_artefact(stage: StageSpec, when: Condition | None) -> str:
+    """Returns why a stage may write no artefact where another one with the condition ``when`` runs, if it may."""
+    if stage.on_unparsed == "skip":
+        return "on_unparsed: skip"
+    return f"when: {stage.when}" if stage.when not in (None, when) else ""
 
 
 def _mapping(value: object, where: str, known: Sequence[str]) -> dict[str, object]:

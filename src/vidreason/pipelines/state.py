@@ -13,7 +13,15 @@ from pathlib import Path
 
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.pipelines.content import UNPROVEN
-from vidreason.run_folder import STATE_FILE, STATE_VERSION, UNREADABLE_FILE, RunState, StageRecord
+from vidreason.run_folder import (
+    STATE_FILE,
+    STATE_VERSION,
+    SUMMARY_FILE,
+    TEXT_QUALITY_FILE,
+    UNREADABLE_FILE,
+    RunState,
+    StageRecord,
+)
 
 
 def save_state(state: RunState, run_dir: Path) -> None:
@@ -75,3 +83,26 @@ def unreadable_note(folder: Path) -> str:
     # the first line is the header
     clips = len(path.read_text(encoding="utf-8").splitlines()) - 1
     return f"went without {clips} training clip{'s'[: clips > 1]} that could not be read: {path}"
+
+
+def text_faults(folder: Path) -> tuple[str, ...]:
+    """Returns why the texts that a stage wrote are no language about its clips; empty if they are, or are unjudged."""
+    path = folder / TEXT_QUALITY_FILE
+    return tuple(json.loads(path.read_text(encoding="utf-8"))["faults"]) if path.is_file() else ()
+
+
+def stage_notes(folder: Path) -> str:
+    """Returns what the summary has to say about a finished stage, or an empty text."""
+    faults = text_faults(folder)
+    told = f"wrote no language about these clips ({'; '.join(faults)}): name a model that can, --vlm" if faults else ""
+    return "; ".join(filter(None, (unreadable_note(folder), told)))
+
+
+def run_notes(run_dir: Path) -> list[str]:
+    """Returns what a pipeline's summary, or before it is written its stages, have to say about the result."""
+    path = run_dir / SUMMARY_FILE
+    if path.is_file():
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
+    state = RunState.load(run_dir)
+    return [f"{name} {record.note}" for name, record in state.stages.items() if record.note] if state else []

@@ -16,6 +16,7 @@ from pathlib import Path
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.lightning_modules.decisions.predictions import Prediction, read_predictions
 from vidreason.pipelines.spec import PipelineSpec
+from vidreason.pipelines.state import text_faults
 from vidreason.pipelines.table import decimal, percent, render_table
 from vidreason.run_folder import SUMMARY_FILE, SUMMARY_TABLE, RunState, artefact_path
 
@@ -171,7 +172,12 @@ def summarise_run(run_dir: Path, spec: PipelineSpec, state: RunState) -> list[Su
     """Returns one row per finished test stage and split, in the order of the predictions."""
     tests = [stage for stage in spec.stages if stage.command == "test"]
     has_fit = any(stage.command == "fit" for stage in spec.stages)
-    note = "; ".join(f"{name} {r.note}" for name, r in state.stages.items() if r.note and not r.taken)
+    alone = len({stage.when for stage in tests}) == len(tests)  # of tests under different conditions one is made
+    notes = {
+        name: r.note if not r.taken else "wrote no language about these clips" * bool(text_faults(run_dir / r.folder))
+        for name, r in state.stages.items()
+    }
+    note = "; ".join(f"{name} {told}" for name, told in notes.items() if told)
     rows: list[SummaryRow] = []
     for stage in tests:
         record = state.stages.get(stage.name)
@@ -184,7 +190,7 @@ def summarise_run(run_dir: Path, spec: PipelineSpec, state: RunState) -> list[Su
         rows += [
             summarise_split(
                 predictions,
-                method=spec.name if len(tests) == 1 else f"{spec.name}/{stage.name}",
+                method=spec.name if alone else f"{spec.name}/{stage.name}",
                 train_clips=state.train_clips if has_fit else 0,
                 cpu_seconds=sum(record.cpu_seconds for record in state.stages.values()),
                 gpu_seconds=sum(record.gpu_seconds for record in state.stages.values()),

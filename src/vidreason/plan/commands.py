@@ -109,7 +109,9 @@ def planned_commands(
     folder = "runs/plan"
     call = read_call(["--config", pipeline, "--run_dir", folder, *rest])
     inputs = StageInputs(call.spec, Path(folder), RunState(call.spec.name))
-    return {stage.name: inputs.command_line(stage, Path(folder, stage.name)) for stage in call.spec.stages}
+    # A plan is for a base whose texts are language, where a pipeline makes more than without them.
+    stages = [stage for stage in call.spec.stages if stage.when is None or stage.when.language]
+    return {stage.name: inputs.command_line(stage, Path(folder, stage.name)) for stage in stages}
 
 
 def build_planned(name: str, argv: Sequence[str]) -> PlannedStage:

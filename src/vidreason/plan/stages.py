@@ -7,10 +7,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
-from vidreason.datamodules.clips.header import ClipHeader, read_header
+from vidreason.datamodules.clips.header import ClipHeader, read_headers
+from vidreason.datamodules.clips.sampling import Stretch
 from vidreason.datamodules.types import Clip, Encoded
 from vidreason.lightning_modules.fit.passes import Pass
 from vidreason.lightning_modules.vlms.planning.memory import MemoryEstimate, Usage
@@ -108,7 +110,7 @@ class StagePlanner:
     def __init__(self, gpu: bool, memory: float | None) -> None:
         self._gpu, self._memory = gpu, memory
         self._estimates: dict[tuple[str, str], MemoryEstimate] = {}
-        self._headers: dict[str, ClipHeader | None] = {}
+        self._headers: dict[tuple[Path, Stretch | None], ClipHeader | None] = {}
         self._planned: dict[tuple[str, object], PlannedClips] = {}
 
     def plan(self, planned: PlannedStage) -> StagePlan:
@@ -129,6 +131,7 @@ class StagePlanner:
             clips = part.clips(data)
             if not clips:
                 continue
+            self._read_headers(clips, data.frames.timeout)
             unreadable |= {clip.video_id for clip in clips if self._header(clip) is None}
             passes.append(
                 self._plan_pass(planned, part, clips, estimate, fixed, self._forwards(planned, part, len(clips), steps))
@@ -142,11 +145,13 @@ class StagePlanner:
             planned.name, planned.command, steps, precision, weights.parameters, trained, len(unreadable), tuple(passes)
         )
 
+    def _read_headers(self, clips: Sequence[Clip], timeout: float | None) -> None:
+        unknown = [clip for clip in clips if (clip.path, clip.stretch) not in self._headers]
+        for clip, header in zip(unknown, read_headers(unknown, timeout), strict=True):
+            self._headers[clip.path, clip.stretch] = header
+
     def _header(self, clip: Clip) -> ClipHeader | None:
-        key = str(clip.path)
-        if key not in self._headers:
-            self._headers[key] = read_header(clip)
-        return self._headers[key]
+        return self._headers[clip.path, clip.stretch]
 
     def _estimate(self, planned: PlannedStage) -> MemoryEstimate:
         vlm, precision = planned.stage.vlm, planned.precision

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.clips.decoding import decode_clip_completely
 from vidreason.datamodules.clips.measuring import ClipProbe, measure_clip
-from vidreason.datamodules.clips.reading import ReadTimeoutError, call_reader
 from vidreason.datamodules.clips.sampling import Stretch
+from vidreason.datamodules.clips.time_limit import ReadTimeoutError, call_reader
 from vidreason.datamodules.sources.probing import Unreadable, map_clips
 from vidreason.datamodules.sources.source import SourceClip, SourceOptions, read_source
 from vidreason.datamodules.types import Clip

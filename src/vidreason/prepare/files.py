@@ -124,7 +124,7 @@ def data_text(folder: Path, frames: FrameSuggestion, splits: Sequence[str]) -> s
         "  frames:",
         f"    num_frames: {frames.num_frames} # {frames.why_frames}",
         f"    max_pixels: {frames.max_pixels} # {frames.why_pixels}",
-        "  num_workers: 2 # processes that decode",
+        f"  num_workers: {frames.workers} # processes that decode and prepare clips",
     ]
     if further:
         lines.append(f"  test_splits: [{', '.join(map(_quoted, tests))}]")

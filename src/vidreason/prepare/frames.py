@@ -65,6 +65,8 @@ class FrameSuggestion:
     max_pixels: int
     why_frames: str
     why_pixels: str
+    workers: int
+    """Processes that decode and prepare clips; none for the embedded base, which needs little preparation."""
 
 
 def suggest_frames(probes: Sequence[ClipProbe], limits: FrameLimits) -> FrameSuggestion:
@@ -89,14 +91,15 @@ def suggest_frames(probes: Sequence[ClipProbe], limits: FrameLimits) -> FrameSug
     large = int(quantiles(sizes, n=10, method="inclusive")[-1]) if len(sizes) > 1 else sizes[0]  # 90 %
     largest = max(probes, key=lambda probe: probe.height * probe.width)
     typical = sorted(probes, key=lambda probe: probe.height * probe.width)[len(probes) // 2]
+    workers = 0 if limits.embedded else 2
     if large >= limits.pixels:
         side = math.isqrt(limits.pixels)
         size = f"{side} x {side}" if side**2 == limits.pixels else "what the model's section allows"
         why_pixels = f"{size}; larger frames shrink to it (the median clip is {typical.width} x {typical.height})"
-        return FrameSuggestion(num_frames, limits.pixels, why_frames, why_pixels)
+        return FrameSuggestion(num_frames, limits.pixels, why_frames, why_pixels, workers)
     shrinks = f"; only larger ones shrink, up to {largest.width} x {largest.height}" if max(sizes) > large else ""
     why_pixels = f"nine clips in ten have no more (the median clip is {typical.width} x {typical.height}){shrinks}"
-    return FrameSuggestion(num_frames, max(large, 1), why_frames, why_pixels)
+    return FrameSuggestion(num_frames, max(large, 1), why_frames, why_pixels, workers)
 
 
 def visual_tokens(frames: FrameSuggestion) -> dict[str, int]:

@@ -144,12 +144,12 @@ class FamilyContract:
                 assert ours[name].equal(value), name
 
     def test_the_video_matters(self) -> None:
-        """Log-probs of nearly all tokens change with the video."""
+        """Log-probs of nearly all tokens change with the video, by more than rounding."""
         vlm, model = self.built("lora")
         texts = make_texts(vlm)
         for vlm.route in (*self.routes, "naive"):  # type: ignore[assignment]
             one, other = (self.scored(vlm, model, make_prompts(vlm, seed), texts) for seed in (0, 50))
-            assert ((one - other).abs() > 1e-4)[texts.loss_mask].float().mean() > 0.9
+            assert ((one - other).abs() > TOLERANCE)[texts.loss_mask].float().mean() > 0.9
 
     def test_a_clip_depends_on_itself_alone(self) -> None:
         """A batch of one equals a batch of eight of unequal lengths: prompt, probabilities, log-probs and texts."""
@@ -233,7 +233,6 @@ class FamilyContract:
         vlm, model = self.built("full")
         ours = vlm.generate(model, make_prompts(vlm), 2, Sampling(16, temperature=0))
         stock, processor = self.stock(), AutoProcessor.from_pretrained(self.path)
-        assert len(set(ours.texts)) == len(PROMPTS)
         for i, prompt in enumerate(PROMPTS):
             example = make_example(prompt=prompt, seed=i)
             inputs = transformers_own.encoded(processor, example, frame_count(vlm, example))

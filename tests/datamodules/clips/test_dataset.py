@@ -1,16 +1,13 @@
 """One clip in a worker: which frames are drawn, what cannot be read, equal frames, signals."""
 
-import multiprocessing
 import pickle
-import subprocess
-import time
 
 import pytest
 import torch
 import two_classes
 from two_classes import FakeEncoder, epoch, order
 
-from vidreason.datamodules.clips.dataset import ClipKey, ignore_signals_in_worker
+from vidreason.datamodules.clips.dataset import ClipKey
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.prompts import DescribeView, LabelView, ReviewView
 
@@ -161,24 +158,3 @@ def test_a_blind_view_has_an_identity_of_its_own(make):
     blind = ReviewView(data.task, {f"train{i}": ("a trace",) for i in range(10)}, "all", input="trace")
     assert len(set(identities(data, view=blind))) == 1
     assert set(identities(data, view=blind)).isdisjoint(identities(data))
-
-
-def asleep(folder):
-    ignore_signals_in_worker(0)
-    (folder / "ready").touch()
-    time.sleep(60)
-
-
-def test_only_its_own_run_ends_a_worker(tmp_path):
-    """A scheduler's SIGTERM and a terminal's Ctrl-C go to workers too; the run's own SIGTERM must still end them."""
-    worker = multiprocessing.get_context("fork").Process(target=asleep, args=(tmp_path,), daemon=True)
-    worker.start()
-    while not (tmp_path / "ready").exists():
-        time.sleep(0.01)
-    for name in ("TERM", "INT"):
-        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)  # another process sends it
-    worker.join(0.5)
-    assert worker.is_alive()
-    worker.terminate()
-    worker.join(10)
-    assert worker.exitcode == 0

@@ -91,7 +91,7 @@ def test_auto_takes_decord_and_says_so_once(write_clip, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="vidreason"):
         assert {read_frames(path, FrameOptions()).reader for _ in range(3)} == {"decord"}
     assert [record.message for record in caplog.records] == [
-        "videos are read with decord, and with PyAV where decord fails"
+        "videos are read with decord, and with PyAV where decord fails or is slower"
     ]
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from stuck_clips import FAKE_DECORD
 from two_classes import make  # noqa: F401
 
 from vidreason import signals
@@ -16,26 +17,9 @@ from vidreason.datamodules.clips import helper_process
 from vidreason.datamodules.clips.dataset import ClipKey
 from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.clips.reading import ReadStoppedError, read_frames
+from vidreason.datamodules.clips.reading import read_frames
+from vidreason.datamodules.clips.time_limit import ReadStoppedError
 from vidreason.datamodules.prompts import LabelView
-
-FAKE_DECORD = """
-import os, re
-from types import SimpleNamespace
-
-logging = SimpleNamespace(set_level=lambda level: None, QUIET=0)
-
-
-class DECORDError(Exception):
-    pass
-
-
-class VideoReader:
-    def __init__(self, path, num_threads):
-        if "spins" in os.path.realpath(path):
-            re.match(r"(a|aa)+$", "a" * 100 + "b")  # in C, for longer than anyone waits
-        raise DECORDError("not today")
-"""
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Real clips and deliberately odd files, where the environment names their folder."""
 
 import csv
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -64,6 +65,35 @@ def test_all_readers_return_the_same_frames(test_data):
                 different.append(row["path"])
     assert different == []
     assert pairs > 60
+
+
+@pytest.mark.slow
+def test_torchcodec_returns_the_frames_of_the_others(test_data, write_clip, tmp_path):
+    """Plain files, where torchcodec can be loaded; it needs FFmpeg's libraries, which are not on every machine."""
+    pytest.importorskip("torchcodec", reason="the extra vidreason[torchcodec] is not installed")
+    try:
+        decode(write_clip(tmp_path / "clip.mp4"), FrameOptions(reader="torchcodec"))
+    except DecodeError as error:
+        pytest.skip(str(error))
+    different, read = [], 0
+    for row in odd_files(test_data):
+        path = test_data / "odd_videos" / row["path"]
+        try:
+            taken = decode(path, FrameOptions(num_frames=8, max_pixels=20_000, reader="torchcodec"))
+        except DecodeError:
+            assert frames_of(path, "pyav") is None, path
+            continue
+        read += taken.reader == "torchcodec"
+        if not np.array_equal(taken.pixels, frames_of(path, "pyav")):
+            different.append(row["path"])
+    assert different == []
+    assert read > 10
+
+
+def test_a_missing_torchcodec_is_told(write_clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    with pytest.raises(DecodeError, match=r"clip.mp4: torchcodec: .*pip install 'vidreason\[torchcodec\]', or set"):
+        decode(write_clip(tmp_path / "clip.mp4"), FrameOptions(reader="torchcodec"))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vidreason.datamodules.clips import pyav_reader
 from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions, decode
-from vidreason.datamodules.clips.pyav_packets import survey
+from vidreason.datamodules.clips.pyav_packets import seconds, survey
 from vidreason.datamodules.clips.sampling import Stretch
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.sources.source import read_source
@@ -55,6 +56,20 @@ def test_only_needed_parts_of_a_long_video_are_decoded_and_frames_stay_the_same(
     every = decode(path, FrameOptions(num_frames=600, reader="pyav"))
     assert few.indices == (100, 300, 500)
     assert np.array_equal(few.pixels, every.pixels[list(few.indices)])
+
+
+def test_frames_to_which_none_refers_are_passed_over(tmp_path, write_clip, monkeypatch):
+    pytest.importorskip("decord", reason="decord has no wheel for this platform")
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 255, (64, 400, 3), dtype=np.uint8)
+    path = write_clip(tmp_path / "long.mp4", [texture[:, i : i + 96] for i in range(160)])  # x264 makes B frames
+    whole = decode(path, FrameOptions(num_frames=160, reader="decord")).pixels
+    times = []
+    monkeypatch.setattr(pyav_reader, "seconds", lambda *given: times.append(given) or seconds(*given))
+    read = decode(path, FrameOptions(num_frames=8))
+    assert (read.reader, read.why) == ("pyav", "PyAV passes over frames to which no other refers")
+    assert np.array_equal(read.pixels, whole[list(read.indices)])
+    assert len(times) < 160 + 120, "one for each packet, and one for each decoded frame"
 
 
 def write_manifest(path, header, rows):

@@ -3,7 +3,7 @@ import hashlib
 import os
 
 from vidreason.datamodules.clips.measuring import ClipProbe, measure_clip
-from vidreason.datamodules.clips.reading import call_reader
+from vidreason.datamodules.clips.time_limit import call_reader
 from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.sources.probing import Unreadable, map_clips, probe_clips
 

@@ -5,11 +5,12 @@ import errno
 import json
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from covering import covering
+from covering import sample
 from safetensors.torch import load_file
 from small_grpo import make
 from stage_world import adamw
@@ -55,7 +56,11 @@ def trained(make_vlm, make_data, make_trainer, options, epochs=4, accuracies=(0.
 
 @pytest.mark.parametrize(
     ("every", "validated", "steps"),
-    [(1, False, [1, 2, 3, 4, 5, 6]), (2, False, [2, 3, 5, 6]), (9, False, [3, 6]), (9, True, [3, 6])],
+    sample(
+        [(1, False, [1, 2, 3, 4, 5, 6]), (2, False, [2, 3, 5, 6]), (9, False, [3, 6]), (9, True, [3, 6])],
+        (2, False, [2, 3, 5, 6]),
+        (9, True, [3, 6]),
+    ),
 )
 def test_batches_and_epochs_count(make_vlm, make_data, make_trainer, every, validated, steps):
     limits = {} if validated else {"limit_val_batches": 0}
@@ -171,7 +176,12 @@ class Killed(BaseException):
     """Stands for a kill: nothing may be written any more."""
 
 
-@pytest.mark.parametrize(("step", "limit"), covering([3, 4, 6], [{"max_epochs": 2}, {"max_steps": 6}]))
+@pytest.mark.parametrize(
+    ("step", "limit"),
+    sample(
+        list(product([3, 4, 6], [{"max_epochs": 2}, {"max_steps": 6}])), (4, {"max_steps": 6}), (6, {"max_epochs": 2})
+    ),
+)
 def test_a_kill_between_checkpoint_and_adapter_is_mended_on_resume(
     make_vlm, make_data, make_trainer, monkeypatch, step, limit
 ):

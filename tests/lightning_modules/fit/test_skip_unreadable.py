@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import sample
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from stage_world import GreyClips, LostClips, parameters
@@ -171,7 +172,7 @@ def test_what_was_said_before_a_kill_counts_at_the_end(make_vlm, make_trainer, c
         )
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 6])
+@pytest.mark.parametrize("batch_size", sample([1, 2, 6], 2, 6))
 def test_a_disk_that_is_gone_ends_the_fit_where_it_can_go_on(make_vlm, make_trainer, clip_folder, tmp_path, batch_size):
     """From the first batch of the second epoch on nothing can be read; mended, the fit ends as one that was not cut."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import FAMILIES, WITH_EXPERTS
+from families import FAMILIES, TIED, WITH_EXPERTS
 
 from vidreason.lightning_modules.vlms.base import VLM
 
@@ -16,7 +16,7 @@ def make_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VLM]:
     written: dict[str, Path] = {}
 
     def make(family: str, **options: Any) -> VLM:
-        kind, write = {**FAMILIES, **WITH_EXPERTS}[family]
+        kind, write = {**FAMILIES, **WITH_EXPERTS, **TIED}[family]
         if family not in written:
             written[family] = write(tmp_path_factory.mktemp("checkpoint") / family)
         return kind(str(written[family]), **options)

@@ -1,6 +1,7 @@
 """Sampling: log-probs, greedy search against transformers, noise, filters, stops."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import vlm_builders as builders
 from published_positions import position_ids
 from vlm_builders import PROMPTS, make_prompts
 
+from vidreason.lightning_modules.vlms import encoder
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling, draw_noise, inverse_cdf, keep_likeliest
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
@@ -108,13 +110,16 @@ def test_stops_on_the_models_own_ids(often_ending: QwenVL) -> None:
     assert sum(rows) == 3 + sum(length - 1 for length in lengths), "rows that ended are not forwarded"
 
 
-def test_placeholders_are_never_sampled(make_vlm: MakeVLM, family: str) -> None:
+def test_placeholders_are_never_sampled(make_vlm: MakeVLM, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     vlm = make_vlm(family)
     model = vlm.build()
     names = set(vlm.tokenizer.convert_ids_to_tokens(sorted(vlm.suppressed_ids)))
     image, video = ("<|image_pad|>", "<|video_pad|>") if family == "qwen" else ("<image>", "<video>")
     assert {image, video} <= names
     assert "<|endoftext|>" not in names
+    held_as_words = make_vlm(family)
+    monkeypatch.setattr(encoder, "VISUAL_TOKEN", re.compile("(?!)"))
+    assert held_as_words.suppressed_ids == encoder.placeholder_tokens(unwrap(model).config) != frozenset()
     head = unwrap(model).lm_head
     head.bias = torch.nn.Parameter(torch.zeros(512))
     head.bias.data[sorted(vlm.suppressed_ids)] = 1000.0

@@ -34,7 +34,7 @@ def inputs_at(vlm: VLM, rate: float) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rate", [0.7, 1, 3, 4, 8, 32])
+@pytest.mark.parametrize("rate", [0.7, 1, 1.2, 3, 4, 8, 32])
 def test_positions_follow_the_published_formula(make_vlm: MakeVLM, family: str, rate: float) -> None:
     """Left-padded prompts behind unequal clips; sampled tokens continue behind the largest position."""
     vlm = make_vlm(family, max_pixels=28 * 28 * 16)
@@ -47,14 +47,16 @@ def test_positions_follow_the_published_formula(make_vlm: MakeVLM, family: str, 
     assert next_positions(found).tolist() == (expected.amax(dim=(0, 2)) + 1).tolist()
 
 
-@pytest.mark.parametrize(("family", "token"), [("qwen3", "video_token_id"), ("glm", "image_token_id")])
-def test_positions_of_frames_with_times_between(make_vlm: MakeVLM, family: str, token: str) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "glm", "glm46"])
+def test_positions_of_frames_with_times_between(make_vlm: MakeVLM, family: str) -> None:
     vlm = make_vlm(family, max_pixels=28 * 28 * 16)
     model = unwrap(vlm.build())
-    inputs = inputs_at(vlm, 2)
-    found = vlm.position_ids(model, inputs)
-    assert found.equal(published_frame_positions(model.config, inputs, getattr(model.config, token)))
-    assert not inputs["attention_mask"].all(), "a row is padded"
+    token = model.config.image_token_id if family.startswith("glm") else model.config.video_token_id
+    for rate in (0.7, 2, 8):
+        inputs = inputs_at(vlm, rate)
+        found = vlm.position_ids(model, inputs)
+        assert found.equal(published_frame_positions(model.config, inputs, token))
+        assert not inputs["attention_mask"].all(), "a row is padded"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_times_by_hand(make_vlm: MakeVLM, family: str, rate: float, times: list[
     assert time[behind:].diff().eq(1).all()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3", "glm"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3", "qwen3_5", "glm"])
 def test_a_texts_positions_do_not_change_those_of_its_prompt(make_vlm: MakeVLM, family: str) -> None:
     """The naive route appends texts, padded on the right."""
     vlm = make_vlm(family)

@@ -1,7 +1,9 @@
 """Building, adapters and folders: what is trained, what is saved, and what comes back."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,11 @@ def test_an_adapter_of_another_trainer_is_taken_as_it_is(make_vlm: MakeVLM, tmp_
     options = LoRAOptions(r=4, alpha=8, use_rslora=True)
     ours = make_vlm("qwen", lora=options)
     torch.testing.assert_close(logprobs(ours, ours.build(str(tmp_path / "theirs")), encoded), wanted, rtol=0, atol=1e-6)
+    named = replace(options, target_modules=("q_proj",))
+    message = f"target_modules is {PATTERN}, but vlm.lora has ['q_proj']: set vlm.lora as the adapter has it"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_vlm("qwen", lora=named).build(str(tmp_path / "theirs"))
+    make_vlm("qwen", lora=replace(options, target_modules=PATTERN)).build(str(tmp_path / "theirs"))  # as it advises
     with pytest.raises(ValueError, match="use_rslora is True, but vlm.lora has False"):
         make_vlm("qwen", lora=LORA).build(str(tmp_path / "theirs"))
     fresh = ours.build()

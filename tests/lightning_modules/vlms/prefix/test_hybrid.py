@@ -13,7 +13,7 @@ from vlm_builders import TREE, gradients, make_prompts, make_texts
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
-from vidreason.lightning_modules.vlms.prefix import expand
+from vidreason.lightning_modules.vlms.prefix import expand, layout
 from vidreason.testing.samples import relative_gap
 
 MakeVLM = Callable[..., VLM]
@@ -105,6 +105,13 @@ def test_forwards_of_one_token_have_gradients(make_vlm: MakeVLM, family: str, ch
     naive, found = (gradients(vlm, model, prompts, texts, route) for route in ("naive", "expand"))
     torch.testing.assert_close(found.pop("logprobs"), naive.pop("logprobs"), rtol=0, atol=1e-5)
     assert relative_gap(found, naive) < 1e-5
+
+
+def test_a_decoder_without_full_attention_is_refused(make_vlm: MakeVLM) -> None:
+    vlm, model = build(make_vlm, "qwen3_5", "lora")
+    layout.text_config(model).layer_types = ["linear_attention"] * 3
+    with pytest.raises(ValueError, match=r"^Qwen3_5\w+ has linear attention in every layer[^\n]*$"):
+        vlm.generate(model, make_prompts(vlm), 1, Sampling(2))
 
 
 def test_an_old_transformers_is_refused(make_vlm: MakeVLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from covering import covering
+from covering import sample
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from watched_vision import built, counting, prompts_of, texts_of
@@ -18,6 +19,7 @@ from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.vision_cache import cache as vision_cache
 from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
 from vidreason.lightning_modules.vlms.vision_cache.embedding_store import EmbeddingStore
+from vidreason.lightning_modules.vlms.vision_cache.features import VisionFeatures
 
 MakeVLM = Callable[..., VLM]
 FAMILIES = ("tiny", "qwen", "smolvlm", "internvl", "onevision", "qwen3")
@@ -30,7 +32,10 @@ def logprobs_and_gradient(vlm: VLM, model: nn.Module, prompts: EncodedPrompts, t
     return [scores.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize(("family", "route"), covering(list(FAMILIES), ["expand", "packed"]))
+@pytest.mark.parametrize(
+    ("family", "route"),
+    sample(list(product(FAMILIES, ["expand", "packed"])), ("tiny", "expand"), ("qwen", "packed"), ("qwen3", "packed")),
+)
 def test_same_values_and_one_call_per_video(make_vlm: MakeVLM, family: str, route: str, tmp_path: Path) -> None:
     """Scoring, sampling and scoring again; from memory, then from disk by another run."""
     plain, model = built(make_vlm, family, route=route, vision_cache=None)
@@ -181,7 +186,7 @@ def test_deepstack_features_come_from_the_cache(
             torch.testing.assert_close(found, expected[1:] if alone else expected, rtol=1e-5, atol=1e-5)
     assert len(calls) == 2
     join = vision_cache.join
-    without = lambda entries: vision_cache.VisionFeatures(join(entries).pooler_output, [])  # noqa: E731
+    without = lambda entries: VisionFeatures(join(entries).pooler_output, [])  # noqa: E731
     monkeypatch.setattr(vision_cache, "join", without)
     with cache.feeding(vlm, model, prompts, "expand"):
         assert (model(**inputs).logits - expected).abs().max() > 1e-3

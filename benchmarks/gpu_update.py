@@ -1,29 +1,23 @@
-"""GRPO updates of Qwen2.5-VL-3B and -7B on one GPU: naive at its best micro-batch against the shared prefix.
+"""GRPO updates on one GPU: naive at its best micro-batch against the shared prefix.
 
-    make links && PYTHONPATH=.typing python benchmarks/gpu_grpo.py --json benchmarks/results/gpu_grpo.json
-
-Real shapes with random weights in bf16, LoRA on the decoder, vision tower frozen: one video of 32 frames (4,096 visual
-tokens, prompt 4,296), G completions of C tokens, forward and backward of the GRPO loss. Times are medians of device
-events after a warm-up. Naive repeats prompt and pixels for every completion, uses the fastest micro-batch, and runs a
-backward after each. Ours is ``vlm.route: auto`` with the vision cache filled within the run. MFU is the FLOPs of a side
-over its time and over the bf16 rate of a large matrix product measured here. An update that runs out of memory
-is reported as such and enters no ratio. The script ends within ten minutes and lists settings that were not measured.
-``--smoke`` runs the same code with tiny sizes on a CPU.
+Real shapes of Qwen2.5-VL with random weights in bf16, LoRA on the decoder, vision tower frozen: one video of 32 frames
+(4,096 visual tokens, prompt 4,296), G completions of C tokens, forward and backward of the GRPO loss. Times are medians
+of device events after a warm-up. Naive repeats prompt and pixels for every completion, uses the fastest micro-batch,
+and runs a backward after each. Ours is ``vlm.route: auto`` with the vision cache filled within the run. MFU is the
+FLOPs of a side over its time and over the bf16 rate of a large matrix product measured here. An update that runs out of
+memory is reported as such and enters no ratio.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
 import torch
-from figures import write_json
-from gpu_rows import Row, Side, print_rows
-from gpu_run import Clock, circumstances, matmul_rate, options_of
+from gpu_run import Clock, Deadline
 from harness import flop_counter
 from reference_model import Grid, make_prompts, make_texts, make_vlm
 from torch import nn
@@ -35,25 +29,108 @@ from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 
 LORA = LoRAOptions(r=16, alpha=32)
-PACKAGES = ("torch", "transformers", "peft", "lightning")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of a benchmark run."""
+    """The sizes of the updates."""
 
     sizes: tuple[str, ...]
     grid: Grid
     words_behind: int
     lengths: tuple[int, ...]
     groups: tuple[int, ...]
-    matrix: int
     dtype: str
     device: str
 
 
-FULL = Scale(("3b", "7b"), (16, 32, 32), 194, (256, 512), (8, 16), 8192, "bfloat16", "cuda")
-SMOKE = Scale(("reference",), (1, 4, 4), 8, (4,), (2,), 64, "float32", "cpu")
+FULL = Scale(("3b",), (16, 32, 32), 194, (256, 512), (8,), "bfloat16", "cuda")
+TINY = Scale(("reference",), (1, 4, 4), 8, (4,), (2,), "float32", "cpu")
+
+
+@dataclass(frozen=True)
+class Side:
+    """Results of one side (naive or ours) in one setting."""
+
+    seconds: float | None
+    """Median time of an update; None if it runs out of memory."""
+    peak_gb: float | None
+    """Peak of allocated memory, including weights."""
+    gflop: float
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Results of both sides in one setting."""
+
+    size: str
+    checkpointing: bool
+    completion: int
+    group_size: int
+    weights_gb: float
+    naive: Side
+    naive_at_once: Side
+    ours: Side
+    ours_no_cache: Side
+    largest_logprob_difference: float
+    """Between the two sides, in this precision."""
+
+    @property
+    def ratio(self) -> float | None:
+        """Time of naive at its best micro-batch over ours."""
+        return self.naive.seconds / self.ours.seconds if self.naive.seconds and self.ours.seconds else None
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Memory of naive over ours, both with all completions at once."""
+        both = self.naive_at_once.peak_gb, self.ours.peak_gb
+        return both[0] / both[1] if both[0] and both[1] else None
+
+
+def print_rows(found: Sequence[Row], rate: float) -> None:
+    """Prints a line per setting; ``rate`` is in FLOP per second."""
+    head = (
+        "model",
+        "ckpt",
+        "C",
+        "G",
+        "naive s",
+        "mb",
+        "ours s",
+        "ratio",
+        "tok/s",
+        "MFU naive",
+        "MFU",
+        "GB naive",
+        "GB",
+    )
+    print("".join(f"{name:>11s}" for name in head))
+    for row in found:
+        ours, naive = row.ours, row.naive
+        tokens = row.completion * row.group_size / ours.seconds if ours.seconds else None
+        cells: list[Any] = [
+            row.size,
+            row.checkpointing,
+            row.completion,
+            row.group_size,
+            naive.seconds,
+            naive.micro_batch,
+        ]
+        cells += [ours.seconds, row.ratio, tokens, mfu(naive, rate), mfu(ours, rate)]
+        cells += [row.naive_at_once.peak_gb, ours.peak_gb]
+        print("".join(f"{_cell(cell):>11s}" for cell in cells), flush=True)
+
+
+def mfu(side: Side, rate: float) -> float | None:
+    """Returns the share of the measured rate of a matrix product; None if the side ran out of memory."""
+    return side.gflop * 1e9 / side.seconds / rate if side.seconds else None
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "no memory"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 @dataclass
@@ -161,44 +238,38 @@ def measure(
     return Row(size, checkpointing, length, group, weights, naive, at_once, ours, without, gap)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures all settings for which there is time; returns the content of the result file."""
-    started = time.monotonic()
-    options = options_of(__doc__, arguments, minutes=9.0)
-    scale = SMOKE if options.smoke else FULL
-    clock = Clock(scale.device)
-    rate = matmul_rate(scale.matrix, getattr(torch, scale.dtype), scale.device)
-    where = {**circumstances(clock, PACKAGES), "matmul_tflops": rate / 1e12}
-    print(where)
+def updates(scale: Scale, clock: Clock, rate: float, deadline: Deadline) -> list[dict[str, Any]]:
+    """Measures all settings for which there is time.
+
+    Args:
+        scale: The sizes.
+        clock: The clock of the device.
+        rate: FLOP per second of a large matrix product.
+        deadline: The time limit.
+    """
     found: list[Row] = []
-    left: list[str] = []
     for size in scale.sizes:
-        options_ = {"dtype": scale.dtype, "lora": LORA, "device": scale.device, "size": size}
-        vlm = make_vlm("qwen", scale.grid, 0, gradient_checkpointing=False, **options_)
-        model = vlm.build()
-        prompts = make_prompts(
-            "qwen", scale.grid, 1, 0, scale.device, getattr(torch, scale.dtype), words_behind=scale.words_behind
-        )
-        bench = Bench(vlm, model, prompts, clock)
+        bench = None
         micro_batches: dict[tuple[bool, int], int] = {}
-        for group, checkpointing, length in product(scale.groups, (False, True), scale.lengths):
-            set_checkpointing(model, checkpointing)
-            if time.monotonic() - started > 60 * options.minutes:
-                left.append(f"{size}, checkpointing {checkpointing}, C {length}, G {group}")
+        for group, checkpointing, length in product(scale.groups, (True, False), scale.lengths):
+            if not deadline.allows(f"update {size}, checkpointing {checkpointing}, C {length}, G {group}"):
                 continue
+            bench = bench or _bench(scale, size, clock)
+            set_checkpointing(bench.model, checkpointing)
             known = micro_batches.get((checkpointing, length), 0)
             found.append(measure(bench, scale, size, checkpointing, length, group, known))
             micro_batches[checkpointing, length] = found[-1].naive.micro_batch
             print_rows(found[-1:], rate)
-        del bench, model
-    print_rows(found, rate)
-    if left:
-        print("not measured for lack of time: " + "; ".join(left))
-    ratios = [{"ratio": row.ratio, "memory_ratio": row.memory_ratio} for row in found]
-    table = [asdict(row) | extra for row, extra in zip(found, ratios, strict=True)]
-    result = {**where, "scale": asdict(scale), "not_measured": left, "rows": table}
-    write_json(options.json, result)
-    return result
+    extra = [{"ratio": r.ratio, "memory_ratio": r.memory_ratio, "mfu": mfu(r.ours, rate)} for r in found]
+    return [asdict(row) | more for row, more in zip(found, extra, strict=True)]
+
+
+def _bench(scale: Scale, size: str, clock: Clock) -> Bench:
+    options = {"dtype": scale.dtype, "lora": LORA, "device": scale.device, "size": size}
+    vlm = make_vlm("qwen", scale.grid, 0, gradient_checkpointing=False, **options)
+    dtype = getattr(torch, scale.dtype)
+    prompts = make_prompts("qwen", scale.grid, 1, 0, scale.device, dtype, words_behind=scale.words_behind)
+    return Bench(vlm, vlm.build(), prompts, clock)
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
@@ -209,7 +280,3 @@ def set_checkpointing(model: nn.Module, on: bool) -> None:
         getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(base, f"{kind}_checkpointing_disable")()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,235 @@
+"""Which methods a run is evaluated with, what they are compared with, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+from pipeline_world import options
+
+from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
+from vidreason.datamodules.types import Clip
+from vidreason.evaluation import run as evaluation
+from vidreason.evaluation.plan import MODES, SwappedTraces
+from vidreason.evaluation.run import EvaluatedRun, EvaluateOptions, compare_methods, evaluate_run, rows_of_run
+from vidreason.evaluation.table import render_evaluation
+from vidreason.pipelines.commands import Commands
+
+LABELS = ("fall", "walk")
+ALL = EvaluateOptions(splits=None, modes=MODES, samples=3, probes=True)
+RIGHT = {"zero_shot": 0.5, "cold_likelihood": 0.6, "cold_answer": 0.7, "calibration_2_traces": 0.9}
+"""Share of right decisions by the beginning of a test stage's name; 0.75 for others."""
+
+
+class Clips(VideoDataModule):
+    """24 clips of two classes in every split, each a file of its own content."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return LABELS
+
+    def samples(self, split: str) -> Sequence[Clip]:
+        clips = []
+        for number in range(24):
+            path = self.folder / f"{split}{number}.mp4"
+            if not path.exists():
+                path.write_text(path.name)
+            clips.append(Clip(path, LABELS[number % 2], f"{split}{number}", split=split))
+        return clips
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clips:
+    (tmp_path / "clips").mkdir()
+    found = Clips(tmp_path / "clips")
+    monkeypatch.setattr(evaluation, "_data_of", lambda run: found)
+    return found
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The folder of a finished pipeline: a reasoner and a calibrator of two traces at temperature 2."""
+    run, stages = tmp_path / "runs" / "x", {}
+    for number, name in enumerate(("cold", "calibration"), 1):
+        folder = run / "stages" / f"{number:02d}_{name}"
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "weights").write_text(name)
+        init: dict[str, object] = {"adapter_path": None, "decide": {"by": "answer"}}
+        if name == "calibration":
+            init = {"adapter_path": None, "calibrator_path": None, "traces": {"samples": 2}}
+            info = {"stage": "calibration", "temperature": 2.0}
+            (folder / "adapter" / "vidreason.json").write_text(json.dumps(info))
+        (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": init}}))
+        (folder / "finished.json").write_text("{}")
+        record = {"status": "finished", "folder": f"stages/{number:02d}_{name}", "inputs": {}, "command": ["fit"]}
+        stages[name] = record
+    state = {"vidreason_state": 1, "pipeline": "deepintuit", "train_clips": 24, "stages": stages}
+    (run / "state.json").write_text(json.dumps(state))
+    (run / "pipeline.yaml").write_text(yaml.safe_dump({"seed": 7, "stages": []}))
+    return run
+
+
+class FakeTests:
+    """Stands in for ``vidreason test``: writes predictions that are right as often as ``RIGHT`` says."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, str]] = []
+
+    @property
+    def commands(self) -> Commands:
+        return Commands(self.run, lambda argv: None, lambda argv: None)
+
+    def run(self, argv: list[str]) -> int:
+        given = options(argv)
+        self.calls.append(given)
+        folder = Path(given["run_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        name = folder.name[3:]
+        share = next((value for key, value in RIGHT.items() if name.startswith(key)), 0.75)
+        samples = int(given.get("model.init_args.decide.samples", given.get("model.init_args.traces.samples", "0")))
+        rows, records = [], []
+        for split in json.loads(given["data.init_args.test_splits"]):
+            for number in range(24):
+                label = LABELS[number % 2]
+                pred = label if number < 24 * share else LABELS[1 - number % 2]
+                probs = {name: 0.8 if name == pred else 0.2 for name in LABELS}
+                traces = [{"text": pred, "answer": pred, "n_tokens": 5}] * samples
+                row: dict[str, object] = {"video_id": f"{split}{number}", "split": split, "group": "", "label": label}
+                row |= {"pred": pred, "probs": probs, "answer": pred, "unparsed": False, "failed": False}
+                rows.append(json.dumps(row | {"traces": traces}) + "\n")
+                records += [
+                    TraceRecord(f"{split}{number}", k, f"{label} {k}", None, label, "stop", 0.0, 5)
+                    for k in range(samples)
+                ]
+        (folder / "predictions.jsonl").write_text("".join(rows))
+        if "model.init_args.traces.samples" in given and "model.init_args.traces_file" not in given:
+            TraceStore.create(folder / "traces.jsonl", TraceHeader(False, "", "", "", "")).append(records)
+        return 0
+
+
+def test_every_stage_decides_in_every_way_that_it_can(finished: Path, data: Clips) -> None:
+    tests = FakeTests()
+    found = evaluate_run(finished, ALL, tests.commands, "again")
+    names = [one.method.name for one in found.methods]
+    assert names == [
+        "zero_shot likelihood",
+        "cold likelihood",
+        "cold answer",
+        "cold answer, no video",
+        "cold answer, frames shuffled",
+        "cold vote of 3",
+        "calibration 2 traces",
+        "calibration 1 trace",
+        "calibration 2 traces, no video",
+        "calibration 2 traces, frames shuffled",
+        "calibration 2 traces, another clip's traces",
+    ]
+    assert [call["data.init_args.test_splits"] for call in tests.calls[:2]] == ['["cal", "test"]'] * 2
+    base, cold = tests.calls[0], tests.calls[1]
+    assert base["model.init_args.adapter_path"] == "null"
+    assert cold["model.init_args.adapter_path"] == str(finished / "stages/01_cold/adapter")
+    assert cold["seed_everything"] == "7"
+    # The traces are written once, and one of them or all of them are read again.
+    own = finished / "evaluation/stages/07_calibration_2_traces/traces.jsonl"
+    assert [call.get("model.init_args.traces_file") for call in tests.calls[6:10]] == [None, *[str(own)] * 3]
+    # A second call decides nothing again.
+    tests.calls.clear()
+    assert [one.method.name for one in evaluate_run(finished, ALL, tests.commands, "again").methods] == names
+    assert tests.calls == []
+
+
+def test_rows_have_scores_before_and_after_the_temperature_of_cal(finished: Path, data: Clips) -> None:
+    found = evaluate_run(finished, ALL, FakeTests().commands, "again")
+    rows = {row.who.method: row for row in rows_of_run(found, by_group=False)}
+    assert {row.split for row in rows.values()} == {"test"}
+    assert {name: row.scores["acc"] for name, row in rows.items()} == pytest.approx(
+        {
+            "zero_shot likelihood": 12 / 24,
+            "cold likelihood": 15 / 24,
+            "cold answer": 17 / 24,
+            "cold answer, no video": 17 / 24,
+            "cold answer, frames shuffled": 17 / 24,
+            "cold vote of 3": 18 / 24,
+            "calibration 2 traces": 22 / 24,
+            "calibration 1 trace": 18 / 24,
+            "calibration 2 traces, no video": 22 / 24,
+            "calibration 2 traces, frames shuffled": 22 / 24,
+            "calibration 2 traces, another clip's traces": 22 / 24,
+        },
+        abs=0.03,
+    )
+    likelihood, calibrated = rows["cold likelihood"], rows["calibration 2 traces"]
+    assert likelihood.scaled is not None
+    assert calibrated.scaled is not None
+    # On cal, 62.5 % (92 %) are right: the temperature brings the confidence there.
+    assert likelihood.scaled["confidence"] == pytest.approx(15 / 24, abs=0.01)
+    assert calibrated.scaled["confidence"] == pytest.approx(22 / 24, abs=0.01)
+    # The calibrator had scaled by 2: before that, 0.8 to 0.2 was 16 to 1.
+    assert calibrated.scores["confidence"] == pytest.approx(16 / 17)
+    answer = rows["cold answer"]
+    assert answer.temperature is answer.scaled is answer.scores["nll"] is None
+    assert answer.cost.tokens_per_clip == 5
+    assert rows["calibration 2 traces, no video"].temperature == calibrated.temperature
+
+
+def test_methods_are_compared_over_seeds(finished: Path, data: Clips) -> None:
+    found = evaluate_run(finished, ALL, FakeTests().commands, "again")
+    single = {one.first: one.difference for one in compare_methods([found], None)}
+    assert "deepintuit: zero_shot likelihood" not in single
+    seconds = {one.first: one.second for one in compare_methods([found], None)}
+    assert seconds["deepintuit: cold answer, no video"] == "deepintuit: cold answer"
+    assert seconds["deepintuit: cold answer"] == "deepintuit: zero_shot likelihood"
+    gain = single["deepintuit: calibration 2 traces"]
+    assert gain.mean == pytest.approx(10 / 24)
+    assert gain.p_value == pytest.approx(2 / 2**10)
+    assert gain.low is None
+    other = EvaluatedRun(found.folder, found.pipeline, 8, found.methods, found.label_names)
+    several = {one.first: one.difference for one in compare_methods([found, other], "cold answer")}
+    assert several["deepintuit: calibration 2 traces"].low == pytest.approx(5 / 24, abs=0.03)
+    with pytest.raises(ValueError, match="no such method; there are deepintuit: zero_shot"):
+        compare_methods([found], "hot answer")
+    text = render_evaluation(rows_of_run(found, False), compare_methods([found], None))
+    assert "calibration 2 traces, another clip's traces" in text
+    assert "deepintuit: zero_shot likelihood" in text
+
+
+def test_a_row_for_each_group_of_five_clips(finished: Path, data: Clips) -> None:
+    found = evaluate_run(finished, ALL, FakeTests().commands, "again")
+    assert {row.group for row in rows_of_run(found, by_group=True)} == {None}  # every clip is a group of its own
+
+
+def test_test_clips_that_the_run_has_used_are_refused(finished: Path, data: Clips) -> None:
+    commands = FakeTests().commands
+    with pytest.raises(ValueError, match="--splits cal: the run has trained, chosen or calibrated"):
+        evaluate_run(finished, EvaluateOptions(("cal",), MODES, 3, False), commands, "again")
+    data.setup("test")
+    (data.folder / "test3.mp4").write_text("train5.mp4")
+    with pytest.raises(ValueError, match="1 clips of test have the same content .*test3 is train5 of train"):
+        evaluate_run(finished, ALL, commands, "again")
+
+
+def test_another_clips_traces_are_those_of_another_label(tmp_path: Path) -> None:
+    clips = [Clip(Path(f"{i}.mp4"), label, f"v{i}") for i, label in enumerate(["a", "a", "b", "a", "b"])]
+    store = TraceStore.create(tmp_path / "own.jsonl", TraceHeader(False, "", "", "", ""))
+    store.append(
+        TraceRecord(c.video_id, k, f"{c.video_id} {k}", None, None, "stop", 0.0, 1) for c in clips for k in (0, 1)
+    )
+    swap = SwappedTraces("t", tmp_path / "own.jsonl", tmp_path / "other.jsonl")
+    evaluation.write_swapped(swap, [clips])
+    found = TraceStore.open(swap.target).by_video()
+    texts = {name: [record.text for record in group] for name, group in found.items()}
+    assert texts == {
+        "v0": ["v2 0", "v2 1"],
+        "v1": ["v2 0", "v2 1"],
+        "v2": ["v3 0", "v3 1"],
+        "v3": ["v4 0", "v4 1"],
+        "v4": ["v0 0", "v0 1"],
+    }
