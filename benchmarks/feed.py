@@ -141,7 +141,7 @@ class Feed:
 
     @property
     def view(self) -> ClipView:
-        """What is shown of a clip: its label is asked for."""
+        """Returns the view of the measured loaders, whose prompt asks for the label of a clip."""
         return LabelView(self.data.task)
 
     def epochs(self, repeats: int) -> list[float]:

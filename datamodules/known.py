@@ -16,7 +16,7 @@ class KnowsVideos(Protocol):
 
     @property
     def knows_videos(self) -> bool:
-        """Whether the embeddings of any video may be known."""
+        """Returns False if no video is known, so that ``find_known`` need not be asked for each clip."""
         ...
 
     def find_known(self, video: str, prompt: Prompt, read: Callable[[], VideoSample]) -> KnownVideo | None:

@@ -54,7 +54,9 @@ class FrameTiming:
 
 @dataclass(frozen=True)
 class KnownVideo:
-    """What a prompt needs of a video whose embeddings are known: everything that the processor made except pixels.
+    """Holds the processor's outputs for one video, except its pixels, from which a prompt is made without decoding.
+
+    It stands for a video whose embeddings are in the vision cache, so that the vision tower does not need the pixels.
 
     It holds NumPy arrays, which go through the queues of a loader by value: each tensor would take a file descriptor.
     """

@@ -35,7 +35,8 @@ class ClipKey(NamedTuple):
     valid: bool = True
     """False for a clip that only gives this rank as many clips as the others have; it does not count."""
     known: KnownVideo | None = None
-    """What the prompt needs of a clip that is not decoded, since its embeddings are known."""
+    """The processor's inputs of the prompt, without pixels, if the vision cache holds the clip's embeddings; the clip is
+    then not decoded. None decodes it."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class FrameOptions:
 
     @property
     def jittered_in_training(self) -> bool:
-        """Whether training takes other frames in each epoch, which are not cached."""
+        """Returns whether training draws other frames of a clip in each epoch; such frames are never cached."""
         return self.sampling == "segment"
 
 

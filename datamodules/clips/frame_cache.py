@@ -45,7 +45,7 @@ _Damage = (ValueError, KeyError, TypeError, EOFError)  # JSON and UTF-8 errors a
 
 @dataclass
 class CacheCounts:
-    """What a process has read from a cache and written to it."""
+    """Counts how many clips this process has read from the cache of frames, and how many it has written to it."""
 
     read: int = 0
     written: int = 0
