@@ -35,8 +35,8 @@ class ClipKey(NamedTuple):
     valid: bool = True
     """False for a clip that only gives this rank as many clips as the others have; it does not count."""
     known: KnownVideo | None = None
-    """The processor's inputs of the prompt, without pixels, if the vision cache holds the clip's embeddings; the clip is
-    then not decoded. None decodes it."""
+    """The processor's outputs for the clip, without pixels, if the vision cache holds its embeddings: the clip is then
+    not decoded. None decodes it."""
 
 
 @dataclass(frozen=True)
