@@ -5,14 +5,16 @@ Shape letters: N clips, C classes.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from vidreason.lightning_modules.decisions.predictions import Prediction
+from vidreason.lightning_modules.decisions.deciders import vote
+from vidreason.lightning_modules.decisions.predictions import Prediction, Trace
+from vidreason.lightning_modules.functional.calibration import apply_temperature
 from vidreason.rewards.completion import match_label
 
 Floats = NDArray[np.float64]
@@ -64,8 +66,7 @@ class Decisions:
         known = any(p.probs and not p.failed for p in predictions)
         probs = np.array([[(p.probs or uniform)[name] for name in names] for p in predictions]) if known else None
         pred = [names.index(p.pred) if p.pred is not None else UNDECIDED for p in predictions]
-        counts = [trace.n_tokens for p in predictions for trace in p.traces]
-        sampled = None if any(n is None for n in counts) else sum(filter(None, counts)) / max(len(predictions), 1)
+        sampled = _mean_tokens([p.traces for p in predictions])
         return cls._of(predictions, names, pred, probs, None if probs is None else _chosen(probs, pred), sampled)
 
     @classmethod
@@ -78,12 +79,10 @@ class Decisions:
         pred, share = [], []
         for p in predictions:
             answers = [match_label(trace.answer, names) for trace in p.traces[:samples]]
-            named = [answer for answer in answers if answer is not None]
-            chosen, count = Counter(named).most_common(1)[0] if named else (None, 0)
-            pred.append(UNDECIDED if chosen is None else names.index(chosen))
-            share.append(count / samples)
-        counts = [trace.n_tokens for p in predictions for trace in p.traces[:samples]]
-        sampled = None if any(n is None for n in counts) else sum(filter(None, counts)) / max(len(predictions), 1)
+            chosen = vote(answers, names).chosen if answers else UNDECIDED
+            pred.append(chosen)
+            share.append(0.0 if chosen == UNDECIDED else answers.count(names[chosen]) / samples)
+        sampled = _mean_tokens([p.traces[:samples] for p in predictions])
         confidence = np.array(share) if samples > 1 else None
         return cls._of(predictions, names, pred, None, confidence, sampled)
 
@@ -111,9 +110,8 @@ class Decisions:
     def scaled(self, temperature: float) -> Decisions:
         """Returns the decisions with probabilities ``softmax(log p / temperature)``."""
         assert self.probs is not None, "a method without probabilities has no temperature"
-        logits = np.log(np.clip(self.probs, 1e-30, None)) / temperature
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probs = powers / powers.sum(axis=1, keepdims=True)
+        logits = torch.from_numpy(self.probs).clamp(min=1e-30).log()
+        probs = apply_temperature(logits, temperature).numpy()
         return replace(self, probs=probs, confidence=_chosen(probs, self.pred))
 
     def take(self, rows: Sequence[int] | Ints) -> Decisions:
@@ -128,6 +126,12 @@ class Decisions:
             probs=None if self.probs is None else self.probs[index],
             confidence=None if self.confidence is None else self.confidence[index],
         )
+
+
+def _mean_tokens(traces: Sequence[Sequence[Trace]]) -> float | None:
+    """Returns the mean number of sampled tokens per clip; None if a trace does not say its number."""
+    counts = [trace.n_tokens for group in traces for trace in group]
+    return None if any(n is None for n in counts) else sum(filter(None, counts)) / max(len(traces), 1)
 
 
 def _chosen(probs: Floats, pred: Sequence[int] | Ints) -> Floats:

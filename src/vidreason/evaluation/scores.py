@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import (
 )
 
 from vidreason.evaluation.decisions import UNDECIDED, Decisions, Floats, Ints
+from vidreason.lightning_modules.functional.calibration import brier, nll
 
 BINS = 15
 """Bins of the expected calibration error."""
@@ -138,13 +139,12 @@ def _probability_scores(decisions: Decisions) -> dict[str, float | None]:
     if decisions.probs is None or decisions.confidence is None:
         return dict.fromkeys(("auroc", "nll", "brier", "ece", "ece_if_calibrated", "adaptive_ece"))
     probs, labels = decisions.probs, decisions.labels
-    truth = probs[np.arange(len(labels)), labels]
-    onehot = np.eye(probs.shape[1])[labels]
+    given, truth = torch.from_numpy(probs), torch.from_numpy(labels)
     right = decisions.right.astype(np.float64)
     return {
         "auroc": _auroc(probs, labels),
-        "nll": float(-np.log(np.clip(truth, 1e-12, None)).mean()),
-        "brier": float(((probs - onehot) ** 2).sum(1).mean()),
+        "nll": float(nll(given, truth).mean()),
+        "brier": float(brier(given, truth).mean()),
         "ece": expected_calibration_error(decisions.confidence, right),
         "ece_if_calibrated": error_of_calibrated(decisions.confidence),
         "adaptive_ece": adaptive_calibration_error(decisions.confidence, right),
