@@ -71,12 +71,13 @@ DEVICE = _register()
 
 
 def place() -> str:
-    """Returns file and line of the innermost frame of vidreason, and of the code that it called there."""
+    """Returns module and line of the innermost frame of vidreason, and of the code that it called there."""
     frame, inner = sys._getframe(1), ""
     while frame is not None:
         file = frame.f_code.co_filename
-        if "/vidreason/" in file:
-            return f"{file.rpartition('/vidreason/')[2]}:{frame.f_lineno}{inner}"
+        module = frame.f_globals.get("__name__", "")  # a path tells nothing: a checkout may have any name
+        if module.startswith("vidreason."):
+            return f"{module}:{frame.f_lineno}{inner}"
         if "/transformers/" in file and not inner:
             inner = f" (in transformers/{file.rpartition('/transformers/')[2]}:{frame.f_lineno})"
         frame = frame.f_back  # type: ignore[assignment]  # None at the end

@@ -109,10 +109,10 @@ def plant(monkeypatch: pytest.MonkeyPatch, function: Any, old: str, new: str) ->
 
 
 def line_of(function: Any, piece: str) -> str:
-    """Returns the file and line of a piece of the source of a function."""
+    """Returns the module and line of a piece of the source of a function."""
     lines, first = inspect.getsourcelines(inspect.unwrap(function))
     (line,) = [number for number, text in enumerate(lines, first) if piece in text]
-    return f"{inspect.unwrap(function).__code__.co_filename.rpartition('/vidreason/')[2]}:{line}"
+    return f"{function.__module__}:{line}"
 
 
 @pytest.fixture(scope="module")
