@@ -31,6 +31,7 @@ COMMANDS = {
     "plan": "tokens, steps and memory of a stage or pipeline before it runs: --memory 24GB",
     "pipeline": "stages in order: --config configs/pipelines/deepintuit.yaml --run_dir runs/x",
     "evaluate": "which stage of a run brings what, with intervals and comparisons: --run runs/x",
+    "report": "evaluated runs as one HTML file, with charts and clips: runs/x --out report.html",
     "threshold": "the confidence below which a run abstains, for an error of 10 %: --run runs/x",
     "classify": "ask a finished run about new clips: clip.mp4 --run runs/x",
     "fit": "train one stage: --config configs/sft_label.yaml",
