@@ -80,6 +80,8 @@ def write_report(report: Report, path: Path) -> None:
     figures = [[list(each) for _, each in chart.variants] for section in report.sections for chart in section.charts]
     text = template.render(
         report=report,
+        marked={report.headline.name, report.headline.reference}
+        | {(name or "").partition(": ")[2] for name in (report.headline.name, report.headline.reference)},
         models={model_name(stage): None for run in report.runs for stage in run.stages if model_name(stage)},
         sizes=_sizes(report.headline),
         versions=[("Python", platform.python_version()), *((name, version(name)) for name in _PACKAGES)],
@@ -96,28 +98,44 @@ def write_report(report: Report, path: Path) -> None:
 def _sections(runs: Sequence[ReportRun], comparisons: Sequence[Comparison], headline: Headline) -> list[Section]:
     """Returns the sections that have something to show."""
     rows = [row for run in runs for row in run.rows]
-    methods = _named(runs, headline)
-    thresholds = {f"{run.evaluated.pipeline}: {name}": found for run in runs for name, found in run.thresholds.items()}
-    probed = probe_table(rows, comparisons)
+    pipelines = {run.evaluated.pipeline for run in runs}
+    prefix = f"{headline.run.evaluated.pipeline}: " if len(pipelines) == 1 else ""
+    methods = [(name.removeprefix(prefix), one) for name, one in _named(runs, headline)]
+    thresholds = {
+        f"{run.evaluated.pipeline}: {name}".removeprefix(prefix): found
+        for run in runs
+        for name, found in run.thresholds.items()
+    }
+    probed = probe_table(rows, comparisons, prefix)
     spent = cost_table(runs)
-    tables = [*method_tables(rows, comparisons, headline.reference), *([spent] if spent else [])]
+    tables = [*method_tables(rows, comparisons, headline.reference, prefix), *([spent] if spent else [])]
+    looks = [training_charts.probes(run, headline.method.method.name) for run in runs]
+    where = _some(charts.by_split(rows, headline, prefix), charts.by_group(rows, headline, prefix))
+    trust = _some(charts.reliability(methods), charts.risk(methods, thresholds))
     listed = [
         Section("Methods", _METHODS.format(reference=headline.reference or "nothing"), (), tuple(tables)),
-        Section("Accuracy by split and group", "", _some(charts.by_split(rows, headline), charts.by_group(rows, headline))),
+        Section("Accuracy by split and group", "", where),
         Section("Which stage brings what", _STAGES, tuple(map(charts.by_stage, runs))),
-        Section("How far to trust a confidence", "", _some(charts.reliability(methods), charts.risk(methods, thresholds))),
+        Section("How far to trust a confidence", "", trust),
         Section("Confusion", "", _some(charts.confusions(methods))),
         Section("Training", "", _some(training_charts.training(runs))),
-        Section("Does it look at the video?", _PROBES, _some(*map(training_charts.probes, runs)), (probed,) * bool(probed)),
-    ]  # fmt: skip
+        Section("Does it look at the video?", _PROBES, _some(*looks), (probed,) if probed else ()),
+    ]
     return [section for section in listed if section.charts or section.tables]
 
 
 def _named(runs: Sequence[ReportRun], headline: Headline) -> list[tuple[str, Evaluated]]:
-    """Returns the methods of all runs by name, that of the headline first; with its seed where there are several."""
+    """Returns the methods of all runs by name, that of the headline and its reference first.
+
+    The name has the seed where there are several.
+    """
     several = len({run.evaluated.seed for run in runs}) > 1
-    first = [(headline.run, headline.method)]
-    others = [(run, one) for run in runs for one in run.methods() if one is not headline.method]
+    every = [(run, one) for run in runs for one in run.methods()]
+    reference = [
+        (run, one) for run, one in every if f"{run.evaluated.pipeline}: {one.method.name}" == headline.reference
+    ]
+    first = [(headline.run, headline.method), *reference]
+    others = [(run, one) for run, one in every if all(one is not known for _, known in first)]
     return [
         (f"{run.evaluated.pipeline}: {one.method.name}" + f", seed {run.evaluated.seed}" * several, one)
         for run, one in (*first, *others)
@@ -136,9 +154,11 @@ def _sizes(headline: Headline) -> list[tuple[str, int, int]]:
 
 
 _METHODS = (
-    "Differences are in points of accuracy from {reference}, on the same clips. One run: 95 % intervals are for other clips "
-    "and this model (bootstrap over groups), the p-value is of a sign-flip test over groups. Several seeds: for other "
-    "training runs (Student t). “could show” is the smallest true difference that is found with probability 0.8."
+    "Differences are in points of accuracy from {reference}, on the same clips. One run: 95 % intervals are for other "
+    "clips and this model (bootstrap over groups), the p-value is of a sign-flip test over groups. Several seeds: for "
+    "other training runs (Student t). Could show: the smallest true difference that is found with probability 0.8. "
+    "Sure: mean confidence. At 10 % error: largest share of these clips with at most 10 % errors. Tokens and seconds "
+    "are for a clip."
 )
 _STAGES = "Every stage decides about the same clips, from the untrained base on."
 _PROBES = "The same model decides again with something taken away; its temperature stays."

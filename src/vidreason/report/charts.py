@@ -24,6 +24,9 @@ from vidreason.report.verdict import Headline, majority
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 """Distinct for colour-blind eyes (Okabe and Ito, 2008), on white and on black."""
+_SYMBOLS = ("circle", "diamond-open", "square-open", "x-thin-open", "triangle-up-open")
+_SHOWN = 2
+"""Lines that are shown at first where there are many."""
 _CHANCE = {"color": "#7f7f7f", "dash": "dot", "width": 1}
 
 
@@ -42,7 +45,7 @@ def label(text: str) -> str:
     return html.escape(text)
 
 
-def figure(traces: Sequence[Any], height: int = 380, **layout: Any) -> dict[str, Any]:
+def figure(traces: Sequence[Any], height: int, **layout: Any) -> dict[str, Any]:
     """Returns a figure as JSON values, checked by plotly."""
     found = go.Figure(list(traces), layout={"template": "none", "colorway": COLOURS, "height": height, **layout})
     content: dict[str, Any] = found.to_plotly_json()
@@ -51,10 +54,10 @@ def figure(traces: Sequence[Any], height: int = 380, **layout: Any) -> dict[str,
 
 def percent_axis(title: str, **more: Any) -> dict[str, Any]:
     """Returns an axis of shares."""
-    return {"title": {"text": title}, "tickformat": ".0%", "range": [0, 1], **more}
+    return {"title": {"text": title}, "tickformat": ".0%", "range": [0, 1.02], "dtick": 0.2, **more}
 
 
-def by_split(rows: Sequence[Row], headline: Headline) -> Chart | None:
+def by_split(rows: Sequence[Row], headline: Headline, prefix: str = "") -> Chart | None:
     """Draws accuracy against the split; None for a single one."""
     splits = list(dict.fromkeys(row.split for row in rows if row.group is None))
     if len(splits) < 2:
@@ -68,18 +71,19 @@ def by_split(rows: Sequence[Row], headline: Headline) -> Chart | None:
                 x=[label(split) for split in splits if split in own],
                 y=[own[split].scores["acc"] for split in splits if split in own],
                 error_y=_errors([own[split] for split in splits if split in own]),
-                name=label(name),
+                name=label(name.removeprefix(prefix)),
                 mode="lines+markers",
+                cliponaxis=False,
                 visible=True if name in shown else "legendonly",
             )
         )
     traces.append(_chance_line(splits, headline.method.decisions))
-    layout = {"xaxis": {"type": "category"}, "yaxis": percent_axis("accuracy"), "legend": _BELOW}
+    layout = {"xaxis": {"type": "category"}, "yaxis": percent_axis("accuracy"), "legend": BELOW}
     note = "Bars are 95 % intervals where there are enough groups. A tap on a name shows or hides its line."
     return Chart("Accuracy by test split", note, (("", (figure(traces, 460, **layout),)),))
 
 
-def by_group(rows: Sequence[Row], headline: Headline) -> Chart | None:
+def by_group(rows: Sequence[Row], headline: Headline, prefix: str = "") -> Chart | None:
     """Draws the accuracy of the headline and its reference in each group; None without rows of groups."""
     variants = []
     for split in dict.fromkeys(row.split for row in rows if row.group is not None):
@@ -87,10 +91,14 @@ def by_group(rows: Sequence[Row], headline: Headline) -> Chart | None:
         for name in (headline.name, headline.reference):
             own = [row for row in rows if row.name == name and row.split == split and row.group is not None]
             names = [label(f"{row.group} ({row.clips})") for row in own]
-            traces.append(go.Bar(x=names, y=[row.scores["acc"] for row in own], name=label(str(name))))
-        layout = {"xaxis": {"type": "category"}, "yaxis": percent_axis("accuracy"), "legend": _BELOW}
-        variants.append((split, (figure([trace for trace in traces if len(trace.x or ())], **layout),)))
-    return Chart("Accuracy by group", "The number of clips stands behind a group.", tuple(variants)) if variants else None
+            traces.append(
+                go.Bar(x=names, y=[row.scores["acc"] for row in own], name=label(str(name).removeprefix(prefix)))
+            )
+        layout = {"xaxis": {"type": "category"}, "yaxis": percent_axis("accuracy"), "legend": BELOW}
+        variants.append((split, (figure([trace for trace in traces if len(trace.x or ())], 380, **layout),)))
+    return (
+        Chart("Accuracy by group", "The number of clips stands behind a group.", tuple(variants)) if variants else None
+    )
 
 
 def by_stage(run: ReportRun) -> Chart:
@@ -98,7 +106,7 @@ def by_stage(run: ReportRun) -> Chart:
     rows = [row for row in run.rows if row.probe_of is None and row.group is None]
     names = list(dict.fromkeys(row.method for row in rows))
     traces = []
-    for split in dict.fromkeys(row.split for row in rows):
+    for number, split in enumerate(dict.fromkeys(row.split for row in rows)):
         own = [row for row in rows if row.split == split]
         traces.append(
             go.Scatter(
@@ -107,11 +115,12 @@ def by_stage(run: ReportRun) -> Chart:
                 error_x=_errors(own),
                 name=label(split),
                 mode="markers",
-                marker={"size": 11},
+                marker={"size": 11, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
+                cliponaxis=False,
             )
         )
-    axis = {"type": "category", "autorange": "reversed", "automargin": True}
-    layout = {"xaxis": percent_axis("accuracy"), "yaxis": axis, "legend": _BELOW}
+    axis = {"type": "category", "range": [len(names) - 0.5, -0.5]}
+    layout = {"xaxis": percent_axis("accuracy"), "yaxis": axis, "legend": BELOW}
     return Chart(run.name, "", (("", (figure(traces, 170 + 34 * len(names), **layout),)),))
 
 
@@ -125,7 +134,7 @@ def reliability(methods: Sequence[tuple[str, Evaluated]]) -> Chart | None:
             before = _bins_trace(own, "as the model gives it")
             after = [] if one.temperature is None else [_bins_trace(own.scaled(one.temperature), _scaled_by(one))]
             ideal = go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line=_CHANCE, name="perfect", hoverinfo="skip")
-            layout = {"xaxis": percent_axis("confidence"), "yaxis": percent_axis("right"), "legend": _BELOW}
+            layout = {"xaxis": percent_axis("confidence"), "yaxis": percent_axis("right"), "legend": BELOW}
             variants.append((f"{name}, {split}", (figure([before, *after, ideal], 430, **layout),)))
     note = f"{BINS} bins of confidence; the area of a point is its number of clips. Above the line: too modest."
     return Chart("Reliability before and after the temperature", note, tuple(variants)) if variants else None
@@ -142,22 +151,25 @@ def risk(methods: Sequence[tuple[str, Evaluated]], thresholds: Mapping[str, Thre
     variants = []
     for split in splits:
         traces = []
-        for number, (name, one) in enumerate((n, o) for n, o in methods if split in o.decisions):
+        sure = [(n, o) for n, o in methods if split in o.decisions and o.decisions[split].confidence is not None]
+        for number, (name, one) in enumerate(sure):
             own, colour = one.decisions[split], COLOURS[number % len(COLOURS)]
-            if own.confidence is None:
-                continue
             scaled = own.scaled(one.temperature) if one.temperature is not None else own
             assert scaled.confidence is not None
             coverage, error = risk_coverage(scaled.confidence, own.right.astype(np.float64))
             line = {"color": colour, "shape": "hv"}
             curve = {"x": coverage.tolist(), "y": error.tolist(), "mode": "lines+markers", "line": line}
-            traces.append(go.Scatter(**curve, marker={"size": 4}, name=label(name)))
+            shown = True if number < _SHOWN else "legendonly"
+            traces.append(go.Scatter(**curve, marker={"size": 4}, name=label(name), cliponaxis=False, visible=shown))
             if name in thresholds:
                 traces.append(_threshold_point(own, thresholds[name], label(name), colour))
         if traces:
             layout = {"xaxis": percent_axis("share of clips decided"), "yaxis": percent_axis("error among them")}
-            variants.append((split, (figure(traces, 460, legend=_BELOW, **layout),)))
-    note = "The surest clips first. A star is where the threshold of the run, found on split cal, cuts these clips."
+            variants.append((split, (figure(traces, 460, legend=BELOW, **layout),)))
+    note = (
+        "The surest clips first. A tap on a name shows or hides its line. A star is where the threshold of the run, "
+        "found on split cal, cuts these clips."
+    )
     return Chart("Error among the surest clips", note, tuple(variants)) if variants else None
 
 
@@ -173,27 +185,30 @@ def confusions(methods: Sequence[tuple[str, Evaluated]]) -> Chart:
             names = [label(text) for text in own.label_names]
             heat = go.Heatmap(
                 z=counts[:, last].tolist(),
+                text=[[str(count) if count else "" for count in row] for row in counts[:, last].tolist()],
                 x=[*names, "no answer"][last],
                 y=names,
                 colorscale=[[0, "rgba(0,114,178,0.04)"], [1, "rgba(0,114,178,1)"]],
-                texttemplate="%{z}",
+                texttemplate="%{text}",
                 showscale=False,
                 hovertemplate="%{y} taken for %{x}: %{z}<extra></extra>",
             )
             size = max(320, 150 + 34 * len(names))
             axes = {
-                "xaxis": {"title": {"text": "decision"}, "type": "category", "automargin": True},
-                "yaxis": {"title": {"text": "label"}, "type": "category", "autorange": "reversed", "automargin": True},
+                "xaxis": {"title": {"text": "decision"}, "type": "category", "showgrid": False},
+                "yaxis": {"title": {"text": "label"}, "type": "category", "autorange": "reversed", "showgrid": False},
             }
             variants.append((f"{name}, {split}", (figure([heat], size, **axes),)))
     return Chart("What is taken for what", "Rows are labels, columns decisions; numbers are clips.", tuple(variants))
 
 
-_BELOW = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
+BELOW = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
 
 
-def _errors(rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns the intervals of accuracies as error bars; without an interval, a bar of length 0."""
+def _errors(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Returns the intervals of accuracies as error bars; None where no row has one."""
+    if all(row.intervals is None for row in rows):
+        return None
     above, below = [], []
     for row in rows:
         acc = row.scores["acc"] or 0.0
@@ -229,6 +244,7 @@ def _bins_trace(own: Decisions, name: str) -> Any:
         customdata=counts,
         mode="lines+markers",
         line={"width": 1},
+        cliponaxis=False,
         marker={"size": sizes, "opacity": 0.75},
         name=name,
         hovertemplate="confidence %{x:.1%}, right %{y:.1%}, %{customdata} clips<extra></extra>",

@@ -19,6 +19,7 @@ from vidreason.config.quiet import quietly
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.split_names import CALIBRATION_SPLIT
 from vidreason.datamodules.types import Clip
+from vidreason.evaluation.decisions import Decisions
 from vidreason.evaluation.plan import EVALUATION_FOLDER
 from vidreason.evaluation.rows import Evaluated
 from vidreason.lightning_modules.decisions.predictions import Prediction, read_predictions
@@ -118,8 +119,10 @@ def choose(one: Evaluated) -> list[tuple[str, int]]:
     """Returns at most 200 places (split, row): at most 100 wrong ones, the surest first, then others at random."""
     places = [(s, row) for s, d in one.decisions.items() if s != CALIBRATION_SPLIT for row in range(len(d))]
 
+    sure = {split: _scaled(one, split).confidence for split in one.decisions}
+
     def confidence(place: tuple[str, int]) -> float:
-        found = one.decisions[place[0]].confidence
+        found = sure[place[0]]
         return 0.0 if found is None else float(found[place[1]])
 
     wrong = [(split, row) for split, row in places if not one.decisions[split].right[row]]
@@ -148,8 +151,7 @@ def _shown(
     clip: Clip | None,
     rewards: tuple[Sequence[RewardFn], CompletionForm],
 ) -> ShownClip:
-    own = one.decisions[split]
-    scaled = own if one.temperature is None or own.probs is None else own.scaled(one.temperature)
+    own, scaled = one.decisions[split], _scaled(one, split)
     names = own.label_names
     probs = [] if scaled.probs is None else zip(names, scaled.probs[row].tolist(), strict=True)
     pred = int(own.pred[row])
@@ -166,6 +168,12 @@ def _shown(
         picture=picture_url(clip),
         traces=tuple(ShownTrace(t.text, t.answer, _scores(t.text, t.n_tokens, label, names, rewards)) for t in texts),
     )
+
+
+def _scaled(one: Evaluated, split: str) -> Decisions:
+    """Returns the decisions with the temperature of the method, if it has one."""
+    own = one.decisions[split]
+    return own if one.temperature is None or own.probs is None else own.scaled(one.temperature)
 
 
 def _scores(

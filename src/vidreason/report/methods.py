@@ -14,8 +14,8 @@ from vidreason.report.runs import ReportRun
 from vidreason.report.verdict import gains
 
 HEADER = (
-    "method", "accuracy %", "95 %", "difference", "how sure", "macro-F1", "confidence", "NLL", "ECE", "ECE scaled",
-    "AURC", "covered at 10 % error", "no answer", "tokens a clip", "s a clip",
+    "method", "n", "acc. %", "95 %", "differs by", "p", "could show", "F1 %", "sure %", "NLL", "ECE", "ECE scaled",
+    "AURC", "at 10 % error", "no answer %", "tokens", "seconds",
 )  # fmt: skip
 
 
@@ -28,8 +28,10 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def method_tables(rows: Sequence[Row], comparisons: Sequence[Comparison], reference: str | None) -> list[Table]:
-    """Returns a table of the methods for each split, without probes."""
+def method_tables(
+    rows: Sequence[Row], comparisons: Sequence[Comparison], reference: str | None, prefix: str = ""
+) -> list[Table]:
+    """Returns a table of the methods for each split, without probes; names are shown without ``prefix``."""
     found = []
     whole = [row for row in rows if row.group is None and row.probe_of is None]
     for split in dict.fromkeys(row.split for row in whole):
@@ -37,15 +39,16 @@ def method_tables(rows: Sequence[Row], comparisons: Sequence[Comparison], refere
         for row in whole:
             if row.split == split:
                 by_name[row.name].append(row)
-        lines = [(name, *_cells(own, _difference(name, split, rows, comparisons, reference))) for name, own in by_name.items()]
+        lines = [
+            (name.removeprefix(prefix), *_cells(own, _difference(name, split, rows, comparisons, reference)))
+            for name, own in by_name.items()
+        ]
         seeds = max(map(len, by_name.values()))
-        first = next(iter(by_name.values()))[0]
-        size = f"{split}: {first.clips} clips in {first.groups} groups" + (f", mean of {seeds} seeds" * (seeds > 1))
-        found.append(Table(size, HEADER, tuple(lines)))
+        found.append(Table(split + f", mean of {seeds} seeds" * (seeds > 1), HEADER, tuple(lines)))
     return found
 
 
-def probe_table(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> Table | None:
+def probe_table(rows: Sequence[Row], comparisons: Sequence[Comparison], prefix: str = "") -> Table | None:
     """Returns the table of the probes beside their methods; None without probes."""
     whole = {(row.name, row.seed, row.split): row for row in rows if row.group is None}
     lines = []
@@ -55,11 +58,11 @@ def probe_table(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> Table
         own = whole.get((f"{row.pipeline}: {row.probe_of}", row.seed, row.split))
         if own is None:
             continue
-        points, sure = _difference(row.name, row.split, rows, comparisons, own.name)
+        points, sure, detectable = _difference(row.name, row.split, rows, comparisons, own.name)
         cells = [(percent(r.scores["acc"]), percent(r.confidence)) for r in (own, row)]
         accuracy, confidence = (f"{before} → {after}" for before, after in zip(*cells, strict=True))
-        lines.append((row.name, row.split, accuracy, points, sure, confidence))
-    header = ("probe", "split", "accuracy %", "difference", "how sure", "confidence %")
+        lines.append((row.name.removeprefix(prefix), row.split, accuracy, points, sure, detectable, confidence))
+    header = ("probe", "split", "accuracy %", "differs by", "p", "could show", "confidence %")
     return Table("Probes", header, tuple(lines)) if lines else None
 
 
@@ -78,15 +81,17 @@ def cost_table(runs: Sequence[ReportRun]) -> Table | None:
 
 def _difference(
     name: str, split: str, rows: Sequence[Row], comparisons: Sequence[Comparison], reference: str | None
-) -> tuple[str, str]:
-    """Returns the difference from the reference in points, and how sure it is."""
+) -> tuple[str, str, str]:
+    """Returns the difference from the reference in points, how sure it is, and what could be shown."""
     if name == reference:
-        return "compared with this", ""
+        return "reference", "", ""
     found = next((gain for gain in gains(name, reference, comparisons, rows) if gain.split == split), None)
-    return (found.points.removesuffix(" points"), found.sure) if found else ("–", "")
+    return (
+        (found.points.removesuffix(" points"), found.sure.removeprefix("p "), found.detectable) if found else ("-",) * 3
+    )
 
 
-def _cells(own: Sequence[Row], difference: tuple[str, str]) -> tuple[str, ...]:
+def _cells(own: Sequence[Row], difference: tuple[str, str, str]) -> tuple[str, ...]:
     acc, interval = over_seeds([row.scores["acc"] or 0.0 for row in own])
     if len(own) == 1 and own[0].intervals is not None:
         low, high = own[0].intervals["acc"]
@@ -101,8 +106,9 @@ def _cells(own: Sequence[Row], difference: tuple[str, str]) -> tuple[str, ...]:
 
     tokens, seconds = mean(lambda row: row.tokens_per_clip), mean(lambda row: row.seconds_per_clip)
     return (
+        str(own[0].clips),
         percent(acc),
-        "too few groups" if interval is None else f"{percent(interval[0])} – {percent(interval[1])}",
+        "-" if interval is None else f"{percent(interval[0])} – {percent(interval[1])}",
         *difference,
         percent(score("macro_f1")),
         percent(score("confidence")),

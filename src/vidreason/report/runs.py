@@ -18,7 +18,15 @@ from vidreason.evaluation.run import EVALUATION_FILE, EvaluatedRun
 from vidreason.lightning_modules.decisions.threshold import Threshold
 from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE
 from vidreason.report.rows import Row, read_evaluation
-from vidreason.run_folder import COMMAND_FILE, CONFIG_FILE, SUMMARY_FILE, RunState, StageRecord, artefact_path
+from vidreason.run_folder import (
+    COMMAND_FILE,
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    RunState,
+    StageRecord,
+    artefact_path,
+    was_tested,
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,10 @@ def read_run(folder: Path) -> ReportRun:
     Raises:
         ValueError: If there is no such run, or it was not evaluated; the message has the command.
     """
-    stage = find_stage(folder)
+    try:
+        stage = find_stage(folder)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("--run ")) from error
     path = folder / EVALUATION_FOLDER / EVALUATION_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: has not been evaluated; run: vidreason evaluate --run {folder} --probes")
@@ -171,12 +182,12 @@ def _thresholds(folder: Path, methods: Sequence[Method], state: RunState | None)
         threshold = Threshold.load(threshold_folder(stage))
         if threshold is None:
             continue
-        label = name or stage.folder.name
+        label = name or ("test" if was_tested(stage.folder) else "fit")  # as plan_evaluation names a single stage
         for method in methods:
-            own = method.name.startswith((f"{label} ", "fit ", "test ")[: 1 if name else 3])
-            if own and method.probe_of is None and method.mode in ("likelihood", "calibrated"):
-                if method.samples == threshold.samples:
-                    found[method.name] = threshold
+            own = method.name.startswith(f"{label} ")
+            decides = method.mode in ("likelihood", "calibrated") and method.samples == threshold.samples
+            if own and decides and method.probe_of is None:
+                found[method.name] = threshold
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from vidreason.report.charts import Chart, figure, label, percent_axis
+from vidreason.report.charts import BELOW, Chart, figure, label, percent_axis
 from vidreason.report.curves import Panel, read_curves
 from vidreason.report.rows import Row
 from vidreason.report.runs import ReportRun
@@ -28,14 +28,20 @@ def training(runs: Sequence[ReportRun]) -> Chart | None:
     return Chart("Training curves", note, tuple(variants)) if variants else None
 
 
-def probes(run: ReportRun) -> Chart | None:
-    """Draws accuracy and confidence of methods with and without what a probe takes away; None without probes."""
+def probes(run: ReportRun, first: str) -> Chart | None:
+    """Draws accuracy and confidence of methods with and without what a probe takes away; None without probes.
+
+    Args:
+        run: The run.
+        first: The method that is shown first.
+    """
     variants = []
     for split in dict.fromkeys(row.split for row in run.rows):
         rows = [row for row in run.rows if row.split == split and row.group is None]
         for name in dict.fromkeys(row.probe_of for row in rows if row.probe_of):
             own = [row for row in rows if name in (row.method, row.probe_of)]
             variants.append((f"{name}, {split}", (_probe_bars(own, name),)))
+    variants.sort(key=lambda variant: not variant[0].startswith(f"{first}, "))
     note = "A model that looks at the video loses accuracy and confidence without it."
     return Chart(f"Probes of {run.name}", note, tuple(variants)) if variants else None
 
@@ -45,7 +51,7 @@ def _probe_bars(rows: Sequence[Row], name: str) -> dict[str, object]:
     bars = [go.Bar(x=what, y=[row.scores["acc"] for row in rows], name="accuracy")]
     if any(row.confidence is not None for row in rows):
         bars.append(go.Bar(x=what, y=[row.confidence for row in rows], name="mean confidence"))
-    return figure(bars, 340, xaxis={"type": "category"}, yaxis=percent_axis(""), legend={"orientation": "h", "y": 1.15})
+    return figure(bars, 340, xaxis={"type": "category"}, yaxis=percent_axis(""), legend=BELOW, showlegend=True)
 
 
 def _panel(panel: Panel) -> dict[str, object]:
@@ -58,6 +64,6 @@ def _panel(panel: Panel) -> dict[str, object]:
         )
         for curve in panel.curves
     ]
-    layout = {"title": {"text": label(panel.title), "font": {"size": 14}, "x": 0.02}, "yaxis": {"rangemode": "tozero"}}
-    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
-    return figure(traces, 250, showlegend=len(traces) > 1, legend=legend, **layout)
+    axes = {"xaxis": {"rangemode": "tozero"}, "yaxis": {"rangemode": "tozero"}}
+    title = {"text": label(panel.title), "font": {"size": 14}, "x": 0.02}
+    return figure(traces, 270, title=title, showlegend=len(traces) > 1, legend=BELOW, **axes)

@@ -21,7 +21,7 @@ from vidreason.report.runs import ReportRun
 _LEVEL = 0.05
 _MANY_UNPARSED = 0.05
 _TO_HALF_WIDTH = float(stats.norm.ppf(0.975) / (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)))
-"""Half of a 95 % interval over the smallest difference that is found with probability 0.8, both from the same spread."""
+"""Half of a 95 % interval over the difference that is found with probability 0.8, from the same spread."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Gain:
     points: str
     """``+3.1 ± 8.2 points``; without ± where there are too few groups for an interval."""
     sure: str
-    """Interval or p-value, and what this many clips can show."""
+    """The p-value, or over how many seeds the interval is."""
+    detectable: str
+    """Smallest true difference in points that this many clips, or seeds, would show."""
+    clips: int
     better: bool
     worse: bool
 
@@ -113,11 +116,13 @@ def sentence(headline: Headline, found: Sequence[Gain]) -> str:
 
 def warnings(headline: Headline, runs: Sequence[ReportRun], comparisons: Sequence[Comparison]) -> list[str]:
     """Returns what speaks against trusting the numbers: chance, few clips, probes, and notes of the runs themselves."""
+    own = [row for run in runs for row in run.rows if row.name == headline.name and row.group is None]
     told = [
         *_about_chance(headline.method.decisions),
-        *_about_size([row for run in runs for row in run.rows if row.name == headline.name and row.group is None]),
-        *(text for run in runs for text in _about_rows(run)),
+        *_about_size(own),
+        *_about_answers(own),
         *(text for run in runs for text in _about_probes(run, comparisons)),
+        *_about_training(headline, runs),
         *(f"{run.name}: {note}" for run in runs for note in run.notes if "not better than always" not in note),
     ]
     return list(dict.fromkeys(told))
@@ -136,7 +141,7 @@ def _gain(split: str, difference: Difference, groups: int) -> Gain:
     d, half = difference, None
     if d.low is not None and d.high is not None:
         half = (d.high - d.low) / 2
-        sure = f"95 % interval over {d.seeds} seeds"
+        sure = f"95 %, {d.seeds} seeds"
         better, worse = d.low > 0, d.high < 0
     else:
         if groups >= FEWEST_GROUPS:
@@ -145,8 +150,7 @@ def _gain(split: str, difference: Difference, groups: int) -> Gain:
         sure = f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
         better, worse = (p < _LEVEL and d.mean > 0), (p < _LEVEL and d.mean < 0)
     points = f"{100 * d.mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
-    shown = f"{sure}; {d.clips} clips could show {100 * d.detectable:.1f}"
-    return Gain(split, f"{points} points", shown, better, worse)
+    return Gain(split, f"{points} points", sure, f"{100 * d.detectable:.1f}", d.clips, better, worse)
 
 
 def _about_chance(decisions: Mapping[str, Decisions]) -> list[str]:
@@ -170,13 +174,24 @@ def _about_size(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _about_rows(run: ReportRun) -> list[str]:
+def _about_answers(rows: Sequence[Row]) -> list[str]:
     found = []
-    for row in run.rows:
+    for row in rows:
         missing = row.scores.get("unparsed") or 0.0
-        if row.group is None and row.probe_of is None and missing > _MANY_UNPARSED:
+        if missing > _MANY_UNPARSED:
             found.append(f"{row.name} gave no answer for {percent(missing)} % of the clips of {row.split}.")
     return found
+
+
+def _about_training(headline: Headline, runs: Sequence[ReportRun]) -> list[str]:
+    """Says where the method that is compared with was trained on another number of clips."""
+    other = (headline.reference or "").partition(": ")[0]
+    return [
+        f"{run.name} was trained on {run.train_clips} clips, {headline.run.name} on {headline.run.train_clips}: their "
+        "difference is not that of the methods alone."
+        for run in runs
+        if run.evaluated.pipeline == other and run.train_clips != headline.run.train_clips
+    ]
 
 
 def _about_probes(run: ReportRun, comparisons: Sequence[Comparison]) -> list[str]:

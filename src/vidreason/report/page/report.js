@@ -18,7 +18,8 @@
     out.margin = { l: 56, r: 16, t: layout.title || layout.showlegend ? 44 : 16, b: 48, ...layout.margin };
     for (const axis of ["xaxis", "yaxis"]) {
       const line_ = { gridcolor: line, linecolor: line, zerolinecolor: line, fixedrange: true };
-      out[axis] = { showgrid: true, zeroline: false, automargin: true, ...line_, ...layout[axis] };
+      const title = { ...(layout[axis] || {}).title, font: { size: out.font.size } };
+      out[axis] = { showgrid: true, zeroline: false, automargin: true, ...line_, ...layout[axis], title };
     }
     out.dragmode = false;
     out.autosize = true;
