@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 
 from vidreason.callbacks.film_strip import film_strip
@@ -224,7 +224,7 @@ def _clips_of(run: ReportRun) -> tuple[dict[tuple[str, str], Clip], str]:
             data.setup("test")
             splits = data.test_split_names
             return {(split, clip.video_id): clip for split in splits for clip in data.clips(split)}, ""
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArgumentError) as error:
         return {}, f"The clips were not found where the run had them ({error}), so that there are no pictures."
 
 
@@ -239,6 +239,6 @@ def _rewards(run: ReportRun) -> tuple[Sequence[RewardFn], CompletionForm]:
             parser.add_argument("--rewards", type=list[RewardFn])
             parser.add_argument("--completion", type=CompletionForm, default=CompletionForm())
             given = {key: init[key] for key in ("rewards", "completion") if init.get(key) is not None}
-            built = parser.instantiate_classes(parser.parse_object(given))
+            built = parser.instantiate(parser.parse_object(given))
             return built.rewards or (), built.completion
     return (), CompletionForm()
