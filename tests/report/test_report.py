@@ -119,7 +119,7 @@ def test_texts_stay_texts_and_nothing_is_loaded(report: Report, tmp_path: Path) 
     assert "'<i>.yaml'" in joined
     # Labels in charts are escaped once more, because plotly reads HTML in them.
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)[1])  # type: ignore[index]
-    assert "fall &lt;2 m &amp; &quot;x&quot;" in json.dumps(figures)
+    assert json.dumps('fall &lt;2 m &amp; "x"')[1:-1] in json.dumps(figures)
     assert "fall <2" not in json.dumps(figures)
     loaded = [attrs.get("src") or attrs.get("href") or "" for _, attrs in page.tags]
     assert {link.partition(":")[0] for link in loaded if link and not link.startswith("#")} <= {"data"}
@@ -182,18 +182,15 @@ def test_what_is_there_is_shown_and_the_rest_is_left_out(run: Path, report: Repo
     assert star[0]["y"] == [pytest.approx(2 / len(accepted))]
 
 
-def test_rows_of_both_forms_are_read_and_damage_is_named(tmp_path: Path) -> None:
+def test_rows_are_read_and_damage_is_named(tmp_path: Path) -> None:
     who = {"run": "r", "pipeline": "p", "seed": 1, "method": "m", "mode": "answer", "probe_of": None}
     cost = {"tokens_per_clip": 3.0, "seconds_per_clip": None}
     row = {"split": "test", "group": None, "clips": 2, "groups": 2, "scores": {"acc": 0.5, "confidence": 0.9}}
     row |= {"intervals": None, "temperature": 2.0, "scaled": {"confidence": 0.6}, "classes": {"a": {}, "b": {}}}
     path = tmp_path / "evaluation.json"
-    found = []
-    for listed in ({**row, **who, **cost}, {**row, "who": who, "cost": cost}):
-        path.write_text(json.dumps({"rows": [listed]}))
-        found.append(read_evaluation(path))
-    assert found[0] == found[1]
-    assert (found[0].label_names, found[0].rows[0].name, found[0].rows[0].confidence) == (("a", "b"), "p: m", 0.6)
+    path.write_text(json.dumps({"rows": [{**row, "who": who, "cost": cost}]}))
+    found = read_evaluation(path)
+    assert (found.label_names, found.rows[0].name, found.rows[0].confidence) == (("a", "b"), "p: m", 0.6)
     path.write_text(json.dumps({"rows": []}))
     with pytest.raises(ValueError, match="evaluation.json: not an evaluation .*; run vidreason evaluate again"):
         read_evaluation(path)

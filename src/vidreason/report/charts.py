@@ -42,7 +42,7 @@ class Chart:
 
 def label(text: str) -> str:
     """Returns a text of the user as plotly shows it unchanged."""
-    return html.escape(text)
+    return html.escape(text, quote=False)  # plotly shows &quot; as written
 
 
 def figure(traces: Sequence[Any], height: int, **layout: Any) -> dict[str, Any]:

@@ -67,6 +67,5 @@ def read_evaluation(path: Path) -> EvaluationFile:
 
 
 def _row(content: Mapping[str, Any]) -> Row:
-    # who decided and what it cost may stand in records of their own
-    flat = {**content, **content.get("who", {}), **content.get("cost", {})}
+    flat = {**content, **content["who"], **content["cost"]}
     return Row(**{name: flat[name] for name in Row.__dataclass_fields__})
