@@ -15,10 +15,9 @@ import plotly.graph_objects as go
 
 from vidreason.datamodules.split_names import CALIBRATION_SPLIT
 from vidreason.evaluation.decisions import Decisions, Floats
-from vidreason.evaluation.rows import Evaluated
+from vidreason.evaluation.rows import Evaluated, EvaluationRow
 from vidreason.evaluation.scores import BINS, confusion, risk_coverage
 from vidreason.lightning_modules.decisions.threshold import Threshold
-from vidreason.report.rows import Row
 from vidreason.report.runs import ReportRun
 from vidreason.report.verdict import Headline, majority
 
@@ -57,14 +56,14 @@ def percent_axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, "tickformat": ".0%", "range": [0, 1.02], "dtick": 0.2, **more}
 
 
-def by_split(rows: Sequence[Row], headline: Headline, prefix: str = "") -> Chart | None:
+def by_split(rows: Sequence[EvaluationRow], headline: Headline, prefix: str = "") -> Chart | None:
     """Draws accuracy against the split; None for a single one."""
     splits = list(dict.fromkeys(row.split for row in rows if row.group is None))
     if len(splits) < 2:
         return None
     shown = (headline.name, headline.reference, f"{headline.run.evaluated.pipeline}: zero_shot likelihood")
     traces = []
-    for name in dict.fromkeys(row.name for row in rows if row.probe_of is None):
+    for name in dict.fromkeys(row.name for row in rows if row.who.probe_of is None):
         own = {row.split: row for row in rows if row.name == name and row.group is None}
         traces.append(
             go.Scatter(
@@ -83,7 +82,7 @@ def by_split(rows: Sequence[Row], headline: Headline, prefix: str = "") -> Chart
     return Chart("Accuracy by test split", note, (("", (figure(traces, 460, **layout),)),))
 
 
-def by_group(rows: Sequence[Row], headline: Headline, prefix: str = "") -> Chart | None:
+def by_group(rows: Sequence[EvaluationRow], headline: Headline, prefix: str = "") -> Chart | None:
     """Draws the accuracy of the headline and its reference in each group; None without rows of groups."""
     variants = []
     for split in dict.fromkeys(row.split for row in rows if row.group is not None):
@@ -103,15 +102,15 @@ def by_group(rows: Sequence[Row], headline: Headline, prefix: str = "") -> Chart
 
 def by_stage(run: ReportRun) -> Chart:
     """Draws the accuracy of every method of a run, in the order of its stages."""
-    rows = [row for row in run.rows if row.probe_of is None and row.group is None]
-    names = list(dict.fromkeys(row.method for row in rows))
+    rows = [row for row in run.rows if row.who.probe_of is None and row.group is None]
+    names = list(dict.fromkeys(row.who.method for row in rows))
     traces = []
     for number, split in enumerate(dict.fromkeys(row.split for row in rows)):
         own = [row for row in rows if row.split == split]
         traces.append(
             go.Scatter(
                 x=[row.scores["acc"] for row in own],
-                y=[label(row.method) for row in own],
+                y=[label(row.who.method) for row in own],
                 error_x=_errors(own),
                 name=label(split),
                 mode="markers",
@@ -205,7 +204,7 @@ def confusions(methods: Sequence[tuple[str, Evaluated]]) -> Chart:
 BELOW = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
 
 
-def _errors(rows: Sequence[Row]) -> dict[str, Any] | None:
+def _errors(rows: Sequence[EvaluationRow]) -> dict[str, Any] | None:
     """Returns the intervals of accuracies as error bars; None where no row has one."""
     if all(row.intervals is None for row in rows):
         return None

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vidreason.evaluation.intervals import over_seeds
+from vidreason.evaluation.rows import EvaluationRow
 from vidreason.evaluation.run import Comparison
 from vidreason.pipelines.table import decimal, percent
-from vidreason.report.rows import Row
 from vidreason.report.runs import ReportRun
 from vidreason.report.verdict import gains
 
@@ -29,13 +29,13 @@ class Table:
 
 
 def method_tables(
-    rows: Sequence[Row], comparisons: Sequence[Comparison], reference: str | None, prefix: str = ""
+    rows: Sequence[EvaluationRow], comparisons: Sequence[Comparison], reference: str | None, prefix: str = ""
 ) -> list[Table]:
     """Returns a table of the methods for each split, without probes; names are shown without ``prefix``."""
     found = []
-    whole = [row for row in rows if row.group is None and row.probe_of is None]
+    whole = [row for row in rows if row.group is None and row.who.probe_of is None]
     for split in dict.fromkeys(row.split for row in whole):
-        by_name: dict[str, list[Row]] = defaultdict(list)
+        by_name: dict[str, list[EvaluationRow]] = defaultdict(list)
         for row in whole:
             if row.split == split:
                 by_name[row.name].append(row)
@@ -48,14 +48,14 @@ def method_tables(
     return found
 
 
-def probe_table(rows: Sequence[Row], comparisons: Sequence[Comparison], prefix: str = "") -> Table | None:
+def probe_table(rows: Sequence[EvaluationRow], comparisons: Sequence[Comparison], prefix: str = "") -> Table | None:
     """Returns the table of the probes beside their methods; None without probes."""
-    whole = {(row.name, row.seed, row.split): row for row in rows if row.group is None}
+    whole = {(row.name, row.who.seed, row.split): row for row in rows if row.group is None}
     lines = []
     for row in whole.values():
-        if row.probe_of is None:
+        if row.who.probe_of is None:
             continue
-        own = whole.get((f"{row.pipeline}: {row.probe_of}", row.seed, row.split))
+        own = whole.get((f"{row.who.pipeline}: {row.who.probe_of}", row.who.seed, row.split))
         if own is None:
             continue
         points, sure, detectable = _difference(row.name, row.split, rows, comparisons, own.name)
@@ -80,7 +80,7 @@ def cost_table(runs: Sequence[ReportRun]) -> Table | None:
 
 
 def _difference(
-    name: str, split: str, rows: Sequence[Row], comparisons: Sequence[Comparison], reference: str | None
+    name: str, split: str, rows: Sequence[EvaluationRow], comparisons: Sequence[Comparison], reference: str | None
 ) -> tuple[str, str, str]:
     """Returns the difference from the reference in points, how sure it is, and what could be shown."""
     if name == reference:
@@ -91,20 +91,20 @@ def _difference(
     )
 
 
-def _cells(own: Sequence[Row], difference: tuple[str, str, str]) -> tuple[str, ...]:
+def _cells(own: Sequence[EvaluationRow], difference: tuple[str, str, str]) -> tuple[str, ...]:
     acc, interval = over_seeds([row.scores["acc"] or 0.0 for row in own])
     if len(own) == 1 and own[0].intervals is not None:
         low, high = own[0].intervals["acc"]
         interval = (low, high)
 
-    def mean(value: Callable[[Row], float | None]) -> float | None:
+    def mean(value: Callable[[EvaluationRow], float | None]) -> float | None:
         known = [found for row in own if (found := value(row)) is not None]
         return sum(known) / len(known) if len(known) == len(own) else None
 
     def score(key: str) -> float | None:
         return mean(lambda row: row.scores.get(key))
 
-    tokens, seconds = mean(lambda row: row.tokens_per_clip), mean(lambda row: row.seconds_per_clip)
+    tokens, seconds = mean(lambda row: row.cost.tokens_per_clip), mean(lambda row: row.cost.seconds_per_clip)
     return (
         str(own[0].clips),
         percent(acc),

@@ -13,11 +13,11 @@ import yaml
 from vidreason.config.finished_stage import find_stage, threshold_folder
 from vidreason.datamodules.task import Task
 from vidreason.evaluation.plan import EVALUATION_FOLDER, MODES, Method, plan_evaluation
-from vidreason.evaluation.rows import Evaluated
+from vidreason.evaluation.rows import Evaluated, EvaluationRow
 from vidreason.evaluation.run import EVALUATION_FILE, EvaluatedRun
 from vidreason.lightning_modules.decisions.threshold import Threshold
 from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE
-from vidreason.report.rows import Row, read_evaluation
+from vidreason.report.rows import read_evaluation
 from vidreason.run_folder import (
     COMMAND_FILE,
     CONFIG_FILE,
@@ -48,7 +48,7 @@ class ReportRun:
     """One evaluated run."""
 
     folder: Path
-    rows: tuple[Row, ...]
+    rows: tuple[EvaluationRow, ...]
     evaluated: EvaluatedRun
     """The methods whose decisions are there."""
     stages: tuple[ReportStage, ...]
@@ -113,14 +113,13 @@ def read_run(folder: Path) -> ReportRun:
     file, state = read_evaluation(path), RunState.load(folder)
     first = file.rows[0]
     methods = _methods(folder, file.rows)
+    decided = _decided(folder, methods, file.label_names)
     summary = folder / SUMMARY_FILE
     notes = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else []
     return ReportRun(
         folder=folder,
         rows=file.rows,
-        evaluated=EvaluatedRun(
-            folder, first.pipeline, first.seed, tuple(_decided(folder, methods, file.label_names)), file.label_names
-        ),
+        evaluated=EvaluatedRun(folder, first.who.pipeline, first.who.seed, tuple(decided), file.label_names),
         stages=tuple(_stages(folder, state)),
         thresholds=_thresholds(folder, methods, state),
         task=Task.from_yaml(stage.task_file),
@@ -129,9 +128,9 @@ def read_run(folder: Path) -> ReportRun:
     )
 
 
-def _methods(folder: Path, rows: Sequence[Row]) -> list[Method]:
+def _methods(folder: Path, rows: Sequence[EvaluationRow]) -> list[Method]:
     """Returns the methods of the rows, in their order; baselines that are no stage of the run have none."""
-    names = dict.fromkeys(row.method for row in rows)
+    names = dict.fromkeys(row.who.method for row in rows)
     votes = [match for name in names if (match := re.search(r" vote of (\d+)$", name))]
     samples = int(votes[0][1]) if votes else 2
     known = {method.name: method for method in plan_evaluation(folder, [], MODES, samples, probes=True).methods}

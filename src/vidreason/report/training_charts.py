@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from vidreason.evaluation.rows import EvaluationRow
 from vidreason.report.charts import BELOW, Chart, figure, label, percent_axis
 from vidreason.report.curves import Panel, read_curves
-from vidreason.report.rows import Row
 from vidreason.report.runs import ReportRun
 
 _FEW = 20
@@ -38,16 +38,16 @@ def probes(run: ReportRun, first: str) -> Chart | None:
     variants = []
     for split in dict.fromkeys(row.split for row in run.rows):
         rows = [row for row in run.rows if row.split == split and row.group is None]
-        for name in dict.fromkeys(row.probe_of for row in rows if row.probe_of):
-            own = [row for row in rows if name in (row.method, row.probe_of)]
+        for name in dict.fromkeys(row.who.probe_of for row in rows if row.who.probe_of):
+            own = [row for row in rows if name in (row.who.method, row.who.probe_of)]
             variants.append((f"{name}, {split}", (_probe_bars(own, name),)))
     variants.sort(key=lambda variant: not variant[0].startswith(f"{first}, "))
     note = "A model that looks at the video loses accuracy and confidence without it."
     return Chart(f"Probes of {run.name}", note, tuple(variants)) if variants else None
 
 
-def _probe_bars(rows: Sequence[Row], name: str) -> dict[str, object]:
-    what = [label(row.method.removeprefix(f"{name}, ")) if row.probe_of else "as it is" for row in rows]
+def _probe_bars(rows: Sequence[EvaluationRow], name: str) -> dict[str, object]:
+    what = [label(row.who.method.removeprefix(f"{name}, ")) if row.who.probe_of else "as it is" for row in rows]
     bars = [go.Bar(x=what, y=[row.scores["acc"] for row in rows], name="accuracy")]
     if any(row.confidence is not None for row in rows):
         bars.append(go.Bar(x=what, y=[row.confidence for row in rows], name="mean confidence"))

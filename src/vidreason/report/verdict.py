@@ -11,11 +11,10 @@ from scipy import stats
 from vidreason.datamodules.split_names import CALIBRATION_SPLIT
 from vidreason.evaluation.decisions import Decisions
 from vidreason.evaluation.intervals import FEWEST_GROUPS, Difference
-from vidreason.evaluation.rows import Evaluated
+from vidreason.evaluation.rows import Evaluated, EvaluationRow
 from vidreason.evaluation.run import Comparison
 from vidreason.pipelines.summary import wilson_interval
 from vidreason.pipelines.table import percent
-from vidreason.report.rows import Row
 from vidreason.report.runs import ReportRun
 
 _LEVEL = 0.05
@@ -81,7 +80,9 @@ def choose_headline(runs: Sequence[ReportRun], comparisons: Sequence[Comparison]
     return Headline(run, one, one.method.mode != "likelihood", reference)
 
 
-def gains(first: str, second: str | None, comparisons: Sequence[Comparison], rows: Sequence[Row]) -> list[Gain]:
+def gains(
+    first: str, second: str | None, comparisons: Sequence[Comparison], rows: Sequence[EvaluationRow]
+) -> list[Gain]:
     """Returns the differences between two methods, one per split."""
     groups = {(row.name, row.split): row.groups for row in rows if row.group is None}
     return [
@@ -166,7 +167,7 @@ def _about_chance(decisions: Mapping[str, Decisions]) -> list[str]:
     return found
 
 
-def _about_size(rows: Sequence[Row]) -> list[str]:
+def _about_size(rows: Sequence[EvaluationRow]) -> list[str]:
     sizes = dict.fromkeys((row.split, row.clips, row.groups) for row in rows if row.groups < FEWEST_GROUPS)
     return [
         f"Too few clips on {split}: {clips} clips in {groups} groups; intervals need at least {FEWEST_GROUPS} groups."
@@ -174,7 +175,7 @@ def _about_size(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _about_answers(rows: Sequence[Row]) -> list[str]:
+def _about_answers(rows: Sequence[EvaluationRow]) -> list[str]:
     found = []
     for row in rows:
         missing = row.scores.get("unparsed") or 0.0
@@ -196,12 +197,12 @@ def _about_training(headline: Headline, runs: Sequence[ReportRun]) -> list[str]:
 
 def _about_probes(run: ReportRun, comparisons: Sequence[Comparison]) -> list[str]:
     """Says where a method does as well, or is as sure, without the video."""
-    own = {(row.method, row.split): row for row in run.rows if row.group is None}
+    own = {(row.who.method, row.split): row for row in run.rows if row.group is None}
     changes = {(one.first, one.second, one.split): one.difference.mean for one in comparisons}
     found = []
     for row in run.rows:
-        whole = own.get((row.probe_of or "", row.split))
-        if row.group is not None or whole is None or not row.method.endswith(", no video"):
+        whole = own.get((row.who.probe_of or "", row.split))
+        if row.group is not None or whole is None or not row.who.method.endswith(", no video"):
             continue
         change = changes.get((row.name, whole.name, row.split))
         if change is not None and change >= 0:
