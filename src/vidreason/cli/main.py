@@ -32,6 +32,7 @@ COMMANDS = {
     "pipeline": "stages in order: --config configs/pipelines/deepintuit.yaml --run_dir runs/x",
     "evaluate": "which stage of a run brings what, with intervals and comparisons: --run runs/x",
     "threshold": "the confidence below which a run abstains, for an error of 10 %: --run runs/x",
+    "export": "write the model of a run for transformers, peft and vLLM: runs/x --out my_model",
     "classify": "ask a finished run about new clips: clip.mp4 --run runs/x",
     "fit": "train one stage: --config configs/sft_label.yaml",
     "validate": "compute the validation metrics of a stage",
