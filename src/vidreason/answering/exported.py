@@ -207,7 +207,7 @@ def _find_base(folder: Path, info: ExportInfo) -> str:
         return str(name)
     found = folder / path
     if not (found / "config.json").is_file():
-        raise ValueError(f"{folder}: its base {name} is not at {found}; name its folder: base=FOLDER (--base FOLDER)")
+        raise ValueError(f"{folder}: its base {name} is not at {found}; name its folder: base=FOLDER")
     return str(found.resolve())
 
 

@@ -23,28 +23,28 @@ _ON_THIS_MACHINE = "torch.bfloat16 if torch.cuda.is_available() else torch.float
 _SHOW = """\
 def show(asked):
     given = {"text": [asked["prompt"]], "videos": [[frames]], "video_metadata": [times]}
-    return dict(processor(**given, return_tensors="pt", {options}))
+    return dict(processor(**given, return_tensors="pt", {options}).to(device))
 """
 _SCORE = """\
 def score(inputs, ids, behind=()):  # log-probability of the tokens behind a prompt
-    tail, prompt = torch.tensor([[*behind, *ids]]), inputs["input_ids"].shape
+    tail, prompt = torch.tensor([[*behind, *ids]], device=device), inputs["input_ids"].shape
     more, zeros = {"input_ids": tail, "attention_mask": torch.ones_like(tail)}, torch.zeros_like(tail)
     longer = {k: torch.cat([v, more.get(k, zeros)], 1) if v.shape == prompt else v for k, v in inputs.items()}
     logits = model(**longer).logits[0, -len(ids) - 1 : -1].float()
     logits[:, asked["suppressed_tokens"]] = -torch.inf
-    return logits.log_softmax(-1).gather(1, torch.tensor([ids]).T).sum()
+    return logits.log_softmax(-1).gather(1, tail[:, len(behind) :].T).sum()
 """
 _DIRECT = """\
 given = {"text": [asked["prompt"]], "videos": [[frames]], "video_metadata": [times]}
-shown = processor(**given, return_tensors="pt", {options})
+shown = processor(**given, return_tensors="pt", {options}).to(device)
 scores = []
 for ids in asked["answers"].values():
-    more = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
-    zeros, prompt = torch.zeros_like(more["attention_mask"]), shown["input_ids"].shape
+    tail, prompt = torch.tensor([ids], device=device), shown["input_ids"].shape
+    more, zeros = {"input_ids": tail, "attention_mask": torch.ones_like(tail)}, torch.zeros_like(tail)
     inputs = {k: torch.cat([v, more.get(k, zeros)], 1) if v.shape == prompt else v for k, v in shown.items()}
     logits = model(**inputs).logits[0, -len(ids) - 1 : -1].float()
     logits[:, asked["suppressed_tokens"]] = -torch.inf
-    scores.append(logits.log_softmax(-1).gather(1, torch.tensor([ids]).T).sum())
+    scores.append(logits.log_softmax(-1).gather(1, tail.T).sum())
 print(json.dumps(dict(zip(asked["answers"], {scaled}.softmax(0).tolist()))))
 """
 _WRITE = """\
@@ -56,7 +56,7 @@ def draw(number):  # the same noise as in the run
     def choose(ids, logits):
         likelihood = (logits.float() / how["sampling"]["temperature"]).softmax(-1)
         mass = likelihood.double().cumsum(-1)
-        token = torch.searchsorted(mass, noise[ids.shape[1] - start] * mass[:, -1:], right=True)
+        token = torch.searchsorted(mass, float(noise[ids.shape[1] - start]) * mass[:, -1:], right=True)
         return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
     return choose
 def write(number):
@@ -73,7 +73,7 @@ _TRUNCATED = """\
         ranked = likelihood.gather(-1, order)
         ranked[:, {top_k}:] = 0
         share = ranked / ranked.sum(-1, keepdim=True)
-        ranked[(share.cumsum(-1) - share >= {top_p}) & (torch.arange(ranked.shape[1]) > 0)] = 0
+        ranked[(share.cumsum(-1) - share >= {top_p}) & (share.cumsum(-1) > share)] = 0
         likelihood = torch.zeros_like(likelihood).scatter(-1, order, ranked)
 """
 _REVIEW = """\
@@ -155,7 +155,7 @@ def _head(info: ExportInfo, kinds: Kinds, vlm: VLM, writes: bool) -> str:
         "from peft import PeftModel" if "adapter" in kinds else "",
         f"from transformers import {', '.join(names)}",
         "from transformers.video_utils import VideoMetadata",
-        "folder, clip = sys.argv[1:3]",
+        'folder, clip, device = *sys.argv[1:3], "cuda" if torch.cuda.is_available() else "cpu"',
         'info = json.load(open(f"{folder}/vidreason.json"))' if writes else "",
         f"asked, processor = {read}, AutoProcessor.from_pretrained(folder)",
     ]
@@ -167,12 +167,17 @@ def _head(info: ExportInfo, kinds: Kinds, vlm: VLM, writes: bool) -> str:
         )
     load = f"AutoModelForImageTextToText.from_pretrained({base}, {options})"
     own = ', "own"' if writes else ""
-    peft = f"PeftModel.from_pretrained({load}, folder{own})"
-    lines.append("model = " + (peft if kinds.own == "adapter" else f"{load}.requires_grad_(False)"))
+    peft = f"PeftModel.from_pretrained({load}, folder{own}).to(device)"
+    if info.precision.endswith("-mixed"):
+        half = "torch.bfloat16" if info.precision.startswith("bf16") else "torch.float16"
+        lines.append(f"torch.autocast(device, dtype={half}).__enter__()")
+    lines.append("model = " + (peft if kinds.own == "adapter" else f"{load}.requires_grad_(False).to(device)"))
     if kinds.policy == "adapter":
         lines.append('model.load_adapter(f"{folder}/policy", "policy")')
     if kinds == ("model", "model"):
-        lines.append(f'policy = AutoModelForImageTextToText.from_pretrained(f"{{folder}}/policy", {options})')
+        lines.append(
+            f'policy = AutoModelForImageTextToText.from_pretrained(f"{{folder}}/policy", {options}).to(device)'
+        )
     return "\n".join(filter(None, lines)) + "\n"
 
 
@@ -228,7 +233,7 @@ def _positions(vlm: VLM, kinds: Kinds) -> str:
     """Returns the rule of ``rotary.video_positions`` for one prompt, in place of that of transformers."""
     config = AutoConfig.from_pretrained(vlm.path)
     merge, rate = config.vision_config.spatial_merge_size, getattr(config.vision_config, "tokens_per_second", None)
-    time = "torch.arange(t)" if rate is None else f"(torch.arange(t) * second_per_grid_ts[0].float() * {rate}).long()"
+    time = "torch.arange(t)" if rate is None else f"(torch.arange(t) * second_per_grid_ts.cpu()[0] * {rate}).long()"
     lines = [
         f"def positions(input_ids, *_, video_grid_thw{', second_per_grid_ts' if rate is not None else ''}, **__):",
         f"    first, (t, h, w) = input_ids[0].tolist().index({config.video_token_id}), "
@@ -236,7 +241,7 @@ def _positions(vlm: VLM, kinds: Kinds) -> str:
         f"    video = torch.cartesian_prod({time}, torch.arange(h), torch.arange(w)).T + first",
         "    rest = torch.arange(input_ids.shape[1] - first - t * h * w) + video.max() + 1  # behind all of the video",
         "    found = torch.cat([torch.arange(first).expand(3, -1), video, rest.expand(3, -1)], 1)[:, None]",
-        "    return found, (found.max() + 1 - input_ids.shape[1]).view(1, 1)",
+        "    return found.to(device), (found.max() + 1 - input_ids.shape[1]).view(1, 1).to(device)",
     ]
     models = ["model.get_base_model()" if "adapter" in kinds else "model", *["policy"] * (kinds == ("model", "model"))]
     return "\n".join([*lines, *(f"{model}.model.get_rope_index = positions" for model in models)]) + "\n"

@@ -106,7 +106,7 @@ def write_companions(vlm: VLM, frames: int, sampling: Sampling | None, target: P
         target: Folder to write.
     """
     processor = deepcopy(vlm.processor)
-    video = processor.video_processor
+    video: Any = processor.video_processor
     for name, value in {"do_sample_frames": False, **vlm.video_options(vlm.frame_count(frames))}.items():
         old: Any = getattr(video, name, None)
         held_as_object = isinstance(value, Mapping) and old is not None and not isinstance(old, Mapping)

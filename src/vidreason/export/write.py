@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -79,6 +80,7 @@ def export_run(run: Path, stage: str | None, out: Path, merge: bool, force: bool
         ValueError: If the run has not finished, cannot be exported, or the folder holds something else; or if the
             folder does not give what the run gave.
     """
+    out = Path(os.path.abspath(out))  # "." has no name
     found = find_stage(run, stage)
     opened = OpenedRun.of(found)
     identity = {
@@ -177,12 +179,12 @@ def _lineage(opened: OpenedRun, entry: ExportInfo) -> dict[str, object]:
         base = Lineage(module.stage_name, module.vlm.base_sha(), "", task.sha(), names, definitions, module.seed, 0)
         found = base.info()
     found = deepcopy(found)
-    decider = module.decider(task)
-    found["inputs"] = describe_inputs(module.vlm, opened.data.frames, decider.view)
+    frames = replace(opened.data.frames, cache=None)
+    found["inputs"] = describe_inputs(module.vlm, frames, module.decider(task).view)
     if entry.decide["by"] == "review":
         view = module.trace_generator(task, "reason").view
-        found["policy_inputs"] = describe_inputs(module.vlm, opened.data.frames, view)
-        found[REVIEWED] = POLICY_FOLDER
+        found["policy_inputs"] = describe_inputs(module.vlm, frames, view)
+        found[REVIEWED] = POLICY_FOLDER if entry.merged or module.adapter_path is not None else None
     if module.vlm.note is not None:
         found["note"] = module.vlm.note
     found["export"] = entry.entry()
@@ -248,33 +250,25 @@ def _check_difference(opened: OpenedRun, merge: bool, difference: float, out: Pa
 def _write_clips(opened: OpenedRun, file: Path) -> tuple[int, int]:
     """Writes the ids of the data set's clips by their content; returns how many were hashed and how many were left."""
     tests = opened.data.test_split_names if opened.clips else ()
-    clips = sorted(opened.clips, key=lambda clip: clip.split not in tests)
     fields, timeout = opened.task.metadata_fields, opened.data.frames.timeout
-    found: dict[str, Any] = {}
-    budget, left = HASHED_BYTES, 0
     try:
-        sizes = list(call_for_files(file_size, [clip.path for clip in clips], timeout)) if clips else []
+        sizes = list(call_for_files(file_size, [clip.path for clip in opened.clips], timeout)) if opened.clips else []
     except (ReadTimeoutError, OSError):
-        sizes = [None] * len(clips)
-    for clip, size in zip(clips, sizes, strict=True):
-        sha = None
+        sizes = [None] * len(opened.clips)
+    hashes, budget = dict[int, str](), HASHED_BYTES
+    for place in sorted(range(len(sizes)), key=lambda place: opened.clips[place].split not in tests):
+        clip, size = opened.clips[place], sizes[place]
         if size is not None and size <= budget and clip.stretch is None:
             budget -= size
-            sha = _content(clip, timeout)
-        if sha is None:
-            left += 1
-        else:
-            shown = {name: value for name, value in clip.fields.items() if name in fields}
-            found.setdefault(sha, {"id": clip.video_id, "fields": shown})
+            with suppress(DecodeError, OSError):
+                hashes[place] = call_reader(content_sha, clip.path, timeout=timeout)
+    found: dict[str, Any] = {}
+    for place in sorted(hashes):  # of clips with the same content the first one counts, as in the run
+        clip = opened.clips[place]
+        shown = {name: value for name, value in clip.fields.items() if name in fields}
+        found.setdefault(hashes[place], {"id": clip.video_id, "fields": shown})
     file.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
-    return len(found), left
-
-
-def _content(clip: Clip, timeout: float | None) -> str | None:
-    try:
-        return call_reader(content_sha, clip.path, timeout=timeout)
-    except (DecodeError, OSError):
-        return None
+    return len(hashes), len(sizes) - len(hashes)
 
 
 def _data_sha(clips: Sequence[Clip]) -> str:
