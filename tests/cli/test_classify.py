@@ -275,6 +275,11 @@ def test_an_export_gives_what_the_run_gave(
     config = (there / "adapter_config.json").read_text()
     assert json.loads(config)["task_type"] == "CAUSAL_LM"
     assert str(small_base) not in config
+    card = (there / "README.md").read_text()
+    assert "| test | 3 | " in card
+    assert "is loaded by vidreason only" in card
+    assert f"differ from those of the run by at most {0:.2g} nats" in card
+    assert str(home) not in card
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vidreason.config.built_stage.VideoCLI", None)
     elsewhere = shutil.copytree(there, tmp_path / "elsewhere")
