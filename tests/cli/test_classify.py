@@ -308,7 +308,8 @@ def test_a_damaged_export_is_refused_in_one_line(
         "task.yaml: was changed": ("task.yaml", (whole / "task.yaml").read_bytes().replace(b"very", b"quite")),
         "task.yaml: is missing": ("task.yaml", None),
         "its weights are missing": ("adapter_model.safetensors", None),
-        "its weights are damaged": (
+        "configuration are damaged": ("adapter_config.json", b"{"),
+        "its weights or": (
             "adapter_model.safetensors",
             (whole / "adapter_model.safetensors").read_bytes()[:-8],
         ),

@@ -24,7 +24,7 @@ from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.loading.building import readable
-from vidreason.lightning_modules.vlms.loading.weight_folders import CONFIG_FILE, is_adapter_folder
+from vidreason.lightning_modules.vlms.loading.weight_folders import CONFIG_FILE, INFO_FILE, is_adapter_folder
 from vidreason.rewards.completion import CompletionForm
 
 _VLM_OPTIONS = (
@@ -72,7 +72,7 @@ def build_vlm(described: Mapping[str, Any], path: str, adapter: Path | None, cac
         cached: Whether vision embeddings may be cached.
 
     Raises:
-        ValueError: If no family has that model type.
+        ValueError: If no family has that model type or these options.
     """
     options = dict(described)
     class_path = family_class_path(str(options.pop("model_type", None)))
@@ -82,7 +82,10 @@ def build_vlm(described: Mapping[str, Any], path: str, adapter: Path | None, cac
     family: type[VLM] = getattr(import_module(module), name)
     if not cached:
         options["vision_cache"] = None
-    return family(path=path, lora=_lora_of(adapter), **options)
+    try:
+        return family(path=path, lora=_lora_of(adapter), **options)
+    except TypeError as error:
+        raise ValueError(f"{INFO_FILE}: its model options are not those of this version ({error})") from error
 
 
 def _lora_of(adapter: Path | None) -> LoRAOptions | None:

@@ -69,7 +69,7 @@ start = shown["input_ids"].shape[1]
 {activate}traces = [write(number) for number in range(how["samples"])]
 """
 _TRUNCATED = """\
-        order = likelihood.argsort(-1, descending=True, stable=True)
+        order = likelihood.argsort(dim=-1, descending=True, stable=True)
         ranked = likelihood.gather(-1, order)
         ranked[:, {top_k}:] = 0
         share = ranked / ranked.sum(-1, keepdim=True)
