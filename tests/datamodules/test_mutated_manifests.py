@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from vidreason.cli.main import raised_by_user_code
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.sources.source import SourceOptions, read_source
 
@@ -80,6 +81,7 @@ def test_fifty_damaged_manifests_lose_nothing(tmp_path, suffix, write):
             data.setup("fit")
         except ValueError as error:
             refused.append(str(error))
+            assert raised_by_user_code(error), number  # else the command line would print a traceback
         else:
             wanted = {row["path"].strip(): row["label"].strip() for row in rows_of(content, suffix)}
             found = [clip for split in data.splits() for clip in data.clips(split)]
@@ -90,6 +92,7 @@ def test_fifty_damaged_manifests_lose_nothing(tmp_path, suffix, write):
             source = read_source(manifest, SourceOptions(as_listed=True))
         except ValueError as error:
             refused_source.append(str(error))
+            assert raised_by_user_code(error), number
         else:
             if content.startswith(b",".join(name.encode() for name in HEADER)) or suffix == ".jsonl":
                 assert len(source.clips) == number_of_rows(content, suffix), number
