@@ -9,9 +9,9 @@ length (no completion may end earlier), loss, optimizer, precision and threads; 
 
 Ours is ``GRPOModule.training_step`` under a Lightning trainer with its data module, TRL's is ``GRPOTrainer.train``. A
 step is everything from the end of one to the end of the next. The update is what follows the scored rollouts:
-log-probs, loss, backward, clipping, optimizer. Each run is a process of its own, a fork of one that has imported
-everything; variants take turns, and the first step of each is left out (it counts FLOPs and patches instead). A figure
-is the median over all runs of each run's median step.
+log-probs, loss, backward, clipping, optimizer. Each run is a new interpreter; variants take turns, and the first step
+of each is left out (it counts FLOPs and patches instead). A figure is the median over all runs of each run's median
+step.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def write_model(folder: Path, size: str) -> None:
 
 
 def run_variant(variant: str, model: Path, options: argparse.Namespace, answer: Connection) -> None:
-    """Runs one variant in this process, a fork of the parent, and sends the measurements."""
+    """Runs one variant in this process and sends the measurements."""
     torch.set_num_threads(1)
+    grpo_step_variants.quiet()
     torch.manual_seed(0)
     answer.send(grpo_step_variants.run_variant(variant, str(model), options))
 
@@ -78,7 +79,7 @@ def run_all(order: Sequence[str], model: Path, options: argparse.Namespace) -> I
     Raises:
         RuntimeError: If a variant failed.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     waiting, running = list(order), {}
     while waiting or running:
         while waiting and len(running) < options.at_once:
@@ -146,8 +147,6 @@ def main() -> None:
     options = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     load = os.getloadavg()[0]
-    torch.set_num_threads(1)
-    grpo_step_variants.quiet()
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), options.size)
         order = [variant for i in range(options.repeats) for variant in (VARIANTS if i % 2 == 0 else VARIANTS[::-1])]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness import Setting, arguments, circumstances, gradient_difference, in_a_fork, measure, report
+from harness import Setting, arguments, circumstances, gradient_difference, in_a_process, measure, report
 from variants import fan, grpo, naive, shared
 
 from vidreason.lightning_modules.vlms.prefix.shared_prefix import RouteOptions, choose_route
@@ -32,9 +32,9 @@ def automatic(setting: Setting) -> str:
 
 def figures(setting: Setting) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
     """Returns the headline figures, those of every variant, and further ones."""
-    route = in_a_fork(automatic, setting)
+    route = in_a_process(automatic, setting)
     found = measure(VARIANTS, setting)
-    gradient, single = in_a_fork(gradient_difference, list(VARIANTS.values()), setting)
+    gradient, single = in_a_process(gradient_difference, list(VARIANTS.values()), setting)
     first, ours, bare = found["naive"], found[f"{route}+cache"], found[route]
     headline = {
         "naive_gflop": first.gflop,

@@ -1,9 +1,9 @@
 """Measurement in the CPU benchmarks: one process per variant and repeat, variants in turns, medians.
 
-The parent imports everything and computes nothing; each measurement is a fork of it, so that imports are paid once and
-are excluded from the measured memory. A fork builds the model, runs a small step that loads every kernel, resets the
-peak of resident memory, runs one step to read the peak and warm up, and one step that is timed in CPU-seconds and wall
-seconds. FLOPs and forwards of the vision tower do not vary and are counted in a separate fork.
+Each measurement is a new interpreter: a fork of a process whose thread pools have started may die at random. It builds
+the model, runs a small step that loads every kernel, resets the peak of resident memory, runs one step to read the peak
+and warm up, and one step that is timed in CPU-seconds and wall seconds; imports do not count. FLOPs and forwards of the
+vision tower do not vary and are counted in a separate process.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,21 +147,19 @@ def count(make: Make, setting: Setting) -> Counted:
     return Counted(counter.get_total_flops() / 1e9, len(calls) - before, len(calls))
 
 
-def in_a_fork(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function in a fork of this process and returns what it returns.
+def in_a_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function in a new interpreter and returns what it returns.
+
+    Args:
+        function: A function of a module, as pickle needs it.
+        args: Its arguments, which are pickled.
 
     Raises:
-        RuntimeError: If the fork ended without a result.
+        RuntimeError: If the process ended without a result.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-
-    def child() -> None:
-        torch.set_num_threads(1)
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # routes and caches log at INFO
-        theirs.send(function(*args))
-
-    process = context.Process(target=child)
+    process = context.Process(target=_answer, args=(theirs, function, args))
     process.start()
     theirs.close()  # only then does recv() notice that the child is gone
     try:
@@ -170,6 +169,13 @@ def in_a_fork(function: Callable[..., Any], *args: Any) -> Any:
         raise RuntimeError(f"{function.__name__} ended with exit code {process.exitcode}; see above") from None
     finally:
         process.join()
+
+
+def _answer(answer: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Sends what a function returns; runs in the process of a measurement."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # routes and caches log at INFO
+    answer.send(function(*args))
 
 
 @dataclass(frozen=True)
@@ -193,10 +199,10 @@ def measure(variants: Mapping[str, Make], setting: Setting, second_step: bool = 
     for repeat in range(setting.repeats):
         # reversed in every other repeat, so that a drift of the machine's speed does not favour one variant
         for name in list(variants) if repeat % 2 == 0 else list(variants)[::-1]:
-            runs[name].append(in_a_fork(run, variants[name], setting, second_step))
+            runs[name].append(in_a_process(run, variants[name], setting, second_step))
             print(f"{name} {repeat + 1}: {runs[name][-1].cpu_s:.3f} CPU-s", file=sys.stderr, flush=True)
     for name, make in variants.items():
-        counted[name] = in_a_fork(count, make, setting)
+        counted[name] = in_a_process(count, make, setting)
     return {
         name: Figures(
             *(round(statistics.median(column), 4) for column in zip(*runs[name], strict=True)),
@@ -305,7 +311,7 @@ def report_ratios(doc: str, variants: Mapping[str, Make], ours: str, **more: str
     """
     setting, options = arguments(doc, group_size=4)
     found = measure(variants, setting)
-    gradient, single = in_a_fork(gradient_difference, list(variants.values()), setting)
+    gradient, single = in_a_process(gradient_difference, list(variants.values()), setting)
     ratios = {name: found["naive"].cpu_s / found[variant].cpu_s for name, variant in {"ratio": ours, **more}.items()}
     headline = {"ratio": ratios.pop("ratio")}
     differences = {"grad_rel_diff": gradient, "grad_rel_diff_per_tensor": single}

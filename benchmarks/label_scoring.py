@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from harness import Setting, arguments, circumstances, in_a_fork, measure, report
+from harness import Setting, arguments, circumstances, in_a_process, measure, report
 from reference_model import make_prompts
 from variants import fan, naive_logprobs, shared, shared_logprobs, variant
 
@@ -32,5 +32,5 @@ if __name__ == "__main__":
     setting, options = arguments(__doc__, group_size=27, text_tokens=8)
     found = measure(VARIANTS, setting)
     headline = {"ratio": found["naive"].cpu_s / found["ours"].cpu_s}
-    difference = in_a_fork(largest_difference, setting)
+    difference = in_a_process(largest_difference, setting)
     report(headline, found, circumstances(setting), options.json, logprob_difference=difference)

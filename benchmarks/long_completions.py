@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness import Setting, Work, arguments, circumstances, gradient_difference, in_a_fork, measure, report
+from harness import Setting, Work, arguments, circumstances, gradient_difference, in_a_process, measure, report
 from reference_model import make_prompts
 from variants import cross_entropy, fan, naive_logprobs, rows, shared
 
@@ -40,7 +40,7 @@ VARIANTS = {
 if __name__ == "__main__":
     setting, options = arguments(__doc__, text_tokens=2048)
     found = measure(VARIANTS, setting, second_step=False)  # half a minute each, so a warm-up hardly matters
-    gradient, _ = in_a_fork(gradient_difference, list(VARIANTS.values()), setting)
+    gradient, _ = in_a_process(gradient_difference, list(VARIANTS.values()), setting)
     first = found["at once"]
     headline = {
         "chunked_peak_ratio": found["chunks of 1"].peak_mb / first.peak_mb,

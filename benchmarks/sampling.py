@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from figures import write_json
-from harness import Setting, _status, circumstances, in_a_fork
+from harness import Setting, _status, circumstances, in_a_process
 from reference_model import END, make_prompts, make_vlm
 from torch import Tensor
 
@@ -95,7 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     setting = Setting("qwen", (8, 16, 16), 8, options.tokens, 0, options.repeats)
     if options.once:
-        print(json.dumps({**in_a_fork(measured, setting), "tensors_mb": in_a_fork(tensor_peak, setting)}))
+        print(json.dumps({**in_a_process(measured, setting), "tensors_mb": in_a_process(tensor_peak, setting)}))
         return
     if options.against is None:
         parser.error("--against is needed: the folder of another checkout")

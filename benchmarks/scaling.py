@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from figures import write_json
-from harness import Make, Setting, Work, circumstances, count, in_a_fork, run
+from harness import Make, Setting, Work, circumstances, count, in_a_process, run
 from reference_model import WORDS_BEFORE, WORDS_BEHIND, Grid, visual_tokens
 from variants import cross_entropy, fan, naive, shared
 
@@ -44,7 +44,7 @@ class Point(NamedTuple):
 
 def gflop(make: Make, setting: Setting) -> float:
     """Returns the GFLOP of one update."""
-    found: float = in_a_fork(count, make, setting).gflop
+    found: float = in_a_process(count, make, setting).gflop
     return found
 
 
@@ -52,7 +52,7 @@ def point(setting: Setting) -> Point:
     """Measures one setting."""
     prompt = visual_tokens(setting.grid) + WORDS_BEFORE + WORDS_BEHIND + 2
     single = gflop(NAIVE, replace(setting, group_size=1)) * setting.group_size
-    cpu: float = in_a_fork(run, OURS, setting).cpu_s
+    cpu: float = in_a_process(run, OURS, setting).cpu_s
     return Point(setting.group_size, prompt, setting.text_tokens, single, gflop(OURS, setting), cpu)
 
 

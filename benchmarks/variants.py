@@ -7,7 +7,7 @@ shared prefix, so that changes there do not affect it. Letters: N texts, L token
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -106,7 +106,7 @@ def variant(
     cached: bool = False,
     **options: Any,
 ) -> Make:
-    """Returns a variant that builds the model, scores texts and runs backward.
+    """Returns a variant that builds the model, scores texts and runs backward; it can be pickled.
 
     Args:
         score: ``naive_logprobs`` or ``shared_logprobs``.
@@ -117,38 +117,47 @@ def variant(
         cached: Whether there is a vision cache.
         options: Further arguments of ``VLM``.
     """
+    options["vision_cache"] = IN_MEMORY if cached else None
+    return partial(_build, score, loss, texts, videos, filled, options)
 
-    def make(setting: Setting) -> Work:
-        grid = tuple(max(pair) for pair in zip(setting.grid, SMALL, strict=True))
-        if setting.family in ("smolvlm", "tiny"):
-            grid = setting.grid  # frames have one size there
-        cache = IN_MEMORY if cached else None
-        vlm = make_vlm(setting.family, grid, setting.seed, vision_cache=cache, **options)  # type: ignore[arg-type]
-        model = vlm.build()
-        prompts = make_prompts(setting.family, setting.grid, videos, setting.seed)
-        batch = texts(setting)
 
-        def run(given: EncodedPrompts, behind: TextBatch, backward: bool) -> None:
-            with torch.set_grad_enabled(backward):
-                logprobs = score(vlm, model, given, behind)
-                if backward and loss is not None:
-                    loss(logprobs, behind).backward()  # type: ignore[no-untyped-call]
+def _build(
+    score: Callable[..., Tensor],
+    loss: Loss | None,
+    texts: Callable[[Setting], TextBatch],
+    videos: int,
+    filled: bool,
+    options: Mapping[str, Any],
+    setting: Setting,
+) -> Work:
+    """Builds a variant of :func:`variant`."""
+    grid = tuple(max(pair) for pair in zip(setting.grid, SMALL, strict=True))
+    if setting.family in ("smolvlm", "tiny"):
+        grid = setting.grid  # frames have one size there
+    vlm = make_vlm(setting.family, grid, setting.seed, **options)  # type: ignore[arg-type]
+    model = vlm.build()
+    prompts = make_prompts(setting.family, setting.grid, videos, setting.seed)
+    batch = texts(setting)
 
-        def step() -> None:
-            run(prompts, batch, loss is not None)
+    def run(given: EncodedPrompts, behind: TextBatch, backward: bool) -> None:
+        with torch.set_grad_enabled(backward):
+            logprobs = score(vlm, model, given, behind)
+            if backward and loss is not None:
+                loss(logprobs, behind).backward()  # type: ignore[no-untyped-call]
 
-        def small() -> None:
-            size = SMALL if setting.family == "qwen" else (1, *setting.grid[1:])
-            few = Setting(setting.family, size, 2, 4, setting.seed + 99)
-            run(make_prompts(setting.family, size, videos, few.seed), texts(few), loss is not None)
-            model.zero_grad()
+    def step() -> None:
+        run(prompts, batch, loss is not None)
 
-        def fill() -> None:
-            run(prompts, batch, backward=False)
+    def small() -> None:
+        size = SMALL if setting.family == "qwen" else (1, *setting.grid[1:])
+        few = Setting(setting.family, size, 2, 4, setting.seed + 99)
+        run(make_prompts(setting.family, size, videos, few.seed), texts(few), loss is not None)
+        model.zero_grad()
 
-        return Work(vlm, model, step, small, fill if filled else None)
+    def fill() -> None:
+        run(prompts, batch, backward=False)
 
-    return make
+    return Work(vlm, model, step, small, fill if filled else None)
 
 
 naive = partial(variant, naive_logprobs)

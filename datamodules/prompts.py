@@ -118,16 +118,27 @@ class ReasonView(_TextsByVideo):
         task: Classes, question and templates.
         texts: Target completions by video id, or None.
         form: Blocks of the completion, in order.
+        swapped: Completions about other clips by video id, of which only the answer is learnt.
     """
 
     kind: PromptKind = "reason"
 
     def __init__(
-        self, task: Task, texts: Mapping[str, tuple[str, ...]] | None = None, form: CompletionForm = THINK_FORM
+        self,
+        task: Task,
+        texts: Mapping[str, tuple[str, ...]] | None = None,
+        form: CompletionForm = THINK_FORM,
+        swapped: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         super().__init__(task, texts)
         self.kind = REASON_KINDS[form.mode]
         self.form = form
+        self.swapped = swapped or {}
+
+    def texts(self, clip: Clip) -> tuple[Text, ...]:
+        """Returns the clip's own completions, then the swapped ones."""
+        other = self.swapped.get(clip.video_id, ())
+        return (*super().texts(clip), *(Text(text, learnt="answer") for text in other))
 
     def prompt(self, clip: Clip) -> Prompt:
         """Returns the prompt of the form's mode, followed by the request for a confidence if the form has one."""

@@ -130,6 +130,8 @@ class Text:
     ``context``: continues the user's open turn; it does not count."""
     parent: int = -1
     """Index of the text it continues within the same prompt's texts; -1 is the prompt itself."""
+    learnt: Literal["all", "answer"] = "all"
+    """``answer``: of the assistant's words, only those from ``<answer>`` on count in the loss."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from vidreason.lightning_modules.traces.targets import (
     Texts,
     caption_targets,
     rationale_targets,
+    swapped_targets,
     trace_targets,
     traces_or_composed,
 )
@@ -109,7 +110,7 @@ class RationaleSFTModule(VLMModule):
                 c.video_id: tuple(render_completion(text, c.label or "", plain) for text in texts[c.video_id])
                 for c in labelled
             }
-            view = ReasonView(task, whole, form)
+            view = ReasonView(task, whole, form, swapped_targets(whole, targets.swapped))
         written: dict[str, tuple[Literal["describe", "reason"], ...]]
         written = {"describe": ("describe",), "reason": ("reason",), "reason_first": ("reason", "describe")}
         kinds = written[targets.compose] if targets.kind == "trace" else written["describe"]
@@ -129,7 +130,8 @@ class RationaleSFTModule(VLMModule):
                 raise ValueError(f"no training clip has a text in the manifest's column {self.targets.caption_field!r}")
             raise ValueError(_no_targets(Path(self.traces_file or Path(self.trainer.default_root_dir, TRACES_FILE))))
         is_trace = self.targets.kind == "trace"
-        view = ReasonView(task, texts, self.completion) if is_trace else DescribeView(task, texts=texts)
+        swapped = swapped_targets(texts, self.targets.swapped)
+        view = ReasonView(task, texts, self.completion, swapped) if is_trace else DescribeView(task, texts=texts)
         self.data.connect(train_view=view)
 
     def target_texts(self) -> Texts:

@@ -112,10 +112,17 @@ def test_targets_are_labels_and_the_bases_own_texts(world, taught, tmp_path):
 
     described = own_texts(tmp_path / "runs/rb_ft/stages/01_generate/traces.jsonl")
     reasoned = own_texts(tmp_path / "runs/deepintuit/stages/04_traces/traces.jsonl")
+
+    def swapped(name):
+        """Traces about other clips, each with that clip's own label, of which only the answer is learnt."""
+        others = {text.text for text in seen["deepintuit"]["sft_trace"][name] if text.learnt == "answer"}
+        assert others <= {render_completion(t, labels[o]) for o in labels if o != name for t in described[o]}
+        return others
+
     allowed = {
         "sft_label": lambda name: {labels[name]},
         "sft_rationale": lambda name: set(described[name]),
-        "sft_trace": lambda name: {render_completion(text, labels[name]) for text in described[name]},
+        "sft_trace": lambda name: {render_completion(text, labels[name]) for text in described[name]} | swapped(name),
         "grpo": lambda name: set(),
         "calibration": lambda name: {labels[name], *map(render_review, reasoned[name])},
     }
@@ -138,6 +145,6 @@ def test_the_teacher_is_an_option_of_its_own(world, taught, tmp_path):
     assert store.header.external
     written = {row["video_id"]: row["rationale"] for row in rows}
     for clip in data.clips("train"):
-        assert [t.text for t in taught["sft_trace"][clip.video_id]] == [
+        assert [t.text for t in taught["sft_trace"][clip.video_id] if t.learnt == "all"] == [
             render_completion(written[clip.video_id], clip.label)
         ]

@@ -1,5 +1,6 @@
 """What a newcomer copies out of README.md."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -91,3 +92,23 @@ def test_the_task_file_in_the_readme_loads_as_written(tmp_path):
     task = Task.from_yaml(path)
     assert task.label_names == ("safe", "danger")
     assert task.classes[0].definition == "people wait, board or leave"
+
+
+def test_the_tables_figures_are_those_of_the_committed_result():
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "2026-11-21_demo_seeds.json"
+    pooled = json.loads(results.read_text(encoding="utf-8"))["pooled"]
+    found = {(row["method"], row["level"]): row for row in pooled}
+    section = README.read_text(encoding="utf-8").partition("<!-- demo:begin -->")[2].partition("<!-- demo:end -->")[0]
+    assert results.name in section, "README names where its figures come from"
+    header, *lines = section.partition("```\n")[2].partition("```")[0].strip().splitlines()
+    levels = header.split()[1:]
+    assert len(lines) * len(levels) == len(found)
+    for line in lines:
+        method, *cells = line.split()
+        for level, acc, interval, spread in zip(levels, cells[::3], cells[1::3], cells[2::3], strict=True):
+            row = found[method, level]
+            assert acc == f"{100 * row['acc']:.1f}", (method, level)
+            assert interval == f"({100 * row['acc_lo']:.0f}-{100 * row['acc_hi']:.0f})", (method, level)
+            assert spread == f"±{100 * row['acc_sd']:.1f}", (method, level)
+    at_l1 = [f"{found[m, 'L1']['ece']:.2f}" for m in ("deepintuit", "label_sft")]
+    assert f"at L1 {at_l1[0]} against {at_l1[1]}" in section

@@ -29,7 +29,7 @@ class ClipProbe:
     """Content hash of the file (``content_sha``)."""
     frames: int
     fps: float
-    """Frames per second."""
+    """Frames per second; the mean rate if it varies."""
     width: int
     """Width in pixels, after rotation."""
     height: int
@@ -57,8 +57,9 @@ def measure_clip(path: Path, stretch: Stretch | None = None) -> ClipProbe:
         DecodeError: If no frame can be read.
     """
     read = decode(path, _LOOK, stretch=stretch)
+    fps = read.frames_in_file * read.fps / read.total  # total is counted at the highest rate
     return ClipProbe(
-        *(content_sha(path), read.frames_in_file, read.fps, *read.size, read.partial, read.reader, read.why),
+        *(content_sha(path), read.frames_in_file, fps, *read.size, read.partial, read.reader, read.why),
         looks=perceptual_hash(read.pixels),
         dull=_dullness(read.pixels),
     )

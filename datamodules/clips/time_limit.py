@@ -6,9 +6,11 @@ All parts of the program touch clips in this way, since even looking for a file 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from vidreason.datamodules.clips import helper_process
 from vidreason.datamodules.clips.decoded import DecodeError
@@ -17,6 +19,11 @@ T = TypeVar("T")
 P = TypeVar("P", Path, str)
 LOOK_TIMEOUT = 60.0
 """Seconds that looking at a few files may take where no setting says it."""
+ANSWER_TIMEOUT = 20.0
+"""Seconds until a path that the user names is taken for one on a dead mount."""
+WALK_TIMEOUT = 600.0
+"""Seconds that listing everything below a folder may take."""
+Kind = Literal["file", "folder", "other"]
 
 
 class ReadStoppedError(DecodeError):
@@ -51,6 +58,38 @@ def call_reader(function: Callable[..., T], path: Path, *args: Any, timeout: flo
         raise DecodeError(f"{path}: {error}") from error
     except MemoryError as error:
         raise DecodeError(f"{path}: not enough memory") from error
+
+
+def look_at(path: Path, timeout: float | None = ANSWER_TIMEOUT) -> Kind | None:
+    """Returns what a path leads to, ``other`` being a pipe, a socket or a device; None if nothing can be found there.
+
+    A byte of a file and a name in a folder are read, since a dead mount may still tell what it held.
+
+    Raises:
+        ReadTimeoutError: If it does not answer; the message names it.
+    """
+    try:
+        return call_reader(_look_at, path, timeout=timeout)
+    except ReadTimeoutError as error:
+        raise ReadTimeoutError(
+            f"{path}: no answer within {timeout:g} seconds: repair the disk or network mount, or name another place"
+        ) from error
+
+
+def _look_at(path: Path) -> Kind | None:
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # not there, a name that is too long, a zero byte
+        return None
+    if stat.S_ISDIR(mode):
+        with suppress(OSError), os.scandir(path) as entries:
+            next(entries, None)
+        return "folder"
+    if not stat.S_ISREG(mode):
+        return "other"  # opening a pipe blocks
+    with suppress(OSError), path.open("rb") as file:
+        file.read(1)
+    return "file"
 
 
 def call_for_files(

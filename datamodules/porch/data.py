@@ -59,7 +59,7 @@ class PorchDataModule(ManifestDataModule):
         train_clips: Clips of split train (L0, with the shortcut).
         val_clips: Clips of split val (L0).
         cal_clips: Clips of split cal (L0).
-        test_clips: Clips per test level; an even number, since they are twin pairs.
+        test_clips: Clips per test level, or one number for each of ``levels``; even, since they are twin pairs.
         levels: Test levels, 0 to 4.
         camera: ``mono`` renders for a monochrome camera, which the pretraining of the embedded base excludes.
         policy: Use two labels, normal and abnormal, instead of eight.
@@ -76,7 +76,7 @@ class PorchDataModule(ManifestDataModule):
         train_clips: int = 128,
         val_clips: int = 64,
         cal_clips: int = 64,
-        test_clips: int = 80,
+        test_clips: int | list[int] = 80,
         levels: Sequence[int] = (0, 1, 2, 3, 4),
         camera: Literal["colour", "mono"] = "colour",
         policy: bool = False,
@@ -86,13 +86,17 @@ class PorchDataModule(ManifestDataModule):
         teacher_traces: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if test_clips % 2 or not set(levels) <= set(range(5)):
+        sizes = [test_clips] * len(levels) if isinstance(test_clips, int) else test_clips
+        if any(size % 2 for size in sizes) or not set(levels) <= set(range(5)):
             raise ValueError(f"test_clips must be even and levels within 0..4, got {test_clips} and {list(levels)}")
+        if len(sizes) != len(levels):
+            raise ValueError(f"test_clips {test_clips}: give one number, or one for each of the levels {list(levels)}")
         if not 0 <= shortcut <= 1 or not 0 <= label_noise <= 1:
             raise ValueError(f"shortcut and label_noise are shares, got {shortcut} and {label_noise}")
         super().__init__(data_dir, "tasks/porch_policy.yaml" if policy else "tasks/porch.yaml", **kwargs)
         self.sizes = {"train": train_clips, "val": val_clips, "cal": cal_clips}
         self.test_clips, self.levels = test_clips, tuple(levels)
+        self.test_sizes = dict(zip(levels, sizes, strict=True))
         self.camera, self.policy = camera, policy
         self.shortcut, self.label_noise = shortcut, label_noise
         self.world_seed = self.seed if world_seed is None else world_seed
@@ -163,7 +167,7 @@ class PorchDataModule(ManifestDataModule):
                 name = f"{split}/{i:05d}"
                 items.append(_Item(split, split, 0, i, facts, name, name))
         for level in self.levels:
-            for pair in range(self.test_clips // 2):
+            for pair in range(self.test_sizes[level] // 2):
                 twins = draw_twins(stream(self.world_seed, "test", level, pair, "facts"), pair)
                 for letter, facts in zip("ab", twins, strict=True):
                     split, group = f"test_L{level}", f"test_L{level}/{pair:04d}"

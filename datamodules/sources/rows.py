@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vidreason.datamodules.clips.time_limit import WALK_TIMEOUT, call_reader, look_at
 from vidreason.datamodules.sources.folders import read_layout
 
 REQUIRED_COLUMNS = ("path", "label")
@@ -45,9 +46,12 @@ def read_table(manifest: Path) -> Table:
     Raises:
         ValueError: If the manifest is missing, of another kind, malformed or empty, or lacks a column.
     """
-    if manifest.is_dir():
+    kind = look_at(manifest)
+    if kind == "folder":
         table = _read_folder(manifest)
-    elif not manifest.is_file():
+    elif kind == "other":
+        raise ValueError(f"{manifest}: a pipe or a device, and no ordinary file; save its content as a file")
+    elif kind is None:
         raise ValueError(f"{manifest}: no such manifest (a .csv or .jsonl file, or a folder with one folder per class)")
     else:
         readers = {".csv": read_delimited, ".jsonl": _read_jsonl}
@@ -160,7 +164,7 @@ def _as_text(value: Any) -> str:
 
 def _read_folder(folder: Path) -> Table:
     """Reads one folder per class, optionally with one folder per split above or below it."""
-    layout = read_layout(folder)
+    layout = call_reader(read_layout, folder, timeout=WALK_TIMEOUT)
     for home in layout.empty:
         raise ValueError(f"{home}: a class folder without clips; begin its name with _ to have it passed over")
     rows = []

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vidreason.datamodules.clips.sampling import Stretch
+from vidreason.datamodules.clips.time_limit import WALK_TIMEOUT, call_reader, look_at
 from vidreason.datamodules.sources.chat_records import holds_chats, table_of_chats
 from vidreason.datamodules.sources.columns import ColumnNames, Columns, find_columns
 from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES, Layout, read_layout
@@ -80,12 +81,15 @@ def read_source(path: Path, options: SourceOptions | None = None) -> Source:
         ValueError: If something is missing, malformed or contradictory; the message names file and row.
     """
     options = options or SourceOptions()
-    if path.is_dir():
+    kind = look_at(path)
+    if kind == "folder":
         if options.columns != ColumnNames() or options.where or options.root:
             raise ValueError(f"{path}: a folder has no columns; --*-column, --where and --root are for tables")
-        source = _from_layout(path, read_layout(path))
-    elif not path.is_file():
+        source = _from_layout(path, call_reader(read_layout, path, timeout=WALK_TIMEOUT))
+    elif kind is None:
         raise ValueError(f"{path}: no such file or folder")
+    elif kind == "other":
+        raise ValueError(f"{path}: a pipe or a device, and no ordinary file; save its content as a file")
     elif path.suffix.lower() in VIDEO_SUFFIXES:
         raise ValueError(
             f"{path}: a clip; give a folder with one folder of clips per class, or a table that lists clips"

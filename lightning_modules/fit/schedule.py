@@ -33,7 +33,7 @@ class OptimOptions:
     warmup: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
+        if not 0 <= self.warmup < math.inf:
             raise ValueError(f"optim.warmup must be a share of the steps or a number of them, got {self.warmup}")
 
     def described(self) -> dict[str, Any]:

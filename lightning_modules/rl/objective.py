@@ -8,6 +8,7 @@ Shape letters: N completions of a micro-batch, L tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,6 +87,9 @@ class PolicyLoss:
 
     def __post_init__(self) -> None:
         check_loss_type(self.type)
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"loss.{name} must be a number, got {value}")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"loss.dual_clip must be greater than 1 (or null), got {self.dual_clip}")
         if self.importance_cap is not None and self.importance_cap <= 0:

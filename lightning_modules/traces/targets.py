@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,12 +28,19 @@ class TargetOptions:
         caption_field: Column of the manifest for ``caption``.
         answer_weight: Weight of the mean loss of the answer, added to that of the reasoning; null is one mean over all
             tokens.
+        swapped: Number of traces about other clips behind each video, of which only the answer is learnt. What the
+            video shows does not fit these, so that the answer has to be read from the reasoning.
     """
 
     kind: Literal["caption", "rationale", "trace", "label"] = "label"
     compose: Literal["describe", "reason", "reason_first"] = "describe"
     caption_field: str = "caption"
     answer_weight: float | None = 1.0
+    swapped: int = 0
+
+    def __post_init__(self) -> None:
+        if self.swapped < 0 or (self.swapped and self.kind != "trace"):
+            raise ValueError(f"targets.swapped: {self.swapped}: must be 0, or more than 0 with targets.kind trace")
 
 
 def caption_targets(clips: Iterable[Clip], field: str) -> Texts:
@@ -79,6 +87,24 @@ def trace_targets(
         if clip.label is not None
     }
     return targets if form.mode != "no_think" else {video_id: texts[:1] for video_id, texts in targets.items()}
+
+
+def swapped_targets(texts: Texts, number: int, seed: int = 0) -> Texts:
+    """Returns ``number`` traces about other clips for every clip that has traces.
+
+    Args:
+        texts: Traces by video id.
+        number: Traces about other clips behind each video; at most the number of other clips that have traces.
+        seed: Seed of the choice. It is random, since the labels of clips in order may follow each other in a pattern.
+    """
+    owners = [video_id for video_id, own in texts.items() if own]
+    generator = random.Random(seed)
+    swapped: Texts = {}
+    for place, video_id in enumerate(owners):
+        others = [*owners[:place], *owners[place + 1 :]]
+        chosen = generator.sample(others, min(number, len(others)))
+        swapped[video_id] = tuple(generator.choice(texts[other]) for other in chosen)
+    return swapped
 
 
 def traces_or_composed(traces: Texts, composed: Texts) -> tuple[Texts, str]:

@@ -171,10 +171,14 @@ class VLM(ClipEncoder, ABC):
 
     def expect(self, model: nn.Module) -> None:
         """Notes the model that prompts will be for: which clips its vision cache knows, and its dtype of pixels."""
-        dtypes = {p.dtype for p in unwrap(model).get_submodule(self.vision_modules[0]).parameters()}
-        self.pixel_dtype = torch.bfloat16 if self.casts_pixels and dtypes == {torch.bfloat16} else None
+        self.note_pixel_dtype(model)
         if self.vision_cache is not None:
             self.vision_cache.expect(model)
+
+    def note_pixel_dtype(self, model: nn.Module) -> None:
+        """Sets ``pixel_dtype``: bfloat16 where the vision tower is, if the family casts pixels; else None, as made."""
+        dtypes = {p.dtype for p in unwrap(model).get_submodule(self.vision_modules[0]).parameters()}
+        self.pixel_dtype = torch.bfloat16 if self.casts_pixels and dtypes == {torch.bfloat16} else None
 
     @property
     def knows_videos(self) -> bool:

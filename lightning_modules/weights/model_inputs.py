@@ -22,13 +22,20 @@ def describe_inputs(vlm: VLM, frames: FrameOptions, view: ClipView) -> dict[str,
     """
     fields = {name: f"<{name}>" for name in view.task.metadata_fields}
     prompt = view.prompt(Clip(Path(), None, "", fields=fields))
+    frame = vlm.chat_frame
+    words = vlm.tokenizer(
+        [frame.words(name) for name in view.task.label_names], add_special_tokens=False, split_special_tokens=True
+    )["input_ids"]
     given = vlm.frame_count(frames.num_frames)
     taken = {name: value for name, value in asdict(frames).items() if name not in ("reader", "timeout")}
     return {
         "prompt": chat.prompt_text(vlm.processor, prompt, vlm.chat_template_kwargs),
         "frames": {**taken, "given": given},
         "processor": {"do_sample_frames": False, "add_special_tokens": False, **vlm.video_options(given)},
-        "lead": vlm.chat_frame.lead,
-        "end_of_turn": list(vlm.chat_frame.end_of_turn),
+        "lead": frame.lead,
+        "turn_end": frame.turn_end,
+        "reasoning_start": frame.reasoning_start,
+        "end_of_turn": list(frame.end_of_turn),
+        "answers": {n: [*ids, *frame.end_of_turn] for n, ids in zip(view.task.label_names, words, strict=True)},
         "suppressed_tokens": sorted(vlm.suppressed_ids),
     }

@@ -1,8 +1,8 @@
 """VideoClassifier: applies the model of a finished run to clips and returns calibrated decisions with their traces.
 
-It builds the model from the config of the run, without a Trainer, and uses the decider of the stage: the same prompts,
-sampling and code as in ``vidreason test``. A clip of the run's data set is recognised by its content and gets the same
-decision as in ``predictions.jsonl``.
+The model comes from the config of the run or from an exported folder, without a Trainer. It decides with the decider of
+the stage: the same prompts, sampling and code as in ``vidreason test``. A clip of the run's data set is recognised by
+its content and gets the same decision as in ``predictions.jsonl``.
 """
 
 from __future__ import annotations
@@ -10,36 +10,25 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from vidreason.config.built_stage import build_stage
-from vidreason.config.finished_stage import FinishedStage, find_stage, threshold_folder
+from vidreason.answering.exported import load_export
+from vidreason.answering.loaded import LoadedModel, OpenedRun
+from vidreason.config.finished_stage import find_stage
 from vidreason.config.quiet import quietly
-from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.inference_data import INFERENCE_SPLIT, InferenceDataModule, KnownClips
-from vidreason.datamodules.task import Task
+from vidreason.datamodules.inference_data import INFERENCE_SPLIT, InferenceDataModule
 from vidreason.datamodules.traces import TraceRecord
 from vidreason.datamodules.types import Clip, VideoBatch
-from vidreason.lightning_modules.base import VLMModule
-from vidreason.lightning_modules.decisions.deciders import (
-    AnswerDecider,
-    Decider,
-    ReviewDecider,
-    decide_in_pieces,
-)
+from vidreason.lightning_modules.decisions.deciders import ReviewDecider, decide_in_pieces
 from vidreason.lightning_modules.decisions.predictions import BatchDecisions
-from vidreason.lightning_modules.decisions.threshold import THRESHOLD_FILE, Threshold
-from vidreason.lightning_modules.fit.optimizer_step import check_precision
-from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
-from vidreason.lightning_modules.weights.lineage import check_task, describe_weights
+from vidreason.lightning_modules.decisions.threshold import Threshold
+from vidreason.lightning_modules.traces.generation import TraceGenerator
+from vidreason.lightning_modules.weights.answering import Answering
 
 Video = str | os.PathLike[str] | np.ndarray | Tensor
 
@@ -69,8 +58,9 @@ class Decision:
 class VideoClassifier:
     """Decides about clips with the model of a finished run.
 
-    Use :meth:`from_run`; ``answers`` says which stage answers. Weights are loaded once, with a policy and its
-    calibrator as two adapters on one base. Each adapter encodes a clip once for all its traces and labels.
+    Use :meth:`from_run` or :meth:`from_export`; ``answers`` says which stage answers. Weights are loaded once, with a
+    policy and its calibrator as two adapters on one base. Each adapter encodes a clip once for all its traces and
+    labels.
 
     Example::
 
@@ -79,22 +69,11 @@ class VideoClassifier:
         decision.label, decision.probs, decision.traces
     """
 
-    def __init__(self, stage: FinishedStage, batch_size: int = 8) -> None:
-        with quietly(), _random_state_restored():
-            built = build_stage("test", list(stage.options))
-        if not isinstance(built.model, VLMModule) or not isinstance(built.data, VideoDataModule):
-            raise ValueError(f"{stage.folder}: {type(built.model).__name__} is no stage that decides about clips")
-        self._module, data = built.model, built.data
-        self._task, self._known = _task_and_clips(data, stage.task_file)
-        self.answers = describe_weights(stage.weights[-1] if stage.weights else None)
-        self.threshold = _threshold_of(stage)
-        self._data = InferenceDataModule(self._task, self._module.vlm, data.frames, data.seed, batch_size)
-        check_precision(str(built.precision))
-        self._fabric = L.Fabric(accelerator=built.accelerator, devices=1, precision=built.precision)
-        with torch.inference_mode(), quietly(), _random_state_restored():
-            self._module.read_artefacts(self._task)
-            check_task(self._module.adapter_path, self._task)
-            self._model = self._module.build_model().to(self._fabric.device).eval()
+    def __init__(self, loaded: LoadedModel, batch_size: int = 8) -> None:
+        self._answering, self._task = loaded.answering, loaded.task
+        self._find_known, self._fabric = loaded.find_known, loaded.fabric
+        self.answers, self.threshold = loaded.answers, loaded.threshold
+        self._data = InferenceDataModule(self._task, self._answering.vlm, loaded.frames, loaded.seed, batch_size)
 
     @classmethod
     def from_run(cls, run: str | os.PathLike[str], stage: str | None = None, batch_size: int = 8) -> VideoClassifier:
@@ -108,7 +87,23 @@ class VideoClassifier:
         Raises:
             ValueError: If there is no such run or stage, or it has not finished.
         """
-        return cls(find_stage(Path(run), stage), batch_size)
+        return cls(OpenedRun.of(find_stage(Path(run), stage)).load(), batch_size)
+
+    @classmethod
+    def from_export(
+        cls, folder: str | os.PathLike[str], base: str | None = None, batch_size: int = 8
+    ) -> VideoClassifier:
+        """Loads a folder of ``vidreason export``; it needs neither the run nor the data, and no code of theirs.
+
+        Args:
+            folder: The folder.
+            base: Folder or hub id of the base of an adapter; None takes the one that the folder names.
+            batch_size: Number of clips per batch.
+
+        Raises:
+            ValueError: If the folder is damaged or no export, or the base is another one.
+        """
+        return cls(load_export(Path(folder), base), batch_size)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -171,7 +166,7 @@ class VideoClassifier:
         # the same file may be given twice; it is decided once
         self._data.set_clips(list({clip.video_id: clip for clip in clips}.values()), in_memory)
         with torch.inference_mode(), self._fabric.autocast(), quietly():
-            found = self._decide_all(self._decider(traces))
+            found = self._decide_all(traces)
         seconds = (time.perf_counter() - start) / len(videos)
         # A threshold holds for the number of traces that it was fitted with.
         threshold = self.threshold if self.threshold is None or traces in (None, self.threshold.samples) else None
@@ -183,36 +178,32 @@ class VideoClassifier:
 
         The id matters because the random numbers of sampling depend on it.
         """
-        known = self._known.find(path)
+        known = self._find_known(path)
         return Clip(path, None, name) if known is None else replace(known, path=path, label=None, split=INFERENCE_SPLIT)
 
-    def _decider(self, samples: int | None) -> Decider:
-        """Returns the decider of the stage, with newly generated traces of the current clips if it reviews traces."""
-        decider = self._module.decider(self._task)
-        if isinstance(decider, AnswerDecider):
-            return replace(decider, samples=samples or decider.samples)
-        if not isinstance(decider, ReviewDecider) or decider.input == "video":
-            return decider
-        generator = self._module.trace_generator(self._task, "reason")
-        generator = replace(generator, options=replace(generator.options, samples=samples or generator.options.samples))
-        traces: dict[str, list[TraceRecord]] = {}
-        for batch in self._data.loader(INFERENCE_SPLIT, generator.view):
-            for record in generator.records(self._model, batch.to(self._fabric.device), self.label_names):
-                traces.setdefault(record.video_id, []).append(record)
-        return replace(decider, traces=traces)
-
-    def _decide_all(self, decider: Decider) -> dict[str, tuple[BatchDecisions, int] | str]:
+    def _decide_all(self, samples: int | None) -> dict[str, tuple[BatchDecisions, int] | str]:
         """Returns (decisions of the batch, row of the clip) by video id, or the error of an unreadable clip."""
+        answering = self._answering.with_samples(samples)
+        decider = answering.decider
+        if isinstance(decider, ReviewDecider) and answering.generator is not None:
+            decider = replace(decider, traces=self._traces(answering, answering.generator))
         found: dict[str, tuple[BatchDecisions, int] | str] = {}
         batches: Iterator[VideoBatch] = iter(self._data.loader(INFERENCE_SPLIT, decider.view))
         for batch in batches:
             found |= {failed.clip.video_id: failed.error for failed in batch.failed}
             if len(batch):
-                size = self._module.evaluation.clips_per_forward
-                batch = batch.to(self._fabric.device)
-                decisions = decide_in_pieces(decider, self._module.vlm, self._model, batch, size)
+                batch, size = batch.to(self._fabric.device), answering.clips_per_forward
+                decisions = decide_in_pieces(decider, answering.vlm, answering.model, batch, size)
                 found |= {clip.video_id: (decisions, row) for row, clip in enumerate(batch.clips)}
         return found
+
+    def _traces(self, answering: Answering, generator: TraceGenerator) -> dict[str, list[TraceRecord]]:
+        """Returns newly generated traces of the current clips by video id."""
+        traces: dict[str, list[TraceRecord]] = {}
+        for batch in self._data.loader(INFERENCE_SPLIT, generator.view):
+            for record in generator.records(answering.writer, batch.to(self._fabric.device), self.label_names):
+                traces.setdefault(record.video_id, []).append(record)
+        return traces
 
     def _decision(
         self, name: str, found: tuple[BatchDecisions, int] | str, seconds: float, threshold: Threshold | None
@@ -227,53 +218,6 @@ class VideoClassifier:
         abstained = threshold is not None and not threshold.accepts(unscaled[row])
         label = self.label_names[chosen] if chosen >= 0 and not abstained else None
         return Decision(name, label, probs, texts, seconds, abstained=abstained)
-
-
-@contextmanager
-def _random_state_restored() -> Iterator[None]:
-    """Restores the random generators of the process, and the seed that Lightning keeps in the environment."""
-    before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
-    try:
-        with isolate_rng():
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _task_and_clips(data: VideoDataModule, saved_task: Path) -> tuple[Task, KnownClips]:
-    """Returns the task of the run, and the clips of its data set, none if that is gone.
-
-    The run folder's copy of the task counts: the file of the data set may have changed since.
-    """
-    saved = Task.from_yaml(saved_task) if saved_task.is_file() else None
-    try:
-        data.setup("test")
-        known = KnownClips((c for split in data.splits() for c in data.clips(split)), data.frames.timeout)
-        return saved or data.task, known
-    except (ValueError, OSError):
-        if saved is None:
-            raise
-        return saved, KnownClips(())
-
-
-def _threshold_of(stage: FinishedStage) -> Threshold | None:
-    """Returns the threshold beside the weights of a stage; None if there is none.
-
-    Raises:
-        ValueError: If it belongs to other weights.
-    """
-    folder = threshold_folder(stage)
-    found = Threshold.load(folder)
-    if found is not None and found.weights_sha != (adapter_sha(stage.weights[-1]) if stage.weights else ""):
-        raise ValueError(
-            f"{folder / THRESHOLD_FILE}: belongs to other weights than those of this stage; run vidreason threshold "
-            "again, or delete the file"
-        )
-    return found
 
 
 def _frames(video: np.ndarray | Tensor, fps: float | None, name: str) -> tuple[Tensor, float]:

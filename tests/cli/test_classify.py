@@ -255,3 +255,100 @@ def test_weights_of_another_task_are_refused_by_name(
 def test_what_cannot_be_asked(home: Path, run: str, stage: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_stage(home / run, stage)
+
+
+def test_an_export_gives_what_the_run_gave(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_base: Path
+) -> None:
+    """The calibrator and its policy, elsewhere, without the run, its data and their code."""
+    monkeypatch.chdir(home)
+    said, there = predictions(home), tmp_path / "made" / "light"
+    shutil.copy("clips/8.mp4", tmp_path / "sent by phone.MP4")
+    unknown = world.write_solid(tmp_path / "new.mp4", 77)
+    in_run = VideoClassifier.from_run("runs/x")(unknown)
+    before = os.umask(0o022)
+    try:
+        assert main(["export", "runs/x", "--out", str(there)]) == 0
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in there.rglob("*") if file.is_file()} == {0o644}
+    config = (there / "adapter_config.json").read_text()
+    assert json.loads(config)["task_type"] == "CAUSAL_LM"
+    assert str(small_base) not in config
+    card = (there / "README.md").read_text()
+    assert "| test | 3 | " in card
+    assert "is loaded by vidreason only" in card
+    assert f"differ from those of the run by at most {0:.2g} nats" in card
+    assert str(home) not in card
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vidreason.config.built_stage.VideoCLI", None)
+    elsewhere = shutil.copytree(there, tmp_path / "elsewhere")
+    ask = VideoClassifier.from_export(elsewhere, base=str(small_base))
+    assert same(ask("sent by phone.MP4"), said["8.mp4"])
+    decision = ask(unknown)
+    assert (decision.probs, decision.traces) == (pytest.approx(in_run.probs, abs=1e-5), in_run.traces)
+    with pytest.raises(ValueError, match="base base\\d is not at .* name its folder: base=FOLDER"):
+        VideoClassifier.from_export(elsewhere)
+    with pytest.raises(ValueError, match="was trained on another base than"):
+        VideoClassifier.from_export(elsewhere, base="embedded")
+
+
+def test_a_damaged_export_is_refused_in_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
+    whole = tmp_path / "whole"
+    assert main(["export", "runs/label", "--out", str(whole)]) == 0
+    assert main(["export", "runs/cut", "--out", str(whole)]) == 2
+    assert "has not finished" in capfd.readouterr().err
+    info = json.loads((whole / "vidreason.json").read_text())
+    damage = {
+        "no export of vidreason": ("vidreason.json", None),
+        "vidreason.json: damaged": ("vidreason.json", b"{"),
+        "task.yaml: was changed": ("task.yaml", (whole / "task.yaml").read_bytes().replace(b"very", b"quite")),
+        "task.yaml: is missing": ("task.yaml", None),
+        "its weights are missing": ("adapter_model.safetensors", None),
+        "configuration are damaged": ("adapter_config.json", b"{"),
+        "its weights or": (
+            "adapter_model.safetensors",
+            (whole / "adapter_model.safetensors").read_bytes()[:-8],
+        ),
+        "export version 99": ("vidreason.json", json.dumps({**info, "export": {"version": 99}}).encode()),
+        "clips.json: damaged": ("clips.json", b"["),
+    }
+    damage["weights of a run and no export"] = (
+        "vidreason.json",
+        json.dumps({key: value for key, value in info.items() if key != "export"}).encode(),
+    )
+    for number, (message, (name, content)) in enumerate(damage.items()):
+        folder = shutil.copytree(whole, tmp_path / str(number))
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(message)) as refused:
+            VideoClassifier.from_export(folder)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_an_export_replaces_its_own_kind_only(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
+    out = tmp_path / "out"
+    assert main(["export", "runs/label", "--out", str(out)]) == 0
+    (out / "README.md").unlink()
+    assert main(["export", "runs/label", "--out", str(out)]) == 0
+    assert (out / "README.md").is_file(), "an export of the same run is replaced"
+    assert main(["export", "runs/x", "--out", str(out)]) == 2
+    assert "holds an export of another run" in capfd.readouterr().err
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("all of it")
+    assert main(["export", "runs/label", "--out", str(mine)]) == 2
+    assert "something else than an export" in capfd.readouterr().err
+    assert main(["export", "runs/label", "--out", str(mine), "--force"]) == 0
+    assert (tmp_path / "mine.old" / "thesis.tex").read_text() == "all of it"
+    assert main(["export", "runs/half", "--out", str(tmp_path / "half")]) == 2
+    assert not (tmp_path / "half").exists()

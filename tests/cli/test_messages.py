@@ -1,6 +1,7 @@
 """Mistakes that other projects' users report most: each is one line that names the cause and a remedy that works."""
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from errors_page import FIT
 
 from vidreason.cli.classify import find_clips
 from vidreason.cli.main import main
+from vidreason.datamodules.clips import time_limit
+from vidreason.datamodules.clips.time_limit import ReadTimeoutError
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.sources.folders import read_layout
 from vidreason.spelling import printable
@@ -53,6 +56,85 @@ def test_a_logger_without_its_package(here, capfd):
     assert message.startswith("lightning.pytorch.loggers.WandbLogger: needs a package: pip install 'wandb")
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [("- {a: 1}\n", "a list"), ("hello\n", "a single value"), ("", "an empty file"), ("name: t\n", "one with name")],
+)
+@pytest.mark.parametrize("option", ["--data", "--vlm", "--model", "--trainer", "--config"])
+def test_a_yaml_file_with_something_else_on_top(here, capfd, option, content, what):
+    Path("odd.yaml").write_text(content)
+    if "name" in content and option in ("--trainer", "--config"):
+        assert re.match("unknown key '(trainer.)?name'", said(capfd, [*FIT, option, "odd.yaml"]))
+    else:
+        assert re.match(f"{option} odd.yaml: a .* is expected, not {what}", said(capfd, [*FIT, option, "odd.yaml"]))
+
+
+NO_CLASS = "no class 'WandbLoger' in lightning.pytorch.loggers{}: did you mean 'WandbLogger'?"
+
+
+@pytest.mark.parametrize("name", ["WandbLoger", "lightning.pytorch.loggers.WandbLoger"])
+def test_a_misspelt_logger(here, capfd, name):
+    Path("logger.yaml").write_text(f"trainer: {{logger: {{class_path: {name}}}}}\n")
+    message = f"trainer.logger: {NO_CLASS}"
+    assert said(capfd, [*FIT, "--trainer.logger", name]) == message.format("")
+    assert said(capfd, [*FIT, "--config", "logger.yaml"]) == message.format(" in logger.yaml")
+
+
+def test_a_class_without_an_argument_that_it_needs(here, capfd):
+    logger = ["--trainer.logger", "TensorBoardLogger"]
+    message = said(capfd, [*FIT, *logger])
+    (remedy,) = re.findall(r"TensorBoardLogger needs save_dir: .*, or give (--\S+) VALUE$", message)
+    no_bar = ["--trainer.enable_progress_bar", "false"]  # which removes that of the shipped YAML
+    assert main([*FIT, *logger, remedy, "logs", "--trainer.fast_dev_run", "true", *no_bar]) == 0
+    Path("bare.yaml").write_text("class_path: vidreason.datamodules.manifest.ManifestDataModule\ninit_args: {}\n")
+    assert "needs manifest: " in said(capfd, [*FIT, "--data", "bare.yaml"])
+
+
+NAMING = {
+    "config": [*FIT, "--config", "PLACE"],
+    "data": [*FIT, "--data", "PLACE"],
+    "equals": [*FIT, "--data.init_args.manifest=PLACE"],
+    "checkpoint": [*FIT, "--ckpt_path", "PLACE"],
+    "pipeline": ["pipeline", "--run_dir", "x", "--config", "PLACE"],
+    "init": ["init", "PLACE", "--out", "task"],
+    "check": ["data", "check", "PLACE"],
+    "run": ["classify", "clips/a/0.mp4", "--run", "PLACE"],
+}
+
+
+@pytest.mark.parametrize("where", NAMING)
+def test_a_pipe_and_a_place_that_does_not_answer_are_named(here, capfd, monkeypatch, where):
+    os.mkfifo("pipe.yaml")
+    argv = [word.replace("PLACE", "pipe.yaml") for word in NAMING[where]]
+    assert re.match(r"(--\S+ )?pipe.yaml: a pipe or a device, and no ordinary file; save its", said(capfd, argv))
+    looks = time_limit.call_reader
+
+    def stuck(function, path, *args, timeout):
+        if path.name == "dead.yaml":
+            raise ReadTimeoutError(f"{path}: still not read")
+        return looks(function, path, *args, timeout=timeout)
+
+    monkeypatch.setattr(time_limit, "call_reader", stuck)
+    argv = [word.replace("PLACE", "dead.yaml") for word in NAMING[where]]
+    assert said(capfd, argv).startswith("dead.yaml: no answer within 20 seconds: repair the disk or network mount")
+
+
+def test_a_manifest_in_a_yaml_file_may_be_a_pipe(here, capfd):
+    os.mkfifo("pipe.csv")
+    Path("data.yaml").write_text(Path("data.yaml").read_text().replace("t.csv", "pipe.csv"))
+    assert said(capfd, FIT).startswith("pipe.csv: a pipe or a device")
+
+
+def test_a_clip_of_classify_that_does_not_answer_costs_itself(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+
+    def stuck(*args, **kwargs):
+        raise ReadTimeoutError("still not read")
+
+    monkeypatch.setattr(time_limit, "call_reader", stuck)
+    assert list(find_clips([tmp_path / "a.mp4", tmp_path])) == [tmp_path / "a.mp4", tmp_path]
+
+
 def test_an_interval_that_lightning_refuses(here, capfd):
     assert "`val_check_interval` (50) must be less than" in said(capfd, [*FIT, "--trainer.val_check_interval", "50"])
 
@@ -81,6 +163,7 @@ def test_a_backslash_in_an_option_is_named(here, capfd, option):
     ("options", "message"),
     [
         (("--trainer.check_val_every_n_epoch", "0"), "trainer.check_val_every_n_epoch is 0: raise it"),
+        (("--trainer.val_check_interval", "0"), "trainer.val_check_interval is 0: raise it"),
         (("--model.init_args.optim.optimizer.init_args.lr", ".nan"), "optim.optimizer: Invalid learning rate: nan"),
     ],
 )

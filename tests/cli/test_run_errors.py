@@ -217,6 +217,10 @@ def typo_in_an_option_of_classify():
     return ["classify", "clips", "--runn", "runs/mine"]
 
 
+def an_option_given_twice():
+    return ["classify", "clips", "--run", "runs/mine", "--run", "runs/other"]
+
+
 def typo_in_an_option_of_demo():
     return ["demo", "--quik"]
 
@@ -282,6 +286,7 @@ MISTAKES = {
     typo_in_yaml_of_the_trainer: "unknown key",
     typo_in_an_option: "unknown option",
     typo_in_an_option_of_classify: "unknown option",
+    an_option_given_twice: "… is given twice",
     typo_in_an_option_of_demo: "unknown option",
     typo_in_an_option_of_pipeline: "unknown option",
     typo_in_a_stage: "--…: begins with neither",
@@ -328,7 +333,8 @@ TOO_MANY = "… of … training clips"
 OUT_OF_MEMORY = "out of memory, …"
 NOT_SUPPORTED = "training clips cannot be read"
 LEFT_OUT = "… could not be read"
-ELSEWHERE = ("…, line …, column", "…: not in UTF-8", "--… …: a section", "… needs a package", "--run …: …")
+ELSEWHERE = ("--… …: a file …", "…: a pipe or", "…: no answer", "…: no class …", "…: … needs …: set it")
+ELSEWHERE += ("…, line …, column", "…: not in UTF-8", "--… …: a section", "… needs a package", "--run …: …")
 ELSEWHERE += ("adapter_path: … was trained on …; give",)
 LOCKED = "…: … is writing there"
 MOVED = "… has moved to … (in …)"

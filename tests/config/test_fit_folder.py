@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import errors_page
 import pytest
 import torch
 import yaml
@@ -97,6 +98,19 @@ def test_force_moves_nothing_that_the_fit_reads(used, capsys):
     assert content() == before
 
 
+@pytest.mark.usefixtures("here")
+def test_a_refused_checkpoint_leaves_the_folder_as_it_is(capsys):
+    fit = [*errors_page.FIT, "--run_dir", "runs/x"]
+    assert main(fit) == 0
+    before = content()
+    longer = [*fit, "--ckpt_path", str(LAST), "--trainer.max_steps", "2"]
+    assert main([*longer, "--seed_everything", "9"]) == 2
+    assert content() == before
+    assert "written with seed 0, now it is 9" in capsys.readouterr().err
+    assert main(fit) == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("used", ["finished fit"], indirect=True)
 def test_fast_dev_run_writes_nothing(used, capsys):
     before = content("runs")
@@ -143,12 +157,12 @@ def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, 
         pass
 
 
-def test_another_cache_of_frames_is_the_same_fit(tmp_path):
+def test_how_fast_clips_come_and_where_frames_are_kept_is_the_same_fit(tmp_path):
     (tmp_path / COMMAND_FILE).write_text("vidreason fit --config x.yaml\n")
     frames = {"num_frames": 4, "cache": None, "cache_gb": 50.0, "cache_format": "raw"}
     (tmp_path / CONFIG_FILE).write_text(yaml.safe_dump({"data": {"init_args": {"frames": frames}}}))
     mark_finished(tmp_path, 1, 1)
-    moved = {"data": {"init_args": {"frames": {**frames, "cache": "/fast/disk", "cache_gb": 9.0}}}}
+    moved = {"data": {"init_args": {"frames": {**frames, "cache": "/fast/disk", "cache_gb": 9.0}, "num_workers": 4}}}
     assert begin_fit(tmp_path, moved, None, reset=False).action == "nothing"
     other = {"data": {"init_args": {"frames": {**frames, "cache_format": "jpeg"}}}}
     with pytest.raises(ValueError, match=r"frames.cache_format is \"jpeg\", was \"raw\""):

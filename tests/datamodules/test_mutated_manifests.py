@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from vidreason.cli.main import raised_by_user_code
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.sources.source import SourceOptions, read_source
 
@@ -69,7 +70,7 @@ def test_fifty_damaged_manifests_lose_nothing(tmp_path, suffix, write):
     for row in rows():
         (tmp_path / row[0]).touch()
     manifest = tmp_path / f"m{suffix}"
-    read = listed = 0
+    read = listed = with_traceback = 0
     refused: list[str] = []
     refused_source: list[str] = []
     for number in range(FIFTY):
@@ -80,6 +81,7 @@ def test_fifty_damaged_manifests_lose_nothing(tmp_path, suffix, write):
             data.setup("fit")
         except ValueError as error:
             refused.append(str(error))
+            with_traceback += not raised_by_user_code(error)
         else:
             wanted = {row["path"].strip(): row["label"].strip() for row in rows_of(content, suffix)}
             found = [clip for split in data.splits() for clip in data.clips(split)]
@@ -90,11 +92,13 @@ def test_fifty_damaged_manifests_lose_nothing(tmp_path, suffix, write):
             source = read_source(manifest, SourceOptions(as_listed=True))
         except ValueError as error:
             refused_source.append(str(error))
+            with_traceback += not raised_by_user_code(error)
         else:
             if content.startswith(b",".join(name.encode() for name in HEADER)) or suffix == ".jsonl":
                 assert len(source.clips) == number_of_rows(content, suffix), number
                 listed += 1
     assert read + len(refused) == FIFTY
+    assert with_traceback == 0, "on the command line"
     assert min(read, len(refused), listed) > 5
     assert [error for error in refused + refused_source if str(manifest) not in error or "\n" in error] == []
 

@@ -120,3 +120,10 @@ def test_a_review_of_a_bare_answer_has_no_account():
     accounts = [text.text for text in view.texts(CLIP) if text.role == "context"]
     assert accounts[0] == "\nAccount: none\nConclusion: visit"
     assert accounts[1].startswith("\nAccount: I saw")
+
+
+def test_of_a_swapped_completion_only_the_answer_is_learnt():
+    own, other = render_completion("a parcel", "theft"), render_completion("a knock", "visit")
+    view = ReasonView(TASK, {"a": (own,)}, swapped={"a": (other,)})
+    assert view.texts(CLIP) == (Text(own), Text(other, learnt="answer"))
+    assert not view.keep(OTHER)

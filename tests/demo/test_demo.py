@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from vidreason.cli.demo import main
 from vidreason.datamodules.types import Clip
 from vidreason.demo import report
-from vidreason.demo.report import choose_examples, draw_accuracy, render_comparison, render_example
+from vidreason.demo.report import choose_examples, draw_accuracy, render_comparison, render_example, render_verdict
 from vidreason.demo.run import METHODS, QUICK, demo_settings, pipeline_options, run_demo
 from vidreason.lightning_modules.decisions.predictions import Prediction, Trace
 from vidreason.pipelines import inputs
@@ -187,3 +188,23 @@ def test_an_example_says_what_was_thought_and_decided(tmp_path: Path) -> None:
         assert part in text
     wrong = report.Worked(clip, prediction("test_L1", "visit", "theft"), tmp_path / "strip.png")
     assert "wrong, it is visit" in render_example(wrong)
+
+
+def test_the_last_sentence_is_the_paired_difference_at_l1() -> None:
+    labels = ["theft", "visit"] * 50
+
+    def method(wrong: range) -> list[Prediction]:
+        found = []
+        for split in ("test_L0", "test_L1"):
+            for i, label in enumerate(labels):
+                other = "visit" if label == "theft" else "theft"
+                pred = other if i in wrong and split == "test_L1" else label
+                found.append(replace(prediction(split, label, pred, f"{i}"), video_id=f"{split}/{i}"))
+        return found
+
+    text = render_verdict(method(range(10)), method(range(30)))
+    half = 1.96 * np.sqrt(0.2 * 0.8 / 100)  # 20 of 100 clips differ, all in favour of reasoning
+    assert f"is better than label SFT: +20.0 ± {100 * half:.1f} points at L1 (95 % interval, 100 clips" in text
+    assert f"could show a difference of {100 * half * (1.96 + 0.8416) / 1.96:.0f} points" in text
+    assert "is worse" in render_verdict(method(range(30)), method(range(10)))
+    assert "is not shown to be better" in render_verdict(method(range(1)), method(range(1, 3)))

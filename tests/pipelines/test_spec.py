@@ -19,7 +19,7 @@ project, trainer = pipeline_world.project, pipeline_world.trainer
         ("stages:", "stage:", "unknown key 'stage'; did you mean 'stages'"),
         ("name: cold\n    command: fit", "name: cold", r"stages\[2\]: key 'command' is missing"),
         ("command: predict", "command: train", r"stages\[1\] \(generate\): key 'command' must be one of"),
-        ("config: generate.yaml", "config: generat.yaml", r"stages\[1\] \(generate\): key 'config': no file"),
+        ("config: generate.yaml", "config: generat.yaml", r"stages\[1\] \(generate\): key 'config': no such file"),
         ("{cold.adapter}", "{colt.adapter}", r"inputs.model.init_args.adapter_path: no earlier stage 'colt'.*'cold'"),
         ("{cold.adapter}", "{cold.traces}", r"stage cold \(fit\) writes 'adapter' only"),
         ("{grpo.adapter|cold.adapter}", "{grpo.adapter}", "may end without an artefact"),
@@ -52,7 +52,7 @@ def test_a_wrong_pipeline_file_is_one_clear_error(
         (["--grpo.trainer.max_steps"], "a value is missing"),
         (["--sed", "5"], "unknown option '--sed': did you mean '--seed'?"),
         (["--nothing_like_it", "5"], "unknown option '--nothing_like_it': settings read --STAGE.dotted.key VALUE"),
-        (["--data", "missing.yaml"], "no file 'missing.yaml'"),
+        (["--data", "missing.yaml"], "no such file: missing.yaml"),
     ],
 )
 def test_a_wrong_command_line_is_one_clear_error(

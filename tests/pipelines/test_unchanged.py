@@ -58,6 +58,19 @@ def test_a_root_of_the_command_line_counts(clips, trainer: FakeTrainer) -> None:
     assert trainer.stages[0] == "generate"
 
 
+def test_where_frames_are_kept_and_how_fast_they_come_does_not_count(clips, trainer: FakeTrainer) -> None:
+    frames = "{manifest: tables/t.csv, root: clips, frames: {num_frames: 4}}"
+    Path("data.yaml").write_text(f"init_args: {frames}\n")
+    run(trainer)
+    moved = frames.replace(": 4}", ": 4, cache: /fast, cache_gb: 9}, pin_memory: true")
+    Path("data.yaml").write_text(f"init_args: {moved}\n")
+    assert run(trainer, "--data.init_args.frames.cache", "/other", "--data.init_args.num_workers", "3") == 0
+    assert trainer.calls == []
+    Path("data.yaml").write_text(f"init_args: {moved.replace('cache_gb: 9', 'cache_format: jpeg')}\n")
+    assert run(trainer) == 0
+    assert trainer.stages == ["generate", "cold", "grpo", "test"]
+
+
 def test_a_large_file_is_hashed_in_parts(tmp_path: Path) -> None:
     path = tmp_path / "large.mp4"
     content = bytearray(3 << 20)

@@ -86,17 +86,19 @@ def test_a_stage_is_planned_without_weights(
 ) -> None:
     call = ["plan", "--config", "configs/grpo.yaml", "--vlm", str(folder), "--data", str(data)]
     call += ["--device", "cpu", "--model.init_args.batch_size", "4", "--json", str(tmp_path / "plan.json")]
+    call += ["--vlm.init_args.scale", "configs/scale/embedded.yaml", "--vlm.init_args.max_pixels", "null"]
     assert main.main([*call, "--memory", "60MB"]) == 0
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.replace(str(folder), "FOLDER").splitlines())) <= 120
     assert "longest prompt of rollouts: b_long.mp4" in text
     (stage,) = json.loads((tmp_path / "plan.json").read_text())["stages"]
     rollouts, training, validation = stage["passes"]
     assert (rollouts["clips"], training["clips"], validation["clips"]) == (7, 7, 1)
     assert stage["steps"] == 40
     assert training["forwards"] == 40
-    # 4 frames are 2 steps in time; 16 merged patches of 28 x 28 pixels is the limit of the tiny processor
-    assert rollouts["tokens"]["visual"] == 2 * 4 * 4
+    # 4 frames are 2 steps in time; 224 x 168 pixels are scaled by sqrt(16 * 28 * 28 / (224 * 168)) = 0.577, to
+    # 129 x 97, of which 4 x 3 whole patches of 28 x 28 remain, as the tiny processor allows 16
+    assert rollouts["tokens"]["visual"] == 2 * 4 * 3
     for part in stage["passes"]:
         assert part["memory"]["total"] == pytest.approx(sum(v for k, v in part["memory"].items() if k != "total"))
     assert training["memory"]["optimizer"] == 2 * training["memory"]["gradients"] > 0
@@ -107,3 +109,8 @@ def test_a_stage_is_planned_without_weights(
         assert main.main([*call, *more]) == 0
         (again,) = json.loads((tmp_path / "plan.json").read_text())["stages"]
         assert (again["passes"][1]["memory"]["total"] <= USABLE * 60e6) is fits
+    # pixels reach the model in the dtype of its vision tower
+    assert main.main([*call, "--vlm.init_args.dtype", "bfloat16"]) == 0
+    (half,) = json.loads((tmp_path / "plan.json").read_text())["stages"]
+    before, after = (part["memory"]["inputs"] for part in (rollouts, half["passes"][0]))
+    assert 0.5 <= after / before < 0.6  # token ids and masks stay integers

@@ -102,7 +102,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "p.yaml").write_text(PIPELINE)
     (tmp_path / "generate.yaml").write_text("model: {init_args: {samples: 1}}\n")
     (tmp_path / "train.yaml").write_text("data: data.yaml\ntrainer: {max_steps: 3}\n")
-    (tmp_path / "data.yaml").write_text("init_args: {manifest: clips.csv}\n")
+    (tmp_path / "data.yaml").write_text("class_path: mine.Clips\ninit_args: {manifest: clips.csv}\n")
     (tmp_path / "clips.csv").write_text("path,label\na.mp4,a\n")
     return tmp_path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections import Counter
@@ -39,6 +40,9 @@ class LoRAOptions:
         target_modules: Linear layers that get an adapter: last parts of their names, or a regular expression that
             matches whole names. Null is every linear layer of the decoder and, unless frozen, of the vision tower.
         use_rslora: Scale the update by alpha / sqrt(r) instead (rank-stabilised LoRA, arXiv 2312.03732).
+
+    Raises:
+        ValueError: If nothing could be learnt with these numbers.
     """
 
     r: int = 16
@@ -46,6 +50,14 @@ class LoRAOptions:
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str | None = None
     use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"vlm.lora.r must be at least 1, got {self.r}; lora: null trains the model's own weights")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            raise ValueError(f"vlm.lora.alpha must be a finite number other than 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"vlm.lora.dropout must be in [0, 1), got {self.dropout}")
 
 
 def attach_lora(

@@ -57,10 +57,19 @@ def published(folder: Path, info: Mapping[str, object]) -> Iterator[Path]:
             draft.mkdir(parents=True)
             yield draft
             (draft / INFO_FILE).write_text(json.dumps(dict(info), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            _give_umask_modes(draft)
             flush_to_disk(draft)
             replace_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _give_umask_modes(folder: Path) -> None:
+    """Gives every file the mode that the umask asks for; safetensors writes files that nobody else can read."""
+    mode = (folder / INFO_FILE).stat().st_mode
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 @contextmanager

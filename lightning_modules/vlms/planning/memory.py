@@ -103,6 +103,7 @@ class MemoryEstimate:
         self.vlm._processor = vlm.processor
         self.vlm._logged_tokens = True
         self.fake = FakeModel(vlm, dtype, converted)
+        self.vlm.note_pixel_dtype(self.fake.model)
         self._vision = PlannedVision(self.fake.known())
         self.vlm.__dict__["vision_cache"] = self._vision  # in place of the cached property
         self._autocast = autocast

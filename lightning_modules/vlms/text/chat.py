@@ -226,4 +226,5 @@ def _encode_text(processor: Any, frame: ChatFrame, text: Text, opened: bool, own
     answers = [end > first for _, end in encoded["offset_mapping"]] + [start is not None] * len(frame.end_of_turn)
     head = tokens(processor, frame.turn_end) if opened else []
     ids = [*encoded["input_ids"], *frame.end_of_turn]
-    return _Row([*head, *ids], [False] * len(head) + [True] * len(ids), [False] * len(head) + answers, owner, parent)
+    counts = answers if text.learnt == "answer" else [True] * len(ids)
+    return _Row([*head, *ids], [False] * len(head) + counts, [False] * len(head) + answers, owner, parent)

@@ -27,9 +27,10 @@ class TinyVLM(VLM):
             pretraining), anything else a model folder.
         dtype: Dtype of the base's weights.
         seed: Seed of the random weights of ``scratch``.
+        freeze_projector: Do not train the projector either, if ``freeze_vision`` is set: what the decoder sees of a
+            clip is then fixed, so that it is computed once in a run.
     """
 
-    vision_modules = ("model.visual",)
     casts_pixels = True
 
     def __init__(
@@ -37,12 +38,19 @@ class TinyVLM(VLM):
         path: str = "embedded",
         dtype: Literal["float32", "bfloat16", "auto"] = "float32",
         seed: int = 0,
+        freeze_projector: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.freeze_projector = freeze_projector
         self.scratch = path == "scratch"
         self.seed = seed
         folder = str(embedded_folder()) if path in {"embedded", "scratch"} else path
         super().__init__(folder, dtype=dtype, **kwargs)
+
+    @property
+    def vision_modules(self) -> tuple[str, ...]:
+        """The tower, and the projector if it is frozen."""
+        return ("model.visual", "model.projector") if self.freeze_projector else ("model.visual",)
 
     def visual_tokens(self, inputs: Mapping[str, Tensor]) -> int:
         """Returns the number of visual tokens of one prompt, which is the same for every frame."""

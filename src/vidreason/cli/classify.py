@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from vidreason import exit_codes
 from vidreason.config.options import CommandParser
+from vidreason.datamodules.clips.time_limit import WALK_TIMEOUT, ReadTimeoutError, call_reader, look_at
 from vidreason.datamodules.sources.folders import clips_below
 from vidreason.pipelines.state import run_notes
 from vidreason.pipelines.table import percent, render_table
@@ -80,13 +81,17 @@ def find_clips(places: Sequence[Path]) -> Iterator[Path]:
     What is passed over in a folder is printed to stderr.
 
     Raises:
-        ValueError: If a folder has no clip. A missing file is not checked here; its decision reports it.
+        ValueError: If a folder has no clip. What is missing or does not answer is reported by its decision.
     """
     for place in places:
-        if not place.is_dir():
+        try:
+            kind = look_at(place)
+        except ReadTimeoutError:
+            kind = None
+        if kind != "folder":
             yield place
             continue
-        found, passed_over = clips_below(place)
+        found, passed_over = call_reader(clips_below, place, timeout=WALK_TIMEOUT)
         if passed_over:
             print(printable(f"{place}: passed over, no clips: {', '.join(passed_over)}"), file=sys.stderr, flush=True)
         if not found:

@@ -27,11 +27,21 @@ def main(argv: Sequence[str]) -> int:
         description="Decide about the test clips with every stage of a run, and compare the stages.",
     )
     parser.add_argument(
-        "--run", nargs="+", required=True, type=Path, metavar="RUN", help="run folders; several seeds are averaged"
+        "--run",
+        nargs="+",
+        action="extend",
+        required=True,
+        type=Path,
+        metavar="RUN",
+        help="run folders; several seeds are averaged",
     )
-    parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="default: every test split")
+    parser.add_argument("--splits", nargs="+", action="extend", metavar="SPLIT", help="default: every test split")
     parser.add_argument(
-        "--modes", nargs="+", metavar="MODE", help="likelihood, answer, vote, calibrated (default: all that apply)"
+        "--modes",
+        nargs="+",
+        action="extend",
+        metavar="MODE",
+        help="likelihood, answer, vote, calibrated (default: all that apply)",
     )
     parser.add_argument("--samples", type=int, default=4, metavar="K", help="completions of a vote (default: 4)")
     parser.add_argument(

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,7 +32,9 @@ COMMANDS = {
     "plan": "tokens, steps and memory of a stage or pipeline before it runs: --memory 24GB",
     "pipeline": "stages in order: --config configs/pipelines/deepintuit.yaml --run_dir runs/x",
     "evaluate": "which stage of a run brings what, with intervals and comparisons: --run runs/x",
+    "report": "evaluated runs as one HTML file, with charts and clips: runs/x --out report.html",
     "threshold": "the confidence below which a run abstains, for an error of 10 %: --run runs/x",
+    "export": "write the model of a run for transformers, peft and vLLM: runs/x --out my_model",
     "classify": "ask a finished run about new clips: clip.mp4 --run runs/x",
     "fit": "train one stage: --config configs/sft_label.yaml",
     "validate": "compute the validation metrics of a stage",
@@ -60,6 +63,8 @@ _FAILURES = {
 They are given by name, because importing the classes would import torch.
 """
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+_OUTPUTS = ("--json", "--out")
+"""Options that may name a device to write to."""
 _KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
 # How torch.utils.data re-raises an exception of a DataLoader worker: its traceback becomes the message.
 _WORKER_ERROR = re.compile(r"\ACaught (\w+) in DataLoader worker process")
@@ -109,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger(_KERNEL_LOGGER).addFilter(_not_about_optional_kernels)
     try:
         with _without_warnings_of_libraries():
+            _look_at_paths(command, rest)
             return _dispatch(command, rest)
     except SystemExit as stop:
         return _exit_status(stop)
@@ -176,6 +182,29 @@ def _without_warnings_of_libraries() -> Iterator[None]:
             for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
                 warnings.simplefilter("ignore", category)
         yield
+
+
+def _look_at_paths(command: str, words: Sequence[str]) -> None:
+    """Looks within a time limit at each file and folder of a command line, before a command that opens it would block.
+
+    Clips of ``classify`` are not looked at: one that does not answer costs only itself.
+
+    Raises:
+        ValueError: If one does not answer, or is a pipe where a file is read; the message names it.
+    """
+    for before, word in pairwise(["", *words]):
+        option, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            option, value = before if before.startswith("-") and "=" not in before else "", word
+        elif not equals:
+            continue
+        if (command == "classify" and option != "--run") or value[:1] in ("", "{", "["):
+            continue
+        from vidreason.datamodules.clips.time_limit import look_at
+
+        if look_at(Path(value)) == "other" and option not in _OUTPUTS:
+            named = f"{option} {value}".strip()
+            raise ValueError(f"{named}: a pipe or a device, and no ordinary file; save its content as a file")
 
 
 def _dispatch(command: str, rest: list[str]) -> int:

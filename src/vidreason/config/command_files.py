@@ -20,6 +20,11 @@ from vidreason.datamodules.task import explain_yaml_error
 
 _FILE_OPTIONS = ("-c", "--config", "--trainer", "--model", "--data", "--vlm")
 _REPLACING = ("--data", "--vlm")
+_SECTION = "a section file (.yaml with class_path and init_args) is"
+_EXPECTED = {"--trainer": "a file with arguments of the trainer (max_epochs: 3) is"}
+_EXPECTED |= dict.fromkeys(("-c", "--config"), "a file of keys and values (trainer: ...) is")
+_NEEDED = {"--model": ("class_path", "init_args"), "--data": ("class_path",), "--vlm": ("class_path",)}
+"""Keys of which a section file has one at least."""
 YAML_SUFFIXES = (".yaml", ".yml")
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl")
 
@@ -59,23 +64,40 @@ def check_yaml(path: Path) -> None:
 
 
 def check_section(option: str, value: str) -> None:
-    """Checks that the value of an option that takes a YAML file is not another file or a folder.
+    """Checks that the value of an option that takes a YAML file is a file with what the option needs.
 
     Raises:
-        ArgumentError: If it is; the message names what was expected.
+        ArgumentError: If it is another file or a folder; the message names what was expected.
     """
     path = Path(value)
-    wanted = f"{option} {value}: a section file (.yaml with class_path and init_args) is expected, not "
+    wanted = f"{option} {value}: {_EXPECTED.get(option, _SECTION)} expected, not "
+    init = f"; `vidreason init {{}} --out task` writes one: {option} task/data.yaml" * (option == "--data")
     if "\\" in value and not path.exists():
         raise argparse.ArgumentError(
             None, f"{option} {value}: no such file; folders are separated by / here, not by \\"
         )
-    if option == "--vlm" or not path.exists() or path.suffix in YAML_SUFFIXES:
+    if path.suffix in YAML_SUFFIXES and not path.is_dir():
+        if (file := find_config(value)) is None:
+            raise argparse.ArgumentError(None, f"no such file: {value} (`vidreason configs` lists the shipped ones)")
+        check_yaml(file)
+        if what := _not_expected(option, parse_yaml(file.read_text(encoding="utf-8"))):
+            raise argparse.ArgumentError(None, wanted + what + init.format("CLIPS"))
+        return
+    if option == "--vlm" or not path.exists():
         return
     if path.is_dir() or path.suffix.lower() in _TABLE_SUFFIXES:
         what = "a folder" if path.is_dir() else "a table"
-        remedy = f"; `vidreason init {value} --out task` writes one: {option} task/data.yaml" * (option == "--data")
-        raise argparse.ArgumentError(None, f"{wanted}{what}{remedy}")
+        raise argparse.ArgumentError(None, wanted + what + init.format(value))
+
+
+def _not_expected(option: str, content: object) -> str:
+    """Returns what a YAML file has on top, in words, if it is not what an option takes; else an empty text."""
+    if not isinstance(content, dict) or not content:
+        return "an empty file" if not content else f"a {'list' if isinstance(content, list) else 'single value'}"
+    needed = _NEEDED.get(option, ())
+    if needed and not any(key in content for key in needed):
+        return f"one with {', '.join(str(key) for key in [*content][:5])}"
+    return ""
 
 
 def _file_options(argv: Sequence[str]) -> Iterator[tuple[int, str, str]]:

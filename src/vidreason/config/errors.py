@@ -13,7 +13,7 @@ from typing import get_args, get_type_hints
 import lightning as L
 import yaml
 
-from vidreason.config.command_files import config_files
+from vidreason.config.command_files import YAML_SUFFIXES, config_files
 from vidreason.config.files import find_config
 from vidreason.config.moved_keys import GROUPS, MODEL, explain_moved, moved_settings, new_place
 from vidreason.spelling import did_you_mean, nearest
@@ -29,6 +29,9 @@ _NOISE = (
     "full_key:",
     "object_type=",
 )
+_HOMES = {f"trainer.{name}": f"lightning.pytorch.{name}" for name in ("callbacks", "plugins")}
+_HOMES |= {"trainer.logger": "lightning.pytorch.loggers", "trainer.strategy": "lightning.pytorch.strategies"}
+"""Modules of the classes whose name alone is a valid ``class_path``."""
 _MAX_CHARS = 400
 _MOST_LISTED = 24  # names; a longer list would hide the message
 _NOT_GIVEN = ("self", "args", "kwargs", "vlm", "encoder", "params")
@@ -65,9 +68,9 @@ def explain(message: str, files: Sequence[Path], flags: Sequence[str] = ()) -> s
     variable = re.search(r"Environment variable '(\w+)' not found", message)
     if variable:
         return _unset_variable(variable[1], files)
-    missing_file = re.search(r"Expected a path but (\S+) either not accessible|File does not exist: '(.+?)'", message)
-    if missing_file:
-        return _missing_file(missing_file[1] or missing_file[2], files)
+    wrong_name = _wrong_name(message, files)
+    if wrong_name is not None:
+        return wrong_name
     moved = _moved_key(message, files, flags)
     if moved is not None:
         return moved
@@ -126,6 +129,40 @@ def _unset_variable(name: str, files: Sequence[Path]) -> str:
     users = [path for path in files if f"oc.env:{name}" in path.read_text(encoding="utf-8")]
     used_by = f", which {users[0]} uses," if users else ""
     return f"the environment variable {name}{used_by} is not set: export {name}=..."
+
+
+def _wrong_name(message: str, files: Sequence[Path]) -> str | None:
+    """Returns the explanation of a file or a class that does not exist; None for any other message."""
+    missing = re.search(r"Expected a path but (\S+) either not accessible|File does not exist: '(.+?)'", message)
+    file = (missing[1] or missing[2]) if missing else ""
+    if file.endswith(YAML_SUFFIXES):
+        return _missing_file(file, files)
+    return _wrong_class(message, files) or (_missing_file(file, files) if file else None)
+
+
+def _wrong_class(message: str, files: Sequence[Path]) -> str | None:
+    """Returns the explanation of a class that does not exist or lacks an argument; None for any other message."""
+    key = found[1] if (found := re.search(r'Parser key "([\w.]+)"', message)) else ""
+    wrong = re.search(
+        r"class_path '([\w.]+)':\s+(?:module '[\w.]+' has no attribute '\w+'|No module named '([\w.]+)'"
+        r"|the following arguments are required: ([\w, ]+))",
+        message,
+    )
+    if wrong is not None and wrong[3] is not None and key:
+        nested = len(set(re.findall(r"given class_path '([\w.]+)'", message))) > 1
+        as_flag = "" if nested else f", or give --{key}.init_args.{wrong[3].partition(',')[0]} VALUE"
+        return f"{key}: {wrong[1]} needs {wrong[3]}: set it in init_args in a YAML file{as_flag}"
+    if wrong is not None and wrong[3] is None and (wrong[2] is None or f"{wrong[1]}.".startswith(f"{wrong[2]}.")):
+        name, home = wrong[1].rpartition(".")[2], wrong[1].rpartition(".")[0]
+    elif bare := re.search(r"Expected a dot import path string: (\w+)", message):
+        name, home = bare[1], _HOMES.get(key, "")
+    else:
+        return None
+    try:
+        known = [other for other, value in vars(import_module(home)).items() if inspect.isclass(value)]
+    except (ImportError, ValueError):
+        return f"{key}: no class {wrong[1] if wrong else name}{_named_in(name, files)}: class_path is MODULE.CLASS"
+    return f"{key}: no class {name!r} in {home}{_named_in(name, files)}{did_you_mean(name, known)}"
 
 
 def _missing_file(name: str, files: Sequence[Path]) -> str:

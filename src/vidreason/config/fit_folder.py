@@ -36,8 +36,14 @@ from vidreason.run_lock import LOCK_FILE
 
 _PLACES = ("run_dir", "ckpt_path", "config", "trainer.default_root_dir")
 """Keys that say where a fit reads and writes, not what it computes."""
-_CACHES = (".frames.cache", ".frames.cache_gb")
-"""Ends of further such keys."""
+WITHOUT_EFFECT = (
+    ".frames.cache",
+    ".frames.cache_gb",
+    ".init_args.num_workers",
+    ".init_args.prefetch_batches",
+    ".init_args.pin_memory",
+)
+"""Ends of keys of the data module that change where frames are kept and how fast they come, but not which."""
 _MOST_NAMED = 5
 
 
@@ -75,7 +81,8 @@ def begin_fit(folder: Path, config: Mapping[str, Any], checkpoint: str | None, r
     if own and not reset:
         return Beginning("resume", Path(str(checkpoint)))
     # What else changes belongs to the optimizer or the order of clips, for which the stage refuses the checkpoint.
-    may_change = all(key.startswith(("trainer.", "checkpoint.")) or key.endswith(".num_workers") for key in differing)
+    free = ("trainer.", "checkpoint.")
+    may_change = all(key.startswith(free) or key.endswith(".frames.timeout") for key in differing)
     resumes = last.is_file() and may_change and checkpoint is None
     if checkpoint is not None:
         differing = {"ckpt_path": f"it begins with {checkpoint}"}
@@ -129,7 +136,7 @@ def _differences(file: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Returns "KEY is NEW, was OLD" for every key in which a saved configuration differs."""
     before = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
     now = dict(_flat(config))
-    keys = [key for key in sorted({*before, *now} - {*_PLACES}) if not key.endswith(_CACHES)]
+    keys = [key for key in sorted({*before, *now} - {*_PLACES}) if not key.endswith(WITHOUT_EFFECT)]
     keys = [key for key in keys if before.get(key) != now.get(key)]
     return {key: f"{key} is {_shown(now.get(key))}, was {_shown(before.get(key))}" for key in keys}
 

@@ -26,15 +26,22 @@ class CommandParser(argparse.ArgumentParser):
     def parse_options(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses options; an unknown one is reported before a missing one, because it may be its misspelling.
 
+        An option of one value that is given twice is a mistake, too: argparse would take the last value.
+
         Raises:
             SystemExit: For ``--help`` (status 0) or a mistake (status 2).
         """
+        given = set[str]()
         for word in argv:
             name = word.partition("=")[0]
             if name == "--":  # positional arguments follow
                 break
             if name.startswith("--") and name not in self._option_string_actions:
                 self.error(f"unknown option {name!r}{did_you_mean(name, self._option_string_actions)}")
+            action = self._option_string_actions.get(name)
+            if isinstance(action, argparse._StoreAction) and action.dest in given:
+                self.error(f"{name} is given twice; which value is meant?")
+            given |= {action.dest} if action is not None else set()
         return self.parse_args(list(argv))
 
     def error(self, message: str) -> NoReturn:

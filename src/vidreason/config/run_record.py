@@ -30,6 +30,7 @@ class RunRecord(SaveConfigCallback):
         config: The parsed configuration.
         command_line: The command as the user typed it.
         saved: Returns the configuration as ``config.yaml`` shows it (``saved_config``).
+        resumes: Returns whether the fit goes on from a checkpoint.
         overwrite: Whether a second run into the same folder replaces the record of the first.
     """
 
@@ -39,17 +40,18 @@ class RunRecord(SaveConfigCallback):
         config: Namespace,
         command_line: str,
         saved: Callable[[], dict[str, Any]],
+        resumes: Callable[[], bool] = lambda: False,
         overwrite: bool = True,
     ) -> None:
         super().__init__(parser, config, overwrite=overwrite, save_to_log_dir=False)
-        self.command_line, self.saved = command_line, saved
+        self.command_line, self.saved, self.resumes = command_line, saved, resumes
         self._trainer: L.Trainer | None = None
         self._earlier: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Writes the record when the run starts; a fit that resumes may still be refused and waits."""
         self._trainer = trainer
-        if stage != "fit" or not trainer.ckpt_path:
+        if stage != "fit" or not self.resumes():
             super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -91,7 +91,11 @@ class VideoCLI(LightningCLI):
             L.LightningModule,
             L.LightningDataModule,
             save_config_callback=RunRecord,
-            save_config_kwargs={"command_line": self.command_line, "saved": lambda: self.saved},
+            save_config_kwargs={
+                "command_line": self.command_line,
+                "saved": lambda: self.saved,
+                "resumes": lambda: bool(self.config_init[command].ckpt_path),
+            },
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "vidreason",
@@ -217,6 +221,8 @@ class VideoCLI(LightningCLI):
         for checkpoint in checkpoints:
             checkpoint.dirpath = checkpoint.dirpath or str((self.run_dir / CHECKPOINTS_FOLDER).absolute())
         listed = [StopOnSignal(), *listed] if self.subcommand == "fit" else listed
+        if config.enable_progress_bar is False:  # which Lightning refuses beside the bar of the shipped YAML
+            listed = [callback for callback in listed if not isinstance(callback, ProgressBar)]
         trainer: L.Trainer = super().instantiate_trainer(callbacks=listed, **kwargs)
         forward_sigterm(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

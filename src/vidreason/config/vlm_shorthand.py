@@ -100,6 +100,14 @@ def shorthand_settings(value: str | None) -> dict[str, object]:
     }
 
 
+def family_class_path(model_type: str) -> str | None:
+    """Returns the ``class_path`` of the family of a ``model_type``; None if no shipped section has it."""
+    if model_type not in SECTIONS:
+        return None
+    section = yaml.safe_load((shipped_folder() / SECTIONS[model_type]).read_text(encoding="utf-8"))
+    return str(section["class_path"])
+
+
 def _is_folder(value: str) -> bool:
     return value.startswith((".", "/", "~")) or Path(value).is_dir()
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 REASONER = "deepintuit"
 """The method whose traces are shown."""
+BASELINE = "label_sft"
+"""The method that it is compared with."""
+DECIDING_SPLIT = "test_L1"
+"""New clips with the shortcut of the training clips broken and nothing else changed."""
 EXAMPLES = 5
 """Maximum number of decisions shown."""
 CHANCE_LABEL = "chance"
@@ -51,7 +55,11 @@ def write_report(run_dir: Path, methods: Sequence[str]) -> str:
     picture = run_dir / "accuracy.png"
     draw_accuracy(rows, 1 / classes, picture)
     examples = [] if REASONER not in methods else work_examples(run_dir / REASONER, run_dir / "examples")
-    text = "\n\n".join([render_comparison(rows), *map(render_example, examples), _where(run_dir, methods, picture)])
+    parts = [render_comparison(rows), *map(render_example, examples), _where(run_dir, methods, picture)]
+    if {REASONER, BASELINE} <= set(methods):
+        reasoned, labelled = (_test_predictions(run_dir / method) for method in (REASONER, BASELINE))
+        parts.append(render_verdict(reasoned, labelled))
+    text = "\n\n".join(parts)
     write_text(run_dir / SUMMARY_TABLE, text + "\n")
     return text
 
@@ -152,6 +160,29 @@ def work_examples(run_dir: Path, folder: Path) -> list[Worked]:
         to_pil_image(picture).save(strip)
         worked.append(Worked(clip, prediction, strip))
     return worked
+
+
+def render_verdict(reasoned: Sequence[Prediction], labelled: Sequence[Prediction]) -> str:
+    """Returns one sentence: is reasoning better than fine-tuning on the labels, and what could the clips show?
+
+    Args:
+        reasoned: Test predictions of the method that reasons, about all splits.
+        labelled: Test predictions of the baseline about the same clips.
+    """
+    from vidreason.evaluation.decisions import Decisions
+    from vidreason.evaluation.intervals import compare
+
+    split = DECIDING_SPLIT if any(p.split == DECIDING_SPLIT for p in reasoned) else reasoned[-1].split
+    both = [[p for p in predictions if p.split == split] for predictions in (reasoned, labelled)]
+    names = sorted({str(p.label) for own in both for p in own} | {p.pred for own in both for p in own if p.pred})
+    found = compare(*([Decisions.read(own, names)] for own in both))
+    points, margin, shown = 100 * found.mean, 100 * found.margin, 100 * found.detectable
+    verdict = "is better" if points > margin else "is worse" if points < -margin else "is not shown to be better"
+    return (
+        f"reasoning ({REASONER}) {verdict} than label SFT: {points:+.1f} ± {margin:.1f} points at "
+        f"{split.removeprefix('test_')} (95 % interval, {found.clips} clips, one run); this many clips could show a "
+        f"difference of {shown:.0f} points"
+    )
 
 
 def render_example(example: Worked) -> str:

@@ -28,6 +28,7 @@ FEWEST_GROUPS = 20
 _FLIPS = 10_000
 _EXACT_GROUPS = 13  # 2**13 sign patterns are fewer than _FLIPS
 _POWER = 0.8
+_Z = float(stats.norm.ppf(0.975))
 _CHUNK = 20_000_000  # numbers in one block of bootstrap weights
 
 
@@ -45,6 +46,13 @@ class Difference:
     """Smallest true difference that is found with probability 0.8 at the 5 % level, given the spread seen here."""
     seeds: int
     clips: int
+
+    @property
+    def margin(self) -> float:
+        """Half-width of the 95 % interval: over seeds (Student t), or for a single seed over groups (normal)."""
+        if self.low is not None:
+            return self.mean - self.low
+        return self.detectable * _Z / (_Z + float(stats.norm.ppf(_POWER)))
 
 
 def bootstrap(decisions: Decisions, draws: int = DRAWS, seed: int = 0) -> dict[str, tuple[float, float]] | None:
@@ -129,7 +137,7 @@ def detectable_difference(values: Floats, groups: Sequence[str]) -> float:
     sizes = _group_sums(np.ones(n), groups)
     spread = float(((sums - values.mean() * sizes) ** 2).sum())
     error = math.sqrt(max(spread, 1.0)) / n
-    return float((stats.norm.ppf(0.975) + stats.norm.ppf(_POWER)) * error)
+    return float((_Z + stats.norm.ppf(_POWER)) * error)
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:

@@ -67,6 +67,16 @@ class EvaluationRow:
     """Precision, recall and F1 by class."""
     cost: Cost
 
+    @property
+    def name(self) -> str:
+        """``pipeline: method``, as comparisons name it."""
+        return f"{self.who.pipeline}: {self.who.method}"
+
+    @property
+    def confidence(self) -> float | None:
+        """Mean confidence, temperature-scaled if there is a temperature."""
+        return (self.scaled or self.scores).get("confidence")
+
 
 @dataclass(frozen=True)
 class Evaluated:

@@ -122,7 +122,7 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
             if section == "vlm" and is_shorthand(name):
                 expand(name)  # raises now rather than in a stage
             else:
-                locate_config(name)
+                locate_config(name, f"--{section}")
             spec = replace(spec, **{section: name})
     for item in options.strategy:
         stage, equals, name = item.rpartition("=")

@@ -10,14 +10,18 @@ from vidreason.config.files import PREFIX, find_config, shipped_folder
 from vidreason.spelling import did_you_mean
 
 
-def locate_config(name: str) -> Path:
+def locate_config(name: str, option: str = "--config") -> Path:
     """Returns the path of a config file in the current folder or, failing that, among the shipped files.
 
+    Args:
+        name: The file.
+        option: The option of a stage that takes it.
+
     Raises:
-        ValueError: If it is in neither place, or no YAML file.
+        ValueError: If it is in neither place, or not a file that the option takes.
     """
     try:
-        check_section("--data", name)
+        check_section(option, name)
         path = find_config(name)
         if path is not None:
             check_yaml(path)

@@ -14,10 +14,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from vidreason.config.files import find_config, shipped_folder
+from vidreason.config.fit_folder import WITHOUT_EFFECT
 from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.sources.rows import read_table
 from vidreason.datamodules.sources.table_paths import spellings
@@ -48,7 +50,7 @@ def fingerprint_settings(
         One entry per setting (the value as JSON), and one per file that it names.
     """
     prints: dict[str, str] = {}
-    for key, value in settings.items():
+    for key, value in _counted(settings).items():
         prints[f"{label} {key}"] = json.dumps(value, sort_keys=True, default=str)
         for leaf, item in _leaves(value, key):
             prints |= _named_files(leaf, item, folder or Path(), roots)
@@ -66,7 +68,7 @@ def fingerprint_config(path: Path, name: str, roots: Sequence[Path] = ()) -> dic
     Raises:
         ValueError: If the file is not valid YAML.
     """
-    content = read_yaml(path)
+    content = _counted(read_yaml(path))
     prints = {f"file {name}": _sha(json.dumps(content, sort_keys=True, default=str))}
     for key, value in _leaves(content):
         prints |= _named_files(key, value, path.parent, roots)
@@ -177,6 +179,23 @@ def _listed_clips(manifest: Path, roots: Sequence[Path]) -> list[Path]:
     folders = (manifest.parent, *roots)
     texts = [text for row in rows if row.get("path") for text in spellings(row.get("path"))]
     return [folder / text for text in texts for folder in folders]
+
+
+def _counted(content: Any, key: str = "") -> Any:
+    """Returns the content of a YAML file without the settings that change nothing of what is computed."""
+    if isinstance(content, list):
+        return [_counted(item, key) for item in content]
+    if not isinstance(content, Mapping):
+        return content
+    counted = {}
+    for name, value in content.items():
+        place = f"{key}.{name}"
+        if place.endswith(WITHOUT_EFFECT):
+            continue
+        found = _counted(value, place)
+        if found or not value:  # a section of such settings only is left out with them
+            counted[name] = found
+    return counted
 
 
 def _leaves(content: object, key: str = "") -> Iterator[tuple[str, object]]:

@@ -95,9 +95,8 @@ def _fitting(passes: Sequence[PassPlan], memory: float) -> list[str]:
         least = min(parts, key=lambda part: part.largest or 0)
         largest, now = least.largest or 0, parts[0].clips_per_forward
         if largest < 1:
-            lines.append(
-                f"{setting}: not one clip of {least.name} fits into {memory / GB:.3g} GB ({_remedy(least.memory)})"
-            )
+            lines.append(f"{setting}: not one clip of {least.name} fits into {memory / GB:.3g} GB:")
+            lines.append(f"  {_remedy(least.memory)}")
         else:
             state = "fits" if now <= largest else f"is too large: {least.name} would take {_gb(least.memory.total)} GB"
             lines.append(f"{setting}: at most {largest} (its value, {now}, {state})")

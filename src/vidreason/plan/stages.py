@@ -111,7 +111,7 @@ class StagePlanner:
         self._gpu, self._memory = gpu, memory
         self._estimates: dict[tuple[str, str], MemoryEstimate] = {}
         self._headers: dict[tuple[Path, Stretch | None], ClipHeader | None] = {}
-        self._planned: dict[tuple[str, object], PlannedClips] = {}
+        self._planned: dict[tuple[str, str, object], PlannedClips] = {}
 
     def plan(self, planned: PlannedStage) -> StagePlan:
         """Returns the plan of a stage.
@@ -199,7 +199,7 @@ class StagePlanner:
         forwards: int,
     ) -> PassPlan:
         encoder = self._planned.setdefault(
-            (planned.vlm, planned.data.frames), PlannedClips(planned.stage.vlm, planned.data.frames)
+            (planned.vlm, planned.precision.name, planned.data.frames), PlannedClips(estimate.vlm, planned.data.frames)
         )
         counted = [(encoder.tokens(clip, self._header(clip), part.view), clip) for clip in clips]
         tokens, longest = max(counted, key=lambda pair: pair[0].total)

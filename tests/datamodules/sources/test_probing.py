@@ -18,6 +18,14 @@ def test_a_clip_is_measured(tmp_path, write_clip):
     assert content_sha(path) == sha
 
 
+def test_a_varying_rate_is_measured_by_the_times_of_the_frames(tmp_path, write_clip):
+    times = [0.0, 0.04, 0.08, 0.4, 0.8, 0.84, 1.6]
+    probe = measure_clip(write_clip(tmp_path / "a.mkv", len(times), times=times))
+    assert probe.frames == len(times)
+    assert 1.6 <= probe.seconds <= 1.6 + 0.8
+    assert 3 < probe.fps < 5
+
+
 def probed(paths, timeout=60.0):
     return dict(zip(paths, probe_clips([(path, None) for path in paths], 2, timeout), strict=True))
 

@@ -13,12 +13,16 @@ from stage_world import SHORT, run_dir
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
 from vidreason.datamodules.traces import TraceStore
+from vidreason.lightning_modules.fit.optimizer_step import UpdateOptions
 from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
 from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.functional.finite import NonFiniteError
+from vidreason.lightning_modules.rl.objective import PolicyLoss
 from vidreason.lightning_modules.rl.sampler import RolloutOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.traces.generation import TraceOptions
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.rewards.accuracy import AccuracyReward
 
 
@@ -131,15 +135,33 @@ def test_texts_of_weights_that_were_not_finite_are_refused(tmp_path):
         TraceStore.open(path).records()
 
 
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [
+        ("sampling.temperature", lambda: Sampling(temperature=math.nan)),
+        ("updates.max_grad_norm", lambda: UpdateOptions(max_grad_norm=math.nan)),
+        ("optim.warmup", lambda: OptimOptions(warmup=math.nan)),
+        ("loss.dual_clip", lambda: PolicyLoss(dual_clip=math.nan)),
+        ("loss.kl_coef", lambda: PolicyLoss(kl_coef=math.nan)),
+        ("vlm.lora.alpha", lambda: LoRAOptions(alpha=math.nan)),
+    ],
+)
+def test_a_setting_that_is_no_number_is_refused(option, given):
+    with pytest.raises(ValueError, match=f"{option} must .*, got nan"):
+        given()
+
+
 def test_what_cannot_learn_is_refused(make_vlm, make_data, make_trainer):
     with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
         RolloutOptions(group_size=1)
     with pytest.raises(ValueError, match="every weight is 0"):
         make(make_vlm(), rewards=[AccuracyReward(weight=0.0)])
+    with pytest.raises(ValueError, match="vlm.lora.r must be at least 1, got 0"):
+        LoRAOptions(r=0)
     module = RationaleSFTModule(make_vlm(), optim=optim(0.0))
     with pytest.raises(ValueError, match="lr is 0"):
         make_trainer(max_steps=1).fit(module, make_data(module.vlm))
-    for option in ("max_steps", "max_epochs", "limit_train_batches"):
+    for option in ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval"):
         module = RationaleSFTModule(make_vlm())
         with pytest.raises(ValueError, match=f"trainer.{option} is 0"):
             make_trainer(**{"max_steps": 1, option: 0}).fit(module, make_data(module.vlm))

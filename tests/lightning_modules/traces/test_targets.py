@@ -7,6 +7,7 @@ from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.traces.targets import (
     caption_targets,
     rationale_targets,
+    swapped_targets,
     trace_targets,
     traces_or_composed,
 )
@@ -77,3 +78,20 @@ def test_composed_texts_fill_in_for_missing_traces_and_the_shares_are_told():
         "1 (33%) from own traces that end in the label, 1 (33%) from own descriptions composed with the label, "
         "1 (33%) from nothing"
     )
+
+
+def test_swapped_traces_are_about_other_clips_and_keep_their_own_label():
+    texts = {str(i): (f"{i} first", f"{i} second") for i in range(40)} | {"none": ()}
+    swapped = swapped_targets(texts, 2)
+    assert set(swapped) == set(texts) - {"none"}
+    steps = set()
+    for name, others in swapped.items():
+        owners = [text.split()[0] for text in others]
+        assert len(set(owners)) == 2
+        assert name not in owners
+        assert all(text in texts[owner] for text, owner in zip(others, owners, strict=True))
+        steps |= {(int(owner) - int(name)) % 8 for owner in owners}
+    assert steps == set(range(8)), "the label of another clip does not follow from the clip's own"
+    assert swapped_targets(texts, 0) == dict.fromkeys(swapped, ())
+    assert swapped_targets({"alone": ("x",)}, 2) == {"alone": ()}
+    assert swapped == swapped_targets(texts, 2)

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,17 @@ def test_closed_prompts_and_assistant_texts(make_vlm: MakeVLM, family: str) -> N
     assert len(answer) <= len("><answer>cat</answer>" + end), "at most the token that holds the tag's first character"
     assert not texts.answer_mask[1:].any()
     assert int(texts.ids[1][texts.mask[1]][-1]) in vlm.stop_ids
+
+
+def test_of_a_text_whose_answer_alone_is_learnt_only_the_answer_counts(make_vlm: MakeVLM, family: str) -> None:
+    vlm = make_vlm(family)
+    example = builders.make_example()
+    both = replace(example, texts=(Text(TRACE), Text(TRACE, learnt="answer")))
+    texts = vlm.encode([both]).texts
+    assert texts.ids[0].equal(texts.ids[1])
+    assert texts.loss_mask[1].equal(texts.answer_mask[0])
+    assert texts.answer_mask[1].equal(texts.answer_mask[0])
+    assert texts.loss_mask[0].sum() > texts.loss_mask[1].sum() > 0
 
 
 def test_open_prompts_and_trees(make_vlm: MakeVLM, family: str) -> None:

@@ -1,0 +1,115 @@
+"""Recipes of the cold start and of the calibrator, compared on seeds that no reported figure uses.
+
+    python benchmarks/recipes.py --seeds 100 101 102 [--recipes shipped answer_weight_1] [--until greedy] [--json FILE]
+
+Every recipe changes settings of the shipped stages (``recipes.yaml``; no GRPO). The figures are shares of 200 clips at
+L1: all eight facts stated as they are in the greedy trace, the world's decision list applied to the stated facts, the
+answer, the answer where all facts are right, and the calibrated decision (``--until test``). Facts serve as a
+diagnosis only: nothing is trained on them. A second call goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from evidence_report import diagnose
+from figures import versions, write_json
+
+from vidreason.cli.main import main as vidreason
+from vidreason.datamodules.porch.world import Facts, label_of
+from vidreason.datamodules.traces import TraceStore
+from vidreason.demo.run import DATA
+from vidreason.lightning_modules.decisions.predictions import Prediction, Trace, read_predictions
+from vidreason.run_folder import RunState, artefact_path
+
+FIRST = "shipped"
+"""The recipe whose descriptions the others learn from."""
+_COLD = "sft_cold_start.model.init_args"
+RECIPES: Mapping[str, Mapping[str, object]] = {
+    FIRST: {},
+    "answer_weight_1": {
+        f"{_COLD}.targets.answer_weight": 1.0,
+        f"{_COLD}.optim.optimizer.init_args.lr": 3e-4,
+        "sft_cold_start.trainer.max_steps": 150,
+        "sft_cold_start.trainer.val_check_interval": 150,
+    },
+    "no_swapped_traces": {f"{_COLD}.targets.swapped": 0},
+    "projector_trained": {"vlm.init_args.freeze_projector": False},
+    "calibrator_on_classes": {
+        "calibration.model.init_args.objective": "classes",
+        "calibration.model.init_args.traces.samples": 2,
+        "calibration.trainer.max_epochs": 6,
+        "calibration.trainer.check_val_every_n_epoch": 6,
+    },
+}
+"""Settings that a recipe changes, by dotted key."""
+CLIPS = 200
+
+
+def options(recipe: str, seed: int, folder: Path, until: str) -> list[str]:
+    """Returns the options of ``vidreason pipeline`` for a recipe."""
+    line = ["--config", str(Path(__file__).with_suffix(".yaml")), "--run_dir", (folder / recipe).as_posix()]
+    line += ["--data", DATA, "--seed", str(seed), "--until", until]
+    data = {"data_dir": (folder / "porch").as_posix(), "seed": seed, "levels": [1], "test_clips": CLIPS}
+    for key, value in [*((f"data.init_args.{name}", v) for name, v in data.items()), *RECIPES[recipe].items()]:
+        line += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    if recipe != FIRST:
+        line += ["--use", f"generate={(folder / FIRST).as_posix()}"]
+    return line
+
+
+def figures_of(run: Path, world: Path) -> dict[str, Any]:
+    """Returns the figures of a finished recipe.
+
+    Args:
+        run: Its run folder.
+        world: The folder with the rendered clips.
+    """
+    state = RunState.load(run)
+    assert state is not None, f"{run} has run"
+    facts_file = next(iter(sorted(world.glob("*/facts.jsonl"))))
+    lines = facts_file.read_text(encoding="utf-8").splitlines()
+    truth = {row["video_id"]: row["facts"] for row in map(json.loads, lines)}
+    written = artefact_path(run / state.stages["greedy"].folder, "traces")
+    assert written is not None, "stage greedy has finished"
+    greedy = []
+    for video_id, records in TraceStore.open(written).by_video(kept_only=False).items():
+        label, answer = label_of(Facts(**truth[video_id])), records[0].answer
+        trace = Trace(records[0].text, answer)
+        greedy.append(Prediction(video_id, "test_L1", "", label, answer, {}, answer, answer is None, False, (trace,)))
+    found: dict[str, Any] = asdict(diagnose(greedy, truth))
+    if "test" in state.stages and (path := artefact_path(run / state.stages["test"].folder, "predictions")):
+        decided = read_predictions(path)
+        found["calibrated_right"] = sum(p.right for p in decided) / len(decided)
+    return found
+
+
+def main() -> int:
+    """Runs recipes by seed and prints their figures; returns the exit status of the first run that stopped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--until", choices=("greedy", "test"), default="test")
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    rows = []
+    for seed in given.seeds:
+        folder = given.run_dir / f"seed{seed}"
+        for recipe in [FIRST, *(name for name in given.recipes if name != FIRST)]:
+            if status := vidreason(["pipeline", *options(recipe, seed, folder, given.until)]):
+                return status
+            rows.append({"recipe": recipe, "seed": seed, **figures_of(folder / recipe, folder / "porch")})
+            print(json.dumps(rows[-1]), flush=True)
+    write_json(given.json, {"clips": CLIPS, "versions": versions(("vidreason", "torch")), "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

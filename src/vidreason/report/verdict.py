@@ -1,0 +1,215 @@
+"""The first sentence of a report, and what speaks against trusting its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from vidreason.datamodules.split_names import CALIBRATION_SPLIT
+from vidreason.evaluation.decisions import Decisions
+from vidreason.evaluation.intervals import FEWEST_GROUPS, Difference
+from vidreason.evaluation.rows import Evaluated, EvaluationRow
+from vidreason.evaluation.run import Comparison
+from vidreason.pipelines.summary import wilson_interval
+from vidreason.pipelines.table import percent
+from vidreason.report.runs import ReportRun
+
+_LEVEL = 0.05
+_MANY_UNPARSED = 0.05
+_TO_HALF_WIDTH = float(stats.norm.ppf(0.975) / (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)))
+"""Half of a 95 % interval over the difference that is found with probability 0.8, from the same spread."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The method that the report is about, and what it is compared with."""
+
+    run: ReportRun
+    method: Evaluated
+    reasons: bool
+    """Whether it decides from traces; otherwise the report has no method that reasons."""
+    reference: str | None
+    """``pipeline: method``; None if there is nothing to compare it with."""
+
+    @property
+    def name(self) -> str:
+        """``pipeline: method``."""
+        return f"{self.run.evaluated.pipeline}: {self.method.method.name}"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The difference in accuracy between two methods on one split, in words."""
+
+    split: str
+    points: str
+    """``+3.1 ± 8.2 points``; without ± where there are too few groups for an interval."""
+    sure: str
+    """The p-value, or over how many seeds the interval is."""
+    detectable: str
+    """Smallest true difference in points that this many clips, or seeds, would show."""
+    clips: int
+    better: bool
+    worse: bool
+
+
+def choose_headline(runs: Sequence[ReportRun], comparisons: Sequence[Comparison]) -> Headline:
+    """Chooses the method that the report is about by what it is, never by how well it does on the test clips.
+
+    A calibrator over the most traces comes first, then a vote, then an answer; without any, the last method.
+
+    Raises:
+        ValueError: If no run has the decisions of a method.
+    """
+    candidates = [(run, one) for run in runs for one in run.methods()]
+    if not candidates:
+        raise ValueError(f"{runs[0].folder}: its evaluation has no decisions left; run vidreason evaluate again")
+    ranks = {"likelihood": 0, "answer": 1, "vote": 2, "calibrated": 3}
+
+    def rank(place: int) -> tuple[int, int, int]:
+        run, one = candidates[place]
+        # of several pipelines the first, of the stages of one the last
+        return ranks[one.method.mode], -_order(runs, run), one.method.samples * len(candidates) + place
+
+    run, one = candidates[max(range(len(candidates)), key=rank)]
+    name = f"{run.evaluated.pipeline}: {one.method.name}"
+    reference = next((c.second for c in comparisons if c.first == name), None)
+    return Headline(run, one, one.method.mode != "likelihood", reference)
+
+
+def gains(
+    first: str, second: str | None, comparisons: Sequence[Comparison], rows: Sequence[EvaluationRow]
+) -> list[Gain]:
+    """Returns the differences between two methods, one per split."""
+    groups = {(row.name, row.split): row.groups for row in rows if row.group is None}
+    return [
+        _gain(one.split, one.difference, groups.get((first, one.split), 0))
+        for one in comparisons
+        if (one.first, one.second) == (first, second)
+    ]
+
+
+def sentence(headline: Headline, found: Sequence[Gain]) -> str:
+    """Returns the sentence that answers the question of the report."""
+    what = f"Reasoning ({headline.name})" if headline.reasons else headline.name
+    if headline.reference is None or not found:
+        return f"{what} has nothing to be compared with here."
+    pipeline, _, method = headline.reference.partition(": ")
+    other = {"zero_shot likelihood": "the untrained base", "sft_label likelihood": "label SFT"}.get(
+        method, headline.reference
+    )
+    if other == "label SFT" and pipeline != "label_sft":
+        other = headline.reference
+    better, worse = sum(gain.better for gain in found), sum(gain.worse for gain in found)
+    if better == len(found):
+        verb = "is better than"
+    elif worse == len(found):
+        verb = "is worse than"
+    else:
+        verb = "is not shown to be better than"
+    by = "; ".join(f"{gain.points} on {gain.split}" for gain in found)
+    mixed = f" (better on {better}, worse on {worse} of {len(found)} splits)" if better + worse else ""
+    return f"{what} {verb} {other} on your clips: {by}{mixed if verb.startswith('is not') else ''}."
+
+
+def warnings(headline: Headline, runs: Sequence[ReportRun], comparisons: Sequence[Comparison]) -> list[str]:
+    """Returns what speaks against trusting the numbers: chance, few clips, probes, and notes of the runs themselves."""
+    own = [row for run in runs for row in run.rows if row.name == headline.name and row.group is None]
+    told = [
+        *_about_chance(headline.method.decisions),
+        *_about_size(own),
+        *_about_answers(own),
+        *(text for run in runs for text in _about_probes(run, comparisons)),
+        *_about_training(headline, runs),
+        *(f"{run.name}: {note}" for run in runs for note in run.notes if "not better than always" not in note),
+    ]
+    return list(dict.fromkeys(told))
+
+
+def majority(decisions: Decisions) -> float:
+    """Returns the accuracy of always answering the largest class of these clips."""
+    return float(np.bincount(decisions.labels).max() / len(decisions))
+
+
+def _order(runs: Sequence[ReportRun], run: ReportRun) -> int:
+    return list(dict.fromkeys(one.evaluated.pipeline for one in runs)).index(run.evaluated.pipeline)
+
+
+def _gain(split: str, difference: Difference, groups: int) -> Gain:
+    d, half = difference, None
+    if d.low is not None and d.high is not None:
+        half = (d.high - d.low) / 2
+        sure = f"95 %, {d.seeds} seeds"
+        better, worse = d.low > 0, d.high < 0
+    else:
+        if groups >= FEWEST_GROUPS:
+            half = _TO_HALF_WIDTH * d.detectable
+        p = 1.0 if d.p_value is None else d.p_value
+        sure = f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
+        better, worse = (p < _LEVEL and d.mean > 0), (p < _LEVEL and d.mean < 0)
+    points = f"{100 * d.mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+    return Gain(split, f"{points} points", sure, f"{100 * d.detectable:.1f}", d.clips, better, worse)
+
+
+def _about_chance(decisions: Mapping[str, Decisions]) -> list[str]:
+    found = []
+    for split, own in decisions.items():
+        share = majority(own)
+        low, _ = wilson_interval(int(own.right.sum()), len(own))
+        if split != CALIBRATION_SPLIT and low <= share:
+            found.append(
+                f"At chance on {split}: {percent(float(own.right.mean()))} % right is, as far as {len(own)} clips can "
+                f"tell, not better than always answering the largest class ({percent(share)} %)."
+            )
+    return found
+
+
+def _about_size(rows: Sequence[EvaluationRow]) -> list[str]:
+    sizes = dict.fromkeys((row.split, row.clips, row.groups) for row in rows if row.groups < FEWEST_GROUPS)
+    return [
+        f"Too few clips on {split}: {clips} clips in {groups} groups; intervals need at least {FEWEST_GROUPS} groups."
+        for split, clips, groups in sizes
+    ]
+
+
+def _about_answers(rows: Sequence[EvaluationRow]) -> list[str]:
+    found = []
+    for row in rows:
+        missing = row.scores.get("unparsed") or 0.0
+        if missing > _MANY_UNPARSED:
+            found.append(f"{row.name} gave no answer for {percent(missing)} % of the clips of {row.split}.")
+    return found
+
+
+def _about_training(headline: Headline, runs: Sequence[ReportRun]) -> list[str]:
+    """Says where the method that is compared with was trained on another number of clips."""
+    other = (headline.reference or "").partition(": ")[0]
+    return [
+        f"{run.name} was trained on {run.train_clips} clips, {headline.run.name} on {headline.run.train_clips}: their "
+        "difference is not that of the methods alone."
+        for run in runs
+        if run.evaluated.pipeline == other and run.train_clips != headline.run.train_clips
+    ]
+
+
+def _about_probes(run: ReportRun, comparisons: Sequence[Comparison]) -> list[str]:
+    """Says where a method does as well, or is as sure, without the video."""
+    own = {(row.who.method, row.split): row for row in run.rows if row.group is None}
+    changes = {(one.first, one.second, one.split): one.difference.mean for one in comparisons}
+    found = []
+    for row in run.rows:
+        whole = own.get((row.who.probe_of or "", row.split))
+        if row.group is not None or whole is None or not row.who.method.endswith(", no video"):
+            continue
+        change = changes.get((row.name, whole.name, row.split))
+        if change is not None and change >= 0:
+            found.append(f"{whole.name} does as well without the video on {row.split} ({100 * change:+.1f} points).")
+        if row.confidence is not None and whole.confidence is not None and row.confidence >= whole.confidence:
+            found.append(
+                f"{whole.name} is as sure without the video on {row.split}: mean confidence "
+                f"{percent(row.confidence)} %, with it {percent(whole.confidence)} %."
+            )
+    return found
