@@ -48,7 +48,7 @@ QUICK: Mapping[str, object] = {
 stage, others to the stage of that name in each pipeline that has it."""
 
 # Time and disk space, by --quick.
-_ABOUT = {False: ("about 12 minutes on 2 cores", "about 150 MB"), True: ("about 6 minutes on 2 cores", "about 130 MB")}
+_ABOUT = {False: ("about 15 minutes on 2 cores", "about 150 MB"), True: ("about 6 minutes on 2 cores", "about 130 MB")}
 
 
 def run_demo(argv: Sequence[str], commands: Commands, run: RunJob | None = None) -> int:
