@@ -71,6 +71,11 @@ class RationaleSFTModule(VLMModule):
     ) -> None:
         super().__init__(vlm, **kwargs)
         self.automatic_optimization = False
+        if targets.swapped and self.completion.mode != "think":
+            raise ValueError(
+                f"targets.swapped: needs completion.mode think, got {self.completion.mode}: the answer of a swapped "
+                "trace has to follow its reasoning; set targets.swapped to 0"
+            )
         self.targets = targets
         self.traces_file = traces_file
 
@@ -130,7 +135,7 @@ class RationaleSFTModule(VLMModule):
                 raise ValueError(f"no training clip has a text in the manifest's column {self.targets.caption_field!r}")
             raise ValueError(_no_targets(Path(self.traces_file or Path(self.trainer.default_root_dir, TRACES_FILE))))
         is_trace = self.targets.kind == "trace"
-        swapped = swapped_targets(texts, self.targets.swapped)
+        swapped = swapped_targets(texts, self.targets.swapped, self.seed)
         view = ReasonView(task, texts, self.completion, swapped) if is_trace else DescribeView(task, texts=texts)
         self.data.connect(train_view=view)
 

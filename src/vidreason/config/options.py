@@ -40,7 +40,7 @@ class CommandParser(argparse.ArgumentParser):
                 self.error(f"unknown option {name!r}{did_you_mean(name, self._option_string_actions)}")
             action = self._option_string_actions.get(name)
             if isinstance(action, argparse._StoreAction) and action.dest in given:
-                self.error(f"{name} is given twice; which value is meant?")
+                self.error(f"{name} is given twice; remove one of the two")
             given |= {action.dest} if action is not None else set()
         return self.parse_args(list(argv))
 

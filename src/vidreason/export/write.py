@@ -88,13 +88,13 @@ def export_run(run: Path, stage: str | None, out: Path, merge: bool, force: bool
         "stage": opened.module.stage_name,
         "task_sha": opened.task.sha(),
     }
-    moved = _make_room(out, identity, force)
     if not found.weights and not merge:
         raise ValueError(f"--run {run}: its model is the base, untrained; give --merge to write the whole model")
-    entry = _entry(opened, identity, merge, out)
-    before = _probed(opened)
-    info = _lineage(opened, entry)
+    moved = _make_room(out, identity, force)
     try:
+        entry = _entry(opened, identity, merge, out)
+        before = _probed(opened)
+        info = _lineage(opened, entry)
         with published(out, info) as draft:
             _write_weights(opened, draft, merge)
             policy = draft / POLICY_FOLDER
