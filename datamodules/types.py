@@ -88,8 +88,8 @@ class VideoSample:
     """Equal for equal frames: a hash of the file's content and of how frames are taken; empty if they are drawn at
     random or the source is unknown."""
     known: KnownVideo | None = None
-    """What the prompt needs of a video that is not decoded, since its embeddings are known; ``frames`` have no content
-    then."""
+    """Set for a video that is not decoded because its embeddings are known: what its prompt needs. ``frames`` are then
+    zeros of the right shape. None for a decoded video."""
 
     def __post_init__(self) -> None:
         if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[1] != 3:

@@ -52,7 +52,7 @@ _MOST_CHARACTERS = 1 << 16
 
 @dataclass(frozen=True)
 class TextQuality:
-    """What was measured of the texts about some clips."""
+    """Holds the figures by which the texts of a base about a set of clips are judged."""
 
     texts: int
     pairs: int

@@ -99,7 +99,7 @@ class VLM(ClipEncoder, ABC):
         self._logged_tokens = False
 
     casts_pixels: ClassVar[bool] = False
-    """Whether the vision path casts pixels to its dtype before it computes with them, so that workers may do so."""
+    """True if the vision path casts pixels to its dtype first; then data workers may cast them, with equal results."""
 
     # -- what a family defines ---------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class VLM(ClipEncoder, ABC):
 
     @property
     def knows_videos(self) -> bool:
-        """Whether the vision cache may have the embeddings of some clip."""
+        """Returns False if the vision cache is off or holds no clip, so that no clip needs to be looked up."""
         return self.vision_cache is not None and self.vision_cache.knows_videos
 
     def find_known(self, video: str, prompt: Prompt, read: Callable[[], VideoSample]) -> KnownVideo | None:

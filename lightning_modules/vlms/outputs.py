@@ -1,4 +1,4 @@
-"""What a model returns: scores of given texts, and sampled texts.
+"""Defines the records that a model returns: scores of given texts, and sampled texts.
 
 Letters: B prompts, G completions of each, N texts, L tokens of the longest text.
 """

@@ -124,7 +124,7 @@ class VisionCache:
 
     @property
     def knows_videos(self) -> bool:
-        """Whether there may be an entry for some video."""
+        """Returns False if the cache certainly holds no video, so that none needs to be looked up."""
         if self._expected is not None:
             model, self._expected = self._expected(), None
             self._contexts = [] if model is None else self._guessed(model)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -91,7 +91,9 @@ def export_run(run: Path, stage: str | None, out: Path, merge: bool, force: bool
     if not found.weights and not merge:
         raise ValueError(f"--run {run}: its model is the base, untrained; give --merge to write the whole model")
     moved = _make_room(out, identity, force)
-    try:
+    with ExitStack() as on_failure:
+        if moved is not None:
+            on_failure.callback(moved.rename, out)
         entry = _entry(opened, identity, merge, out)
         before = _probed(opened)
         info = _lineage(opened, entry)
@@ -116,10 +118,7 @@ def export_run(run: Path, stage: str | None, out: Path, merge: bool, force: bool
             info["export"] = entry.entry()
             kinds = Kinds(_kind(draft), _kind(policy) if policy.is_dir() else None)
             _write_card(run, opened, entry, kinds, info, draft)
-    except BaseException:
-        if moved is not None:
-            moved.rename(out)
-        raise
+        on_failure.pop_all()  # the new folder stands: the old one stays where it went
     return Exported(out, merge, difference, known, left)
 
 
