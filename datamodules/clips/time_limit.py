@@ -23,6 +23,7 @@ ANSWER_TIMEOUT = 20.0
 """Seconds until a path that the user names is taken for one on a dead mount."""
 WALK_TIMEOUT = 600.0
 """Seconds that listing everything below a folder may take."""
+NO_FILE = "a pipe or a device, and no ordinary file; save its content as a file"
 Kind = Literal["file", "folder", "other"]
 
 

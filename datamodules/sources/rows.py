@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidreason.datamodules.clips.time_limit import WALK_TIMEOUT, call_reader, look_at
+from vidreason.datamodules.clips.time_limit import NO_FILE, WALK_TIMEOUT, call_reader, look_at
 from vidreason.datamodules.sources.folders import read_layout
 
 REQUIRED_COLUMNS = ("path", "label")
@@ -50,7 +50,7 @@ def read_table(manifest: Path) -> Table:
     if kind == "folder":
         table = _read_folder(manifest)
     elif kind == "other":
-        raise ValueError(f"{manifest}: a pipe or a device, and no ordinary file; save its content as a file")
+        raise ValueError(f"{manifest}: {NO_FILE}")
     elif kind is None:
         raise ValueError(f"{manifest}: no such manifest (a .csv or .jsonl file, or a folder with one folder per class)")
     else:

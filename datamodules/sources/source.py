@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vidreason.datamodules.clips.sampling import Stretch
-from vidreason.datamodules.clips.time_limit import WALK_TIMEOUT, call_reader, look_at
+from vidreason.datamodules.clips.time_limit import NO_FILE, WALK_TIMEOUT, call_reader, look_at
 from vidreason.datamodules.sources.chat_records import holds_chats, table_of_chats
 from vidreason.datamodules.sources.columns import ColumnNames, Columns, find_columns
 from vidreason.datamodules.sources.folders import VIDEO_SUFFIXES, Layout, read_layout
@@ -89,7 +89,7 @@ def read_source(path: Path, options: SourceOptions | None = None) -> Source:
     elif kind is None:
         raise ValueError(f"{path}: no such file or folder")
     elif kind == "other":
-        raise ValueError(f"{path}: a pipe or a device, and no ordinary file; save its content as a file")
+        raise ValueError(f"{path}: {NO_FILE}")
     elif path.suffix.lower() in VIDEO_SUFFIXES:
         raise ValueError(
             f"{path}: a clip; give a folder with one folder of clips per class, or a table that lists clips"

@@ -200,11 +200,11 @@ def _look_at_paths(command: str, words: Sequence[str]) -> None:
             continue
         if (command == "classify" and option != "--run") or value[:1] in ("", "{", "["):
             continue
-        from vidreason.datamodules.clips.time_limit import look_at
+        from vidreason.datamodules.clips.time_limit import NO_FILE, look_at
 
         if look_at(Path(value)) == "other" and option not in _OUTPUTS:
             named = f"{option} {value}".strip()
-            raise ValueError(f"{named}: a pipe or a device, and no ordinary file; save its content as a file")
+            raise ValueError(f"{named}: {NO_FILE}")
 
 
 def _dispatch(command: str, rest: list[str]) -> int:

@@ -177,7 +177,7 @@ def render_verdict(reasoned: Sequence[Prediction], labelled: Sequence[Prediction
     names = sorted({str(p.label) for own in both for p in own} | {p.pred for own in both for p in own if p.pred})
     found = compare(*([Decisions.read(own, names)] for own in both))
     points, margin, shown = 100 * found.mean, 100 * found.margin, 100 * found.detectable
-    verdict = "is better" if points > margin else "is worse" if points < -margin else "is not shown to be better"
+    verdict = "is not shown to be better" if not found.shown else "is better" if points > 0 else "is worse"
     return (
         f"reasoning ({REASONER}) {verdict} than label SFT: {points:+.1f} ± {margin:.1f} points at "
         f"{split.removeprefix('test_')} (95 % interval, {found.clips} clips, one run); this many clips could show a "

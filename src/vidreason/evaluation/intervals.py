@@ -25,6 +25,7 @@ DRAWS = 2000
 """Bootstrap draws."""
 FEWEST_GROUPS = 20
 """Below this number of groups, an interval by resampling them would be too narrow and is withheld."""
+_LEVEL = 0.05
 _FLIPS = 10_000
 _EXACT_GROUPS = 13  # 2**13 sign patterns are fewer than _FLIPS
 _POWER = 0.8
@@ -53,6 +54,13 @@ class Difference:
         if self.low is not None:
             return self.mean - self.low
         return self.detectable * _Z / (_Z + float(stats.norm.ppf(_POWER)))
+
+    @property
+    def shown(self) -> bool:
+        """True if it is not 0 at the 5 % level: by the interval over seeds, else the sign-flip test over groups."""
+        if self.low is not None and self.high is not None:
+            return self.low > 0 or self.high < 0
+        return self.p_value is not None and self.p_value < _LEVEL
 
 
 def bootstrap(decisions: Decisions, draws: int = DRAWS, seed: int = 0) -> dict[str, tuple[float, float]] | None:

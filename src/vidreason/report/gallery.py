@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 
 from vidreason.callbacks.film_strip import film_strip
+from vidreason.config.built_stage import build_stage
 from vidreason.config.quiet import quietly
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.split_names import CALIBRATION_SPLIT
@@ -214,12 +215,10 @@ def _decisions_of(name: str | None, runs: Sequence[ReportRun]) -> dict[tuple[str
 
 def _clips_of(run: ReportRun) -> tuple[dict[tuple[str, str], Clip], str]:
     """Returns the clips of a run by (split, video id), and why there are none; nothing is rendered or fetched."""
-    from vidreason.config import trainer_cli
-
     config = next(stage.folder / CONFIG_FILE for stage in reversed(run.stages) if stage.folder.is_dir())
     try:
         with quietly():
-            data = trainer_cli.build("test", ["--config", str(config)]).datamodule
+            data = build_stage("test", ["--config", str(config)]).data
             assert isinstance(data, VideoDataModule)
             data.setup("test")
             splits = data.test_split_names

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from vidreason.datamodules.split_names import CALIBRATION_SPLIT
 from vidreason.evaluation.decisions import Decisions
@@ -17,10 +16,7 @@ from vidreason.pipelines.summary import wilson_interval
 from vidreason.pipelines.table import percent
 from vidreason.report.runs import ReportRun
 
-_LEVEL = 0.05
 _MANY_UNPARSED = 0.05
-_TO_HALF_WIDTH = float(stats.norm.ppf(0.975) / (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)))
-"""Half of a 95 % interval over the difference that is found with probability 0.8, from the same spread."""
 
 
 @dataclass(frozen=True)
@@ -139,17 +135,11 @@ def _order(runs: Sequence[ReportRun], run: ReportRun) -> int:
 
 
 def _gain(split: str, difference: Difference, groups: int) -> Gain:
-    d, half = difference, None
-    if d.low is not None and d.high is not None:
-        half = (d.high - d.low) / 2
-        sure = f"95 %, {d.seeds} seeds"
-        better, worse = d.low > 0, d.high < 0
-    else:
-        if groups >= FEWEST_GROUPS:
-            half = _TO_HALF_WIDTH * d.detectable
-        p = 1.0 if d.p_value is None else d.p_value
-        sure = f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
-        better, worse = (p < _LEVEL and d.mean > 0), (p < _LEVEL and d.mean < 0)
+    d, seeds = difference, difference.low is not None
+    half = d.margin if seeds or groups >= FEWEST_GROUPS else None
+    p = 1.0 if d.p_value is None else d.p_value
+    sure = f"95 %, {d.seeds} seeds" if seeds else f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
+    better, worse = d.shown and d.mean > 0, d.shown and d.mean < 0
     points = f"{100 * d.mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
     return Gain(split, f"{points} points", sure, f"{100 * d.detectable:.1f}", d.clips, better, worse)
 
