@@ -225,7 +225,7 @@ def _predictions(run: Path, test: str, split: str) -> list[Prediction]:
 
 
 def _facts(world: Path) -> dict[str, dict[str, str]]:
-    file = next(iter(sorted(world.glob("porch/*/facts.jsonl"))))
+    (file,) = world.glob("porch/*/facts.jsonl")  # One world for each folder: camera, labels and seed are in its path.
     return {row["video_id"]: row["facts"] for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
 
 

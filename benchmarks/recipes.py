@@ -73,7 +73,7 @@ def figures_of(run: Path, world: Path) -> dict[str, Any]:
     """
     state = RunState.load(run)
     assert state is not None, f"{run} has run"
-    facts_file = next(iter(sorted(world.glob("*/facts.jsonl"))))
+    (facts_file,) = world.glob("*/facts.jsonl")
     lines = facts_file.read_text(encoding="utf-8").splitlines()
     truth = {row["video_id"]: row["facts"] for row in map(json.loads, lines)}
     written = artefact_path(run / state.stages["greedy"].folder, "traces")
