@@ -86,12 +86,15 @@ def test_the_cards_script_gives_the_probabilities_of_the_run(
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_policy_and_calibrator_travel_together(merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("merge", "shown"), [(False, "video+reasoning"), (True, "video+trace")])
+def test_policy_and_calibrator_travel_together(
+    merge: bool, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_project(tmp_path, "qwen")
     traces = ["--model.init_args.traces.samples", "2", "--model.init_args.traces.sampling.max_new_tokens", "8"]
     fit("configs/sft_label.yaml", "label")
+    traces += ["--model.init_args.input", shown]
     fit("configs/calibration.yaml", "run", *traces, "--model.init_args.adapter_path", "label/adapter")
     out = tmp_path / "out"
     assert main(["export", "run", "--out", str(out), *(["--merge"] if merge else [])]) == 0
