@@ -1,6 +1,6 @@
 """Recipes of cold start, GRPO and calibrator, compared on seeds that no reported figure uses.
 
-    python benchmarks/recipes.py --seeds 100 101 102 [--recipes shipped grpo_80_steps] [--until grpo_greedy] [--json FILE]
+    python benchmarks/recipes.py --seeds 100 101 102 [--recipes shipped grpo_80_steps] [--until test] [--json FILE]
 
 Every recipe changes settings of the shipped stages (``recipes.yaml``). The figures are shares of 200 clips at L1, for
 the greedy traces before and after GRPO: all eight facts stated as they are, the world's decision list applied to the
