@@ -36,6 +36,16 @@ PAIRS = (
 """Differences that the claim is about: first minus second."""
 CURVES = ("label_sft: sft_label likelihood", "rb_ft: sft_label likelihood", "deepintuit: calibration 4 traces")
 
+LINES = {
+    "zero-shot": "label_sft: zero_shot likelihood",
+    "label SFT": "label_sft: sft_label likelihood",
+    "RB-FT": "rb_ft: sft_label likelihood",
+    "DeepIntuit, cold start": "deepintuit: sft_cold_start answer",
+    "DeepIntuit, GRPO": "deepintuit: grpo answer",
+    "DeepIntuit, calibrated": "deepintuit: calibration 4 traces",
+}
+"""Lines of the table of accuracies: what they are called, and pipeline and method."""
+
 
 @dataclass(frozen=True)
 class FoundRun:
@@ -83,7 +93,26 @@ def report(found: Sequence[FoundRun]) -> dict[str, Any]:
         print(_line(row))
     for row in content["differences"]:
         print(difference_line(row))
+    for number in sorted({one.labels for one in found}):
+        print(accuracy_table(content, number))
     return content
+
+
+def accuracy_table(content: Mapping[str, Any], labels: int) -> str:
+    """Returns the accuracies with one number of labelled clips: mean over seeds and its 95 % interval, in %, by level.
+
+    Args:
+        content: The content of the JSON file.
+        labels: Number of labelled training clips.
+    """
+    rows = [row for row in content["means"] if row["labels"] == labels]
+    levels = sorted({row["split"] for row in rows})
+    lines = [f"{f'{labels} labelled clips':24s}" + "".join(f"{split.removeprefix('test_'):>18s}" for split in levels)]
+    for name, key in LINES.items():
+        found = {row["split"]: row for row in rows if f"{row['pipeline']}: {row['method']}" == key}
+        if found:
+            lines.append(f"{name:24s}" + "".join(f"{_cell(found.get(split)):>18s}" for split in levels))
+    return "\n".join(lines)
 
 
 def diagnose(predictions: Sequence[Prediction], truth: Mapping[str, Mapping[str, str]]) -> Diagnosis:
@@ -227,6 +256,13 @@ def _predictions(run: Path, test: str, split: str) -> list[Prediction]:
 def _facts(world: Path) -> dict[str, dict[str, str]]:
     (file,) = world.glob("porch/*/facts.jsonl")  # One world for each folder: camera, labels and seed are in its path.
     return {row["video_id"]: row["facts"] for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    interval = "" if row["low"] is None else f" ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
+    return f"{100 * row['acc']:.1f}{interval}"
 
 
 def _line(row: Mapping[str, Any]) -> str:
