@@ -38,6 +38,8 @@ METHODS: Mapping[str, tuple[Mode, ...]] = {
     "rb_ft": ("likelihood",),
 }
 """Pipelines, and the ways in which their stages decide."""
+TRAINED = {"label_sft": "sft_label", "deepintuit": "calibration", "rb_ft": "sft_label"}
+"""Last training stage of each pipeline. Its test follows in the evaluation, once and in every mode."""
 LEVELS = (0, 1, 2, 3, 4)
 DECIDING, OTHER = 400, 80
 """Test clips at L1, and at each other level."""
@@ -84,6 +86,7 @@ class Work:
         }
         config = f"configs/pipelines/{self.method}.yaml"
         options = ["--config", config, "--run_dir", self.folder.as_posix(), "--data", DATA, "--seed", str(self.seed)]
+        options += ["--until", TRAINED[self.method]]
         for key, value in data.items():
             options += [f"--data.init_args.{key}", value if isinstance(value, str) else json.dumps(value)]
         return tuple(options)
