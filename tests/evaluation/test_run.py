@@ -146,6 +146,20 @@ def test_every_stage_decides_in_every_way_that_it_can(finished: Path, data: Clip
     assert tests.calls == []
 
 
+def test_what_has_finished_is_evaluated_though_the_pipeline_has_not(
+    finished: Path, data: Clips, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = EvaluateOptions(None, ("answer",), 3, probes=False)
+    evaluate_run(finished, answers, FakeTests().commands, "again")
+    assert "not finished" not in capsys.readouterr().out
+    (finished / "pipeline.yaml").write_text(
+        "seed: 7\nstages:\n" + "".join(f"- name: {name}\n" for name in ("cold", "calibration", "later_test"))
+    )
+    found = evaluate_run(finished, answers, FakeTests().commands, "again")
+    assert [one.method.name for one in found.methods] == ["cold answer"]
+    assert "later_test not finished: what has finished is evaluated" in capsys.readouterr().out
+
+
 def test_rows_have_scores_before_and_after_the_temperature_of_cal(finished: Path, data: Clips) -> None:
     found = evaluate_run(finished, ALL, FakeTests().commands, "again")
     rows = {row.who.method: row for row in rows_of_run(found, by_group=False)}

@@ -91,7 +91,7 @@ def plan_evaluation(
     Raises:
         ValueError: If the run has no finished stage with a model, or no stage has one of the modes.
     """
-    name, seed, stages = _finished_stages(run)
+    name, seed, stages = finished_stages(run)
     plan = _Tests(run, splits, probes)
     for label, stage in [(ZERO_SHOT, _base(stages)), *stages]:
         init = _init_args(stage.folder)
@@ -135,7 +135,7 @@ def plan_cal(run: Path, name: str | None) -> tuple[EvaluationPlan, FinishedStage
         )
     else:
         plan.add("cal", "likelihood", stage, {})
-    seed = _finished_stages(run)[1]
+    seed = finished_stages(run)[1]
     spec = PipelineSpec("threshold", "decisions about cal", tuple(plan.tests), str(run), seed=seed)
     return EvaluationPlan(spec, tuple(plan.methods), ()), stage
 
@@ -218,7 +218,7 @@ def _init_args(folder: Path) -> dict[str, Any]:
     return dict(content["model"].get("init_args") or {})
 
 
-def _finished_stages(run: Path) -> tuple[str, int, list[tuple[str, FinishedStage]]]:
+def finished_stages(run: Path) -> tuple[str, int, list[tuple[str, FinishedStage]]]:
     """Returns (name of the run, its seed, the finished stages that have a model, in order)."""
     state = RunState.load(run)
     if state is None:

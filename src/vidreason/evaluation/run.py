@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from vidreason.config.finished_stage import find_stage, threshold_folder
+from vidreason.config.finished_stage import threshold_folder
 from vidreason.config.quiet import quietly
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.base import VideoDataModule
@@ -24,6 +24,7 @@ from vidreason.evaluation.plan import (
     EvaluationPlan,
     Mode,
     SwappedTraces,
+    finished_stages,
     plan_cal,
     plan_evaluation,
 )
@@ -33,7 +34,7 @@ from vidreason.lightning_modules.decisions.threshold import Threshold
 from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
 from vidreason.pipelines.commands import Commands
 from vidreason.pipelines.runner import PipelineRun
-from vidreason.run_folder import CONFIG_FILE, artefact_path
+from vidreason.run_folder import CONFIG_FILE, artefact_path, open_stages
 
 EVALUATION_FILE = "evaluation.json"
 THRESHOLD_FOLDER = "threshold"
@@ -91,9 +92,11 @@ def evaluate_run(run: Path, options: EvaluateOptions, commands: Commands, again:
         again: The command line of this call, for messages.
 
     Raises:
-        ValueError: If the run has not finished, or its test clips were used in training.
+        ValueError: If no training of the run has finished, or its test clips were used in training.
         EvaluationStoppedError: If a test stage was interrupted or failed.
     """
+    if open_ := open_stages(run):
+        print(f"--run {run}: {', '.join(open_)} not finished: what has finished is evaluated")
     data = _data_of(run)
     tested = options.splits or data.test_split_names
     check_unseen(data, tested)
@@ -228,8 +231,9 @@ def _data_of(run: Path) -> VideoDataModule:
     """Returns the data module of a run, set up."""
     from vidreason.config import trainer_cli
 
+    folder = finished_stages(run)[2][-1][1].folder
     with quietly():
-        data = trainer_cli.build("test", ["--config", str(find_stage(run).folder / CONFIG_FILE)]).datamodule
+        data = trainer_cli.build("test", ["--config", str(folder / CONFIG_FILE)]).datamodule
         assert isinstance(data, VideoDataModule)
         data.prepare_data()
         data.setup("test")
