@@ -60,6 +60,7 @@ from vidreason.lightning_modules.weights.reviewer import (
     policy_reference,
 )
 from vidreason.lightning_modules.weights.reviewer_info import CalibratorInfo, calibrator_entries
+from vidreason.rewards.completion import THINK_FORM
 from vidreason.run_folder import ADAPTER_FOLDER
 
 
@@ -98,6 +99,11 @@ class CalibrationModule(VLMModule):
     ) -> None:
         super().__init__(vlm, traces=traces, decide=DecideOptions(), **kwargs)
         self.automatic_optimization = False
+        if input == "video+reasoning" and self.completion != THINK_FORM:
+            raise ValueError(
+                f"model.init_args.input: video+reasoning goes on from <think>…</think>, but completion is "
+                f"{self.completion}; set input to video+trace"
+            )
         self.calibrator_path = calibrator_path
         self.traces_file = traces_file
         self.input = input

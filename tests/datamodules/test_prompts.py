@@ -97,6 +97,20 @@ def test_a_reviewer_may_go_on_from_the_reasoning():
     assert view.sha() != ReviewView(TASK, traces).sha()
 
 
+@pytest.mark.parametrize(
+    ("trace", "shown"),
+    [
+        ("<answer>visit</answer>", ""),
+        ("A dog.<answer>visit</answer>", "A dog."),
+        ("<think>A dog <answer>visit</answer>", "A dog"),
+        ("<think>A dog <answer>visit</answer></think>", "A dog"),
+    ],
+)
+def test_a_reviewer_that_goes_on_never_sees_the_conclusion(trace, shown):
+    text = ReviewView(TASK, {"a": (trace,)}, input="video+reasoning").texts(CLIP)[0]
+    assert text == Text(f"<think>{shown}</think>", "draft", -1)
+
+
 def test_hash_follows_the_template_not_the_texts():
     changed = replace(TASK, prompts={"reason": "{question} Think."})
     assert ReasonView(TASK).sha() == ReasonView(TASK, {"a": ("x",)}).sha()

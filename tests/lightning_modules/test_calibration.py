@@ -22,7 +22,7 @@ from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha, read_info
 from vidreason.lightning_modules.weights.reviewer import CALIBRATOR
-from vidreason.rewards.completion import render_completion, render_reasoning
+from vidreason.rewards.completion import CompletionForm, render_completion, render_reasoning
 
 OWN = TraceOptions(kind="reason", samples=2, sampling=Sampling(max_new_tokens=5))
 ADAMW = OptimOptions(optimizer=adamw)
@@ -255,6 +255,13 @@ def test_a_calibrator_that_goes_on_from_the_reasoning_starts_from_the_policys_an
         own = (logprobs * batch.texts.loss_mask).sum(1)[rows]
     assert len(own) == 3 * 2 * 3
     torch.testing.assert_close(own, policys, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [CompletionForm("no_think"), CompletionForm(confidence=True)])
+def test_a_calibrator_goes_on_from_reasoning_in_its_own_form_only(make_vlm, form):
+    with pytest.raises(ValueError, match="input to video"):
+        make(make_vlm(), input="video+reasoning", completion=form)
+    assert make(make_vlm(), input="video+trace", completion=form).completion == form
 
 
 @pytest.mark.parametrize("shown", ["trace", "video"])

@@ -96,7 +96,7 @@ _CONTINUE = """\
 {activate}inputs, found, tags = show(asked), [], r"<[^<>\\s]+>|<\\s*(?:/\\s*)?(?:think|answer|confidence)\\s*>"
 for trace in traces:
     block = re.search("<think>(.*?)</think>", trace, re.DOTALL)
-    words = re.sub(tags, "", block[1].strip() if block else trace, flags=re.IGNORECASE).strip()
+    words = re.sub(tags, "", (block[1] if block else trace).split("<answer>")[0], flags=re.IGNORECASE).strip()
     begun, scores = f"{words}</think>" if asked["reasoning_start"] else f"{asked['lead']}<think>{words}</think>", []
     for name in asked["answers"]:
         told = processor.tokenizer(
