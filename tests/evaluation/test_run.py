@@ -13,6 +13,7 @@ from pipeline_world import options
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.datamodules.types import Clip
+from vidreason.evaluation import leaks
 from vidreason.evaluation import run as evaluation
 from vidreason.evaluation.plan import MODES, SwappedTraces
 from vidreason.evaluation.run import EvaluatedRun, EvaluateOptions, compare_methods, evaluate_run, rows_of_run
@@ -214,6 +215,38 @@ def test_test_clips_that_the_run_has_used_are_refused(finished: Path, data: Clip
     (data.folder / "test3.mp4").write_text("train5.mp4")
     with pytest.raises(ValueError, match="1 clips of test have the same content .*test3 is train5 of train"):
         evaluate_run(finished, ALL, commands, "again")
+
+
+def test_clips_that_an_ancestor_of_the_weights_has_used_are_refused(
+    finished: Path, data: Clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights that the cold start began with were trained elsewhere, on what is a test clip here."""
+    elsewhere = tmp_path / "other_run"
+    (elsewhere / "adapter").mkdir(parents=True)
+    (elsewhere / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"folder": "b"}}, "model": {}}))
+    cold = finished / "stages" / "01_cold" / "config.yaml"
+    init = {"adapter_path": str(elsewhere / "adapter"), "decide": {"by": "answer"}}
+    cold.write_text(yaml.safe_dump({"model": {"init_args": init}}))
+    (tmp_path / "b").mkdir()
+    other = Clips(tmp_path / "b")
+    other.setup("test")
+    built: list[Path] = []
+    monkeypatch.setattr(leaks, "_data_of", lambda folder: built.append(folder) or other)
+    commands = FakeTests().commands
+    for path in other.folder.iterdir():
+        path.write_text(f"another {path.name}")
+    assert evaluate_run(finished, ALL, commands, "again").methods
+    assert built == [elsewhere]
+    (other.folder / "cal7.mp4").write_text((data.folder / "test4.mp4").read_text())
+    with pytest.raises(ValueError, match=f"1 clips of test .* that {elsewhere} has used: test4 is cal7 of cal"):
+        evaluate_run(finished, ALL, commands, "again")
+
+
+def test_clips_that_were_not_in_the_test_when_the_stage_ran_are_refused(finished: Path, data: Clips) -> None:
+    splits = finished / "stages" / "01_cold" / "splits.csv"
+    splits.write_text("video_id,split\ntest5,val\ntrain1,train\ntest6,test\n")
+    with pytest.raises(ValueError, match="splits.csv: 1 of the test clips .*: test5 was in val; give the clips"):
+        evaluate_run(finished, ALL, FakeTests().commands, "again")
 
 
 def test_another_clips_traces_are_those_of_another_label(tmp_path: Path) -> None:

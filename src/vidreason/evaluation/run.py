@@ -96,7 +96,7 @@ def evaluate_run(run: Path, options: EvaluateOptions, commands: Commands, again:
     """
     data = _data_of(run)
     tested = options.splits or data.test_split_names
-    check_unseen(data, tested)
+    check_unseen(run, data, tested)
     splits = [*([CALIBRATION_SPLIT] if data.clips(CALIBRATION_SPLIT) else []), *tested]
     plan = plan_evaluation(run, splits, options.modes, options.samples, options.probes)
     folder = run / EVALUATION_FOLDER
