@@ -148,41 +148,6 @@ class ClassificationMetrics(nn.Module):
         matrix: Tensor = self.matrix.compute()
         return matrix[: len(self.label_names)]
 
-    def draw_confusion(self, title: str = "") -> Tensor:
-        """Draws the confusion matrix, coloured by shares of rows and labelled with counts.
-
-        On several ranks, all have to call ``compute`` first; then one rank may draw.
-
-        Args:
-            title: Title of the figure.
-
-        Returns:
-            [3, H, W] uint8 for ``SummaryWriter.add_image``.
-        """
-        # Imported here, since drawing is rare and the import slow. Without pyplot, which keeps global state.
-        import numpy as np
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        counts = self.confusion().cpu()
-        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        size = 2.5 + 0.6 * len(self.label_names)
-        figure = Figure(figsize=(size + 0.6, size), dpi=100, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        axes.imshow(shares.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
-        axes.set_xticks(range(len(self.label_names) + 1), [*self.label_names, "undecided"], rotation=45, ha="right")
-        axes.set_yticks(range(len(self.label_names)), self.label_names)
-        axes.set_xlabel("decision")
-        axes.set_ylabel("label")
-        axes.set_title(title)
-        for row, column in counts.nonzero().tolist():
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour)
-        canvas.draw()  # type: ignore[no-untyped-call]
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
-        return torch.from_numpy(pixels).permute(2, 0, 1)
-
     def reset(self) -> None:
         """Removes all clips from the metrics."""
         for metric in (self.matrix, self.calibration, self.nll, self.brier):
