@@ -121,6 +121,7 @@ def test_every_stage_decides_in_every_way_that_it_can(finished: Path, data: Clip
     found = evaluate_run(finished, ALL, tests.commands, "again")
     names = [one.method.name for one in found.methods]
     assert names == [
+        "majority",
         "zero_shot likelihood",
         "cold likelihood",
         "cold answer",
@@ -147,12 +148,56 @@ def test_every_stage_decides_in_every_way_that_it_can(finished: Path, data: Clip
     assert tests.calls == []
 
 
+def test_a_calibrator_of_the_video_alone_and_a_linear_probe_have_rows(finished: Path, data: Clips) -> None:
+    config = finished / "stages" / "02_calibration" / "config.yaml"
+    init = {"adapter_path": None, "calibrator_path": None, "traces": {"samples": 2}, "input": "video"}
+    config.write_text(yaml.safe_dump({"model": {"init_args": init}}))
+    folder = finished / "stages" / "03_linear_probe"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"penalties": [1.0]}}}))
+    (folder / "predictions.jsonl").write_text("{}")
+    (folder / "command.txt").write_text("vidreason test")
+    state = json.loads((finished / "state.json").read_text())
+    record = {"status": "finished", "folder": "stages/03_linear_probe", "inputs": {}, "command": ["test"]}
+    state["stages"]["linear_probe"] = record
+    (finished / "state.json").write_text(json.dumps(state))
+    tests = FakeTests()
+    found = evaluate_run(
+        finished, EvaluateOptions(None, ("likelihood", "calibrated"), 3, True), tests.commands, "again"
+    )
+    assert [one.method.name for one in found.methods] == [
+        "majority",
+        "zero_shot likelihood",
+        "linear_probe",
+        "linear_probe, no video",
+        "linear_probe, frames shuffled",
+        "cold likelihood",
+        "calibration without traces",
+        "calibration without traces, no video",
+        "calibration without traces, frames shuffled",
+    ]
+    assert not any("model.init_args.traces_file" in call for call in tests.calls)
+
+
+def test_always_the_largest_class_of_train(finished: Path, data: Clips) -> None:
+    data.setup("test")
+    clips = data.clips("train")
+    data._clips = {**data._clips, "train": (*clips, *clips[:1] * 3)}  # 15 of "fall", 12 of "walk"
+    found = evaluate_run(finished, ALL, FakeTests().commands, "again").methods[0]
+    own = found.decisions["test"]
+    assert own.right.tolist() == [number % 2 == 0 for number in range(24)]
+    assert own.probs is not None
+    assert own.probs[0].tolist() == pytest.approx([16 / 29, 13 / 29])
+    assert found.temperature is not None
+
+
 def test_rows_have_scores_before_and_after_the_temperature_of_cal(finished: Path, data: Clips) -> None:
     found = evaluate_run(finished, ALL, FakeTests().commands, "again")
     rows = {row.who.method: row for row in rows_of_run(found, by_group=False)}
     assert {row.split for row in rows.values()} == {"test"}
     assert {name: row.scores["acc"] for name, row in rows.items()} == pytest.approx(
         {
+            "majority": 12 / 24,
             "zero_shot likelihood": 12 / 24,
             "cold likelihood": 15 / 24,
             "cold answer": 17 / 24,

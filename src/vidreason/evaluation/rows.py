@@ -94,6 +94,11 @@ class Evaluated:
         return own if self.temperature is None or own.probs is None else own.scaled(self.temperature)
 
     @classmethod
+    def of(cls, method: Method, decisions: Mapping[str, Decisions]) -> Evaluated:
+        """Returns a method that takes no time, with its temperature from split ``cal``."""
+        return cls(method, decisions, _temperature(decisions), None)
+
+    @classmethod
     def read(
         cls,
         method: Method,

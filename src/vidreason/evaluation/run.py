@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from vidreason.config.finished_stage import find_stage, threshold_folder
 from vidreason.config.quiet import quietly
@@ -22,6 +24,7 @@ from vidreason.evaluation.leaks import check_unseen
 from vidreason.evaluation.plan import (
     EVALUATION_FOLDER,
     EvaluationPlan,
+    Method,
     Mode,
     SwappedTraces,
     plan_cal,
@@ -37,6 +40,7 @@ from vidreason.run_folder import CONFIG_FILE, artefact_path
 
 EVALUATION_FILE = "evaluation.json"
 THRESHOLD_FOLDER = "threshold"
+MAJORITY = "majority"
 
 
 class EvaluationStoppedError(Exception):
@@ -105,7 +109,26 @@ def evaluate_run(run: Path, options: EvaluateOptions, commands: Commands, again:
         write_swapped(swap, [data.clips(split) for split in tested])
     pipeline = PipelineRun(plan.spec, folder, commands, again)
     _finish(pipeline)
-    return _read(run, plan, pipeline, data.label_names)
+    found = _read(run, plan, pipeline, data.label_names)
+    return replace(found, methods=(majority(data, found.methods[0]), *found.methods))
+
+
+def majority(data: VideoDataModule, other: Evaluated) -> Evaluated:
+    """Returns the baseline that always answers the largest class of train, with the shares of train as probabilities.
+
+    Args:
+        data: The data module.
+        other: A method that decided about the same clips.
+    """
+    counts = Counter(clip.label for clip in data.clips("train"))
+    shares = np.array([counts[name] + 1.0 for name in data.label_names])  # no class is impossible
+    shares /= shares.sum()
+    decisions = {}
+    for split, own in other.decisions.items():
+        pred = np.full(len(own), int(shares.argmax()))
+        probs = np.tile(shares, (len(own), 1))
+        decisions[split] = replace(own, pred=pred, probs=probs, confidence=probs.max(1), tokens=0.0)
+    return Evaluated.of(Method(MAJORITY, "likelihood", "", 0), decisions)
 
 
 def write_swapped(swap: SwappedTraces, splits: Sequence[Sequence[Clip]]) -> None:
