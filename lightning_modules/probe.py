@@ -176,7 +176,7 @@ def _fitted(inputs: Tensor, labels: Tensor, classes: int, penalty: float) -> Ten
             loss.backward()
             return loss
 
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     return weight.detach()
 
 

@@ -35,7 +35,7 @@ _LEFT_OUT = (
     r"train/clip_ratio/(low|high|dual)_mean|val/.*brier.*"
 )
 _PART = r"train/rewards/.+/mean"
-_MOST_PARTS = 8
+_MOST_PARTS = 6
 """Parts of the reward that have a curve."""
 
 

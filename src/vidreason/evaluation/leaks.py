@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,12 @@ def check_unseen(run: Path, data: VideoDataModule, splits: Sequence[str]) -> Non
             raise ValueError(f"--splits {split}: has no clips; test splits are {', '.join(data.test_split_names)}")
     tested = [clip for split in splits for clip in data.clips(split)]
     _refuse(data, tested, "the run")
-    own = _described(find_stage(run).folder)
+    tested_stage = find_stage(run).folder.resolve()
+    lineage = _lineage([tested_stage, *_stages(run)])
+    own = _described(lineage[tested_stage])
     known = [own]
-    for folder in dict.fromkeys(ancestor for stage in _stages(run) for ancestor in _lineage(stage)):
-        described = _described(folder)
+    for folder, config in lineage.items():
+        described = _described(config)
         if described == own:
             _check_recorded(folder, tested)
         if described not in known:
@@ -71,25 +73,23 @@ def _stages(run: Path) -> list[Path]:
     return [run / r.folder for r in records if r.status == "finished" and r.command[:1] in (["fit"], ["predict"])]
 
 
-def _lineage(folder: Path) -> Iterator[Path]:
-    """Yields a stage's folder and those of the stages whose weights or texts it took, and so on."""
-    if not (folder / CONFIG_FILE).is_file():
-        return
-    yield folder.resolve()
-    init = _config(folder).get("model", {}).get("init_args") or {}
-    for path in (init.get(key) for key in _TAKEN):
-        if path is not None:
-            yield from _lineage(Path(path).parent)
+def _lineage(stages: Sequence[Path]) -> dict[Path, Mapping[str, Any]]:
+    """Returns the configurations of stages, and of those whose weights or texts they took, and so on, by folder."""
+    found: dict[Path, Mapping[str, Any]] = {}
+    waiting = [folder.resolve() for folder in stages]
+    while waiting:
+        folder = waiting.pop(0)
+        if folder in found or not (folder / CONFIG_FILE).is_file():
+            continue
+        found[folder] = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        init = found[folder].get("model", {}).get("init_args") or {}
+        waiting += [Path(path).resolve().parent for key in _TAKEN if (path := init.get(key)) is not None]
+    return found
 
 
-def _config(folder: Path) -> Mapping[str, Any]:
-    content: Mapping[str, Any] = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    return content
-
-
-def _described(folder: Path) -> Mapping[str, Any]:
+def _described(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the data section of a stage, without what does not change which clips it trains on."""
-    data = dict(_config(folder).get("data") or {})
+    data = dict(config.get("data") or {})
     init = data.get("init_args") or {}
     return data | {"init_args": {key: value for key, value in init.items() if key not in _NOT_TRAINED_ON}}
 
