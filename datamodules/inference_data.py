@@ -26,6 +26,8 @@ from vidreason.datamodules.words import check_words
 _LOG = logging.getLogger(__name__)
 INFERENCE_SPLIT = "inference"
 """The only split of an ``InferenceDataModule``."""
+InMemory = tuple[Tensor, float] | DecodedVideo
+"""All frames [T, 3, H, W] uint8 of a video with its frames per second, or the frames that were taken from one."""
 
 
 class InferenceDataModule(VideoDataModule):
@@ -43,7 +45,7 @@ class InferenceDataModule(VideoDataModule):
         super().__init__(encoder, replace(frames, cache=None), batch_size, seed=seed, test_splits=(INFERENCE_SPLIT,))
         self._task = task
         self._given: tuple[Clip, ...] = ()
-        self._in_memory: dict[str, tuple[Tensor, float]] = {}
+        self._in_memory: dict[str, InMemory] = {}
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -72,12 +74,12 @@ class InferenceDataModule(VideoDataModule):
         check_words(self._task, self._given, self.encoder)
         self._clips = {INFERENCE_SPLIT: self._given}
 
-    def set_clips(self, clips: Sequence[Clip], in_memory: Mapping[str, tuple[Tensor, float]]) -> None:
+    def set_clips(self, clips: Sequence[Clip], in_memory: Mapping[str, InMemory]) -> None:
         """Replaces the clips.
 
         Args:
             clips: The next clips.
-            in_memory: Frames [T, 3, H, W] uint8 and frames per second, by video id, of clips that are not files.
+            in_memory: Frames by video id, of clips that are not read from their files.
         """
         self._given = tuple(clips)
         self._in_memory = dict(in_memory)
@@ -95,24 +97,26 @@ class _InferenceDataset(ClipDataset):
         view: ClipView,
         frames: FrameOptions,
         seed: int,
-        in_memory: Mapping[str, tuple[Tensor, float]],
+        in_memory: Mapping[str, InMemory],
     ) -> None:
         super().__init__(clips, view, frames, seed, train=False)
         self.in_memory = in_memory
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
         """Returns the frames of a clip, from memory if it is there."""
-        if clip.video_id in self.in_memory:
-            return take_frames(*self.in_memory[clip.video_id], self.frames)
-        return super().read(clip, jitter)
+        found = self.in_memory.get(clip.video_id)
+        if found is None:
+            return super().read(clip, jitter)
+        return found if isinstance(found, DecodedVideo) else take_frames(*found, self.frames)
 
     def content(self, clip: Clip) -> str:
-        """Returns a hash of the file, or of all frames of a clip in memory."""
-        if clip.video_id not in self.in_memory:
+        """Returns a hash of the file, or of all frames in memory of a clip."""
+        found = self.in_memory.get(clip.video_id)
+        if found is None:
             return super().content(clip)
         # All frames and not only the sampled ones, as for a file.
-        frames, fps = self.in_memory[clip.video_id]
-        digest = hashlib.sha256(f"{tuple(frames.shape)} {fps} ".encode())
+        frames, times = (found.frames, found.timing) if isinstance(found, DecodedVideo) else found
+        digest = hashlib.sha256(f"{tuple(frames.shape)} {times} ".encode())
         digest.update(frames.contiguous().numpy().tobytes())
         return digest.hexdigest()
 

@@ -17,18 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidreason.answering.deciding import ClipDecider, DecidedClip
 from vidreason.answering.exported import load_export
 from vidreason.answering.loaded import LoadedModel, OpenedRun
 from vidreason.config.finished_stage import find_stage
-from vidreason.config.quiet import quietly
-from vidreason.datamodules.inference_data import INFERENCE_SPLIT, InferenceDataModule
-from vidreason.datamodules.traces import TraceRecord
-from vidreason.datamodules.types import Clip, VideoBatch
-from vidreason.lightning_modules.decisions.deciders import ReviewDecider, decide_in_pieces
-from vidreason.lightning_modules.decisions.predictions import BatchDecisions
+from vidreason.datamodules.inference_data import INFERENCE_SPLIT
+from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.decisions.threshold import Threshold
-from vidreason.lightning_modules.traces.generation import TraceGenerator
-from vidreason.lightning_modules.weights.answering import Answering
 
 Video = str | os.PathLike[str] | np.ndarray | Tensor
 
@@ -70,10 +65,9 @@ class VideoClassifier:
     """
 
     def __init__(self, loaded: LoadedModel, batch_size: int = 8) -> None:
-        self._answering, self._task = loaded.answering, loaded.task
-        self._find_known, self._fabric = loaded.find_known, loaded.fabric
+        self._decider, self._batch_size = ClipDecider(loaded, batch_size), batch_size
+        self._task, self._find_known = loaded.task, loaded.find_known
         self.answers, self.threshold = loaded.answers, loaded.threshold
-        self._data = InferenceDataModule(self._task, self._answering.vlm, loaded.frames, loaded.seed, batch_size)
 
     @classmethod
     def from_run(cls, run: str | os.PathLike[str], stage: str | None = None, batch_size: int = 8) -> VideoClassifier:
@@ -146,7 +140,7 @@ class VideoClassifier:
         """
         if traces is not None and traces < 1:
             raise ValueError(f"traces must be at least 1, got {traces}")
-        size = self._data.batch_size
+        size = self._batch_size
         for first in range(0, len(videos), size):
             yield from self._decide_batch(videos[first : first + size], first, traces, fps)
 
@@ -164,9 +158,7 @@ class VideoClassifier:
                 in_memory[names[-1]] = _frames(video, fps, names[-1])
                 clips.append(Clip(Path(names[-1]), None, names[-1]))
         # the same file may be given twice; it is decided once
-        self._data.set_clips(list({clip.video_id: clip for clip in clips}.values()), in_memory)
-        with torch.inference_mode(), self._fabric.autocast(), quietly():
-            found = self._decide_all(traces)
+        found = self._decider.decide(list({clip.video_id: clip for clip in clips}.values()), in_memory, traces)
         seconds = (time.perf_counter() - start) / len(videos)
         # A threshold holds for the number of traces that it was fitted with.
         threshold = self.threshold if self.threshold is None or traces in (None, self.threshold.samples) else None
@@ -181,41 +173,14 @@ class VideoClassifier:
         known = self._find_known(path)
         return Clip(path, None, name) if known is None else replace(known, path=path, label=None, split=INFERENCE_SPLIT)
 
-    def _decide_all(self, samples: int | None) -> dict[str, tuple[BatchDecisions, int] | str]:
-        """Returns (decisions of the batch, row of the clip) by video id, or the error of an unreadable clip."""
-        answering = self._answering.with_samples(samples)
-        decider = answering.decider
-        if isinstance(decider, ReviewDecider) and answering.generator is not None:
-            decider = replace(decider, traces=self._traces(answering, answering.generator))
-        found: dict[str, tuple[BatchDecisions, int] | str] = {}
-        batches: Iterator[VideoBatch] = iter(self._data.loader(INFERENCE_SPLIT, decider.view))
-        for batch in batches:
-            found |= {failed.clip.video_id: failed.error for failed in batch.failed}
-            if len(batch):
-                batch, size = batch.to(self._fabric.device), answering.clips_per_forward
-                decisions = decide_in_pieces(decider, answering.vlm, answering.model, batch, size)
-                found |= {clip.video_id: (decisions, row) for row, clip in enumerate(batch.clips)}
-        return found
-
-    def _traces(self, answering: Answering, generator: TraceGenerator) -> dict[str, list[TraceRecord]]:
-        """Returns newly generated traces of the current clips by video id."""
-        traces: dict[str, list[TraceRecord]] = {}
-        for batch in self._data.loader(INFERENCE_SPLIT, generator.view):
-            for record in generator.records(answering.writer, batch.to(self._fabric.device), self.label_names):
-                traces.setdefault(record.video_id, []).append(record)
-        return traces
-
-    def _decision(
-        self, name: str, found: tuple[BatchDecisions, int] | str, seconds: float, threshold: Threshold | None
-    ) -> Decision:
+    def _decision(self, name: str, found: DecidedClip | str, seconds: float, threshold: Threshold | None) -> Decision:
         if isinstance(found, str):
             return Decision(name, None, {}, (), seconds, found)
-        decisions, row = found
+        decisions, row = found.decisions, found.row
         chosen = int(decisions.pred[row])
         probs = decisions.probabilities(row, self.label_names)
         texts = tuple(trace.text for trace in decisions.traces[row])
-        unscaled = decisions.probs if decisions.unscaled is None else decisions.unscaled
-        abstained = threshold is not None and not threshold.accepts(unscaled[row])
+        abstained = threshold is not None and not threshold.accepts(found.unscaled)
         label = self.label_names[chosen] if chosen >= 0 and not abstained else None
         return Decision(name, label, probs, texts, seconds, abstained=abstained)
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "report": "evaluated runs as one HTML file, with charts and clips: runs/x --out report.html",
     "threshold": "the confidence below which a run abstains, for an error of 10 %: --run runs/x",
     "export": "write the model of a run for transformers, peft and vLLM: runs/x --out my_model",
+    "serve": "answer questions about clips over HTTP: --run runs/x",
     "classify": "ask a finished run about new clips: clip.mp4 --run runs/x",
     "fit": "train one stage: --config configs/sft_label.yaml",
     "validate": "compute the validation metrics of a stage",
