@@ -70,7 +70,7 @@ def limit_memory(size: int | None) -> None:
     """Sets the address space in bytes of helpers that start from now on; a call that needs more fails.
 
     Args:
-        size: The limit; None sets none. Only POSIX systems have it.
+        size: The limit; None sets none. Linux only.
     """
     _Helper.memory = size
 
@@ -174,7 +174,7 @@ def serve(descriptor: str, parent: str, memory: str) -> None:
         memory: Address space in bytes; empty sets no limit.
     """
     _end_with(int(parent))
-    if memory and sys.platform != "win32":
+    if memory and sys.platform == "linux":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))

@@ -69,7 +69,7 @@ class About:
         """Returns what there is to tell about an engine."""
         return cls(
             name=name,
-            description=f"{engine.task.name}: {engine.task.question} ({engine.answers})",
+            description=f"{engine.task.name}: {engine.task.question}",
             released=released,
             task=engine.task,
             samples=engine.samples,

@@ -78,7 +78,8 @@ class Service:
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._last_s = 1.0
         self._batches: asyncio.Task[None] | None = None
-        helper_process.limit_memory(options.clip_memory)
+        # torchcodec imports torch, whose libraries for GPUs alone take more address space
+        helper_process.limit_memory(None if frames.reader == "torchcodec" else options.clip_memory)
 
     def start(self) -> None:
         """Begins to answer; called in the event loop."""
@@ -94,6 +95,7 @@ class Service:
                 await self._batches
         for threads in (self._decoders, self._model):
             await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
+        helper_process.limit_memory(None)
         self.uploads.close()
 
     @contextmanager
