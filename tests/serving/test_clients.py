@@ -123,6 +123,7 @@ def test_pictures_are_the_frames_of_a_clip(client: openai.OpenAI):
     [
         ({"model": "gpt"}, openai.NotFoundError, "there is no model 'gpt'"),
         ({"input": "no clip"}, openai.BadRequestError, "no clip"),
+        ({"input": [{"role": "user", "content": [{"text": "?"}]}]}, openai.BadRequestError, "needs a type"),
         ({"questions": []}, openai.BadRequestError, "questions: List should have at least 1"),
         ({"questions": [{**OWN, "choices": OWN["choices"][:1]}]}, openai.BadRequestError, "at least 2"),
         ({"questions": [{"type": "box"}]}, openai.BadRequestError, "box"),
@@ -192,6 +193,8 @@ def test_typesafe_reads_all_kinds_of_answers(typesafe: typesafe_sdk.TypeSafeClie
     clip = typesafe_sdk.Image(tmp_path / "clip.mp4")
     found = typesafe.system_one(state={"clip": clip, "note": "north"}, questions=questions)
     light = found.choices["light"]
+    assert found.raw_http_response.request.headers["content-encoding"] == "zstd"
+    assert len(found.request_id) == 32
     assert found.model == world.NAME
     assert set(light.probabilities) == set(criteria)
     best = max(light.probabilities.values())

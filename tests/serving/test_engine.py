@@ -102,6 +102,7 @@ def test_a_request_that_the_model_does_not_take_fails_alone(loaded: LoadedModel,
     assert isinstance(refused, Refused)
     assert refused.by_request
     assert "context" in refused.why
+    assert refused.why.endswith("send less text, or fewer or shorter answers")
     assert isinstance(first, Answer)
     assert isinstance(last, Answer)
 

@@ -138,7 +138,9 @@ def _read_input(given: str | list[dict[str, Any]]) -> tuple[str, Media]:
             words.append(part)
             continue
         kind = part.get("type")
-        key = {"input_image": "image_url", "image_url": "image_url"}.get(str(kind), "video_url")
+        if not isinstance(kind, str):
+            raise ApiError(BAD, "a part needs a type, such as input_video or input_text", where, "missing")
+        key = {"input_image": "image_url", "image_url": "image_url"}.get(kind, "video_url")
         if kind not in ("input_image", "image_url", "input_video", "video", "video_url"):
             words.append(text_content([part], where[:-1], BAD))
             continue

@@ -22,6 +22,7 @@ from vidreason.lightning_modules.decisions.deciders import AnswerDecider, Review
 from vidreason.lightning_modules.decisions.predictions import Trace
 from vidreason.lightning_modules.decisions.threshold import Threshold
 from vidreason.lightning_modules.vlms.pieces import split_clips
+from vidreason.lightning_modules.vlms.text.context import REMEDY
 from vidreason.lightning_modules.vlms.vision_cache.cache import VisionCacheOptions
 from vidreason.serving.open_questions import Asked, OpenQuestionsView, Probabilities, answer_open_questions
 
@@ -137,7 +138,9 @@ class Engine:
         except (ValueError, torch.OutOfMemoryError) as error:
             if len(jobs) > 1:  # which of them it is, only single ones tell
                 return [one for job in jobs for one in self.answer([job])]
-            return [Refused(str(error), bool(jobs[0].others.questions) and isinstance(error, ValueError))]
+            # of what is too long for the context, a client can change the words only
+            why = str(error).replace(f": {REMEDY}", ": send less text, or fewer or shorter answers")
+            return [Refused(why, bool(jobs[0].others.questions) and isinstance(error, ValueError))]
 
     def _answer(self, jobs: Sequence[Job]) -> list[Answer]:
         start = time.perf_counter()

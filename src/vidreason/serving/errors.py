@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from fastapi.responses import Response
 from pydantic import ValidationError
@@ -81,7 +82,9 @@ def response_of(error: ApiError, path: str) -> Response:
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Returns JSON that no browser takes for a page, and that no cache keeps."""
+    """Returns JSON that no browser takes for a page, and that no cache keeps, with an id that both clients show."""
+    number = uuid4().hex
     fixed = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+    fixed |= {"X-Request-Id": number, "X-TypeSafe-Request-Id": number}
     text = json.dumps(body, ensure_ascii=True, allow_nan=False)
     return Response(text, status, {**fixed, **(headers or {})}, "application/json")
