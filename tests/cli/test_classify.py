@@ -173,6 +173,39 @@ def test_command(
     assert predictions(home)["8.mp4"]["pred"] in out
 
 
+@pytest.mark.slow
+def test_a_file_of_results_holds_what_the_classifier_says(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Read ahead in batches, from shards of a run and of its export, as one clip at a time."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("vidreason.inference.usual_readers", lambda: 3)
+    (home / "clips" / "torn.mp4").write_bytes(b"no video")
+    try:
+        for number in ("1/2", "2/2"):
+            out = ["--out", str(tmp_path / "r.jsonl"), "--shard", number, "--batch_size", "3"]
+            main(["classify", "clips", "--run", "runs/x", *out])
+        assert main(["export", "runs/x", "--out", str(tmp_path / "export")]) == 0
+        asked = ["classify", "clips", "--export", str(tmp_path / "export"), "--out", str(tmp_path / "e.jsonl")]
+        assert main(asked) == 1
+        assert "e.jsonl: 12 clips, 12 of them new, 1 not read" in capsys.readouterr().out
+        one = VideoClassifier.from_run("runs/x", batch_size=1, readers=0)
+        wanted = {str(path): one(path) for path in sorted(Path("clips").glob("*.mp4"))}
+    finally:
+        (home / "clips" / "torn.mp4").unlink()
+    for files in (["r-1-of-2.jsonl", "r-2-of-2.jsonl"], ["e.jsonl"]):
+        rows = [json.loads(line) for file in files for line in (tmp_path / file).read_text().splitlines()]
+        assert sorted(row["path"] for row in rows) == list(wanted)
+        for row in rows:
+            assert row["probs"] == pytest.approx(wanted[row["path"]].probs, abs=1e-5)
+            assert tuple(row["traces"]) == wanted[row["path"]].traces
+            assert (row["error"] is None) == (row["path"] != "clips/torn.mp4")
+    assert main(["classify", "clips", "--run", "runs/label", "--out", str(tmp_path / "e.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "e.jsonl: holds decisions of other settings: weights was " in said
+    assert "LikelihoodDecider" in said
+
+
 def test_below_the_threshold_of_its_weights_the_classifier_abstains(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from errors_page import FIT
 
-from vidreason.cli.classify import find_clips
 from vidreason.cli.main import main
 from vidreason.datamodules.clips import time_limit
 from vidreason.datamodules.clips.time_limit import ReadTimeoutError
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.sources.folders import read_layout
+from vidreason.datamodules.sources.listing import Listing
 from vidreason.spelling import printable
 
 
@@ -132,7 +132,8 @@ def test_a_clip_of_classify_that_does_not_answer_costs_itself(tmp_path, monkeypa
         raise ReadTimeoutError("still not read")
 
     monkeypatch.setattr(time_limit, "call_reader", stuck)
-    assert list(find_clips([tmp_path / "a.mp4", tmp_path])) == [tmp_path / "a.mp4", tmp_path]
+    listing = Listing([tmp_path / "a.mp4", tmp_path])
+    assert [clip.path for clip in listing.clips()] == [tmp_path / "a.mp4", tmp_path]
 
 
 def test_an_interval_that_lightning_refuses(here, capfd):
@@ -180,15 +181,6 @@ def test_no_file_of_a_class_folder_is_passed_over_without_being_listed(tmp_path)
     layout = read_layout(tmp_path)
     assert len(layout.clips) == 2
     assert layout.others == {"pipe.mp4 (not a regular file)": 1, "lost.mp4 (not a regular file)": 1}
-
-
-def test_classify_lists_what_it_passes_over(tmp_path, capsys):
-    for place in ("1.mp4", "notes.txt", "more.txt"):
-        (tmp_path / place).write_bytes(b"x")
-    (tmp_path / "_old").mkdir()
-    os.mkfifo(tmp_path / "pipe.mp4")
-    assert list(find_clips([tmp_path])) == [tmp_path / "1.mp4"]
-    assert "passed over, no clips: 2 of .txt, pipe.mp4 (not a regular file), folder _old\n" in capsys.readouterr().err
 
 
 def test_names_are_printed_without_control_characters(here, capfd):

@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from safetensors import SafetensorError
 
-from vidreason.answering.loaded import LoadedModel, random_state_restored
+from vidreason.answering.loaded import LoadedModel, one_device, random_state_restored
 from vidreason.answering.recipe import build_decider, build_generator, build_vlm, with_policy
 from vidreason.config.quiet import quietly
 from vidreason.datamodules.clips.decoded import DecodeError
@@ -151,7 +150,7 @@ def load_export(folder: Path, base: str | None = None) -> LoadedModel:
         threshold = None if info.threshold is None else Threshold(**info.threshold)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{folder / INFO_FILE}: damaged ({error!r}); {_AGAIN}") from error
-    fabric = L.Fabric(accelerator="auto", devices=1, precision=info.precision)  # type: ignore[arg-type]
+    fabric = one_device("auto", info.precision)
     with torch.inference_mode(), quietly(), random_state_restored():
         try:
             answering = _load_models(folder, info, task, base, fabric.device)
@@ -166,6 +165,8 @@ def load_export(folder: Path, base: str | None = None) -> LoadedModel:
         answers=f"stage {info.run['stage']} of {info.run['name']}, exported ({folder})",
         threshold=threshold,
         fabric=fabric,
+        weights_sha=info.weights_sha,
+        precision=info.precision,
     )
 
 
