@@ -10,6 +10,7 @@ import yaml
 from errors_page import FIT
 
 from vidreason.cli.main import main
+from vidreason.config.errors import explain
 from vidreason.datamodules.clips import time_limit
 from vidreason.datamodules.clips.time_limit import ReadTimeoutError
 from vidreason.datamodules.manifest import ManifestDataModule
@@ -69,6 +70,32 @@ def test_a_yaml_file_with_something_else_on_top(here, capfd, option, content, wh
         assert re.match(f"{option} odd.yaml: a .* is expected, not {what}", said(capfd, [*FIT, option, "odd.yaml"]))
 
 
+TASK = "name: falls\nquestion: Does someone fall?\nclasses: [fall, walk]\n"
+OTHER_KINDS = {
+    "task": (TASK, "a task file; name it in the data section: --data.init_args.task odd.yaml"),
+    "pipeline": ("name: x\nstages: []\n", "a pipeline; it is run by: vidreason pipeline --config odd.yaml"),
+    "data": ("class_path: a.B\ninit_args: {manifest: t.csv}\n", "a section with class_path; give it as --data"),
+    "vlm": ("class_path: a.B\ninit_args: {path: x}\n", "a section with class_path; give it as --vlm"),
+    "stage": ("trainer: {max_steps: 1}\n", "a file of several sections; give it as --config odd.yaml"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("option", ["--data", "--trainer", "--config", "-c"])
+def test_a_file_of_another_kind_is_named_with_its_option(here, capfd, option, kind):
+    content, what = OTHER_KINDS[kind]
+    Path("odd.yaml").write_text(content)
+    if kind != "stage" if option in ("--config", "-c") else not (option == "--data" and "class_path" in content):
+        assert re.match(f"{option} odd.yaml: a .* is expected, not {what}", said(capfd, [*FIT, option, "odd.yaml"]))
+
+
+def test_a_pipeline_and_a_stage_are_told_apart(here, capfd):
+    Path("odd.yaml").write_text(OTHER_KINDS["stage"][0])
+    message = said(capfd, ["pipeline", "--config", "odd.yaml", "--run_dir", "x"])
+    assert message.startswith("--config odd.yaml: a pipeline (stages: ...) is expected, not a file of several sections")
+    assert message.endswith("it is run by: vidreason fit --config odd.yaml")
+
+
 NO_CLASS = "no class 'WandbLoger' in lightning.pytorch.loggers{}: did you mean 'WandbLogger'?"
 
 
@@ -78,6 +105,10 @@ def test_a_misspelt_logger(here, capfd, name):
     message = f"trainer.logger: {NO_CLASS}"
     assert said(capfd, [*FIT, "--trainer.logger", name]) == message.format("")
     assert said(capfd, [*FIT, "--config", "logger.yaml"]) == message.format(" in logger.yaml")
+
+
+def test_a_class_of_no_key_has_no_empty_subject():
+    assert explain("class_path 'nowhere.Thing': No module named 'nowhere'", []).startswith("no class nowhere.Thing:")
 
 
 def test_a_class_without_an_argument_that_it_needs(here, capfd):
