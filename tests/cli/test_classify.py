@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import stage_world as world
 import torch
+from safetensors.torch import load_file, save_file
 
 from vidreason import VideoClassifier
 from vidreason.cli.main import main
@@ -376,6 +377,13 @@ def test_an_export_replaces_its_own_kind_only(
     assert (out / "README.md").is_file(), "an export of the same run is replaced"
     assert main(["export", "runs/x", "--out", str(out)]) == 2
     assert "holds an export of another run" in capfd.readouterr().err
+    namesake = shutil.copytree("runs/label", tmp_path / "elsewhere" / "label")
+    weights = namesake / "adapter" / "adapter_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights)
+    before = (out / "vidreason.json").read_bytes()
+    assert main(["export", str(namesake), "--out", str(out)]) == 2, "a run of the same name with other weights"
+    assert "holds an export of another run" in capfd.readouterr().err
+    assert (out / "vidreason.json").read_bytes() == before
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("all of it")
