@@ -156,6 +156,21 @@ def test_a_manifest_in_a_yaml_file_may_be_a_pipe(here, capfd):
     assert said(capfd, FIT).startswith("pipe.csv: a pipe or a device")
 
 
+@pytest.mark.parametrize("key", ["task", "adapter_path"])
+def test_a_place_in_a_yaml_file_that_does_not_answer_is_named(here, capfd, monkeypatch, key):
+    looks = time_limit.call_reader
+
+    def stuck(function, path, *args, timeout):
+        if "dead" in path.parts:
+            raise ReadTimeoutError(f"{path}: still not read")
+        return looks(function, path, *args, timeout=timeout)
+
+    monkeypatch.setattr(time_limit, "call_reader", stuck)
+    section = {"task": "data", "adapter_path": "model"}[key]
+    Path("more.yaml").write_text(yaml.safe_dump({section: {"init_args": {key: "dead/it"}}}))
+    assert re.match(r"dead/it\S*: no answer within 20 seconds: repair", said(capfd, [*FIT, "--config", "more.yaml"]))
+
+
 def test_a_clip_of_classify_that_does_not_answer_costs_itself(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"x")
 
