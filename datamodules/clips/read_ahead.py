@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from vidreason.datamodules.clips import helper_process
+from vidreason.signals import stop_pipe
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,6 +55,7 @@ class Readers:
             yield from map(read, items)
             return
         self._start()
+        stop_pipe()  # opened here, once: a helper that waits in a thread waits for a signal to the run, too
         source, waiting = iter(items), deque[Future[R]]()
         try:
             while True:

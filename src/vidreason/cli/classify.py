@@ -48,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     with handle_signals():
         listing = Listing(options.clips, options.root)
         clips = (clip for clip in listing.clips() if shard.owns(clip.name))
+        if listing.total is not None:
+            listing.total = round(listing.total / shard.of)  # for the progress bar
         classifier = _load(options)
         _tell(classifier, options)
         if options.out is None:

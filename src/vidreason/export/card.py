@@ -90,8 +90,8 @@ def _what(facts: CardFacts) -> str:
 
 def _reads_traces(entry: ExportInfo) -> bool:
     """Returns whether a model writes texts before the decision; it need not, even behind a reviewer's prompt."""
-    by = entry.decide["by"]
-    return by == "answer" or (by == "review" and entry.decide["input"] != "video")
+    decide = entry.decide
+    return bool(decide["by"] == "answer" or (decide["by"] == "review" and decide["input"] != "video"))
 
 
 def _decides(entry: ExportInfo) -> str:
