@@ -86,7 +86,7 @@ class InferenceDataModule(VideoDataModule):
         self._clips = {INFERENCE_SPLIT: clips}
 
     def set_clips(self, clips: Iterable[ReadClip]) -> None:
-        """Replaces the clips; of several with the same id the last one is kept."""
+        """Replaces the clips, whose ids differ."""
         self._given = {read.clip.video_id: read for read in clips}
         self.setup("test")
 

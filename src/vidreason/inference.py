@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidreason.answering.asked import Asked, Video, named, rounds_of
 from vidreason.answering.exported import load_export
 from vidreason.answering.loaded import LoadedModel, OpenedRun
 from vidreason.answering.settings import settings_of
@@ -30,14 +31,12 @@ from vidreason.datamodules.clips.time_limit import ReadTimeoutError
 from vidreason.datamodules.inference_data import INFERENCE_SPLIT, InferenceDataModule, ReadClip
 from vidreason.datamodules.sources.listing import ListedClip
 from vidreason.datamodules.traces import TraceRecord
-from vidreason.datamodules.types import Clip, VideoBatch
+from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.decisions.deciders import ReviewDecider, decide_in_pieces
 from vidreason.lightning_modules.decisions.predictions import BatchDecisions
 from vidreason.lightning_modules.decisions.threshold import Threshold
 from vidreason.lightning_modules.traces.generation import TraceGenerator
 from vidreason.lightning_modules.weights.answering import Answering
-
-Video = str | os.PathLike[str] | ListedClip | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -175,10 +174,10 @@ class VideoClassifier:
             raise ValueError(f"traces must be at least 1, got {traces}")
         lookout, size = Lookout(), self._data.batch_size
 
-        def read(asked: _Asked) -> tuple[str, ReadClip]:
+        def read(asked: Asked) -> tuple[str, ReadClip]:
             return asked.name, self._read(asked, lookout)
 
-        with closing(self._readers.ahead(_named(videos, fps), read, 2 * size)) as reading:
+        with closing(self._readers.ahead(named(videos, fps), read, 2 * size)) as reading:
             start = time.perf_counter()
             while batch := list(islice(reading, size)):
                 yield from self._decide_batch(batch, traces, start)
@@ -187,17 +186,20 @@ class VideoClassifier:
     def _decide_batch(
         self, batch: Sequence[tuple[str, ReadClip]], traces: int | None, start: float
     ) -> Iterator[Decision]:
-        self._data.set_clips(read for _, read in batch)  # the same file may be given twice; it is decided once
-        with torch.inference_mode(), self._fabric.autocast(), quietly():
-            found = self._decide_all(traces)
+        rounds, round_of = rounds_of([read for _, read in batch])
+        found = []
+        for clips in rounds:
+            self._data.set_clips(clips.values())
+            with torch.inference_mode(), self._fabric.autocast(), quietly():
+                found.append(self._decide_all(traces))
         seconds = (time.perf_counter() - start) / len(batch)
         # A threshold holds for the number of traces that it was fitted with.
         threshold = self.threshold if self.threshold is None or traces in (None, self.threshold.samples) else None
-        for name, read in batch:
-            decision = self._decision(name, found[read.clip.video_id], seconds, threshold)
+        for (name, read), number in zip(batch, round_of, strict=True):
+            decision = self._decision(name, found[number][read.clip.video_id], seconds, threshold)
             yield replace(decision, unanswered=True) if read.unanswered else decision
 
-    def _read(self, asked: _Asked, lookout: Lookout) -> ReadClip:
+    def _read(self, asked: Asked, lookout: Lookout) -> ReadClip:
         """Reads a clip; several threads call this."""
         clip = asked.clip
         if asked.frames is not None:
@@ -252,36 +254,3 @@ class VideoClassifier:
         abstained = threshold is not None and not threshold.accepts(unscaled[row])
         label = self.label_names[chosen] if chosen >= 0 and not abstained else None
         return Decision(name, label, probs, texts, seconds, abstained=abstained)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    name: str
-    clip: Clip
-    frames: tuple[Tensor, float] | None = None
-    """Frames [T, 3, H, W] uint8 in memory and their rate; None for a file."""
-
-
-def _named(videos: Iterable[Video], fps: float | None) -> Iterator[_Asked]:
-    """Yields each video as a clip whose id is the path as it was given, or a number for frames in memory."""
-    for number, video in enumerate(videos):
-        if isinstance(video, ListedClip):
-            fields, where = video.fields, video.where
-            clip = Clip(video.path, None, video.name, INFERENCE_SPLIT, "", fields, where, video.stretch)
-            yield _Asked(video.name, clip)
-        elif isinstance(video, str | os.PathLike):
-            name = os.fspath(video)
-            yield _Asked(name, Clip(Path(name), None, name, INFERENCE_SPLIT))
-        else:
-            name = f"frames {number}"
-            yield _Asked(name, Clip(Path(name), None, name, INFERENCE_SPLIT), _frames(video, fps, name))
-
-
-def _frames(video: np.ndarray | Tensor, fps: float | None, name: str) -> tuple[Tensor, float]:
-    """Returns frames [T, H, W, 3] uint8 as ([T, 3, H, W], frames per second)."""
-    frames = torch.as_tensor(video)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or not len(frames):
-        raise ValueError(f"{name}: frames must be [T, H, W, 3] uint8, got {list(frames.shape)} {frames.dtype}")
-    if fps is None or not fps > 0:
-        raise ValueError(f"{name}: give the frames per second of frames in memory: fps=25.0")
-    return frames.permute(0, 3, 1, 2), float(fps)

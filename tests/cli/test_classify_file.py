@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from vidreason.answering.asked import rounds_of
 from vidreason.cli import classify
 from vidreason.cli.main import main
+from vidreason.datamodules.inference_data import ReadClip
+from vidreason.datamodules.types import Clip
 from vidreason.inference import Decision
 
 
@@ -132,3 +135,13 @@ def test_options_that_do_not_fit_are_named(decider: Decider, capsys: pytest.Capt
     assert "not allowed with argument --run" in capsys.readouterr().err
     assert main(["classify", "t.csv"]) == 2
     assert "one of the arguments --run --export is required" in capsys.readouterr().err
+
+
+def test_clips_of_one_id_are_decided_together_only_if_they_are_one() -> None:
+    """``b.mp4`` has the content of the run's clip ``1.mp4``, and another new clip happens to have that path."""
+    known = ReadClip(Clip(Path("b.mp4"), None, "1.mp4"), content="x")
+    namesake, again = ReadClip(Clip(Path("1.mp4"), None, "1.mp4"), content="y"), ReadClip(known.clip, content="x")
+    copied, other = ReadClip(Clip(Path("c.mp4"), None, "1.mp4"), content="x"), ReadClip(Clip(Path("2"), None, "2"))
+    rounds, round_of = rounds_of([known, namesake, again, other, copied, namesake])
+    assert round_of == [0, 1, 0, 0, 0, 1]
+    assert rounds == [{"1.mp4": known, "2": other}, {"1.mp4": namesake}]
