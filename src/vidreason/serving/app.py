@@ -23,6 +23,7 @@ from vidreason.serving.classify_api import answer_classify, parse_classify
 from vidreason.serving.decisions_api import DecisionRequest, answer_decisions, parse_decisions
 from vidreason.serving.errors import ApiError, json_response, response_of
 from vidreason.serving.guard import Guard
+from vidreason.serving.page import make_page
 from vidreason.serving.requests import About
 from vidreason.serving.service import Answered, Parse, Service
 from vidreason.serving.systemone_api import SystemOneRequest, answer_systemone, parse_systemone
@@ -62,12 +63,17 @@ def make_app(service: Service, loopback: bool = True, token: str | None = None) 
     app.add_middleware(Guard, loopback=loopback, token=token, max_body=service.options.max_body)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_crash)
-    _add_information(app, service)
+    _add_information(app, service, token is not None)
     _add_questions(app, service)
     return app
 
 
-def _add_information(app: FastAPI, service: Service) -> None:
+def _add_information(app: FastAPI, service: Service, token: bool) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """Shows the page that asks about a clip."""
+        return make_page(service.options, token)
+
     @app.get("/health")
     async def health() -> Response:
         """Tells whether the service takes requests (200) or is stopping (503)."""
