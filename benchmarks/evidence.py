@@ -17,7 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -27,17 +27,23 @@ from figures import versions, write_json
 
 from vidreason.demo.run import DATA
 from vidreason.demo.side_by_side import Job, run_jobs
+from vidreason.evaluation.plan import Mode
 from vidreason.evaluation.run import EvaluateOptions, evaluate_run
 from vidreason.pipelines.commands import trainer_commands
 from vidreason.run_folder import RunState
 
-METHODS = ("label_sft", "deepintuit", "rb_ft")
+METHODS: Mapping[str, tuple[Mode, ...]] = {
+    "label_sft": ("likelihood",),
+    "deepintuit": ("answer", "calibrated"),
+    "rb_ft": ("likelihood",),
+}
+"""Pipelines, and the ways in which their stages decide."""
+TRAINED = {"label_sft": "sft_label", "deepintuit": "calibration", "rb_ft": "sft_label"}
+"""Last training stage of each pipeline. Its test follows in the evaluation, once and in every mode."""
 LEVELS = (0, 1, 2, 3, 4)
 DECIDING, OTHER = 400, 80
 """Test clips at L1, and at each other level."""
 VAL, CAL = 64, 128
-SAMPLES = 4
-"""Answers of a vote, as many as the traces of a calibrator."""
 PACKAGES = ("vidreason", "torch", "lightning", "transformers")
 
 
@@ -80,6 +86,7 @@ class Work:
         }
         config = f"configs/pipelines/{self.method}.yaml"
         options = ["--config", config, "--run_dir", self.folder.as_posix(), "--data", DATA, "--seed", str(self.seed)]
+        options += ["--until", TRAINED[self.method]]
         for key, value in data.items():
             options += [f"--data.init_args.{key}", value if isinstance(value, str) else json.dumps(value)]
         return tuple(options)
@@ -88,7 +95,7 @@ class Work:
 def run_job(job: Job) -> int:
     """Runs a pipeline in a process of its own, then its evaluation; returns the exit status."""
     folder = job.options[job.options.index("--run_dir") + 1]
-    evaluation = ["evaluate", "--run", folder, "--samples", str(SAMPLES)]
+    evaluation = ["evaluate", "--run", folder, "--modes", *METHODS[Path(folder).name]]
     job.log.parent.mkdir(parents=True, exist_ok=True)
     for command in (["pipeline", *job.options], evaluation):
         with job.log.open("ab") as log:
@@ -102,12 +109,12 @@ def run_job(job: Job) -> int:
 
 def found_runs(works: Sequence[Work]) -> list[FoundRun]:
     """Returns the runs whose pipeline and evaluation have finished."""
-    options = EvaluateOptions(None, ("likelihood", "answer", "vote", "calibrated"), SAMPLES, probes=False)
     found = []
     for work in works:
         if (work.folder / "evaluation" / "evaluation.json").is_file():
             state = RunState.load(work.folder)
             assert state is not None, f"{work.folder} has an evaluation and no state"
+            options = EvaluateOptions(None, METHODS[work.method], samples=4, probes=False)
             run = evaluate_run(work.folder, options, trainer_commands(), "benchmarks/evidence.py")
             seconds = sum(stage.wall_seconds or 0.0 for stage in state.stages.values())
             found.append(FoundRun(run, work.labels, work.world, seconds))

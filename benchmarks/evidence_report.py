@@ -34,7 +34,22 @@ PAIRS = (
     ("rb_ft: sft_label likelihood", "label_sft: sft_label likelihood"),
 )
 """Differences that the claim is about: first minus second."""
-CURVES = ("label_sft: sft_label likelihood", "rb_ft: sft_label likelihood", "deepintuit: calibration 4 traces")
+CURVES = (
+    "label_sft: zero_shot likelihood",
+    "label_sft: sft_label likelihood",
+    "rb_ft: sft_label likelihood",
+    "deepintuit: calibration 4 traces",
+)
+
+LINES = {
+    "zero-shot": "label_sft: zero_shot likelihood",
+    "label SFT": "label_sft: sft_label likelihood",
+    "RB-FT": "rb_ft: sft_label likelihood",
+    "DeepIntuit, cold start": "deepintuit: sft_cold_start answer",
+    "DeepIntuit, GRPO": "deepintuit: grpo answer",
+    "DeepIntuit, calibrated": "deepintuit: calibration 4 traces",
+}
+"""Lines of the table of accuracies: what they are called, and pipeline and method."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,26 @@ def report(found: Sequence[FoundRun]) -> dict[str, Any]:
         print(_line(row))
     for row in content["differences"]:
         print(difference_line(row))
+    for number in sorted({one.labels for one in found}):
+        print(accuracy_table(content, number))
     return content
+
+
+def accuracy_table(content: Mapping[str, Any], labels: int) -> str:
+    """Returns the accuracies with one number of labelled clips: mean over seeds and its 95 % interval, in %, by level.
+
+    Args:
+        content: The content of the JSON file.
+        labels: Number of labelled training clips.
+    """
+    rows = [row for row in content["means"] if row["labels"] == labels]
+    levels = sorted({row["split"] for row in rows})
+    lines = [f"{f'{labels} labelled clips':24s}" + "".join(f"{split.removeprefix('test_'):>18s}" for split in levels)]
+    for name, key in LINES.items():
+        found = {row["split"]: row for row in rows if f"{row['pipeline']}: {row['method']}" == key}
+        if found:
+            lines.append(f"{name:24s}" + "".join(f"{_cell(found.get(split)):>18s}" for split in levels))
+    return "\n".join(lines)
 
 
 def diagnose(predictions: Sequence[Prediction], truth: Mapping[str, Mapping[str, str]]) -> Diagnosis:
@@ -117,7 +151,7 @@ def difference_line(row: Mapping[str, Any]) -> str:
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:
-    """Draws accuracy against labelled clips at L1, and against the level with the most labelled clips.
+    """Draws accuracy against the level with the most labelled clips, and at L1 against labelled clips if they vary.
 
     Args:
         content: The content of the JSON file.
@@ -128,25 +162,27 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     means = {(f"{row['pipeline']}: {row['method']}", row["labels"], row["split"]): row for row in content["means"]}
     labels = sorted({key[1] for key in means})
     levels = sorted({key[2] for key in means})
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    titles, several = {key: title for title, key in LINES.items()}, len(labels) > 1
+    figure = Figure(figsize=(9 if several else 6, 4), layout="constrained")
+    *left, right = figure.subplots(1, 1 + several, sharey=True, squeeze=False)[0]
     for name in CURVES:
-        for axes, keys in (
-            (left, [(name, number, "test_L1") for number in labels]),
-            (right, [(name, labels[-1], level) for level in levels]),
-        ):
+        shown_in = [(axes, [(name, number, "test_L1") for number in labels]) for axes in left]
+        for axes, keys in [*shown_in, (right, [(name, labels[-1], level) for level in levels])]:
             at = [place for place, key in enumerate(keys) if key in means]
             shown = [means[keys[place]] for place in at]
             y = np.array([100 * row["acc"] for row in shown])
             low, high = (np.array([100 * (row[side] or row["acc"]) for row in shown]) for side in ("low", "high"))
-            axes.errorbar(at, y, yerr=[y - low, high - y], marker="o", capsize=3, label=name.partition(":")[0])
-    left.set_xticks(range(len(labels)), [str(number) for number in labels])
-    left.set_xlabel("labelled training clips (test level L1)")
-    left.set_ylabel("accuracy %, 95 % interval over seeds")
+            if at:
+                axes.errorbar(at, y, yerr=[y - low, high - y], marker="o", capsize=3, label=titles[name])
+    for axes in left:
+        axes.set_xticks(range(len(labels)), [str(number) for number in labels])
+        axes.set_xlabel("labelled training clips (test level L1)")
+    first = [*left, right][0]
+    first.set_ylabel("accuracy %, 95 % interval over seeds")
     right.set_xticks(range(len(levels)), [level.removeprefix("test_") for level in levels])
     right.set_xlabel(f"level of openness ({labels[-1]} labelled training clips)")
-    left.set_ylim(0, 100)
-    left.legend()
+    first.set_ylim(0, 100)
+    first.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -225,8 +261,15 @@ def _predictions(run: Path, test: str, split: str) -> list[Prediction]:
 
 
 def _facts(world: Path) -> dict[str, dict[str, str]]:
-    file = next(iter(sorted(world.glob("porch/*/facts.jsonl"))))
+    (file,) = world.glob("porch/*/facts.jsonl")  # One world for each folder: camera, labels and seed are in its path.
     return {row["video_id"]: row["facts"] for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    interval = "" if row["low"] is None else f" ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
+    return f"{100 * row['acc']:.1f}{interval}"
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -134,7 +134,7 @@ class Variant:
         group, videos, tokens = self.scale.group_size, self.prompts.batch_size, tokens or self.scale.tokens
         noise = generation.draw_noise(list(range(videos * group)), tokens)
         sampling = Sampling(max_new_tokens=tokens)
-        with self.vlm._vision_fed(self.model, self.prompts, "expand"), unsharded(self.model):
+        with self.vlm.fed_from_cache(self.model, self.prompts, "expand"), unsharded(self.model):
             made = generation.sample(
                 self.vlm, self.model, self.prompts, group, sampling, noise, [END], sorted(self.vlm.suppressed_ids), 0
             )

@@ -1,11 +1,11 @@
-"""Recipes of the cold start and of the calibrator, compared on seeds that no reported figure uses.
+"""Recipes of cold start, GRPO and calibrator, compared on seeds that no reported figure uses.
 
-    python benchmarks/recipes.py --seeds 100 101 102 [--recipes shipped answer_weight_1] [--until greedy] [--json FILE]
+    python benchmarks/recipes.py --seeds 100 101 102 [--recipes shipped grpo_80_steps] [--until test] [--json FILE]
 
-Every recipe changes settings of the shipped stages (``recipes.yaml``; no GRPO). The figures are shares of 200 clips at
-L1: all eight facts stated as they are in the greedy trace, the world's decision list applied to the stated facts, the
-answer, the answer where all facts are right, and the calibrated decision (``--until test``). Facts serve as a
-diagnosis only: nothing is trained on them. A second call goes on where the first one stopped.
+Every recipe changes settings of the shipped stages (``recipes.yaml``). The figures are shares of 200 clips at L1, for
+the greedy traces before and after GRPO: all eight facts stated as they are, the world's decision list applied to the
+stated facts, the answer, the answer where all facts are right; and the calibrated decision (``--until test``). Facts
+serve as a diagnosis only: nothing is trained on them. A second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -41,11 +41,16 @@ RECIPES: Mapping[str, Mapping[str, object]] = {
     },
     "no_swapped_traces": {f"{_COLD}.targets.swapped": 0},
     "projector_trained": {"vlm.init_args.freeze_projector": False},
-    "calibrator_on_classes": {
-        "calibration.model.init_args.objective": "classes",
-        "calibration.model.init_args.traces.samples": 2,
-        "calibration.trainer.max_epochs": 6,
-        "calibration.trainer.check_val_every_n_epoch": 6,
+    "grpo_80_steps": {"grpo.trainer.max_steps": 80},
+    "traces_at_temperature_1": {
+        f"{stage}.model.init_args.traces.sampling.temperature": 1.0 for stage in ("traces", "calibration", "test")
+    },
+    "calibrator_with_its_own_prompt": {
+        "calibration.model.init_args.input": "video+trace",
+        "test.model.init_args.input": "video+trace",
+        "calibration.model.init_args.optim.optimizer.init_args.lr": 3e-3,
+        "calibration.trainer.max_epochs": 4,
+        "calibration.trainer.check_val_every_n_epoch": 4,
     },
 }
 """Settings that a recipe changes, by dotted key."""
@@ -73,20 +78,26 @@ def figures_of(run: Path, world: Path) -> dict[str, Any]:
     """
     state = RunState.load(run)
     assert state is not None, f"{run} has run"
-    facts_file = next(iter(sorted(world.glob("*/facts.jsonl"))))
+    (facts_file,) = world.glob("*/facts.jsonl")
     lines = facts_file.read_text(encoding="utf-8").splitlines()
     truth = {row["video_id"]: row["facts"] for row in map(json.loads, lines)}
-    written = artefact_path(run / state.stages["greedy"].folder, "traces")
-    assert written is not None, "stage greedy has finished"
-    greedy = []
-    for video_id, records in TraceStore.open(written).by_video(kept_only=False).items():
-        label, answer = label_of(Facts(**truth[video_id])), records[0].answer
-        trace = Trace(records[0].text, answer)
-        greedy.append(Prediction(video_id, "test_L1", "", label, answer, {}, answer, answer is None, False, (trace,)))
-    found: dict[str, Any] = asdict(diagnose(greedy, truth))
+    found: dict[str, Any] = {}
+    for stage in ("cold_start_greedy", "grpo_greedy"):
+        if stage in state.stages and (written := artefact_path(run / state.stages[stage].folder, "traces")):
+            found[stage] = asdict(diagnose(_answers(written, truth), truth))
     if "test" in state.stages and (path := artefact_path(run / state.stages["test"].folder, "predictions")):
         decided = read_predictions(path)
         found["calibrated_right"] = sum(p.right for p in decided) / len(decided)
+    return found
+
+
+def _answers(written: Path, truth: Mapping[str, Mapping[str, str]]) -> list[Prediction]:
+    """Returns the first trace of each clip of a trace file as a decision."""
+    found = []
+    for video_id, records in TraceStore.open(written).by_video(kept_only=False).items():
+        label, answer = label_of(Facts(**truth[video_id])), records[0].answer
+        trace = Trace(records[0].text, answer)
+        found.append(Prediction(video_id, "test_L1", "", label, answer, {}, answer, answer is None, False, (trace,)))
     return found
 
 
@@ -95,7 +106,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[100])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
-    parser.add_argument("--until", choices=("greedy", "test"), default="test")
+    parser.add_argument("--until", choices=("cold_start_greedy", "grpo_greedy", "test"), default="test")
     parser.add_argument("--run_dir", type=Path, default=Path("runs/recipes"))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

@@ -45,7 +45,7 @@ def sampler(setting: Setting) -> tuple[Callable[[int], Sampled], list[Tensor]]:
     noise = generation.draw_noise(list(range(VIDEOS * setting.group_size)), setting.text_tokens)
 
     def run(tokens: int) -> Sampled:
-        with vlm._vision_fed(model, prompts, "expand") as fed:
+        with vlm.fed_from_cache(model, prompts, "expand") as fed:
             options = Sampling(tokens), noise, [END], sorted(vlm.suppressed_ids), 0
             return generation.sample(vlm, model, fed or prompts, setting.group_size, *options)
 

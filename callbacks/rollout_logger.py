@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor
 
 from vidreason.callbacks.film_strip import captioned_strips, film_strip
-from vidreason.callbacks.tensorboard_text import log_image, log_text, markdown_table
+from vidreason.callbacks.tensorboard_text import log_image, log_text, markdown_table, quoted_texts
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.rl.rollouts import RolloutGroup, RolloutOutput
 
@@ -45,8 +45,8 @@ class RolloutLogger(L.Callback):
             assert isinstance(pl_module, VLMModule)
             view = pl_module.data.view
             assert view is not None
-            prompts = [[group.clip.video_id, view.prompt(group.clip).text] for group in groups]
-            log_text(trainer, "train/rollouts/prompts", markdown_table(["clip", "prompt"], prompts))
+            prompts = [(group.clip.video_id, view.prompt(group.clip).text) for group in groups]
+            log_text(trainer, "train/rollouts/prompts", quoted_texts(prompts))
             strips = [(group.clip, film_strip(group.clip.path, group.clip.stretch)) for group in groups if self.strips]
             sheet = [(f"{clip.video_id}: {clip.label}", strip) for clip, strip in strips if strip is not None]
             if sheet:
@@ -54,24 +54,20 @@ class RolloutLogger(L.Callback):
 
 
 def rollout_table(groups: tuple[RolloutGroup, ...], advantages: Tensor) -> str:
-    """Returns a Markdown table, one row per completion.
+    """Returns a Markdown table of numbers, one row per completion, and below it the completions.
 
     Args:
         groups: The groups of B prompts, G completions each.
         advantages: [B, G]; further rows are ignored.
     """
     parts = list(groups[0].rollouts[0].score.parts)
-    rows = [
-        [
-            group.clip.video_id,
-            group.clip.label or "",
-            rollout.score.total,
-            *(rollout.score.parts[name] for name in parts),
-            float(advantages[b, g]),
-            rollout.completion.n_tokens,
-            rollout.completion.text,
-        ]
-        for b, group in enumerate(groups)
-        for g, rollout in enumerate(group.rollouts)
-    ]
-    return markdown_table(["clip", "label", "reward", *parts, "advantage", "tokens", "completion"], rows)
+    listed = [(f"{b + 1}.{g + 1}", b, g) for b, group in enumerate(groups) for g in range(len(group.rollouts))]
+    rows, texts = [], []
+    for number, b, g in listed:
+        clip, rollout = groups[b].clip, groups[b].rollouts[g]
+        score, advantage = rollout.score, float(advantages[b, g])
+        numbers = [score.total, *(score.parts[name] for name in parts), advantage, rollout.completion.n_tokens]
+        rows.append([number, clip.video_id, clip.label or "", *numbers])
+        texts.append((f"{number}, reward {score.total:.2f}, advantage {advantage:+.2f}", rollout.completion.text))
+    header = ["", "clip", "label", "reward", *parts, "advantage", "tokens"]
+    return f"{markdown_table(header, rows)}\n\n{quoted_texts(texts)}"

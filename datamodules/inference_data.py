@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +15,14 @@ from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.clips.dataset import ClipDataset
 from vidreason.datamodules.clips.decoded import DecodedVideo, DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.clips.reading import take_frames
-from vidreason.datamodules.clips.time_limit import ReadTimeoutError, call_for_files, call_reader
+from vidreason.datamodules.clips.reading import read_frames, take_frames
+from vidreason.datamodules.clips.time_limit import (
+    ReadStoppedError,
+    ReadTimeoutError,
+    call_for_files,
+    call_reader,
+    look_at,
+)
 from vidreason.datamodules.file_hash import content_sha, file_size
 from vidreason.datamodules.prompts import ClipView
 from vidreason.datamodules.task import Task
@@ -28,8 +34,21 @@ INFERENCE_SPLIT = "inference"
 """The only split of an ``InferenceDataModule``."""
 
 
+@dataclass(frozen=True)
+class ReadClip:
+    """A clip with its frames, or the reason why it could not be read."""
+
+    clip: Clip
+    video: DecodedVideo | None = None
+    content: str = ""
+    """Hash of the file, or of all frames of a clip in memory; empty if it is not known."""
+    error: str | None = None
+    unanswered: bool = False
+    """Whether the file system did not answer, so that nothing is known about the clip."""
+
+
 class InferenceDataModule(VideoDataModule):
-    """A data module with one test split, whose clips are replaced for each call.
+    """A data module with one test split, whose clips were read and are replaced for each call.
 
     Args:
         task: Classes and prompts.
@@ -42,8 +61,7 @@ class InferenceDataModule(VideoDataModule):
     def __init__(self, task: Task, encoder: BatchEncoder, frames: FrameOptions, seed: int, batch_size: int) -> None:
         super().__init__(encoder, replace(frames, cache=None), batch_size, seed=seed, test_splits=(INFERENCE_SPLIT,))
         self._task = task
-        self._given: tuple[Clip, ...] = ()
-        self._in_memory: dict[str, tuple[Tensor, float]] = {}
+        self._given: dict[str, ReadClip] = {}
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -61,60 +79,101 @@ class InferenceDataModule(VideoDataModule):
 
     def samples(self, split: str) -> Sequence[Clip]:
         """Returns the current clips."""
-        return self._given if split == INFERENCE_SPLIT else ()
+        return tuple(read.clip for read in self._given.values()) if split == INFERENCE_SPLIT else ()
 
     def setup(self, stage: str) -> None:
         """Uses the clips as they are; no splits are made.
 
         Raises:
-            ValueError: If the task or a clip's metadata contains a special token of the model.
+            ValueError: If the task or the metadata of a clip contains a special token of the model.
         """
-        check_words(self._task, self._given, self.encoder)
-        self._clips = {INFERENCE_SPLIT: self._given}
+        check_words(self._task, (read.clip for read in self._given.values() if read.error is None), self.encoder)
+        self._clips = {INFERENCE_SPLIT: tuple(self.samples(INFERENCE_SPLIT))}
 
-    def set_clips(self, clips: Sequence[Clip], in_memory: Mapping[str, tuple[Tensor, float]]) -> None:
-        """Replaces the clips.
-
-        Args:
-            clips: The next clips.
-            in_memory: Frames [T, 3, H, W] uint8 and frames per second, by video id, of clips that are not files.
-        """
-        self._given = tuple(clips)
-        self._in_memory = dict(in_memory)
+    def set_clips(self, clips: Iterable[ReadClip]) -> None:
+        """Replaces the clips; of several with the same id the last one is kept."""
+        self._given = {read.clip.video_id: read for read in clips}
         self.setup("test")
 
+    def read(self, clip: Clip) -> ReadClip:
+        """Reads a clip from its file; several threads may call this.
+
+        A clip whose file cannot be read, or whose metadata contains a special token of the model, has an error.
+        """
+        try:
+            check_words(self._task, (clip,), self.encoder)
+            video = read_frames(clip.path, self.frames, None, clip.stretch)
+        except ReadStoppedError:
+            raise
+        except ReadTimeoutError as error:
+            return ReadClip(clip, error=str(error), unanswered=not _answers(clip.path))
+        except (DecodeError, OSError, ValueError) as error:
+            return ReadClip(clip, error=str(error))
+        try:
+            content = call_reader(content_sha, clip.path, timeout=self.frames.timeout)
+        except (DecodeError, OSError):  # hours of video on a slow network disk: nothing about it is cached
+            content = ""
+        return ReadClip(clip, video, content)
+
+    def take(self, clip: Clip, frames: Tensor, fps: float) -> ReadClip:
+        """Takes frames of a clip that is in memory, as they are taken from a file.
+
+        Args:
+            clip: The clip.
+            frames: [T, 3, H, W] uint8, all frames.
+            fps: Frames per second.
+        """
+        # All frames and not only the sampled ones are hashed, as those of a file are.
+        return ReadClip(clip, take_frames(frames, fps, self.frames), _digest(frames, fps))
+
+    def hold(self, clip: Clip, video: DecodedVideo) -> ReadClip:
+        """Takes the frames that were taken from a clip by somebody else."""
+        return ReadClip(clip, video, _digest(video.frames, video.timing))
+
     def dataset(self, clips: Sequence[Clip], view: ClipView, train: bool) -> ClipDataset:
-        """Returns a dataset that reads frames from memory or from files."""
-        return _InferenceDataset(clips, view, self.frames, self.seed, self._in_memory)
+        """Returns a dataset of the clips that were read."""
+        return _ReadDataset(clips, view, self.frames, self.seed, self._given)
 
 
-class _InferenceDataset(ClipDataset):
+def _digest(frames: Tensor, times: object) -> str:
+    """Returns a hash of frames [T, 3, H, W] uint8 and what is known about their times."""
+    digest = hashlib.sha256(f"{tuple(frames.shape)} {times} ".encode())
+    digest.update(frames.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _answers(path: Path) -> bool:
+    """Returns whether the file system of a clip that took too long to read answers at all."""
+    try:
+        look_at(path)
+    except ReadTimeoutError:
+        return False
+    except (DecodeError, OSError):
+        pass
+    return True
+
+
+class _ReadDataset(ClipDataset):
     def __init__(
-        self,
-        clips: Sequence[Clip],
-        view: ClipView,
-        frames: FrameOptions,
-        seed: int,
-        in_memory: Mapping[str, tuple[Tensor, float]],
+        self, clips: Sequence[Clip], view: ClipView, frames: FrameOptions, seed: int, given: Mapping[str, ReadClip]
     ) -> None:
         super().__init__(clips, view, frames, seed, train=False)
-        self.in_memory = in_memory
+        self.given = given
 
     def read(self, clip: Clip, jitter: torch.Generator | None) -> DecodedVideo:
-        """Returns the frames of a clip, from memory if it is there."""
-        if clip.video_id in self.in_memory:
-            return take_frames(*self.in_memory[clip.video_id], self.frames)
-        return super().read(clip, jitter)
+        """Returns the frames of a clip.
+
+        Raises:
+            DecodeError: If it could not be read.
+        """
+        found = self.given[clip.video_id]
+        if found.video is None:
+            raise DecodeError(found.error or f"{clip.path}: not read")
+        return found.video
 
     def content(self, clip: Clip) -> str:
-        """Returns a hash of the file, or of all frames of a clip in memory."""
-        if clip.video_id not in self.in_memory:
-            return super().content(clip)
-        # All frames and not only the sampled ones, as for a file.
-        frames, fps = self.in_memory[clip.video_id]
-        digest = hashlib.sha256(f"{tuple(frames.shape)} {fps} ".encode())
-        digest.update(frames.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """Returns the hash of a clip's content."""
+        return self.given[clip.video_id].content
 
 
 class KnownClips:

@@ -17,7 +17,24 @@ from vidreason.rewards.completion import (
     THINK_FORM,
     CompletionForm,
     parse_completion,
+    render_completion,
+    render_reasoning,
 )
+
+ReviewInput = Literal["video+trace", "video+reasoning", "trace", "video"]
+"""What a reviewer reads.
+
+``video+trace`` and ``trace`` show the reasoning and its conclusion in the user's turn, as the account of an observer;
+``trace`` shows a black video. With ``video+reasoning`` the reviewer is asked what the policy was asked, its own turn
+begins with the reasoning, and its answer continues it; it does not see the conclusion. ``video`` has no trace.
+"""
+
+_REVIEW_KINDS: Mapping[ReviewInput, PromptKind] = {
+    "video+trace": "calibrate",
+    "video+reasoning": "reason",
+    "trace": "calibrate",
+    "video": "label",
+}
 
 
 class ClipView:
@@ -194,35 +211,35 @@ class ReviewView(ClipView):
     """A reviewer's prompt: traces follow the video, and label names follow each trace.
 
     The texts of a clip are ``trace 0, its C labels, trace 1, its C labels, …``; traces are context in the open user's
-    turn, labels are answers. With ``input="video"`` there are no traces, and the labels follow a closed prompt.
+    turn, or with ``input="video+reasoning"`` the beginning of the assistant's; labels are answers. With
+    ``input="video"`` there are no traces, and the labels follow a closed prompt.
 
     Args:
         task: Classes, question and templates.
         traces: Generated completions by video id; a clip without any has no texts.
         labels: Labels behind each trace: ``all`` names (closed-set scoring) or the clip's own (``target``).
-        input: Inputs of the reviewer; ``trace`` uses a black video.
+        input: Inputs of the reviewer.
     """
 
-    kind = "calibrate"
+    kind: PromptKind = "calibrate"
 
     def __init__(
         self,
         task: Task,
         traces: Mapping[str, tuple[str, ...]],
         labels: Literal["all", "target"] = "all",
-        input: Literal["video+trace", "trace", "video"] = "video+trace",
+        input: ReviewInput = "video+trace",
     ) -> None:
         super().__init__(task)
+        self.kind = _REVIEW_KINDS[input]
         self.traces = traces
         self.labels = labels
         self.input = input
         self.shows_video = input != "trace"
 
     def prompt(self, clip: Clip) -> Prompt:
-        """Returns the reviewer's prompt, left open for the traces, or a closed one with ``input="video"``."""
-        if self.input == "video":
-            return Prompt(self.task.prompt_text("label", clip.fields))
-        return Prompt(super().prompt(clip).text, open=True)
+        """Returns the reviewer's prompt, left open where traces are part of the user's turn."""
+        return Prompt(super().prompt(clip).text, open=self.kind == "calibrate")
 
     def texts(self, clip: Clip) -> tuple[Text, ...]:
         """Returns traces and labels as a tree of depth two; ``parent`` is an index into this clip's texts."""
@@ -232,7 +249,11 @@ class ReviewView(ClipView):
         texts: list[Text] = []
         for trace in self.traces.get(clip.video_id, ()):
             parent = len(texts)
-            texts.append(Text(render_review(trace), role="context"))
+            if self.input == "video+reasoning":
+                texts.append(Text(render_reasoning(trace), role="draft"))
+                names = tuple(render_completion("", name, CompletionForm("no_think")) for name in self._names(clip))
+            else:
+                texts.append(Text(render_review(trace), role="context"))
             texts.extend(Text(name, parent=parent) for name in names)
         return tuple(texts)
 

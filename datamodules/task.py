@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from vidreason.datamodules.atomic_files import write_text
+from vidreason.datamodules.clips.time_limit import look_at
 from vidreason.datamodules.templates import DEFAULT_TEMPLATES
 from vidreason.rewards.completion import find_markup
 
@@ -163,10 +164,10 @@ def find_task_file(path: str | Path) -> Path:
         path: For example ``tasks/weizmann.yaml`` or ``my_task.yaml``.
 
     Raises:
-        ValueError: If there is no such file; the message names the places searched.
+        ValueError: If there is no such file, or it does not answer; the message names the places searched.
     """
     given = Path(path)
-    if given.is_file():
+    if look_at(given) == "file":
         return given
     shipped = Path(str(files("vidreason.configs"))) / given
     if shipped.is_file():

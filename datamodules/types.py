@@ -125,9 +125,10 @@ class Text:
     """One text behind a prompt, or behind another text of the same prompt."""
 
     text: str
-    role: Literal["assistant", "context"] = "assistant"
+    role: Literal["assistant", "context", "draft"] = "assistant"
     """``assistant``: the model's words, including the end of its turn; they count in the loss.
-    ``context``: continues the user's open turn; it does not count."""
+    ``context``: continues the user's open turn; it does not count.
+    ``draft``: the first words of the model's turn, which other texts continue; they do not count."""
     parent: int = -1
     """Index of the text it continues within the same prompt's texts; -1 is the prompt itself."""
     learnt: Literal["all", "answer"] = "all"

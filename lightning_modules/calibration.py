@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from vidreason.datamodules.base import VideoDataModule
-from vidreason.datamodules.prompts import ClipView, ReviewView
+from vidreason.datamodules.prompts import ClipView, ReviewInput, ReviewView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceRecord, TraceStore
 from vidreason.datamodules.types import VideoBatch
@@ -59,7 +59,8 @@ from vidreason.lightning_modules.weights.reviewer import (
     export_reviewer,
     policy_reference,
 )
-from vidreason.lightning_modules.weights.reviewer_info import CalibratorInfo, CalibratorInput, calibrator_entries
+from vidreason.lightning_modules.weights.reviewer_info import CalibratorInfo, calibrator_entries
+from vidreason.rewards.completion import THINK_FORM
 from vidreason.run_folder import ADAPTER_FOLDER
 
 
@@ -71,7 +72,9 @@ class CalibrationModule(VLMModule):
         calibrator_path: The ``adapter/`` of a calibrator to test or to continue training. It contains the path of its
             policy, so that ``adapter_path`` may be null.
         traces_file: Trace file of the policy; missing traces (all, if null) are sampled to the run folder.
-        input: Inputs of the calibrator; ``trace`` and ``video`` are ablations.
+        input: What the calibrator reads. With ``video+trace``, an account and its conclusion in the prompt; with
+            ``video+reasoning``, the reasoning as its own, which it ends with its own answer, so that it starts from
+            what the policy would answer. ``trace`` (a black video) and ``video`` (no trace) are ablations.
         objective: ``tokens`` is the cross-entropy of the tokens of the true label; ``classes`` that of the softmax over
             the sequence likelihoods of all labels.
         lora: Options of the calibrator's adapter if the policy has none (full fine-tuning).
@@ -88,7 +91,7 @@ class CalibrationModule(VLMModule):
         vlm: VLM,
         calibrator_path: str | None = None,
         traces_file: str | None = None,
-        input: CalibratorInput = "video+trace",
+        input: ReviewInput = "video+trace",
         objective: Literal["tokens", "classes"] = "tokens",
         lora: LoRAOptions = LoRAOptions(),
         traces: TraceOptions = TraceOptions(kind="reason"),
@@ -96,6 +99,11 @@ class CalibrationModule(VLMModule):
     ) -> None:
         super().__init__(vlm, traces=traces, decide=DecideOptions(), **kwargs)
         self.automatic_optimization = False
+        if input == "video+reasoning" and self.completion != THINK_FORM:
+            raise ValueError(
+                f"model.init_args.input: video+reasoning goes on from <think>…</think>, but completion is "
+                f"{self.completion}; set input to video+trace"
+            )
         self.calibrator_path = calibrator_path
         self.traces_file = traces_file
         self.input = input

@@ -113,6 +113,26 @@ def parse_completion(text: str, form: CompletionForm = THINK_FORM) -> ParsedComp
     )
 
 
+def render_reasoning(text: str) -> str:
+    """Renders the beginning of a completion up to its answer: ``<think>reasoning</think>``.
+
+    Args:
+        text: A completion; without a think block, all before its answer is the reasoning. Tags and special tokens are
+            left out.
+
+    Example:
+        >>> render_reasoning("<think> A dog. </think><answer>normal</answer>")
+        '<think>A dog.</think>'
+        >>> render_reasoning("<think>A dog pas")
+        '<think>A dog pas</think>'
+        >>> render_reasoning("A dog.<answer>normal</answer>")
+        '<think>A dog.</think>'
+    """
+    reasoning = parse_completion(text).reasoning
+    before = (text if reasoning is None else reasoning).partition(ANSWER_OPEN)[0]
+    return f"{THINK_OPEN}{_MARKUP.sub('', before).strip()}{THINK_CLOSE}"
+
+
 def render_completion(
     reasoning: str, answer: str, form: CompletionForm = THINK_FORM, confidence: float | None = None
 ) -> str:

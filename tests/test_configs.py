@@ -14,6 +14,7 @@ from vidreason.config.trainer_cli import build
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.grpo import GRPOModule
+from vidreason.lightning_modules.probe import LinearProbeModule
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
 
@@ -29,6 +30,7 @@ STAGES = {
     "calibration.yaml": ("fit", CalibrationModule),
     "generate.yaml": ("predict", VLMModule),
     "test.yaml": ("test", VLMModule),
+    "linear_probe.yaml": ("test", LinearProbeModule),
 }
 RECIPES = sorted(p.name for p in (CONFIGS / "recipes").glob("*.yaml"))
 FITS = [name for name, (command, _) in STAGES.items() if command == "fit"]

@@ -20,7 +20,12 @@ MAPPED = ("rewards", "datamodules", "lightning_modules", "callbacks", "configs")
 NOT_SOURCE = shutil.ignore_patterns(
     ".*", "__pycache__", "build", "dist", "*.egg-info", "runs", "lightning_logs", "tests"
 )
-DISTRIBUTION_OF = {"yaml": "pyyaml", "PIL": "pillow"}
+DISTRIBUTION_OF = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "python_multipart": "python-multipart",
+    "backports": "backports-zstd",
+}
 
 
 def python_files() -> list[Path]:
@@ -81,19 +86,22 @@ def test_pyproject_has_no_project_table():
     assert "setuptools" not in tables["tool"]
 
 
-def test_every_imported_distribution_is_required(setup_cfg):
-    required = {
-        re.split(r"[\[<>=; ]", line, maxsplit=1)[0].lower()
-        for line in setup_cfg["options"]["install_requires"].split("\n")
-    }
+@pytest.mark.parametrize("extra", ["", "serve"])
+def test_every_imported_distribution_is_required(setup_cfg, extra):
+    """Only the service imports what its extra brings."""
+    lines = setup_cfg["options"]["install_requires"].split("\n")
+    lines += setup_cfg["options.extras_require"][extra].split("\n") if extra else []
+    required = {re.split(r"[\[<>=; ]", line, maxsplit=1)[0].lower() for line in lines}
     imported = set()
     for path in python_files():
+        if (path.parent.name == "serving") != (extra == "serve"):
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.split(".")[0])
-    outside = imported - sys.stdlib_module_names - {"vidreason"}
+    outside = imported - sys.stdlib_module_names - {"vidreason", "compression"}
     assert {DISTRIBUTION_OF.get(name, name).lower() for name in outside} - required == set()
 
 

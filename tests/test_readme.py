@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evidence_report import LINES
+from scipy import stats
 
 from vidreason.cli.main import COMMANDS, main
 from vidreason.datamodules.task import Task
@@ -95,20 +97,32 @@ def test_the_task_file_in_the_readme_loads_as_written(tmp_path):
 
 
 def test_the_tables_figures_are_those_of_the_committed_result():
-    results = Path(__file__).parents[1] / "benchmarks" / "results" / "2026-11-21_demo_seeds.json"
-    pooled = json.loads(results.read_text(encoding="utf-8"))["pooled"]
-    found = {(row["method"], row["level"]): row for row in pooled}
+    """Means over seeds and Student-t intervals, computed here from the accuracies of the single runs."""
     section = README.read_text(encoding="utf-8").partition("<!-- demo:begin -->")[2].partition("<!-- demo:end -->")[0]
-    assert results.name in section, "README names where its figures come from"
+    (name,) = re.findall(r"`(benchmarks/results/\S+_evidence\.json)`", section)
+    content = json.loads((README.parent / name).read_text(encoding="utf-8"))
     header, *lines = section.partition("```\n")[2].partition("```")[0].strip().splitlines()
-    levels = header.split()[1:]
-    assert len(lines) * len(levels) == len(found)
+    labels, levels = int(header.split()[0]), header.split()[3:]
+    assert levels == sorted({row["split"].removeprefix("test_") for row in content["rows"]})
     for line in lines:
-        method, *cells = line.split()
-        for level, acc, interval, spread in zip(levels, cells[::3], cells[1::3], cells[2::3], strict=True):
-            row = found[method, level]
-            assert acc == f"{100 * row['acc']:.1f}", (method, level)
-            assert interval == f"({100 * row['acc_lo']:.0f}-{100 * row['acc_hi']:.0f})", (method, level)
-            assert spread == f"±{100 * row['acc_sd']:.1f}", (method, level)
-    at_l1 = [f"{found[m, 'L1']['ece']:.2f}" for m in ("deepintuit", "label_sft")]
-    assert f"at L1 {at_l1[0]} against {at_l1[1]}" in section
+        title, *cells = re.split(r"\s{2,}", line.strip())
+        for level, cell in zip(levels, cells, strict=True):
+            accs = [row["acc"] for row in content["rows"] if _is(row, LINES[title], labels, f"test_{level}")]
+            assert len(accs) == len({row["seed"] for row in content["rows"]})
+            mean, half = np.mean(accs), stats.t.ppf(0.975, len(accs) - 1) * stats.sem(accs)
+            assert cell == f"{100 * mean:.1f} ({100 * (mean - half):.0f}-{100 * (mean + half):.0f})", (title, level)
+    told = re.findall(r"(?m)^- (.+?) against (.+?): (\S+) points \((\S+) to (\S+)\)", section)
+    assert told
+    for first, second, *figures in told:
+        rights = {
+            key: {row["seed"]: row["acc"] for row in content["rows"] if _is(row, LINES[key], labels, "test_L1")}
+            for key in (first, second)
+        }
+        each = [rights[first][seed] - rights[second][seed] for seed in sorted(rights[first])]
+        mean, half = np.mean(each), stats.t.ppf(0.975, len(each) - 1) * stats.sem(each)
+        assert figures == [f"{100 * value:+.1f}" for value in (mean, mean - half, mean + half)], first
+
+
+def _is(row, key, labels, split):
+    """Whether a row is that of a method, given as pipeline and method."""
+    return (f"{row['pipeline']}: {row['method']}", row["labels"], row["split"]) == (key, labels, split)

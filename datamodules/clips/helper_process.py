@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from vidreason import signals
 
@@ -66,6 +66,15 @@ def call(function: Callable[..., T], *args: Any, timeout: float) -> T:
     return helper.call(function, args, timeout)
 
 
+def limit_memory(size: int | None) -> None:
+    """Sets the address space in bytes of helpers that start from now on; a call that needs more fails.
+
+    Args:
+        size: The limit; None sets none. Linux only.
+    """
+    _Helper.memory = size
+
+
 def close() -> None:
     """Ends the helper process of this thread, if there is one."""
     helper = getattr(_of_thread, "helper", None)
@@ -80,6 +89,9 @@ _of_thread = threading.local()
 class _Helper:
     """A helper process, as the process that calls it sees it."""
 
+    memory: ClassVar[int | None] = None
+    """Address space in bytes of a helper that starts; None is no limit."""
+
     def __init__(self) -> None:
         self.owner = os.getpid()
         self._connection, theirs = Pipe()
@@ -87,7 +99,7 @@ class _Helper:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-c", _START.format(module=__name__)),
-                    *(json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())),
+                    *(json.dumps(sys.path), str(theirs.fileno()), str(os.getpid()), str(self.memory or "")),
                 ],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
@@ -153,14 +165,19 @@ class _Helper:
         return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
 
 
-def serve(descriptor: str, parent: str) -> None:
+def serve(descriptor: str, parent: str, memory: str) -> None:
     """Answers the calls of the process that started this one, until that one ends.
 
     Args:
         descriptor: File descriptor of the connection.
         parent: Process id of the caller.
+        memory: Address space in bytes; empty sets no limit.
     """
     _end_with(int(parent))
+    if memory and sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from vidreason.datamodules.clips import measuring  # noqa: F401  # before the time of a call counts
 

@@ -5,6 +5,7 @@ All parts of the program touch clips in this way, since even looking for a file 
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -68,6 +69,7 @@ def look_at(path: Path, timeout: float | None = ANSWER_TIMEOUT) -> Kind | None:
 
     Raises:
         ReadTimeoutError: If it does not answer; the message names it.
+        OSError: If it cannot be told what is there, such as behind a folder without permission.
     """
     try:
         return call_reader(_look_at, path, timeout=timeout)
@@ -80,8 +82,12 @@ def look_at(path: Path, timeout: float | None = ANSWER_TIMEOUT) -> Kind | None:
 def _look_at(path: Path) -> Kind | None:
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # not there, a name that is too long, a zero byte
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last one for a zero byte
         return None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return None
+        raise
     if stat.S_ISDIR(mode):
         with suppress(OSError), os.scandir(path) as entries:
             next(entries, None)

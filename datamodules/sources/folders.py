@@ -92,16 +92,6 @@ def read_layout(folder: Path) -> Layout:
     )
 
 
-def clips_below(folder: Path) -> tuple[list[Path], list[str]]:
-    """Returns all clips below a folder, sorted, and what is passed over, in words.
-
-    A folder of pictures is a clip, also the given one. Folders that begin with ``_`` or ``.`` are passed over.
-    """
-    clips, others, hidden = _sort_files(folder, folder.parent)
-    told = [kind if " " in kind else f"{number} of {kind}" for kind, number in sorted(others.items())]
-    return sorted(clips), [*told, *(f"folder {path.name}" for path in hidden)]
-
-
 def _sort_files(folder: Path, home: Path) -> tuple[list[Path], Counter[str], list[Path]]:
     """Returns the clips below a folder, the number of other files by suffix, and the folders that were skipped.
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vidreason.datamodules.clips.time_limit import NO_FILE, WALK_TIMEOUT, call_reader, look_at
 from vidreason.datamodules.sources.folders import read_layout
 
 REQUIRED_COLUMNS = ("path", "label")
+TABLE_SUFFIXES = (".csv", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,10 @@ def read_table(manifest: Path) -> Table:
     elif kind is None:
         raise ValueError(f"{manifest}: no such manifest (a .csv or .jsonl file, or a folder with one folder per class)")
     else:
-        readers = {".csv": read_delimited, ".jsonl": _read_jsonl}
-        if manifest.suffix.lower() not in readers:
+        if manifest.suffix.lower() not in TABLE_SUFFIXES:
             raise ValueError(f"{manifest}: a manifest ends in .csv or .jsonl, or is a folder")
         try:
-            table = readers[manifest.suffix.lower()](manifest)
+            table = read_delimited(manifest) if manifest.suffix.lower() == ".csv" else table_of(read_records(manifest))
         except UnicodeDecodeError as error:
             raise ValueError(f"{manifest}: is not UTF-8: {error}") from error
     missing = [column for column in REQUIRED_COLUMNS if column not in table.columns]
@@ -70,6 +70,29 @@ def read_table(manifest: Path) -> Table:
     if not table.rows:
         raise ValueError(f"{manifest}: lists no clips")
     return table
+
+
+def stream_rows(manifest: Path) -> Iterator[Row]:
+    """Yields the rows of a ``.csv`` or ``.jsonl`` manifest, which is never held as a whole.
+
+    Raises:
+        ValueError: If the manifest is missing, no file, malformed, or has no column ``path``.
+    """
+    kind = look_at(manifest)
+    if kind != "file":
+        raise ValueError(f"{manifest}: {'no such manifest' if kind is None else NO_FILE}")
+    is_csv = manifest.suffix.lower() == ".csv"
+    try:
+        with manifest.open(newline="" if is_csv else "\n", encoding="utf-8-sig") as file:
+            if is_csv:
+                header, rows = _delimited(manifest, file, ",")
+                if "path" not in header:
+                    raise ValueError(f"{manifest}: no column 'path'; there are {', '.join(header) or 'none'}")
+                yield from rows
+            else:
+                yield from map(_row_of, _json_lines(manifest, file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{manifest}: is not UTF-8: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -89,27 +112,38 @@ def read_delimited(manifest: Path, delimiter: str = ",", encoding: str = "utf-8-
         UnicodeDecodeError: If it has another encoding.
     """
     with manifest.open(newline="", encoding=encoding) as file:
-        lines = csv.reader(file, strict=True, delimiter=delimiter)
-        try:
-            header = [name.strip() for name in next(lines, [])]
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise ValueError(f"{manifest}, row 1: the column {twice[0]!r} occurs twice")
-            return Table(tuple(header), tuple(_csv_rows(manifest, lines, header)))
-        except csv.Error as error:
-            raise ValueError(f"{manifest}, row {lines.line_num}: {error}") from error
+        header, rows = _delimited(manifest, file, delimiter)
+        return Table(header, tuple(rows))
 
 
-def _csv_rows(manifest: Path, lines: Any, header: Sequence[str]) -> Iterator[Row]:
+def _delimited(manifest: Path, file: TextIO, delimiter: str) -> tuple[tuple[str, ...], Iterator[Row]]:
+    """Returns the names of the columns, and the rows as they are asked for."""
+    reader = csv.reader(file, strict=True, delimiter=delimiter)
+    lines = _naming_row(manifest, reader)
+    header = tuple(name.strip() for name in next(lines, []))
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise ValueError(f"{manifest}, row 1: the column {twice[0]!r} occurs twice")
+    return header, _csv_rows(manifest, reader, lines, header)
+
+
+def _naming_row(manifest: Path, reader: Any) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(f"{manifest}, row {reader.line_num}: {error}") from error
+
+
+def _csv_rows(manifest: Path, reader: Any, lines: Iterator[list[str]], header: Sequence[str]) -> Iterator[Row]:
     for values in lines:
         if not values:
             continue
         if len(values) != len(header):
             raise ValueError(
-                f"{manifest}, row {lines.line_num}: {len(values)} values for {len(header)} columns; "
+                f"{manifest}, row {reader.line_num}: {len(values)} values for {len(header)} columns; "
                 "put quotes around a value that holds a comma"
             )
-        yield Row(f"row {lines.line_num}", dict(zip(header, values, strict=True)))
+        yield Row(f"row {reader.line_num}", dict(zip(header, values, strict=True)))
 
 
 def read_records(manifest: Path) -> tuple[Record, ...]:
@@ -119,28 +153,33 @@ def read_records(manifest: Path) -> tuple[Record, ...]:
         ValueError: If the file is malformed; the message names file and row.
         UnicodeDecodeError: If it is not UTF-8.
     """
-    text = manifest.read_text(encoding="utf-8-sig")
-    if manifest.suffix.lower() == ".json":
+    with manifest.open(encoding="utf-8-sig", newline="\n") as file:
+        if manifest.suffix.lower() != ".json":
+            return tuple(_json_lines(manifest, file))
         try:
-            content = json.loads(text)
+            content = json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(f"{manifest}: not JSON: {error}") from error
-        if not isinstance(content, list):
-            raise ValueError(f"{manifest}: not a list of objects with the keys path and label")
-        numbered: list[tuple[int, Any]] = list(enumerate(content, start=1))
-    else:
-        numbered = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                numbered.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{manifest}, row {number}: not JSON: {error}") from error
-    for number, item in numbered:
-        if not isinstance(item, dict):
-            raise ValueError(f"{manifest}, row {number}: not an object with the keys path and label")
-    return tuple(Record(f"row {number}", item) for number, item in numbered)
+    if not isinstance(content, list):
+        raise ValueError(f"{manifest}: not a list of objects with the keys path and label")
+    return tuple(_record(manifest, number, item) for number, item in enumerate(content, start=1))
+
+
+def _json_lines(manifest: Path, lines: Iterable[str]) -> Iterator[Record]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{manifest}, row {number}: not JSON: {error}") from error
+        yield _record(manifest, number, item)
+
+
+def _record(manifest: Path, number: int, item: object) -> Record:
+    if not isinstance(item, dict):
+        raise ValueError(f"{manifest}, row {number}: not an object with the keys path and label")
+    return Record(f"row {number}", item)
 
 
 def table_of(records: Sequence[Record]) -> Table:
@@ -148,12 +187,11 @@ def table_of(records: Sequence[Record]) -> Table:
     columns: dict[str, None] = {}
     for record in records:
         columns.update(dict.fromkeys(record.content))
-    rows = (Row(record.place, {key: _as_text(value) for key, value in record.content.items()}) for record in records)
-    return Table(tuple(columns), tuple(rows))
+    return Table(tuple(columns), tuple(map(_row_of, records)))
 
 
-def _read_jsonl(manifest: Path) -> Table:
-    return table_of(read_records(manifest))
+def _row_of(record: Record) -> Row:
+    return Row(record.place, {key: _as_text(value) for key, value in record.content.items()})
 
 
 def _as_text(value: Any) -> str:

@@ -29,6 +29,8 @@ def path_of(value: str) -> str:
 
 def spellings(value: str) -> list[str]:
     """Returns the ways to read a path of a table: as it is, in other Unicode forms, with backslashes as separators."""
+    if value.isascii() and "\\" not in value:
+        return [value]
     forms = [value, unicodedata.normalize("NFC", value), unicodedata.normalize("NFD", value)]
     return list(dict.fromkeys([*forms, *(form.replace("\\", "/") for form in forms)]))
 

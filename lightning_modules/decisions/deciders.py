@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from vidreason.datamodules.prompts import ClipView, LabelScoringView, ReasonView, ReviewView
+from vidreason.datamodules.prompts import ClipView, LabelScoringView, ReasonView, ReviewInput, ReviewView
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceRecord
 from vidreason.datamodules.types import VideoBatch
@@ -115,7 +115,7 @@ class ReviewDecider:
     """Averages the class probabilities of a reviewer over K traces of each clip and scales them by a temperature."""
 
     task: Task
-    input: Literal["video+trace", "trace", "video"]
+    input: ReviewInput
     temperature: float
     traces: Mapping[str, Sequence[TraceRecord]] = field(default_factory=dict)
     """The policy's traces by video id."""

@@ -6,21 +6,48 @@ Shape letters: B clips, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from torchmetrics.classification import (
-    BinaryCalibrationError,
-    MulticlassAccuracy,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-)
+from torchmetrics.classification import BinaryCalibrationError, MulticlassConfusionMatrix
 
 from vidreason.lightning_modules.functional.calibration import brier, nll
 
 UNDECIDED = -1
 """Value of ``pred`` for a clip without a decision."""
+
+
+class CountScores(NamedTuple):
+    """Scores that follow from the counts of a confusion matrix; all [] unless a shape is given."""
+
+    acc: Tensor
+    balanced_acc: Tensor
+    """Mean recall of the classes that have clips."""
+    macro_f1: Tensor
+    """Mean F1 of the classes that have clips or decisions, as in scikit-learn."""
+    unparsed_rate: Tensor
+    """Share of clips without a decision."""
+    f1: Tensor
+    """[C]; 0 for a class with neither clips nor decisions."""
+
+    @classmethod
+    def of(cls, counts: Tensor) -> CountScores:
+        """Computes the scores, in float32 of whole numbers and otherwise in the type of ``counts``.
+
+        Args:
+            counts: [C, C + 1] by label (row) and decision (column; the last is "undecided"), at least one clip.
+        """
+        classes = len(counts)
+        labelled, decided, hits = counts.sum(1), counts[:, :classes].sum(0), counts.diagonal()
+        # 2 hits / (labelled + decided) = 2 P R / (P + R), defined even if P or R is not
+        f1 = 2 * hits / (labelled + decided).clamp(min=1)
+        recall = hits[labelled > 0] / labelled[labelled > 0]
+        total = counts.sum()
+        return cls(
+            hits.sum() / total, recall.mean(), f1[labelled + decided > 0].mean(), counts[:, classes].sum() / total, f1
+        )
 
 
 class ClassificationMetrics(nn.Module):
@@ -43,9 +70,6 @@ class ClassificationMetrics(nn.Module):
             raise ValueError(f"metrics need at least two classes, got {list(label_names)}")
         self.label_names = tuple(label_names)
         columns = len(self.label_names) + 1
-        self.accuracy = MulticlassAccuracy(columns, average="micro")
-        self.recall = MulticlassAccuracy(columns, average=None)
-        self.f1 = MulticlassF1Score(columns, average=None)
         self.matrix = MulticlassConfusionMatrix(columns)
         # Binary, over (confidence of the decision, decision is right): the multi-class error would evaluate the class
         # with the highest probability even if there was no decision.
@@ -83,8 +107,7 @@ class ClassificationMetrics(nn.Module):
         if not bool(((probs.sum(-1) - 1).abs() < 1e-3).all() and (probs >= 0).all()):
             raise ValueError("each row of probs must be non-negative and add up to 1; give a failed clip uniform ones")
         decision = torch.where(pred == UNDECIDED, classes, pred)
-        for metric in (self.accuracy, self.recall, self.f1, self.matrix):
-            metric.update(decision, labels)
+        self.matrix.update(decision, labels)
         chosen = probs.gather(-1, pred.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         confidence = torch.where(pred == UNDECIDED, probs.amax(-1), chosen)
         # torchmetrics gives a confidence of 1 a bin of its own, and takes a batch with 1.0000001 for logits.
@@ -108,62 +131,24 @@ class ClassificationMetrics(nn.Module):
             raise ValueError("no clips were counted: metrics need at least one labelled clip")
         if not self.calibration.update_called:  # without this, torchmetrics gathers an empty list of another dtype
             self.calibration.update(counts.new_zeros(0, dtype=torch.float32), counts.new_zeros(0, dtype=torch.int64))
-        classes = len(self.label_names)
-        support, predicted = counts.sum(1), counts[:, :classes].sum(0)
-        recall, f1 = self.recall.compute()[:classes], self.f1.compute()[:classes]
-        # Averaged here: the macro average of torchmetrics would include the class "undecided" with a score of 0.
+        found = CountScores.of(counts)
         metrics = {
-            "acc": self.accuracy.compute(),
-            "balanced_acc": recall[support > 0].mean(),
-            "macro_f1": f1[(support > 0) | (predicted > 0)].mean(),
-            "unparsed_rate": counts[:, classes].sum() / counts.sum(),
+            "acc": found.acc,
+            "balanced_acc": found.balanced_acc,
+            "macro_f1": found.macro_f1,
+            "unparsed_rate": found.unparsed_rate,
             "nll": self.nll.compute(),
             "brier": self.brier.compute(),
             "ece": self.calibration.compute(),
         }
-        return metrics | {f"f1/{name}": value for name, value in zip(self.label_names, f1.unbind(), strict=True)}
+        return metrics | {f"f1/{name}": value for name, value in zip(self.label_names, found.f1.unbind(), strict=True)}
 
     def confusion(self) -> Tensor:
         """Returns the counts [C, C + 1] int64 by label (row) and decision (column; the last is "undecided")."""
         matrix: Tensor = self.matrix.compute()
         return matrix[: len(self.label_names)]
 
-    def draw_confusion(self, title: str = "") -> Tensor:
-        """Draws the confusion matrix, coloured by shares of rows and labelled with counts.
-
-        On several ranks, all have to call ``compute`` first; then one rank may draw.
-
-        Args:
-            title: Title of the figure.
-
-        Returns:
-            [3, H, W] uint8 for ``SummaryWriter.add_image``.
-        """
-        # Imported here, since drawing is rare and the import slow. Without pyplot, which keeps global state.
-        import numpy as np
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        counts = self.confusion().cpu()
-        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        size = 2.5 + 0.6 * len(self.label_names)
-        figure = Figure(figsize=(size + 0.6, size), dpi=100, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        axes.imshow(shares.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
-        axes.set_xticks(range(len(self.label_names) + 1), [*self.label_names, "undecided"], rotation=45, ha="right")
-        axes.set_yticks(range(len(self.label_names)), self.label_names)
-        axes.set_xlabel("decision")
-        axes.set_ylabel("label")
-        axes.set_title(title)
-        for row, column in counts.nonzero().tolist():
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour)
-        canvas.draw()  # type: ignore[no-untyped-call]
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
-        return torch.from_numpy(pixels).permute(2, 0, 1)
-
     def reset(self) -> None:
         """Removes all clips from the metrics."""
-        for metric in (self.accuracy, self.recall, self.f1, self.matrix, self.calibration, self.nll, self.brier):
+        for metric in (self.matrix, self.calibration, self.nll, self.brier):
             metric.reset()

@@ -51,6 +51,8 @@ def check_weights(state: Mapping[str, Tensor], place: str, remedy: str) -> None:
 
 def is_finite(values: Tensor) -> bool:
     """Returns whether all numbers are finite, without a copy of them; True for integers and packed weights."""
-    if values.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or not values.numel():
+    if not values.is_floating_point() or not values.numel():
         return True
+    if values.element_size() == 1:  # 8-bit floating point has no minimum in torch
+        values = values.float()
     return bool(torch.isfinite(torch.stack(torch.aminmax(values.detach()))).all())  # aminmax propagates NaN

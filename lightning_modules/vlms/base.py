@@ -215,7 +215,7 @@ class VLM(ClipEncoder, ABC):
             self._announced.add(choice)
             rank_zero_info(f"texts are scored by route '{choice.route}': {choice.reason}")
         scoring = Scoring(temperature, banned, with_entropy)
-        with self._vision_fed(model, prompts, choice.route) as prompts:
+        with self.fed_from_cache(model, prompts, choice.route) as prompts:
             found = score_texts(self, model, prompts, texts, scoring, choice.route, options)
         blank = torch.zeros(texts.ids.shape, dtype=torch.float32, device=texts.ids.device)
         if not found:
@@ -256,7 +256,7 @@ class VLM(ClipEncoder, ABC):
                 raise ValueError(f"seeds must be [{prompts.batch_size}][{group_size}], got {[len(r) for r in seeds]}")
             noise = generation.draw_noise([seed for row in seeds for seed in row], sampling.max_new_tokens)
         fast = nullcontext() if is_sharded(model) else in_compute_dtype(model)
-        with self._vision_fed(model, prompts, "expand") as prompts, unsharded(model), fast:
+        with self.fed_from_cache(model, prompts, "expand") as prompts, unsharded(model), fast:
             made = generation.sample(
                 self,
                 model,
@@ -290,8 +290,8 @@ class VLM(ClipEncoder, ABC):
         loading = [self.dtype, self.attn_implementation, self.quantize]
         return json.dumps([frames, self.video_options(), self.prompt_recipe(), loading], sort_keys=True, default=str)
 
-    def _vision_fed(
-        self, model: nn.Module, prompts: EncodedPrompts, route: str
+    def fed_from_cache(
+        self, model: nn.Module, prompts: EncodedPrompts, route: str = "expand"
     ) -> AbstractContextManager[EncodedPrompts]:
         """Makes forwards in the block use the vision cache; yields the prompts to run, with pixels where needed."""
         self._log_tokens(model, prompts)

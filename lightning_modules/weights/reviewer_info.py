@@ -15,17 +15,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from vidreason.datamodules.prompts import ReviewInput
 from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.weights.lineage import REVIEWED, read_info
 
-CalibratorInput = Literal["video+trace", "trace", "video"]
-"""The inputs of the calibrator."""
-
 
 def calibrator_entries(
-    temperature: float, input: CalibratorInput, objective: str, policy: str | None, traces: TraceOptions
+    temperature: float, input: ReviewInput, objective: str, policy: str | None, traces: TraceOptions
 ) -> dict[str, object]:
     """Returns the entries of ``vidreason.json`` that only a calibrator has."""
     return {
@@ -63,7 +61,7 @@ class CalibratorInfo:
         values: dict[str, Any] = {field.name: info.get(field.name) for field in fields(cls)}
         return cls(**values)
 
-    def check(self, folder: Path, input: CalibratorInput, label_names: Sequence[str], task_sha: str) -> None:
+    def check(self, folder: Path, input: ReviewInput, label_names: Sequence[str], task_sha: str) -> None:
         """Checks that the calibrator fits the settings of a run.
 
         Raises:

@@ -9,28 +9,31 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vidreason.answering.deciding import ClipDecider, DecidedClip
 from vidreason.answering.exported import load_export
 from vidreason.answering.loaded import LoadedModel, OpenedRun
+from vidreason.answering.settings import settings_of
 from vidreason.config.finished_stage import find_stage
-from vidreason.config.quiet import quietly
-from vidreason.datamodules.inference_data import INFERENCE_SPLIT, InferenceDataModule
-from vidreason.datamodules.traces import TraceRecord
-from vidreason.datamodules.types import Clip, VideoBatch
-from vidreason.lightning_modules.decisions.deciders import ReviewDecider, decide_in_pieces
-from vidreason.lightning_modules.decisions.predictions import BatchDecisions
+from vidreason.datamodules.clips.decoded import DecodeError
+from vidreason.datamodules.clips.mounts import Lookout
+from vidreason.datamodules.clips.read_ahead import Readers, usual_readers
+from vidreason.datamodules.clips.time_limit import ReadStoppedError, ReadTimeoutError
+from vidreason.datamodules.inference_data import INFERENCE_SPLIT, ReadClip
+from vidreason.datamodules.sources.listing import ListedClip
+from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.decisions.threshold import Threshold
-from vidreason.lightning_modules.traces.generation import TraceGenerator
-from vidreason.lightning_modules.weights.answering import Answering
 
-Video = str | os.PathLike[str] | np.ndarray | Tensor
+Video = str | os.PathLike[str] | ListedClip | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class Decision:
     traces: tuple[str, ...]
     """The completions that the decision is based on; empty if the model decides without reasoning."""
     seconds: float
-    """Wall time in seconds: the time of the batch divided by its clips."""
+    """Wall time in seconds: the time since the batch before it, divided by the clips of the batch."""
     error: str | None = None
     """The reason why the clip could not be read; None if it was read."""
     abstained: bool = False
     """Whether the confidence is below the threshold of ``vidreason threshold``; ``label`` is None then, and ``probs``
     are given all the same."""
+    unanswered: bool = False
+    """Whether the file system of the clip did not answer, so that ``error`` says nothing about the clip itself."""
 
 
 class VideoClassifier:
@@ -69,29 +74,41 @@ class VideoClassifier:
         decision.label, decision.probs, decision.traces
     """
 
-    def __init__(self, loaded: LoadedModel, batch_size: int = 8) -> None:
-        self._answering, self._task = loaded.answering, loaded.task
-        self._find_known, self._fabric = loaded.find_known, loaded.fabric
+    def __init__(self, loaded: LoadedModel, batch_size: int = 8, readers: int | None = None) -> None:
+        self._loaded, self._task, self._find_known = loaded, loaded.task, loaded.find_known
+        self._decider, self._batch_size = ClipDecider(loaded, batch_size), batch_size
+        self._readers = Readers(usual_readers() if readers is None else readers)
         self.answers, self.threshold = loaded.answers, loaded.threshold
-        self._data = InferenceDataModule(self._task, self._answering.vlm, loaded.frames, loaded.seed, batch_size)
 
     @classmethod
-    def from_run(cls, run: str | os.PathLike[str], stage: str | None = None, batch_size: int = 8) -> VideoClassifier:
+    def from_run(
+        cls,
+        run: str | os.PathLike[str],
+        stage: str | None = None,
+        batch_size: int = 8,
+        readers: int | None = None,
+    ) -> VideoClassifier:
         """Loads the model of a run.
 
         Args:
             run: Run folder of a pipeline, or of a single ``vidreason fit`` or ``test``.
             stage: Stage of the pipeline whose model is used; by default the one that its last test stage tested.
             batch_size: Number of clips per batch.
+            readers: Number of clips that are read at once, ahead of the model; None is one for each CPU, at most 8. 0
+                reads a clip when the model waits for it.
 
         Raises:
             ValueError: If there is no such run or stage, or it has not finished.
         """
-        return cls(OpenedRun.of(find_stage(Path(run), stage)).load(), batch_size)
+        return cls(OpenedRun.of(find_stage(Path(run), stage)).load(), batch_size, readers)
 
     @classmethod
     def from_export(
-        cls, folder: str | os.PathLike[str], base: str | None = None, batch_size: int = 8
+        cls,
+        folder: str | os.PathLike[str],
+        base: str | None = None,
+        batch_size: int = 8,
+        readers: int | None = None,
     ) -> VideoClassifier:
         """Loads a folder of ``vidreason export``; it needs neither the run nor the data, and no code of theirs.
 
@@ -99,16 +116,21 @@ class VideoClassifier:
             folder: The folder.
             base: Folder or hub id of the base of an adapter; None takes the one that the folder names.
             batch_size: Number of clips per batch.
+            readers: As in :meth:`from_run`.
 
         Raises:
             ValueError: If the folder is damaged or no export, or the base is another one.
         """
-        return cls(load_export(Path(folder), base), batch_size)
+        return cls(load_export(Path(folder), base), batch_size, readers)
 
     @property
     def label_names(self) -> tuple[str, ...]:
         """[C] class names."""
         return self._task.label_names
+
+    def settings(self, traces: int | None = None) -> dict[str, object]:
+        """Returns what decisions with K traces depend on, by name; with the same settings they are the same."""
+        return settings_of(self._loaded, traces)
 
     def __call__(
         self, video: Video | Sequence[Video], traces: int | None = None, fps: float | None = None
@@ -126,18 +148,18 @@ class VideoClassifier:
         Raises:
             ValueError: If frames have another shape or type or no ``fps``, or ``traces`` is below 1.
         """
-        single = isinstance(video, str | os.PathLike | np.ndarray | Tensor)
+        single = isinstance(video, str | os.PathLike | ListedClip | np.ndarray | Tensor)
         videos: Sequence[Video] = [video] if single else list(video)  # type: ignore[list-item,arg-type]
         decisions = list(self.decide(videos, traces, fps))
         return decisions[0] if single else decisions
 
     def decide(
-        self, videos: Sequence[Video], traces: int | None = None, fps: float | None = None
+        self, videos: Iterable[Video], traces: int | None = None, fps: float | None = None
     ) -> Iterator[Decision]:
-        """Yields the decisions about several clips in order, one batch at a time.
+        """Yields the decisions about clips in order; the next ones are read while the model decides.
 
         Args:
-            videos: Paths, or frames [T, H, W, 3] uint8.
+            videos: Paths, listed clips, or frames [T, H, W, 3] uint8; asked for as they are needed.
             traces: Traces per clip (K); None uses the number of the run.
             fps: Frames per second of frames in memory.
 
@@ -146,78 +168,81 @@ class VideoClassifier:
         """
         if traces is not None and traces < 1:
             raise ValueError(f"traces must be at least 1, got {traces}")
-        size = self._data.batch_size
-        for first in range(0, len(videos), size):
-            yield from self._decide_batch(videos[first : first + size], first, traces, fps)
+        lookout, size = Lookout(), self._batch_size
+
+        def read(asked: _Asked) -> tuple[str, ReadClip]:
+            return asked.name, self._read(asked, lookout)
+
+        with closing(self._readers.ahead(_named(videos, fps), read, 2 * size)) as reading:
+            start = time.perf_counter()
+            while batch := list(islice(reading, size)):
+                yield from self._decide_batch(batch, traces, start)
+                start = time.perf_counter()
 
     def _decide_batch(
-        self, videos: Sequence[Video], first: int, traces: int | None, fps: float | None
+        self, batch: Sequence[tuple[str, ReadClip]], traces: int | None, start: float
     ) -> Iterator[Decision]:
-        start = time.perf_counter()
-        names, clips, in_memory = [], [], {}
-        for number, video in enumerate(videos, start=first):
-            if isinstance(video, str | os.PathLike):
-                names.append(os.fspath(video))
-                clips.append(self._clip_of(Path(video), names[-1]))
-            else:
-                names.append(f"frames {number}")
-                in_memory[names[-1]] = _frames(video, fps, names[-1])
-                clips.append(Clip(Path(names[-1]), None, names[-1]))
-        # the same file may be given twice; it is decided once
-        self._data.set_clips(list({clip.video_id: clip for clip in clips}.values()), in_memory)
-        with torch.inference_mode(), self._fabric.autocast(), quietly():
-            found = self._decide_all(traces)
-        seconds = (time.perf_counter() - start) / len(videos)
+        found = self._decider.decide([read for _, read in batch], traces)
+        seconds = (time.perf_counter() - start) / len(batch)
         # A threshold holds for the number of traces that it was fitted with.
         threshold = self.threshold if self.threshold is None or traces in (None, self.threshold.samples) else None
-        for name, clip in zip(names, clips, strict=True):
-            yield self._decision(name, found[clip.video_id], seconds, threshold)
+        for (name, read), decided in zip(batch, found, strict=True):
+            decision = self._decision(name, decided, seconds, threshold)
+            yield replace(decision, unanswered=True) if read.unanswered else decision
 
-    def _clip_of(self, path: Path, name: str) -> Clip:
-        """Returns the clip of the run's data set that has the same content, or a new clip.
+    def _read(self, asked: _Asked, lookout: Lookout) -> ReadClip:
+        """Reads a clip; several threads call this."""
+        clip = asked.clip
+        if asked.frames is not None:
+            return self._decider.data.take(clip, *asked.frames)
+        try:
+            lookout.look(clip.path)
+        except ReadTimeoutError as error:
+            return ReadClip(clip, error=str(error), unanswered=True)
+        except ReadStoppedError:
+            raise
+        except (DecodeError, OSError):
+            pass  # reading says why
+        # The id matters because the random numbers of sampling depend on it.
+        known = self._find_known(clip.path) if clip.stretch is None else None
+        if known is not None:
+            fields = {**known.fields, **clip.fields}
+            clip = replace(clip, video_id=known.video_id, group=known.group, fields=fields)
+        return self._decider.data.read(clip)
 
-        The id matters because the random numbers of sampling depend on it.
-        """
-        known = self._find_known(path)
-        return Clip(path, None, name) if known is None else replace(known, path=path, label=None, split=INFERENCE_SPLIT)
-
-    def _decide_all(self, samples: int | None) -> dict[str, tuple[BatchDecisions, int] | str]:
-        """Returns (decisions of the batch, row of the clip) by video id, or the error of an unreadable clip."""
-        answering = self._answering.with_samples(samples)
-        decider = answering.decider
-        if isinstance(decider, ReviewDecider) and answering.generator is not None:
-            decider = replace(decider, traces=self._traces(answering, answering.generator))
-        found: dict[str, tuple[BatchDecisions, int] | str] = {}
-        batches: Iterator[VideoBatch] = iter(self._data.loader(INFERENCE_SPLIT, decider.view))
-        for batch in batches:
-            found |= {failed.clip.video_id: failed.error for failed in batch.failed}
-            if len(batch):
-                batch, size = batch.to(self._fabric.device), answering.clips_per_forward
-                decisions = decide_in_pieces(decider, answering.vlm, answering.model, batch, size)
-                found |= {clip.video_id: (decisions, row) for row, clip in enumerate(batch.clips)}
-        return found
-
-    def _traces(self, answering: Answering, generator: TraceGenerator) -> dict[str, list[TraceRecord]]:
-        """Returns newly generated traces of the current clips by video id."""
-        traces: dict[str, list[TraceRecord]] = {}
-        for batch in self._data.loader(INFERENCE_SPLIT, generator.view):
-            for record in generator.records(answering.writer, batch.to(self._fabric.device), self.label_names):
-                traces.setdefault(record.video_id, []).append(record)
-        return traces
-
-    def _decision(
-        self, name: str, found: tuple[BatchDecisions, int] | str, seconds: float, threshold: Threshold | None
-    ) -> Decision:
+    def _decision(self, name: str, found: DecidedClip | str, seconds: float, threshold: Threshold | None) -> Decision:
         if isinstance(found, str):
             return Decision(name, None, {}, (), seconds, found)
-        decisions, row = found
+        decisions, row = found.decisions, found.row
         chosen = int(decisions.pred[row])
         probs = decisions.probabilities(row, self.label_names)
         texts = tuple(trace.text for trace in decisions.traces[row])
-        unscaled = decisions.probs if decisions.unscaled is None else decisions.unscaled
-        abstained = threshold is not None and not threshold.accepts(unscaled[row])
+        abstained = threshold is not None and not threshold.accepts(found.unscaled)
         label = self.label_names[chosen] if chosen >= 0 and not abstained else None
         return Decision(name, label, probs, texts, seconds, abstained=abstained)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    name: str
+    clip: Clip
+    frames: tuple[Tensor, float] | None = None
+    """Frames [T, 3, H, W] uint8 in memory and their rate; None for a file."""
+
+
+def _named(videos: Iterable[Video], fps: float | None) -> Iterator[_Asked]:
+    """Yields each video as a clip whose id is the path as it was given, or a number for frames in memory."""
+    for number, video in enumerate(videos):
+        if isinstance(video, ListedClip):
+            fields, where = video.fields, video.where
+            clip = Clip(video.path, None, video.name, INFERENCE_SPLIT, "", fields, where, video.stretch)
+            yield _Asked(video.name, clip)
+        elif isinstance(video, str | os.PathLike):
+            name = os.fspath(video)
+            yield _Asked(name, Clip(Path(name), None, name, INFERENCE_SPLIT))
+        else:
+            name = f"frames {number}"
+            yield _Asked(name, Clip(Path(name), None, name, INFERENCE_SPLIT), _frames(video, fps, name))
 
 
 def _frames(video: np.ndarray | Tensor, fps: float | None, name: str) -> tuple[Tensor, float]:

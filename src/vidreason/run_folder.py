@@ -167,6 +167,19 @@ def find_stage_folder(run: Path, name: str | None = None) -> Path:
     return folder
 
 
+def open_stages(run: Path) -> list[str]:
+    """Returns the names of the stages of a pipeline that have not ended; none if ``run`` is that of a single stage."""
+    state = RunState.load(run)
+    if state is None:
+        return []
+    names = [*state.stages]
+    if (run / PIPELINE_FILE).is_file():
+        # Written by PipelineSpec.as_yaml; no YAML library here, where only the standard library is used.
+        text = (run / PIPELINE_FILE).read_text(encoding="utf-8")
+        names = re.findall(r"^- name: (\w+)$", text, flags=re.MULTILINE) or names
+    return [name for name in names if name not in state.stages or not state.stages[name].done]
+
+
 def _check_pipeline_finished(run: Path) -> None:
     """Checks that every stage of a pipeline has ended, so that the last one answers.
 
@@ -175,13 +188,7 @@ def _check_pipeline_finished(run: Path) -> None:
     """
     state = RunState.load(run)
     assert state is not None
-    names = [*state.stages]
-    if (run / PIPELINE_FILE).is_file():
-        # Written by PipelineSpec.as_yaml; no YAML library here, where only the standard library is used.
-        text = (run / PIPELINE_FILE).read_text(encoding="utf-8")
-        names = re.findall(r"^- name: (\w+)$", text, flags=re.MULTILINE) or names
-    open_ = [name for name in names if name not in state.stages or not state.stages[name].done]
-    if open_:
+    if open_ := open_stages(run):
         ready = [n for n, r in state.stages.items() if r.status == "finished" and r.command[:1] in (["test"], ["fit"])]
         raise ValueError(
             f"--run {run}: the pipeline has not finished ({', '.join(open_)}): give its command again"

@@ -91,6 +91,15 @@ def test_differences_are_paired_by_seed_and_nothing_is_pooled_but_the_calibratio
     assert reasoned["acc"] == pytest.approx(0.75)
     assert reasoned["ece_pooled"] == pytest.approx(0.8 - 9 / 12, abs=1e-5)  # one bin: confidence 0.8, 9 of 12 right
     assert len(content["rows"]) == 6
-    assert "could show" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "could show" in printed
+    mean = np.array([0.75, 0.5, 1.0])
+    half = stats.t.ppf(0.975, 2) * mean.std(ddof=1) / np.sqrt(3)
+    header, labelled, calibrated = printed.splitlines()[-3:]
+    assert header.split() == ["128", "labelled", "clips", "L1"]
+    assert labelled.startswith("label SFT ")
+    cell = f"75.0 ({100 * (0.75 - half):.0f}-{100 * (0.75 + half):.0f})"
+    assert calibrated.split("  ")[0] == "DeepIntuit, calibrated"
+    assert calibrated.endswith(cell)
     draw(content, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import small_grpo
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from stage_world import adamw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,12 +17,15 @@ from vidreason.callbacks.film_strip import (
     captioned_strips,
     film_strip,
 )
-from vidreason.callbacks.prediction_logger import PredictionLogger
+from vidreason.callbacks.prediction_logger import PredictionLogger, wrong_and_sure
 from vidreason.callbacks.progress import RunProgress
+from vidreason.callbacks.result_table import ResultTable
 from vidreason.callbacks.rollout_logger import RolloutLogger
-from vidreason.callbacks.tensorboard_text import markdown_table
+from vidreason.callbacks.tensorboard_text import markdown_table, quoted_texts
 from vidreason.callbacks.throughput import Throughput
+from vidreason.config.loggers import RunTensorBoard
 from vidreason.lightning_modules.base import VLMModule
+from vidreason.lightning_modules.decisions.predictions import Prediction
 from vidreason.lightning_modules.fit.schedule import OptimOptions
 from vidreason.lightning_modules.sft import RationaleSFTModule
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -66,7 +68,7 @@ def test_watchers_change_nothing_and_show_everything(make_vlm, make_data, make_t
             max_steps=2,
             val_check_interval=2,
             log_every_n_steps=1,
-            logger=TensorBoardLogger(tmp_path / f"{watched}", name="tb", version=""),
+            logger=RunTensorBoard(tmp_path / f"{watched}", trains=True),
             callbacks=everything() if watched else [],
             enable_progress_bar=watched,
         )
@@ -78,28 +80,51 @@ def test_watchers_change_nothing_and_show_everything(make_vlm, make_data, make_t
 
     events = read(tmp_path / "True" / "tb")
     scalars = set(events.Tags()["scalars"])
-    assert {"train/loss", "train/step_time", "data/wait_s", "data/decode_ms", "val/acc"} <= scalars
-    resident = [event.value for event in events.Scalars("memory/resident")]
+    assert {"main/train/loss", "watch/train/step_time", "watch/data/wait_s", "main/val/acc"} <= scalars
+    assert len(scalars) <= 40
+    assert not {"train/loss", "data/decode_ms", "epoch"} & scalars
+    resident = [event.value for event in events.Scalars("watch/memory/resident")]
     status = Path("/proc/self/status").read_text()  # "VmHWM:  812345 kB", the peak up to now
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
     assert 0.05 < resident[0] <= resident[-1] <= peak * (1 + 1e-6)
     texts = {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
-    assert {"val/decisions"} <= texts
+    assert {"val/decisions", "val/wrong_and_sure"} <= texts
     assert ("train/rollouts" in texts) == (kind == "grpo")
-    assert {"val/confusion", "val/clips"} <= set(events.Tags()["images"])
+    assert {"val/confusion", "val/reliability", "val/wrong_and_sure"} <= set(events.Tags()["images"])
     assert ("train/rollouts/clips" in events.Tags()["images"]) == (kind == "grpo")
     if kind == "grpo":
         table = events.Tensors("train/rollouts/text_summary")[0].tensor_proto.string_val[0].decode()
-        assert "| clip | label | reward | format | length | advantage | tokens | completion |" in table
-        assert len(table.splitlines()) == 2 + 2 * 2
+        assert "|  | clip | label | reward | format | length | advantage | tokens |" in table
+        rows = [line for line in table.splitlines() if line.startswith("| ")]
+        assert len(rows) == 2 + 2 * 2
+        assert all(f"**{row.split('|')[1].strip()}, reward " in table for row in rows[2:])  # its text is below
         asked = events.Tensors("train/rollouts/prompts/text_summary")[0].tensor_proto.string_val[0].decode()
         assert "First reason about what happens" in asked
-        assert {
-            "rollout_mismatch/mean",
-            "timing_s/gen",
-            "prefix/saved_tokens",
-            "train/rewards/format/failures",
-        } <= scalars
+        assert {"main/train/reward", "main/train/rewards/format/mean", "watch/timing_s/gen", "train/entropy"} <= scalars
+        assert not {"prefix/saved_tokens", "main/train/rewards/format/std"} & scalars
+
+
+def test_a_test_has_tables_and_no_dots(make_vlm, make_data, make_trainer, tmp_path):
+    module = VLMModule(make_vlm())
+    watchers = [PredictionLogger(clips=2), Throughput(), ResultTable()]
+    logger = RunTensorBoard(tmp_path, trains=False)
+    trainer = make_trainer(logger=logger, log_every_n_steps=1, callbacks=watchers)
+    trainer.test(module, make_data(module.vlm), verbose=False)
+    logger.finalize("success")
+    events = read(tmp_path / "tb")
+    assert events.Tags()["scalars"] == []
+    assert {"test_a/confusion", "test_a/reliability", "test_b/wrong_and_sure"} <= set(events.Tags()["images"])
+    table = events.Tensors("test/scores/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert f"| test_a | {float(trainer.callback_metrics['test_a/acc']):.3f} |" in table
+
+
+def test_wrong_and_sure_decisions_come_first():
+    def clip(name, pred, sure):
+        probs = {"a": sure, "b": 1 - sure} if sure else {}
+        return Prediction(name, "val", "", "b", pred, probs, None, pred is None, False)
+
+    clips = [clip("right", "b", 0.1), clip("less", "a", 0.6), clip("none", None, 0.0), clip("sure", "a", 0.99)]
+    assert [p.video_id for p in wrong_and_sure(clips)] == ["sure", "less", "none"]
 
 
 @pytest.mark.parametrize("broken", [(), ("test_a_0", "test_b_1")])
@@ -126,6 +151,11 @@ def test_a_strip_shows_frames_side_by_side(tmp_path, write_clip):
 
 def test_tables_keep_tags_readable():
     assert markdown_table(["a"], [["<think>x|y\nz"]]).splitlines()[2] == "| &lt;think&gt;x&#124;y<br>z |"
+    assert quoted_texts([("a", "<think>\nx " + "y" * 200)], width=40).splitlines()[2:5] == [
+        "    <think>",
+        "    x " + "y" * 38,
+        "    " + "y" * 40,
+    ]
 
 
 def test_progress_counts_the_whole_fit(make_vlm, make_data, make_trainer, capsys):

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import stage_world as world
 import torch
+from safetensors.torch import load_file, save_file
 
 from vidreason import VideoClassifier
 from vidreason.cli.main import main
 from vidreason.config.finished_stage import find_stage
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.clips.reading import read_frames
+from vidreason.datamodules.sources.listing import ListedClip
 from vidreason.lightning_modules.decisions.threshold import Threshold
 from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
 from vidreason.pipelines.state import save_state
@@ -111,6 +113,17 @@ def test_known_clips_get_what_the_test_said(
     assert ask("clips/8.mp4").probs == pytest.approx(together[1].probs, abs=1e-6), "the run's K comes back"
 
 
+def test_two_clips_of_one_name_are_two_clips(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(home)
+    ask = VideoClassifier.from_run("runs/label")
+    paths = [world.write_solid(tmp_path / f"{grey}.mp4", grey) for grey in (33, 222)]
+    alone = [ask(ListedClip(path, "1.mp4")).probs for path in paths]
+    assert alone[0] != pytest.approx(alone[1], abs=1e-4)
+    together = ask([ListedClip(path, "1.mp4") for path in (*paths, paths[0])])
+    for decision, wanted in zip(together, (*alone, alone[0]), strict=True):
+        assert decision.probs == pytest.approx(wanted, abs=1e-6)
+
+
 def test_frames_in_memory_are_sampled_like_a_file(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(home)
     ask = VideoClassifier.from_run("runs/label")
@@ -171,6 +184,39 @@ def test_command(
     assert re.search(r"^answers: stage calibration, step 2 \(.*01_calibration/adapter\)$", err, flags=re.MULTILINE)
     assert "clips/8.mp4" in out
     assert predictions(home)["8.mp4"]["pred"] in out
+
+
+@pytest.mark.slow
+def test_a_file_of_results_holds_what_the_classifier_says(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Read ahead in batches, from shards of a run and of its export, as one clip at a time."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("vidreason.inference.usual_readers", lambda: 3)
+    (home / "clips" / "torn.mp4").write_bytes(b"no video")
+    try:
+        for number in ("1/2", "2/2"):
+            out = ["--out", str(tmp_path / "r.jsonl"), "--shard", number, "--batch_size", "3"]
+            main(["classify", "clips", "--run", "runs/x", *out])
+        assert main(["export", "runs/x", "--out", str(tmp_path / "export")]) == 0
+        asked = ["classify", "clips", "--export", str(tmp_path / "export"), "--out", str(tmp_path / "e.jsonl")]
+        assert main(asked) == 1
+        assert "e.jsonl: 12 clips, 12 of them new, 1 not read" in capsys.readouterr().out
+        one = VideoClassifier.from_run("runs/x", batch_size=1, readers=0)
+        wanted = {str(path): one(path) for path in sorted(Path("clips").glob("*.mp4"))}
+    finally:
+        (home / "clips" / "torn.mp4").unlink()
+    for files in (["r-1-of-2.jsonl", "r-2-of-2.jsonl"], ["e.jsonl"]):
+        rows = [json.loads(line) for file in files for line in (tmp_path / file).read_text().splitlines()]
+        assert sorted(row["path"] for row in rows) == list(wanted)
+        for row in rows:
+            assert row["probs"] == pytest.approx(wanted[row["path"]].probs, abs=1e-5)
+            assert tuple(row["traces"]) == wanted[row["path"]].traces
+            assert (row["error"] is None) == (row["path"] != "clips/torn.mp4")
+    assert main(["classify", "clips", "--run", "runs/label", "--out", str(tmp_path / "e.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "e.jsonl: holds decisions of other settings: weights was " in said
+    assert "LikelihoodDecider" in said
 
 
 def test_below_the_threshold_of_its_weights_the_classifier_abstains(
@@ -343,6 +389,13 @@ def test_an_export_replaces_its_own_kind_only(
     assert (out / "README.md").is_file(), "an export of the same run is replaced"
     assert main(["export", "runs/x", "--out", str(out)]) == 2
     assert "holds an export of another run" in capfd.readouterr().err
+    namesake = shutil.copytree("runs/label", tmp_path / "elsewhere" / "label")
+    weights = namesake / "adapter" / "adapter_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights)
+    before = (out / "vidreason.json").read_bytes()
+    assert main(["export", str(namesake), "--out", str(out)]) == 2, "a run of the same name with other weights"
+    assert "holds an export of another run" in capfd.readouterr().err
+    assert (out / "vidreason.json").read_bytes() == before
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("all of it")

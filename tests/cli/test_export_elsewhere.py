@@ -86,12 +86,15 @@ def test_the_cards_script_gives_the_probabilities_of_the_run(
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_policy_and_calibrator_travel_together(merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("merge", "shown"), [(False, "video+reasoning"), (True, "video+trace")])
+def test_policy_and_calibrator_travel_together(
+    merge: bool, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_project(tmp_path, "qwen")
     traces = ["--model.init_args.traces.samples", "2", "--model.init_args.traces.sampling.max_new_tokens", "8"]
     fit("configs/sft_label.yaml", "label")
+    traces += ["--model.init_args.input", shown]
     fit("configs/calibration.yaml", "run", *traces, "--model.init_args.adapter_path", "label/adapter")
     out = tmp_path / "out"
     assert main(["export", "run", "--out", str(out), *(["--merge"] if merge else [])]) == 0
@@ -118,3 +121,17 @@ def test_four_bits_are_merged_into_full_precision_and_the_card_says_what_that_ch
     assert "held its base in 4 bits" in card
     theirs, ours = run_script(Path("out"), "clips/9.mp4"), VideoClassifier.from_export("out")("clips/9.mp4").probs
     assert theirs == pytest.approx(ours, abs=1e-5)
+
+
+def test_traces_of_a_base_in_four_bits_travel_as_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base writes the traces, without an adapter, and holds its weights in 4 bits as in the run."""
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, "qwen", quantize="nf4")
+    traces = ["--model.init_args.traces.samples", "2", "--model.init_args.traces.sampling.max_new_tokens", "8"]
+    fit("configs/calibration.yaml", "run", *traces)
+    assert main(["export", "run", "--out", "out"]) == 0
+    assert not Path("out/policy").exists()
+    world.write_solid(tmp_path / "new.mp4", 99, frames=9)
+    wanted, found = VideoClassifier.from_run("run")("new.mp4"), VideoClassifier.from_export("out")("new.mp4")
+    assert found.traces == wanted.traces
+    assert found.probs == pytest.approx(wanted.probs, abs=1e-5)

@@ -9,12 +9,13 @@ import pytest
 import yaml
 from errors_page import FIT
 
-from vidreason.cli.classify import find_clips
 from vidreason.cli.main import main
+from vidreason.config.errors import explain
 from vidreason.datamodules.clips import time_limit
 from vidreason.datamodules.clips.time_limit import ReadTimeoutError
 from vidreason.datamodules.manifest import ManifestDataModule
 from vidreason.datamodules.sources.folders import read_layout
+from vidreason.datamodules.sources.listing import Listing
 from vidreason.spelling import printable
 
 
@@ -69,6 +70,37 @@ def test_a_yaml_file_with_something_else_on_top(here, capfd, option, content, wh
         assert re.match(f"{option} odd.yaml: a .* is expected, not {what}", said(capfd, [*FIT, option, "odd.yaml"]))
 
 
+TASK = "name: falls\nquestion: Does someone fall?\nclasses: [fall, walk]\n"
+OTHER_KINDS = {
+    "task": (TASK, "a task file; name it in the data section: --data.init_args.task odd.yaml"),
+    "pipeline": ("name: x\nstages: []\n", "a pipeline; it is run by: vidreason pipeline --config odd.yaml"),
+    "data": ("class_path: a.B\ninit_args: {manifest: t.csv}\n", "a section with class_path; give it as --data"),
+    "vlm": ("class_path: a.B\ninit_args: {path: x}\n", "a section with class_path; give it as --vlm"),
+    "stage": ("trainer: {max_steps: 1}\n", "a file of several sections; give it as --config odd.yaml"),
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"),
+    [
+        *((option, kind) for option in ("--config", "-c") for kind in OTHER_KINDS if kind != "stage"),
+        *(("--trainer", kind) for kind in OTHER_KINDS),
+        *(("--data", kind) for kind in ("task", "pipeline", "stage")),
+    ],
+)
+def test_a_file_of_another_kind_is_named_with_its_option(here, capfd, option, kind):
+    content, what = OTHER_KINDS[kind]
+    Path("odd.yaml").write_text(content)
+    assert re.match(f"{option} odd.yaml: a .* is expected, not {what}", said(capfd, [*FIT, option, "odd.yaml"]))
+
+
+def test_a_pipeline_and_a_stage_are_told_apart(here, capfd):
+    Path("odd.yaml").write_text(OTHER_KINDS["stage"][0])
+    message = said(capfd, ["pipeline", "--config", "odd.yaml", "--run_dir", "x"])
+    assert message.startswith("--config odd.yaml: a pipeline (stages: ...) is expected, not a file of several sections")
+    assert message.endswith("it is run by: vidreason fit --config odd.yaml")
+
+
 NO_CLASS = "no class 'WandbLoger' in lightning.pytorch.loggers{}: did you mean 'WandbLogger'?"
 
 
@@ -78,6 +110,10 @@ def test_a_misspelt_logger(here, capfd, name):
     message = f"trainer.logger: {NO_CLASS}"
     assert said(capfd, [*FIT, "--trainer.logger", name]) == message.format("")
     assert said(capfd, [*FIT, "--config", "logger.yaml"]) == message.format(" in logger.yaml")
+
+
+def test_a_class_of_no_key_has_no_empty_subject():
+    assert explain("class_path 'nowhere.Thing': No module named 'nowhere'", []).startswith("no class nowhere.Thing:")
 
 
 def test_a_class_without_an_argument_that_it_needs(here, capfd):
@@ -125,6 +161,21 @@ def test_a_manifest_in_a_yaml_file_may_be_a_pipe(here, capfd):
     assert said(capfd, FIT).startswith("pipe.csv: a pipe or a device")
 
 
+@pytest.mark.parametrize("key", ["task", "adapter_path"])
+def test_a_place_in_a_yaml_file_that_does_not_answer_is_named(here, capfd, monkeypatch, key):
+    looks = time_limit.call_reader
+
+    def stuck(function, path, *args, timeout):
+        if "dead" in path.parts:
+            raise ReadTimeoutError(f"{path}: still not read")
+        return looks(function, path, *args, timeout=timeout)
+
+    monkeypatch.setattr(time_limit, "call_reader", stuck)
+    section = {"task": "data", "adapter_path": "model"}[key]
+    Path("more.yaml").write_text(yaml.safe_dump({section: {"init_args": {key: "dead/it"}}}))
+    assert re.match(r"dead/it\S*: no answer within 20 seconds: repair", said(capfd, [*FIT, "--config", "more.yaml"]))
+
+
 def test_a_clip_of_classify_that_does_not_answer_costs_itself(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"x")
 
@@ -132,7 +183,8 @@ def test_a_clip_of_classify_that_does_not_answer_costs_itself(tmp_path, monkeypa
         raise ReadTimeoutError("still not read")
 
     monkeypatch.setattr(time_limit, "call_reader", stuck)
-    assert list(find_clips([tmp_path / "a.mp4", tmp_path])) == [tmp_path / "a.mp4", tmp_path]
+    listing = Listing([tmp_path / "a.mp4", tmp_path])
+    assert [clip.path for clip in listing.clips()] == [tmp_path / "a.mp4", tmp_path]
 
 
 def test_an_interval_that_lightning_refuses(here, capfd):
@@ -180,15 +232,6 @@ def test_no_file_of_a_class_folder_is_passed_over_without_being_listed(tmp_path)
     layout = read_layout(tmp_path)
     assert len(layout.clips) == 2
     assert layout.others == {"pipe.mp4 (not a regular file)": 1, "lost.mp4 (not a regular file)": 1}
-
-
-def test_classify_lists_what_it_passes_over(tmp_path, capsys):
-    for place in ("1.mp4", "notes.txt", "more.txt"):
-        (tmp_path / place).write_bytes(b"x")
-    (tmp_path / "_old").mkdir()
-    os.mkfifo(tmp_path / "pipe.mp4")
-    assert list(find_clips([tmp_path])) == [tmp_path / "1.mp4"]
-    assert "passed over, no clips: 2 of .txt, pipe.mp4 (not a regular file), folder _old\n" in capsys.readouterr().err
 
 
 def test_names_are_printed_without_control_characters(here, capfd):

@@ -335,7 +335,8 @@ NOT_SUPPORTED = "training clips cannot be read"
 LEFT_OUT = "… could not be read"
 ELSEWHERE = ("--… …: a file …", "…: a pipe or", "…: no answer", "…: no class …", "…: … needs …: set it")
 ELSEWHERE += ("…, line …, column", "…: not in UTF-8", "--… …: a section", "… needs a package", "--run …: …")
-ELSEWHERE += ("adapter_path: … was trained on …; give",)
+ELSEWHERE += ("adapter_path: … was trained on …; give", "--shard …: ", "…: not looked at")
+ELSEWHERE += ("--out …: holds decisions", "--out …: holds something", "--out …: another process")
 LOCKED = "…: … is writing there"
 MOVED = "… has moved to … (in …)"
 

@@ -2,6 +2,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -158,7 +159,7 @@ def test_fit_fills_the_run_folder_and_can_be_repeated(project, capsys):
 def test_tensorboard_holds_config_settings_and_outcome(project):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert main([*FIT, "--data.init_args.batch_size", "3"]) == 0
+    assert main([*FIT, "--data.init_args.batch_size", "3", "--data.init_args.num_workers=0"]) == 0
     events = EventAccumulator("runs/stage/tb", size_guidance={"tensors": 0})
     events.Reload()
     config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -166,6 +167,20 @@ def test_tensorboard_holds_config_settings_and_outcome(project):
     assert "batch_size: 3" in config
     started = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     assert b"data.batch_size" in started
+    assert b"seed_everything" in started
+    assert b"data.where" not in started  # no command line sets it, so that its column would be constant
+
+
+def test_a_logger_by_name(project, capsys):
+    assert main([*FIT, "--logger", "csv"]) == 0
+    assert [path.name for path in Path("runs/stage").iterdir() if path.name in ("csv", "tb")] == ["csv"]
+    with patch("vidreason.config.loggers.find_spec", lambda name: None):
+        assert main([*FIT, "--logger", "wandb"]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "error: --logger wandb: the package wandb is missing: pip install wandb, or --logger csv"
+    )
+    assert main([*FIT, "--logger", "csv", "--trainer.logger", "false"]) == 2
+    assert "trainer.logger is set in the configuration, too" in capsys.readouterr().err
 
 
 def test_a_test_leaves_the_record_of_training(project):

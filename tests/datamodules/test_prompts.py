@@ -81,6 +81,36 @@ def test_review_inputs():
     assert len({v.sha() for v in (video, blind, ReviewView(TASK, traces))}) == 3
 
 
+def test_a_reviewer_may_go_on_from_the_reasoning():
+    traces = {"a": (render_completion("A man knocks.", "visit"), "<think>cut off")}
+    view = ReviewView(TASK, traces, input="video+reasoning")
+    assert view.prompt(CLIP) == ReasonView(TASK).prompt(CLIP), "asked what the policy was asked"
+    assert view.shows_video
+    assert view.texts(CLIP) == (
+        Text("<think>A man knocks.</think>", "draft", -1),
+        Text("<answer>theft</answer>", parent=0),
+        Text("<answer>visit</answer>", parent=0),
+        Text("<think>cut off</think>", "draft", -1),
+        Text("<answer>theft</answer>", parent=3),
+        Text("<answer>visit</answer>", parent=3),
+    )
+    assert view.sha() != ReviewView(TASK, traces).sha()
+
+
+@pytest.mark.parametrize(
+    ("trace", "shown"),
+    [
+        ("<answer>visit</answer>", ""),
+        ("A dog.<answer>visit</answer>", "A dog."),
+        ("<think>A dog <answer>visit</answer>", "A dog"),
+        ("<think>A dog <answer>visit</answer></think>", "A dog"),
+    ],
+)
+def test_a_reviewer_that_goes_on_never_sees_the_conclusion(trace, shown):
+    text = ReviewView(TASK, {"a": (trace,)}, input="video+reasoning").texts(CLIP)[0]
+    assert text == Text(f"<think>{shown}</think>", "draft", -1)
+
+
 def test_hash_follows_the_template_not_the_texts():
     changed = replace(TASK, prompts={"reason": "{question} Think."})
     assert ReasonView(TASK).sha() == ReasonView(TASK, {"a": ("x",)}).sha()

@@ -13,6 +13,7 @@ from pipeline_world import options
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.datamodules.types import Clip
+from vidreason.evaluation import leaks
 from vidreason.evaluation import run as evaluation
 from vidreason.evaluation.plan import MODES, SwappedTraces
 from vidreason.evaluation.run import EvaluatedRun, EvaluateOptions, compare_methods, evaluate_run, rows_of_run
@@ -120,6 +121,7 @@ def test_every_stage_decides_in_every_way_that_it_can(finished: Path, data: Clip
     found = evaluate_run(finished, ALL, tests.commands, "again")
     names = [one.method.name for one in found.methods]
     assert names == [
+        "majority",
         "zero_shot likelihood",
         "cold likelihood",
         "cold answer",
@@ -146,12 +148,70 @@ def test_every_stage_decides_in_every_way_that_it_can(finished: Path, data: Clip
     assert tests.calls == []
 
 
+def test_what_has_finished_is_evaluated_though_the_pipeline_has_not(
+    finished: Path, data: Clips, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = EvaluateOptions(None, ("answer",), 3, probes=False)
+    evaluate_run(finished, answers, FakeTests().commands, "again")
+    assert "not finished" not in capsys.readouterr().out
+    (finished / "pipeline.yaml").write_text(
+        "seed: 7\nstages:\n" + "".join(f"- name: {name}\n" for name in ("cold", "calibration", "later_test"))
+    )
+    found = evaluate_run(finished, answers, FakeTests().commands, "again")
+    assert [one.method.name for one in found.methods] == ["majority", "cold answer"]
+    assert "later_test not finished: what has finished is evaluated" in capsys.readouterr().out
+
+
+def test_a_calibrator_of_the_video_alone_and_a_linear_probe_have_rows(finished: Path, data: Clips) -> None:
+    config = finished / "stages" / "02_calibration" / "config.yaml"
+    init = {"adapter_path": None, "calibrator_path": None, "traces": {"samples": 2}, "input": "video"}
+    config.write_text(yaml.safe_dump({"model": {"init_args": init}}))
+    folder = finished / "stages" / "03_linear_probe"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"penalties": [1.0]}}}))
+    (folder / "predictions.jsonl").write_text("{}")
+    (folder / "command.txt").write_text("vidreason test")
+    state = json.loads((finished / "state.json").read_text())
+    record = {"status": "finished", "folder": "stages/03_linear_probe", "inputs": {}, "command": ["test"]}
+    state["stages"]["linear_probe"] = record
+    (finished / "state.json").write_text(json.dumps(state))
+    tests = FakeTests()
+    found = evaluate_run(
+        finished, EvaluateOptions(None, ("likelihood", "calibrated"), 3, True), tests.commands, "again"
+    )
+    assert [one.method.name for one in found.methods] == [
+        "majority",
+        "zero_shot likelihood",
+        "linear_probe",
+        "linear_probe, no video",
+        "linear_probe, frames shuffled",
+        "cold likelihood",
+        "calibration without traces",
+        "calibration without traces, no video",
+        "calibration without traces, frames shuffled",
+    ]
+    assert not any("model.init_args.traces_file" in call for call in tests.calls)
+
+
+def test_always_the_largest_class_of_train(finished: Path, data: Clips) -> None:
+    data.setup("test")
+    clips = data.clips("train")
+    data._clips = {**data._clips, "train": (*clips, *clips[:1] * 3)}  # 15 of "fall", 12 of "walk"
+    found = evaluate_run(finished, ALL, FakeTests().commands, "again").methods[0]
+    own = found.decisions["test"]
+    assert own.right.tolist() == [number % 2 == 0 for number in range(24)]
+    assert own.probs is not None
+    assert own.probs[0].tolist() == pytest.approx([16 / 29, 13 / 29])
+    assert found.temperature is not None
+
+
 def test_rows_have_scores_before_and_after_the_temperature_of_cal(finished: Path, data: Clips) -> None:
     found = evaluate_run(finished, ALL, FakeTests().commands, "again")
     rows = {row.who.method: row for row in rows_of_run(found, by_group=False)}
     assert {row.split for row in rows.values()} == {"test"}
     assert {name: row.scores["acc"] for name, row in rows.items()} == pytest.approx(
         {
+            "majority": 12 / 24,
             "zero_shot likelihood": 12 / 24,
             "cold likelihood": 15 / 24,
             "cold answer": 17 / 24,
@@ -194,7 +254,7 @@ def test_methods_are_compared_over_seeds(finished: Path, data: Clips) -> None:
     other = EvaluatedRun(found.folder, found.pipeline, 8, found.methods, found.label_names)
     several = {one.first: one.difference for one in compare_methods([found, other], "cold answer")}
     assert several["deepintuit: calibration 2 traces"].low == pytest.approx(5 / 24, abs=0.03)
-    with pytest.raises(ValueError, match="no such method; there are deepintuit: zero_shot"):
+    with pytest.raises(ValueError, match="no such method; there are deepintuit: majority; deepintuit: zero_shot"):
         compare_methods([found], "hot answer")
     text = render_evaluation(rows_of_run(found, False), compare_methods([found], None))
     assert "calibration 2 traces, another clip's traces" in text
@@ -214,6 +274,38 @@ def test_test_clips_that_the_run_has_used_are_refused(finished: Path, data: Clip
     (data.folder / "test3.mp4").write_text("train5.mp4")
     with pytest.raises(ValueError, match="1 clips of test have the same content .*test3 is train5 of train"):
         evaluate_run(finished, ALL, commands, "again")
+
+
+def test_clips_that_an_ancestor_of_the_weights_has_used_are_refused(
+    finished: Path, data: Clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights that the cold start began with were trained elsewhere, on what is a test clip here."""
+    elsewhere = tmp_path / "other_run"
+    (elsewhere / "adapter").mkdir(parents=True)
+    (elsewhere / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"folder": "b"}}, "model": {}}))
+    cold = finished / "stages" / "01_cold" / "config.yaml"
+    init = {"adapter_path": str(elsewhere / "adapter"), "decide": {"by": "answer"}}
+    cold.write_text(yaml.safe_dump({"model": {"init_args": init}}))
+    (tmp_path / "b").mkdir()
+    other = Clips(tmp_path / "b")
+    other.setup("test")
+    built: list[Path] = []
+    monkeypatch.setattr(leaks, "_data_of", lambda folder: built.append(folder) or other)
+    commands = FakeTests().commands
+    for path in other.folder.iterdir():
+        path.write_text(f"another {path.name}")
+    assert evaluate_run(finished, ALL, commands, "again").methods
+    assert built == [elsewhere]
+    (other.folder / "cal7.mp4").write_text((data.folder / "test4.mp4").read_text())
+    with pytest.raises(ValueError, match=f"1 clips of test .* that {elsewhere} has used: test4 is cal7 of cal"):
+        evaluate_run(finished, ALL, commands, "again")
+
+
+def test_clips_that_were_not_in_the_test_when_the_stage_ran_are_refused(finished: Path, data: Clips) -> None:
+    splits = finished / "stages" / "01_cold" / "splits.csv"
+    splits.write_text("video_id,split\ntest5,val\ntrain1,train\ntest6,test\n")
+    with pytest.raises(ValueError, match="splits.csv: 1 of the test clips .*: test5 was in val; give the clips"):
+        evaluate_run(finished, ALL, FakeTests().commands, "again")
 
 
 def test_another_clips_traces_are_those_of_another_label(tmp_path: Path) -> None:

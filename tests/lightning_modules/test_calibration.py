@@ -12,6 +12,7 @@ from stage_world import adamw, run_dir
 
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
 from vidreason.callbacks.prediction_writer import PredictionWriter
+from vidreason.datamodules.prompts import ReasonView
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.fit.optimizer_step import StepResult
 from vidreason.lightning_modules.fit.resume import ResumeFit
@@ -21,6 +22,7 @@ from vidreason.lightning_modules.traces.generation import TraceOptions
 from vidreason.lightning_modules.vlms.generation import Sampling
 from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha, read_info
 from vidreason.lightning_modules.weights.reviewer import CALIBRATOR
+from vidreason.rewards.completion import CompletionForm, render_completion, render_reasoning
 
 OWN = TraceOptions(kind="reason", samples=2, sampling=Sampling(max_new_tokens=5))
 ADAMW = OptimOptions(optimizer=adamw)
@@ -229,6 +231,39 @@ def test_probabilities_are_averaged_over_traces_then_scaled(make_vlm, ready):
     assert all(len(traces) == 2 for traces in decisions.traces)
 
 
+def test_a_calibrator_that_goes_on_from_the_reasoning_starts_from_the_policys_answers(make_vlm, ready):
+    """Behind each trace, an untrained one gives a class what the policy gives the completion that answers it."""
+    module = ready(make(make_vlm(), input="video+reasoning"))
+    view = module.decider(module.data.task).view
+    batch = next(iter(module.data.loader("val", view, batch_size=3)))
+    names, traces = module.data.label_names, module.decider(module.data.task).traces
+    whole = {
+        clip.video_id: tuple(
+            render_completion(render_reasoning(record.text)[len("<think>") : -len("</think>")], name)
+            for record in traces[clip.video_id]
+            for name in names
+        )
+        for clip in batch.clips
+    }
+    flat = next(iter(module.data.loader("val", ReasonView(module.data.task, whole), batch_size=3)))
+    with torch.no_grad(), module.reviewer.policy_active(module.policy):
+        logprobs = module.vlm.score(module.policy, flat.prompts, flat.texts).logprobs
+        policys = (logprobs * flat.texts.answer_mask).sum(1)
+    with torch.no_grad():
+        logprobs = module.vlm.score(module.policy, batch.prompts, batch.texts).logprobs
+        rows = batch.texts.loss_mask.any(1)
+        own = (logprobs * batch.texts.loss_mask).sum(1)[rows]
+    assert len(own) == 3 * 2 * 3
+    torch.testing.assert_close(own, policys, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [CompletionForm("no_think"), CompletionForm(confidence=True)])
+def test_a_calibrator_goes_on_from_reasoning_in_its_own_form_only(make_vlm, form):
+    with pytest.raises(ValueError, match="input to video"):
+        make(make_vlm(), input="video+reasoning", completion=form)
+    assert make(make_vlm(), input="video+trace", completion=form).completion == form
+
+
 @pytest.mark.parametrize("shown", ["trace", "video"])
 def test_ablations_run(make_vlm, make_data, make_trainer, shown):
     vlm = make_vlm()
@@ -249,6 +284,7 @@ def test_a_calibrator_of_something_else_is_refused(make_vlm, make_data, make_tra
     for kwargs, message in [
         ({"calibrator_path": start}, "sft_label"),
         ({"calibrator_path": folder, "input": "trace"}, "input"),
+        ({"calibrator_path": folder, "input": "video+reasoning"}, "input"),
         ({"calibrator_path": folder, "adapter_path": folder}, "another policy"),
     ]:
         with pytest.raises(ValueError, match=message):

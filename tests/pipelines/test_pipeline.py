@@ -315,7 +315,8 @@ def test_the_saved_pipeline_runs_again_as_it_is(project: Path, trainer: FakeTrai
 
 def test_shipped_pipelines(capsys: pytest.CaptureFixture[str]) -> None:
     specs = {path.stem: read_pipeline(str(path)) for path in (shipped_folder() / "pipelines").glob("*.yaml")}
-    assert set(specs) == {"zero_shot", "label_sft", "rb_ft", "deepintuit", "teacher"}
+    methods = {"zero_shot", "label_sft", "rb_ft", "deepintuit", "teacher"}
+    assert set(specs) == {*methods, "baselines", "ablation_calibration"}
     assert all(name == spec.name for name, spec in specs.items())
     baseline, own = specs["label_sft"].stage("sft_label"), specs["rb_ft"].stage("sft_label")
     assert (baseline.config, baseline.args, baseline.command) == (own.config, own.args, own.command)

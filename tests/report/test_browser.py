@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+import browsing
 import pytest
 from evaluated_run import CLIPS, LABELS, TRACE, clip_name, write_run
 from torch.utils.tensorboard import SummaryWriter
@@ -16,22 +16,8 @@ from vidreason.report import gallery
 from vidreason.report.build import gather, write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+browser = browsing.browser
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"needs a browser on the PATH: {', '.join(BROWSERS)}")
-    with sync_api.sync_playwright() as playwright:
-        # a container has neither the sandbox nor shared memory that the browser asks for
-        browser = playwright.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -72,6 +58,8 @@ def visible(page: sync_api.Page) -> list[str]:
 
 def test_filter_sort_and_open(browser: sync_api.Browser, report: Path) -> None:
     page, problems = open_page(browser, report, 1440, "light")
+    for table in page.locator(".scroll").all():  # no column is cut
+        assert table.evaluate("box => box.scrollWidth - box.clientWidth") <= 0
     names = [clip_name("test", number) for number in range(CLIPS)]
     assert visible(page)[:2] == [names[23], names[22]]
     assert page.locator("#count").inner_text() == f"{CLIPS} of {CLIPS} clips"

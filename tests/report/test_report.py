@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from unittest.mock import patch
@@ -19,9 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from vidreason.cli.report import main
 from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.decisions.threshold import Threshold
-from vidreason.report import gallery
-from vidreason.report.build import Report, gather, write_report
+from vidreason.report import build, gallery
+from vidreason.report.build import Report, gather, render, write_report
 from vidreason.report.curves import read_curves
+from vidreason.report.gallery import Gallery
 from vidreason.report.rows import read_evaluation
 
 
@@ -80,8 +82,9 @@ def test_the_first_sentence_has_the_paired_difference_and_its_interval(report: R
     assert report.gains[0].sure == f"p {2 / 2**better:.3f}"
     # Without the video it is right as often and as sure; the run's own remark is there, too.
     told = "\n".join(report.warnings)
-    assert "calibration 2 traces does as well without the video on test (+0.0 points)" in told
-    assert "calibration 2 traces is as sure without the video on test" in told
+    assert "calibration 2 traces is not shown to lose accuracy without the video on test: +0.0 points (p 1.000)" in told
+    assert "calibration 2 traces is as sure without the video on test, as far as 24 clips can tell" in told
+    assert "A single training run of deepintuit: the differences hold for its weights" in told
     assert "cold wrote no language about these clips" in told
     assert "chance" not in told
 
@@ -101,6 +104,7 @@ def test_several_seeds_give_an_interval_over_seeds(tmp_path: Path, finished: Pat
     half = 12.7062 * abs(first - second) / 2  # Student t with one degree of freedom
     assert f"+{100 * (first + second) / 2:.1f} ± {100 * half:.1f} points" in report.sentence
     assert "is not shown to be better" in report.sentence
+    assert "A single training run" not in "\n".join(report.warnings)
     with pytest.raises(ValueError, match="is deepintuit with seed 0, like .*; leave one of them out"):
         gather([finished, finished])
 
@@ -126,9 +130,7 @@ def test_texts_stay_texts_and_nothing_is_loaded(report: Report, tmp_path: Path) 
     assert len(text) < 20_000_000
 
 
-def test_clips_are_wrong_and_sure_first_with_rewards_and_probabilities(
-    report: Report, finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clips_are_wrong_and_sure_first_with_rewards_and_probabilities(report: Report) -> None:
     clips = report.gallery.clips
     assert [clip.name for clip in clips[:2]] == [clip_name("test", 23), clip_name("test", 22)]
     assert not any(clip.right for clip in clips[:2])
@@ -141,10 +143,54 @@ def test_clips_are_wrong_and_sure_first_with_rewards_and_probabilities(
     assert sum(share for _, share in clips[0].probs) == pytest.approx(1)
     assert clips[0].probs[0] == (clips[0].decision, clips[0].confidence)
     assert clips[0].other == LABELS[0]  # the untrained base is wrong about the last 12 clips, too
-    monkeypatch.setattr(gallery, "BUDGET", 3 * len(clips[0]))
-    small = gather([finished]).gallery
-    assert small.clips == clips[:3]
-    assert "21 clips are left out" in small.note
+
+
+def test_the_whole_file_stays_below_its_limit(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, bare = (len(render(replace(report, gallery=g))) for g in (report.gallery, Gallery((), CLIPS, "")))
+    monkeypatch.setattr(build, "LIMIT", (whole + bare) // 2)
+    path = tmp_path / "report.html"
+    write_report(report, path)
+    assert path.stat().st_size <= (whole + bare) // 2
+    page = Page(path.read_text(encoding="utf-8"))
+    shown = [attrs["data-name"] for _, attrs in page.tags if "data-name" in attrs]
+    assert 0 < len(shown) < CLIPS
+    assert shown == [clip.name for clip in report.gallery.clips[: len(shown)]]
+    told = " ".join(page.texts)
+    assert f"{len(shown)} of {CLIPS} clips" in told
+    assert f"{CLIPS - len(shown)} clips are left out to keep the file small." in told
+    monkeypatch.setattr(build, "LIMIT", bare // 2)
+    with pytest.raises(ValueError, match="charts and tables alone are larger .* fewer runs"):
+        write_report(report, path)
+
+
+def test_rewards_that_cannot_be_imported_are_said_and_left_out(run: Path) -> None:
+    config = run / "stages" / "01_cold" / "config.yaml"
+    config.write_text(config.read_text().replace("vidreason.rewards.accuracy.", "gone_elsewhere."))
+    found = gather([run]).gallery
+    assert "Traces have no rewards: those of stage cold (gone_elsewhere.AccuracyReward) cannot be loaded" in found.note
+    assert found.clips[0].traces[0].rewards == {}
+    assert found.clips[0].reward is None
+
+
+def test_a_loss_without_the_video_must_be_shown_by_the_sign_flip_test(tmp_path: Path) -> None:
+    probe = "calibration 2 traces, no video"
+    name = "calibration 2 traces is not shown to lose accuracy without the video on test"
+    # 3 of 24 clips less: p = 2 / 2**3; 8 less: p = 2 / 2**8
+    few = "\n".join(gather([write_run(tmp_path / "few", RIGHT | {probe: 19})]).warnings)
+    assert f"{name}: -12.5 points (p 0.250)" in few
+    many = "\n".join(gather([write_run(tmp_path / "many", RIGHT | {probe: 14})]).warnings)
+    assert name not in many
+    assert "calibration 2 traces is as sure" in many  # its probabilities are the same
+
+
+def test_a_run_that_was_not_probed_says_so_with_the_command(run: Path) -> None:
+    path = run / "evaluation" / "evaluation.json"
+    content = json.loads(path.read_text())
+    content["rows"] = [row for row in content["rows"] if row["who"]["probe_of"] is None]
+    path.write_text(json.dumps(content))
+    told = "\n".join(gather([run]).warnings)
+    assert "No probes were run" in told
+    assert f"vidreason evaluate --run {run} --splits test --probes" in told
 
 
 def test_a_picture_of_a_clip(write_clip, tmp_path: Path) -> None:

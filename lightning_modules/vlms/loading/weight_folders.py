@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from vidreason.datamodules.atomic_files import flush_to_disk, naming, replace_folder
+from vidreason.datamodules.clips.time_limit import look_at
 from vidreason.datamodules.file_hash import files_sha
 from vidreason.lightning_modules.functional.finite import check_weights
 from vidreason.lightning_modules.vlms.loading.master_weights import as_computed, in_compute_dtype
@@ -35,9 +36,13 @@ def is_adapter_folder(folder: str | Path) -> bool:
 
 
 def read_info(folder: str | Path) -> dict[str, object]:
-    """Returns the content of ``vidreason.json`` in an adapter or weights folder; empty if there is none."""
+    """Returns the content of ``vidreason.json`` in an adapter or weights folder; empty if there is none.
+
+    Raises:
+        ReadTimeoutError: If the folder does not answer.
+    """
     file = Path(folder) / INFO_FILE
-    if not file.is_file():
+    if look_at(file) != "file":
         return {}
     info: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
     return info

@@ -156,7 +156,7 @@ def encode_texts(processor: Any, frame: ChatFrame, examples: Sequence[Example], 
         for number, text in enumerate(example.texts):
             where = f"{example.sample.video_id}: text {number} ({text.text[:40]!r})"
             _check_place(where, example, text, number)
-            row = _encode_text(processor, frame, text, example.prompt.open, owner, offset)
+            row = _encode_text(processor, frame, example, number, owner, offset)
             if not row.ids:
                 raise ValueError(f"{where} is empty: leave it out")
             if found := banned.intersection(row.ids):
@@ -211,13 +211,23 @@ def _check_place(where: str, example: Example, text: Text, number: int) -> None:
         raise ValueError(f"{where} continues text {text.parent}, where the assistant's turn has ended")
     if text.role == "context" and not example.prompt.open:
         raise ValueError(f"{where}: a context text needs an open prompt (Prompt(open=True))")
+    if text.role == "draft" and (example.prompt.open or text.parent >= 0):
+        raise ValueError(f"{where}: a draft starts the assistant's turn, so that it follows a closed prompt")
 
 
-def _encode_text(processor: Any, frame: ChatFrame, text: Text, opened: bool, owner: int, offset: int) -> _Row:
+def _encode_text(processor: Any, frame: ChatFrame, example: Example, number: int, owner: int, offset: int) -> _Row:
+    text, opened = example.texts[number], example.prompt.open
     parent = text.parent + offset if text.parent >= 0 else -1
     if text.role == "context":
         ids = _spelt(processor, text.text)["input_ids"]
         return _Row(ids, [False] * len(ids), [False] * len(ids), owner, parent)
+    if text.role == "draft":
+        behind = next((other.text for other in example.texts if other.parent == number), "")
+        ids, _ = _split_draft(processor, frame, text.text, behind)
+        return _Row(ids, [False] * len(ids), [False] * len(ids), owner, parent)
+    if parent >= 0 and example.texts[text.parent].role == "draft":
+        ids = [*_split_draft(processor, frame, example.texts[text.parent].text, text.text)[1], *frame.end_of_turn]
+        return _Row(ids, [True] * len(ids), [True] * len(ids), owner, parent)
     words = frame.words(text.text)
     encoded = _spelt(processor, words)
     start = answer_start(words)
@@ -228,3 +238,14 @@ def _encode_text(processor: Any, frame: ChatFrame, text: Text, opened: bool, own
     ids = [*encoded["input_ids"], *frame.end_of_turn]
     counts = answers if text.learnt == "answer" else [True] * len(ids)
     return _Row([*head, *ids], [False] * len(head) + counts, [False] * len(head) + answers, owner, parent)
+
+
+def _split_draft(processor: Any, frame: ChatFrame, draft: str, behind: str) -> tuple[list[int], list[int]]:
+    """Returns the tokens of a draft, and those of the words behind it, as the model would write both together.
+
+    A token that straddles the border, as ``><`` may, belongs to the words behind it.
+    """
+    words = frame.words(draft)
+    encoded = _spelt(processor, words + behind)
+    first = sum(end <= len(words) for _, end in encoded["offset_mapping"])
+    return encoded["input_ids"][:first], encoded["input_ids"][first:]

@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from safetensors import SafetensorError
 
-from vidreason.answering.loaded import LoadedModel, random_state_restored
+from vidreason.answering.export_form import check_entry
+from vidreason.answering.loaded import LoadedModel, one_device, random_state_restored
 from vidreason.answering.recipe import build_decider, build_generator, build_vlm, with_policy
 from vidreason.config.quiet import quietly
 from vidreason.datamodules.clips.decoded import DecodeError
@@ -56,7 +56,8 @@ class ExportInfo:
 
     version: int
     run: Mapping[str, str]
-    """Name of the run and its stage, and hash of the task: an export may be replaced by one of the same run."""
+    """Name of the run and its stage, hashes of the task and of the weights that decide and write traces in the run: an
+    export may be replaced by one of the same run."""
     vlm: Mapping[str, Any]
     decide: Mapping[str, Any]
     frames: Mapping[str, Any]
@@ -84,18 +85,19 @@ class ExportInfo:
                 f"{folder}: no export of vidreason (no {INFO_FILE} in it); give the --out of a vidreason export"
             )
         try:
-            entry = json.loads(file.read_text(encoding="utf-8"))["export"]
-        except KeyError as error:
-            raise ValueError(f"{folder}: weights of a run and no export; export its run: vidreason export") from error
-        except (ValueError, TypeError) as error:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ValueError(f"{file}: damaged ({error}); {_AGAIN}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{file}: a {type(content).__name__} and not a mapping; {_AGAIN}")
+        if "export" not in content:
+            raise ValueError(f"{folder}: weights of a run and no export; export its run: vidreason export")
+        entry = content["export"]
         version = entry.get("version") if isinstance(entry, dict) else None
         if version != EXPORT_VERSION:
             raise ValueError(f"{file}: export version {version!r}, this program reads {EXPORT_VERSION}; {_AGAIN}")
-        try:
-            return cls(**entry)
-        except TypeError as error:
-            raise ValueError(f"{file}: damaged ({error}); {_AGAIN}") from error
+        check_entry(entry, file, _AGAIN)
+        return cls(**entry)
 
     def entry(self) -> dict[str, object]:
         """Returns the entry as JSON holds it."""
@@ -113,9 +115,13 @@ class ExportedClips:
     def __init__(self, file: Path, timeout: float | None) -> None:
         self._timeout = timeout
         try:
-            self._known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{file}: damaged ({error}); delete it, or {_AGAIN}") from error
+        wrong = next(filter(None, map(_wrong_clip, found.items())), "") if isinstance(found, dict) else "no mapping"
+        if wrong:
+            raise ValueError(f"{file}: damaged ({wrong}); delete it, or {_AGAIN}")
+        self._known: dict[str, Any] = found
 
     def find(self, path: Path) -> Clip | None:
         """Returns the clip with the content of a file, or None."""
@@ -126,6 +132,16 @@ class ExportedClips:
         except (DecodeError, OSError):
             return None
         return None if entry is None else Clip(path, None, entry["id"], fields=entry["fields"])
+
+
+def _wrong_clip(item: tuple[str, object]) -> str:
+    """Returns what is wrong with an entry of ``clips.json``; empty if it is as it should be."""
+    key, entry = item
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+        return f"{key} has no id"
+    fields = entry.get("fields")
+    texts = isinstance(fields, dict) and all(isinstance(value, str) for value in fields.values())
+    return "" if texts else f"fields of {key} are no mapping of texts"
 
 
 def load_export(folder: Path, base: str | None = None) -> LoadedModel:
@@ -151,7 +167,10 @@ def load_export(folder: Path, base: str | None = None) -> LoadedModel:
         threshold = None if info.threshold is None else Threshold(**info.threshold)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{folder / INFO_FILE}: damaged ({error!r}); {_AGAIN}") from error
-    fabric = L.Fabric(accelerator="auto", devices=1, precision=info.precision)  # type: ignore[arg-type]
+    try:
+        fabric = one_device("auto", info.precision)
+    except ValueError as error:
+        raise ValueError(f"{folder / INFO_FILE}: export.precision is {info.precision!r}; {_AGAIN}") from error
     with torch.inference_mode(), quietly(), random_state_restored():
         try:
             answering = _load_models(folder, info, task, base, fabric.device)
@@ -166,6 +185,8 @@ def load_export(folder: Path, base: str | None = None) -> LoadedModel:
         answers=f"stage {info.run['stage']} of {info.run['name']}, exported ({folder})",
         threshold=threshold,
         fabric=fabric,
+        weights_sha=info.weights_sha,
+        precision=info.precision,
     )
 
 
@@ -184,7 +205,9 @@ def _load_models(folder: Path, info: ExportInfo, task: Task, base: str | None, d
         return {"vlm": vlm, "model": model, "generator": generator, "policy": writer}
     path = str(policy) if full_policy else base or _find_base(folder, info)
     own = policy if reviews and not full_policy else None if reviews else folder
-    vlm = build_vlm(info.vlm, path, own)
+    # As in the run, a base in 4 bits gets the adapter of a policy that has learnt nothing.
+    options = folder if own is None and info.vlm.get("quantize") == "nf4" else own
+    vlm = build_vlm(info.vlm, path, options)
     if not full_policy and (told := _base_sha(folder)) is not None and told != vlm.base_sha():
         raise ValueError(f"{folder}: its adapter was trained on another base than {path}; give its own: base=FOLDER")
     model = vlm.build(None if own is None else str(own))

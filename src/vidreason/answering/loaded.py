@@ -44,6 +44,9 @@ class LoadedModel:
     """Which stage answers, and where its weights are."""
     threshold: Threshold | None
     fabric: L.Fabric
+    weights_sha: str
+    """SHA-256 of the weights that decide; empty if the base does."""
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class OpenedRun:
 
     def load(self) -> LoadedModel:
         """Loads the weights."""
-        fabric = L.Fabric(accelerator=self.accelerator, devices=1, precision=self.precision)  # type: ignore[arg-type]
+        fabric = one_device(self.accelerator, self.precision)
         with torch.inference_mode(), quietly(), random_state_restored():
             model = self.module.build_model().to(fabric.device).eval()
         decider, module = self.module.decider(self.task), self.module
@@ -97,7 +100,17 @@ class OpenedRun:
             answers=describe_weights(self.stage.weights[-1] if self.stage.weights else None),
             threshold=self.threshold,
             fabric=fabric,
+            weights_sha=adapter_sha(self.stage.weights[-1]) if self.stage.weights else "",
+            precision=self.precision,
         )
+
+
+def one_device(accelerator: str, precision: str) -> L.Fabric:
+    """Returns the device of this process; under ``torchrun`` the processes of a machine take one GPU each."""
+    rank = int(os.environ.get("LOCAL_RANK") or 0)
+    gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
+    devices: list[int] | int = [rank % gpus] if rank and gpus else 1
+    return L.Fabric(accelerator=accelerator, devices=devices, precision=precision)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from vidreason.answering.export_form import VLM_OPTIONS
 from vidreason.answering.loaded import OpenedRun
 from vidreason.config.vlm_shorthand import family_class_path
 from vidreason.datamodules.task import Task
@@ -26,18 +27,6 @@ from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.loading.building import readable
 from vidreason.lightning_modules.vlms.loading.weight_folders import CONFIG_FILE, INFO_FILE, is_adapter_folder
 from vidreason.rewards.completion import CompletionForm
-
-_VLM_OPTIONS = (
-    "max_pixels",
-    "chat_template_kwargs",
-    "quantize",
-    "dtype",
-    "attn_implementation",
-    "route",
-    "completion_chunk",
-    "text_memory_gb",
-)
-"""Options of a family that decide what it computes; paths, training and caches do not travel."""
 
 
 def describe_vlm(vlm: VLM, merged: bool) -> dict[str, object]:
@@ -58,7 +47,7 @@ def describe_vlm(vlm: VLM, merged: bool) -> dict[str, object]:
             f"export: the model family {name} is no part of vidreason, so that an exported folder could not name it; "
             "hand on the run folder with your class instead"
         )
-    options = {option: getattr(vlm, option) for option in _VLM_OPTIONS}
+    options = {option: getattr(vlm, option) for option in VLM_OPTIONS}
     return {"model_type": kind, **options, **({"quantize": "none"} if merged else {})}
 
 
@@ -66,9 +55,9 @@ def build_vlm(described: Mapping[str, Any], path: str, adapter: Path | None, cac
     """Returns the family that ``describe_vlm`` described.
 
     Args:
-        described: The entry.
+        described: The entry, whose form was checked.
         path: Folder or hub id of the model.
-        adapter: Folder of a PEFT adapter that the model gets; None is a model without one.
+        adapter: Folder of a PEFT adapter with the options of the one that the model gets; None is a model without one.
         cached: Whether vision embeddings may be cached.
 
     Raises:
@@ -92,7 +81,7 @@ def _lora_of(adapter: Path | None) -> LoRAOptions | None:
     if adapter is None or not is_adapter_folder(adapter):
         return None
     config = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
-    return LoRAOptions(r=config["r"], alpha=config["lora_alpha"], use_rslora=config["use_rslora"])
+    return LoRAOptions(r=config["r"], alpha=config["lora_alpha"], use_rslora=bool(config.get("use_rslora", False)))
 
 
 def describe_decider(opened: OpenedRun) -> dict[str, object]:

@@ -35,7 +35,8 @@ COMMANDS = {
     "report": "evaluated runs as one HTML file, with charts and clips: runs/x --out report.html",
     "threshold": "the confidence below which a run abstains, for an error of 10 %: --run runs/x",
     "export": "write the model of a run for transformers, peft and vLLM: runs/x --out my_model",
-    "classify": "ask a finished run about new clips: clip.mp4 --run runs/x",
+    "serve": "answer questions about clips over HTTP: --run runs/x",
+    "classify": "ask a finished run about new clips: clip.mp4 --run runs/x [--out results.jsonl]",
     "fit": "train one stage: --config configs/sft_label.yaml",
     "validate": "compute the validation metrics of a stage",
     "test": "compute the test metrics and write predictions.jsonl",
@@ -65,6 +66,8 @@ They are given by name, because importing the classes would import torch.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
 _OUTPUTS = ("--json", "--out")
 """Options that may name a device to write to."""
+_CLASSIFIERS = ("--run", "--export", "--base", "--root", "--out")
+"""Options of ``classify`` that name a file or folder."""
 _KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
 # How torch.utils.data re-raises an exception of a DataLoader worker: its traceback becomes the message.
 _WORKER_ERROR = re.compile(r"\ACaught (\w+) in DataLoader worker process")
@@ -198,7 +201,7 @@ def _look_at_paths(command: str, words: Sequence[str]) -> None:
             option, value = before if before.startswith("-") and "=" not in before else "", word
         elif not equals:
             continue
-        if (command == "classify" and option != "--run") or value[:1] in ("", "{", "["):
+        if (command == "classify" and option not in _CLASSIFIERS) or value[:1] in ("", "{", "["):
             continue
         from vidreason.datamodules.clips.time_limit import NO_FILE, look_at
 

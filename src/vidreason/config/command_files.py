@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,15 @@ from vidreason.datamodules.task import explain_yaml_error
 _FILE_OPTIONS = ("-c", "--config", "--trainer", "--model", "--data", "--vlm")
 _REPLACING = ("--data", "--vlm")
 _SECTION = "a section file (.yaml with class_path and init_args) is"
+PIPELINE_CONFIG = "pipeline --config"
+"""``--config`` of ``vidreason pipeline``, for ``check_section``."""
 _EXPECTED = {"--trainer": "a file with arguments of the trainer (max_epochs: 3) is"}
 _EXPECTED |= dict.fromkeys(("-c", "--config"), "a file of keys and values (trainer: ...) is")
+_EXPECTED[PIPELINE_CONFIG] = "a pipeline (stages: ...) is"
 _NEEDED = {"--model": ("class_path", "init_args"), "--data": ("class_path",), "--vlm": ("class_path",)}
 """Keys of which a section file has one at least."""
+_TELLING = {"manifest": "--data", "path": "--vlm", "optim": "--model"}
+"""Arguments that tell which section a file holds."""
 YAML_SUFFIXES = (".yaml", ".yml")
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl")
 
@@ -70,7 +75,7 @@ def check_section(option: str, value: str) -> None:
         ArgumentError: If it is another file or a folder; the message names what was expected.
     """
     path = Path(value)
-    wanted = f"{option} {value}: {_EXPECTED.get(option, _SECTION)} expected, not "
+    wanted = f"{option.split()[-1]} {value}: {_EXPECTED.get(option, _SECTION)} expected, not "
     init = f"; `vidreason init {{}} --out task` writes one: {option} task/data.yaml" * (option == "--data")
     if "\\" in value and not path.exists():
         raise argparse.ArgumentError(
@@ -80,7 +85,7 @@ def check_section(option: str, value: str) -> None:
         if (file := find_config(value)) is None:
             raise argparse.ArgumentError(None, f"no such file: {value} (`vidreason configs` lists the shipped ones)")
         check_yaml(file)
-        if what := _not_expected(option, parse_yaml(file.read_text(encoding="utf-8"))):
+        if what := _not_expected(option, value, parse_yaml(file.read_text(encoding="utf-8"))):
             raise argparse.ArgumentError(None, wanted + what + init.format("CLIPS"))
         return
     if option == "--vlm" or not path.exists():
@@ -90,13 +95,34 @@ def check_section(option: str, value: str) -> None:
         raise argparse.ArgumentError(None, wanted + what + init.format(value))
 
 
-def _not_expected(option: str, content: object) -> str:
+def _not_expected(option: str, value: str, content: object) -> str:
     """Returns what a YAML file has on top, in words, if it is not what an option takes; else an empty text."""
     if not isinstance(content, dict) or not content:
         return "an empty file" if not content else f"a {'list' if isinstance(content, list) else 'single value'}"
     needed = _NEEDED.get(option, ())
-    if needed and not any(key in content for key in needed):
-        return f"one with {', '.join(str(key) for key in [*content][:5])}"
+    if any(key in content for key in needed):
+        return ""
+    if what := _other_kind(option, value, content):
+        return what
+    return f"one with {', '.join(str(key) for key in [*content][:5])}" if needed else ""
+
+
+def _other_kind(option: str, value: str, content: Mapping[str, object]) -> str:
+    """Returns which other kind of file of vidreason a mapping looks like, and its option; else an empty text."""
+    if "classes" in content:
+        return f"a task file; name it in the data section: --data.init_args.task {value}"
+    if "stages" in content and option == PIPELINE_CONFIG:
+        return ""
+    if "stages" in content:
+        return f"a pipeline; it is run by: vidreason pipeline --config {value}"
+    if "class_path" in content:
+        arguments = content.get("init_args")
+        given = arguments if isinstance(arguments, dict) else {}
+        own = next((own for key, own in _TELLING.items() if key in given), "--data, --vlm or --model")
+        return f"a section with class_path; give it as {own}"
+    if option not in ("-c", "--config") and {"trainer", "model"} & set(content):
+        how = "it is run by: vidreason fit" if option == PIPELINE_CONFIG else "give it as"
+        return f"a file of several sections; {how} --config {value}"
     return ""
 
 

@@ -158,11 +158,12 @@ def _wrong_class(message: str, files: Sequence[Path]) -> str | None:
         name, home = bare[1], _HOMES.get(key, "")
     else:
         return None
+    place = f"{key}: " if key else ""
     try:
         known = [other for other, value in vars(import_module(home)).items() if inspect.isclass(value)]
     except (ImportError, ValueError):
-        return f"{key}: no class {wrong[1] if wrong else name}{_named_in(name, files)}: class_path is MODULE.CLASS"
-    return f"{key}: no class {name!r} in {home}{_named_in(name, files)}{did_you_mean(name, known)}"
+        return f"{place}no class {wrong[1] if wrong else name}{_named_in(name, files)}: class_path is MODULE.CLASS"
+    return f"{place}no class {name!r} in {home}{_named_in(name, files)}{did_you_mean(name, known)}"
 
 
 def _missing_file(name: str, files: Sequence[Path]) -> str:

@@ -42,8 +42,9 @@ WITHOUT_EFFECT = (
     ".init_args.num_workers",
     ".init_args.prefetch_batches",
     ".init_args.pin_memory",
+    "logger",
 )
-"""Ends of keys of the data module that change where frames are kept and how fast they come, but not which."""
+"""Ends of keys that change where frames are kept, how fast they come and where curves go, but not what is computed."""
 _MOST_NAMED = 5
 
 

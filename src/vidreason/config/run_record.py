@@ -14,11 +14,15 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vidreason.config.command_files import parse_yaml
+from vidreason.config.loggers import RunTensorBoard
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.run_folder import COMMAND_FILE, CONFIG_FILE, FINISHED_FILE, TASK_FILE, named_after
 
 _FILE_SUFFIXES = (".yaml", ".yml", ".csv", ".tsv", ".json", ".jsonl")
+_SECTION_FILES = ("data", "vlm", "model", "trainer")
+_OF_ONE_RUN = ("adapter_path", "calibrator_path", "traces_file", "data_dir", "default_root_dir")
+"""Settings with the paths of one run."""
 _PATH_KEYS = ("path", "folder", "root", "manifest", "task", "adapter_path", "calibrator_path", "traces_file")
 
 
@@ -88,12 +92,10 @@ class RunRecord(SaveConfigCallback):
             data.task.to_yaml(folder / TASK_FILE)  # for using the model without the data set
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs settings and final metrics to TensorBoard's table of runs (HPARAMS)."""
-        self._log_outcome(trainer)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs settings and test metrics to TensorBoard's table of runs (HPARAMS)."""
-        self._log_outcome(trainer)
+        """Logs settings and final validation to TensorBoard's table of runs (HPARAMS)."""
+        for logger in trainer.loggers:
+            if isinstance(logger, RunTensorBoard):
+                logger.log_outcome(given_settings(self.command_line, self.config), self._metrics())
 
     def _log_text(self, trainer: L.Trainer, config: str) -> None:
         for logger in trainer.loggers:
@@ -101,16 +103,12 @@ class RunRecord(SaveConfigCallback):
                 # four spaces make a Markdown code block, in which TensorBoard keeps line breaks
                 quoted = "\n".join(f"    {line}" for line in [self.command_line, "", *config.splitlines()])
                 logger.experiment.add_text("config", quoted, trainer.global_step)
+            else:
+                logger.log_hyperparams(given_settings(self.command_line, self.config))
 
     def _metrics(self) -> dict[str, float]:
         found = {} if self._trainer is None else self._trainer.callback_metrics
         return self._earlier | {name: float(value) for name, value in found.items()}
-
-    def _log_outcome(self, trainer: L.Trainer) -> None:
-        metrics = self._metrics()
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(_settings(self.config), metrics or None, trainer.global_step)
 
 
 def saved_config(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
@@ -133,14 +131,30 @@ def _absolute(value: Any, key: str = "") -> Any:
     return str(Path(value).absolute()) if may_be_path and Path(value).exists() else value
 
 
-def _settings(config: Namespace) -> dict[str, Any]:
-    """Returns the settings that distinguish runs: arguments of model, VLM and data, and the length of the fit."""
-    keys = ("model.", "vlm.", "data.", "seed_everything", "trainer.max_epochs", "trainer.max_steps")
-    return {
-        key.replace("init_args.", ""): value
-        for key, value in vars(config.as_flat()).items()
-        if key.startswith(keys) and isinstance(value, str | int | float | bool)
-    }
+def given_settings(command_line: str, config: Namespace) -> dict[str, str | int | float | bool]:
+    """Returns the settings that the command line gives, without paths of the run, and the seed.
+
+    Settings that no command line changes are the same for all runs, as a column of a table of runs would show.
+    """
+    values, found = vars(config.as_flat()), dict[str, str | int | float | bool]()
+    for key, given in _options(command_line):
+        value = values.get(key, given)
+        where = key.rpartition(".")[2]
+        if key in _SECTION_FILES:
+            found[key] = given
+        elif "." in key and where not in _OF_ONE_RUN and isinstance(value, str | int | float | bool):
+            found[key.replace("init_args.", "")] = value
+    return found | {"seed_everything": values.get("seed_everything", 0)}
+
+
+def _options(command_line: str) -> list[tuple[str, str]]:
+    """Returns the options of a command line with their values, which may follow a space or an equals sign."""
+    words, found = shlex.split(command_line), list[tuple[str, str]]()
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            found.append((name, value if equals or place + 1 == len(words) else words[place + 1]))
+    return found
 
 
 def from_the_start(command_line: str) -> str:

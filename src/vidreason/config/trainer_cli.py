@@ -24,7 +24,6 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -39,6 +38,7 @@ from vidreason.config.fit_start import (
     prepare_fit,
     say_which_batch_size_counts,
 )
+from vidreason.config.loggers import add_logger_argument, build_logger, check_logger
 from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.out_of_memory import explain_out_of_memory
 from vidreason.config.run_record import RunRecord, saved_config
@@ -53,7 +53,7 @@ from vidreason.lightning_modules.fit.stopping import StopOnSignal
 from vidreason.lightning_modules.rl.objective import PolicyLoss
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.weights.lineage import describe_weights
-from vidreason.run_folder import CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER
+from vidreason.run_folder import CHECKPOINTS_FOLDER
 from vidreason.run_lock import lock_run_folder
 from vidreason.signals import StopRequested, check_stop, handle_signals
 
@@ -144,6 +144,7 @@ class VideoCLI(LightningCLI):
         parser.add_argument(
             "--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME for NAME.yaml)."
         )
+        add_logger_argument(parser)
         if self.command == "fit":
             add_fit_arguments(parser)
 
@@ -181,6 +182,7 @@ class VideoCLI(LightningCLI):
         checkpoint = config.ckpt_path
         if checkpoint and checkpoint not in CKPT_KEYWORDS and not Path(checkpoint).exists():
             raise argparse.ArgumentError(None, f"--ckpt_path {checkpoint}: no such file")
+        check_logger(config)
         for section in ("model", "data", "vlm"):
             point_at_shipped(config.get(section))
         if self.config.subcommand == "fit":
@@ -211,8 +213,8 @@ class VideoCLI(LightningCLI):
         check_devices(config.accelerator, config.devices)
         kwargs["default_root_dir"] = str(self.run_dir)
         if config.logger is None or config.logger is True:
-            # without a version the folder is tb/ itself and not tb/version_N, so that a resumed run continues in it
-            kwargs["logger"] = TensorBoardLogger(save_dir=self.run_dir, name=TENSORBOARD_FOLDER, version="")
+            name = self.config_init[self.subcommand].logger
+            kwargs["logger"] = build_logger(name, self.run_dir, trains=self.subcommand == "fit")
         listed = [config.callbacks] if isinstance(config.callbacks, L.Callback) else list(config.callbacks or [])
         checkpoints = [callback for callback in listed if isinstance(callback, ModelCheckpoint)]
         if self.subcommand == "fit" and not checkpoints and config.enable_checkpointing is not False:

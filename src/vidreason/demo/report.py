@@ -175,7 +175,8 @@ def render_verdict(reasoned: Sequence[Prediction], labelled: Sequence[Prediction
     split = DECIDING_SPLIT if any(p.split == DECIDING_SPLIT for p in reasoned) else reasoned[-1].split
     both = [[p for p in predictions if p.split == split] for predictions in (reasoned, labelled)]
     names = sorted({str(p.label) for own in both for p in own} | {p.pred for own in both for p in own if p.pred})
-    found = compare(*([Decisions.read(own, names)] for own in both))
+    first, second = ([Decisions.read(own, names)] for own in both)
+    found = compare(first, second)
     points, margin, shown = 100 * found.mean, 100 * found.margin, 100 * found.detectable
     verdict = "is not shown to be better" if not found.shown else "is better" if points > 0 else "is worse"
     return (

@@ -42,7 +42,6 @@ QUICK: Mapping[str, object] = {
     "sft_cold_start.trainer.val_check_interval": 80,
     "grpo.trainer.max_steps": 4,
     "grpo.trainer.val_check_interval": 4,
-    "calibration.trainer.max_epochs": 4,
 }
 """Settings of ``--quick``: the same stages on less data with fewer steps. Keys that begin with a section apply to every
 stage, others to the stage of that name in each pipeline that has it."""

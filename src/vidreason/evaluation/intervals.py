@@ -11,7 +11,7 @@ Shape letters: N clips, G groups, D draws, S seeds, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ _CHUNK = 20_000_000  # numbers in one block of bootstrap weights
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference in accuracy between two methods, first minus second, on the same clips."""
+    """The difference between two methods, by default in accuracy, first minus second, on the same clips."""
 
     mean: float
     low: float | None
@@ -84,19 +84,27 @@ def bootstrap(decisions: Decisions, draws: int = DRAWS, seed: int = 0) -> dict[s
     return {name: _percentiles(values) for name, values in joined.items()}
 
 
-def compare(first: Sequence[Decisions], second: Sequence[Decisions]) -> Difference:
-    """Compares the accuracy of two methods on the same clips.
+def correctness(decisions: Decisions) -> Floats:
+    """Returns 1 for a right decision and 0 for another one [N]."""
+    return decisions.right.astype(np.float64)
+
+
+def compare(
+    first: Sequence[Decisions], second: Sequence[Decisions], value: Callable[[Decisions], Floats] = correctness
+) -> Difference:
+    """Compares two methods on the same clips.
 
     Args:
         first: [S] decisions of a method, one per seed.
         second: [S] decisions of the other method, in the same order of seeds.
+        value: Returns what is compared [N], a number from 0 to 1 per clip; by default the accuracy.
 
     Raises:
         ValueError: If a seed has no clip that both methods decided about.
     """
     if not first or len(first) != len(second):
         raise ValueError(f"need the same seeds of both methods, got {len(first)} and {len(second)}")
-    pairs = [_paired(a, b) for a, b in zip(first, second, strict=True)]
+    pairs = [_paired(a, b, value) for a, b in zip(first, second, strict=True)]
     means = np.array([float(values.mean()) for values, _ in pairs])
     clips = len(pairs[0][0])
     if len(pairs) > 1:
@@ -158,15 +166,16 @@ def over_seeds(values: Sequence[float]) -> tuple[float, tuple[float, float] | No
     return mean, (mean - half, mean + half)
 
 
-def _paired(first: Decisions, second: Decisions) -> tuple[Floats, tuple[str, ...]]:
-    """Returns (difference [N] in being right, group [N]) of the clips that both decided about."""
+def _paired(
+    first: Decisions, second: Decisions, value: Callable[[Decisions], Floats]
+) -> tuple[Floats, tuple[str, ...]]:
+    """Returns (difference [N] in ``value``, group [N]) of the clips that both decided about."""
     place = {name: row for row, name in enumerate(second.ids)}
     rows = [(row, place[name]) for row, name in enumerate(first.ids) if name in place]
     if not rows:
         raise ValueError("the two methods decided about different clips, so that they cannot be compared")
     a, b = (list(side) for side in zip(*rows, strict=True))
-    values = first.right[a].astype(np.float64) - second.right[b].astype(np.float64)
-    return values, tuple(first.groups[row] for row in a)
+    return value(first)[a] - value(second)[b], tuple(first.groups[row] for row in a)
 
 
 def _group_sums(values: Floats, groups: Sequence[str]) -> Floats:

@@ -32,6 +32,8 @@ MODES: tuple[Mode, ...] = ("likelihood", "answer", "vote", "calibrated")
 ZERO_SHOT = "zero_shot"
 EVALUATION_FOLDER = "evaluation"
 _MODEL = "model.init_args"
+_PENALTIES = "penalties"
+"""Argument of a linear probe, which is fitted when its test starts (``lightning_modules/probe.py``)."""
 _PROBES = {"no video": "black", "frames shuffled": "shuffled"}
 """Name of a probe to the value of ``data.init_args.frames.probe``."""
 
@@ -91,13 +93,18 @@ def plan_evaluation(
     Raises:
         ValueError: If the run has no finished stage with a model, or no stage has one of the modes.
     """
-    name, seed, stages = _finished_stages(run)
+    name, seed, stages = finished_stages(run)
     plan = _Tests(run, splits, probes)
-    for label, stage in [(ZERO_SHOT, _base(stages)), *stages]:
+    for label, stage in [(ZERO_SHOT, _base(stages)), *_fitted_at_test(run), *stages]:
         init = _init_args(stage.folder)
         if "calibrator_path" in init:
             if "calibrated" in modes:
-                plan.add_calibrated(label, stage, int(init["traces"]["samples"]))
+                reads = init.get("input") != "video"
+                plan.add_calibrated(label, stage, int(init["traces"]["samples"]) if reads else 0)
+            continue
+        if _PENALTIES in init:
+            if "likelihood" in modes:
+                plan.add(label, "likelihood", stage, {}, probed=True)
             continue
         reasons = label != ZERO_SHOT and init.get("decide", {}).get("by") == "answer"
         if "likelihood" in modes:
@@ -135,7 +142,7 @@ def plan_cal(run: Path, name: str | None) -> tuple[EvaluationPlan, FinishedStage
         )
     else:
         plan.add("cal", "likelihood", stage, {})
-    seed = _finished_stages(run)[1]
+    seed = finished_stages(run)[1]
     spec = PipelineSpec("threshold", "decisions about cal", tuple(plan.tests), str(run), seed=seed)
     return EvaluationPlan(spec, tuple(plan.methods), ()), stage
 
@@ -173,7 +180,13 @@ class _Tests:
         return (self.run / EVALUATION_FOLDER / STAGES_FOLDER / f"{len(self.tests):02d}_{test}").resolve()
 
     def add_calibrated(self, label: str, stage: FinishedStage, samples: int) -> None:
-        """Adds a calibrator over all of its traces, over one of them, and its probes, which reuse the traces."""
+        """Adds a calibrator over all of its traces, over one of them, and its probes, which reuse the traces.
+
+        A calibrator that reads no traces, with 0 ``samples``, has the probes of the video alone.
+        """
+        if not samples:
+            self.add(f"{label} without traces", "calibrated", stage, {}, probed=True)
+            return
         number = f"{_MODEL}.traces.samples"
         whole = f"{label} {samples} trace{'s' * (samples > 1)}"
         folder = self.add(whole, "calibrated", stage, {number: samples}, samples)
@@ -218,7 +231,7 @@ def _init_args(folder: Path) -> dict[str, Any]:
     return dict(content["model"].get("init_args") or {})
 
 
-def _finished_stages(run: Path) -> tuple[str, int, list[tuple[str, FinishedStage]]]:
+def finished_stages(run: Path) -> tuple[str, int, list[tuple[str, FinishedStage]]]:
     """Returns (name of the run, its seed, the finished stages that have a model, in order)."""
     state = RunState.load(run)
     if state is None:
@@ -237,6 +250,14 @@ def _finished_stages(run: Path) -> tuple[str, int, list[tuple[str, FinishedStage
     file = run / PIPELINE_FILE
     seed = yaml.safe_load(file.read_text(encoding="utf-8")).get("seed", 0) if file.is_file() else 0
     return state.pipeline, int(seed), [(name, find_stage(run, name)) for name in names]
+
+
+def _fitted_at_test(run: Path) -> list[tuple[str, FinishedStage]]:
+    """Returns the finished tests that fit their model themselves, and have no training before them."""
+    state = RunState.load(run)
+    names = [] if state is None else [name for name, record in state.stages.items() if _has_model(record, "test")]
+    found = [(name, find_stage(run, name)) for name in names]
+    return [(name, stage) for name, stage in found if _PENALTIES in _init_args(stage.folder)]
 
 
 def _has_model(record: StageRecord, command: str) -> bool:

@@ -88,6 +88,16 @@ class Evaluated:
     temperature: float | None
     seconds_per_clip: float | None
 
+    def scaled(self, split: str) -> Decisions:
+        """Returns the decisions about a split, with the temperature if there is one."""
+        own = self.decisions[split]
+        return own if self.temperature is None or own.probs is None else own.scaled(self.temperature)
+
+    @classmethod
+    def of(cls, method: Method, decisions: Mapping[str, Decisions]) -> Evaluated:
+        """Returns a method that takes no time, with its temperature from split ``cal``."""
+        return cls(method, decisions, _temperature(decisions), None)
+
     @classmethod
     def read(
         cls,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from vidreason.config.finished_stage import find_stage, threshold_folder
+import numpy as np
+
+from vidreason.config.finished_stage import threshold_folder
 from vidreason.config.quiet import quietly
 from vidreason.datamodules.atomic_files import write_text
 from vidreason.datamodules.base import VideoDataModule
@@ -22,8 +24,10 @@ from vidreason.evaluation.leaks import check_unseen
 from vidreason.evaluation.plan import (
     EVALUATION_FOLDER,
     EvaluationPlan,
+    Method,
     Mode,
     SwappedTraces,
+    finished_stages,
     plan_cal,
     plan_evaluation,
 )
@@ -33,10 +37,11 @@ from vidreason.lightning_modules.decisions.threshold import Threshold
 from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
 from vidreason.pipelines.commands import Commands
 from vidreason.pipelines.runner import PipelineRun
-from vidreason.run_folder import CONFIG_FILE, artefact_path
+from vidreason.run_folder import CONFIG_FILE, artefact_path, open_stages
 
 EVALUATION_FILE = "evaluation.json"
 THRESHOLD_FOLDER = "threshold"
+MAJORITY = "majority"
 
 
 class EvaluationStoppedError(Exception):
@@ -91,12 +96,14 @@ def evaluate_run(run: Path, options: EvaluateOptions, commands: Commands, again:
         again: The command line of this call, for messages.
 
     Raises:
-        ValueError: If the run has not finished, or its test clips were used in training.
+        ValueError: If no training of the run has finished, or its test clips were used in training.
         EvaluationStoppedError: If a test stage was interrupted or failed.
     """
+    if open_ := open_stages(run):
+        print(f"--run {run}: {', '.join(open_)} not finished: what has finished is evaluated")
     data = _data_of(run)
     tested = options.splits or data.test_split_names
-    check_unseen(data, tested)
+    check_unseen(run, data, tested)
     splits = [*([CALIBRATION_SPLIT] if data.clips(CALIBRATION_SPLIT) else []), *tested]
     plan = plan_evaluation(run, splits, options.modes, options.samples, options.probes)
     folder = run / EVALUATION_FOLDER
@@ -105,7 +112,26 @@ def evaluate_run(run: Path, options: EvaluateOptions, commands: Commands, again:
         write_swapped(swap, [data.clips(split) for split in tested])
     pipeline = PipelineRun(plan.spec, folder, commands, again)
     _finish(pipeline)
-    return _read(run, plan, pipeline, data.label_names)
+    found = _read(run, plan, pipeline, data.label_names)
+    return replace(found, methods=(majority(data, found.methods[0]), *found.methods))
+
+
+def majority(data: VideoDataModule, other: Evaluated) -> Evaluated:
+    """Returns the baseline that always answers the largest class of train, with the shares of train as probabilities.
+
+    Args:
+        data: The data module.
+        other: A method that decided about the same clips.
+    """
+    counts = Counter(clip.label for clip in data.clips("train"))
+    shares = np.array([counts[name] + 1.0 for name in data.label_names])  # no class is impossible
+    shares /= shares.sum()
+    decisions = {}
+    for split, own in other.decisions.items():
+        pred = np.full(len(own), int(shares.argmax()))
+        probs = np.tile(shares, (len(own), 1))
+        decisions[split] = replace(own, pred=pred, probs=probs, confidence=probs.max(1), tokens=0.0)
+    return Evaluated.of(Method(MAJORITY, "likelihood", "", 0), decisions)
 
 
 def write_swapped(swap: SwappedTraces, splits: Sequence[Sequence[Clip]]) -> None:
@@ -228,8 +254,9 @@ def _data_of(run: Path) -> VideoDataModule:
     """Returns the data module of a run, set up."""
     from vidreason.config import trainer_cli
 
+    folder = finished_stages(run)[2][-1][1].folder
     with quietly():
-        data = trainer_cli.build("test", ["--config", str(find_stage(run).folder / CONFIG_FILE)]).datamodule
+        data = trainer_cli.build("test", ["--config", str(folder / CONFIG_FILE)]).datamodule
         assert isinstance(data, VideoDataModule)
         data.prepare_data()
         data.setup("test")

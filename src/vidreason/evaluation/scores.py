@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import (
 )
 
 from vidreason.evaluation.decisions import UNDECIDED, Decisions, Floats, Ints
+from vidreason.lightning_modules.decisions.metrics import CountScores
 from vidreason.lightning_modules.functional.calibration import brier, nll
 
 BINS = 15
@@ -35,16 +36,12 @@ def scores(decisions: Decisions) -> dict[str, float | None]:
         bins of equal size); and None where it has no confidence: ``confidence`` (mean), ``aurc``, ``coverage_at_5`` and
         ``coverage_at_10``.
     """
-    counts = confusion(decisions)
-    labelled, chosen, hits = counts.sum(1), counts[:, :-1].sum(0), counts.diagonal()
-    recalls = hits[labelled > 0] / labelled[labelled > 0]
-    either = (labelled + chosen) > 0
-    f1 = 2 * hits[either] / (labelled + chosen)[either]
+    found = CountScores.of(torch.from_numpy(confusion(decisions)).double())
     return {
-        "acc": float(decisions.right.mean()),
-        "balanced_acc": float(recalls.mean()),
-        "macro_f1": float(f1.mean()),
-        "unparsed": float((decisions.pred == UNDECIDED).mean()),
+        "acc": float(found.acc),
+        "balanced_acc": float(found.balanced_acc),
+        "macro_f1": float(found.macro_f1),
+        "unparsed": float(found.unparsed_rate),
         **_probability_scores(decisions),
         **_confidence_scores(decisions),
     }

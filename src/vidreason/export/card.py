@@ -75,7 +75,7 @@ def _what(facts: CardFacts) -> str:
         "adapter": " Its traces are written by the adapter in `policy/`.",
         "model": " Its traces are written by the model in `policy/`.",
         None: "",
-    }[facts.kinds.policy]
+    }[facts.kinds.policy if _reads_traces(entry) else None]
     rows = [f"- `{spec.name}`" + (f": {spec.definition}" if spec.definition else "") for spec in task.classes]
     lines = [
         "\n".join(front),
@@ -88,15 +88,22 @@ def _what(facts: CardFacts) -> str:
     return "\n\n".join(lines)
 
 
+def _reads_traces(entry: ExportInfo) -> bool:
+    """Returns whether a model writes texts before the decision; it need not, even behind a reviewer's prompt."""
+    decide = entry.decide
+    return bool(decide["by"] == "answer" or (decide["by"] == "review" and decide["input"] != "video"))
+
+
 def _decides(entry: ExportInfo) -> str:
     decide: Any = entry.decide
+    scaled = f"divided by a temperature of {decide.get('temperature', 1.0):.4g}."
     by = {
         "likelihood": "It decides by the likelihoods of the class names behind the prompt.",
+        "video": f"It decides by the likelihoods of the class names behind the prompt, {scaled}",
         "answer": f"It decides by the answers of {decide.get('samples')} sampled completions.",
         "review": "It reads a trace and then decides by the likelihoods of the class names, "
-        f"averaged over {decide.get('samples')} traces and divided by a temperature of "
-        f"{decide.get('temperature', 1.0):.4g}.",
-    }[decide["by"]]
+        f"averaged over {decide.get('samples')} traces and {scaled}",
+    }["video" if decide["by"] == "review" and not _reads_traces(entry) else decide["by"]]
     if entry.threshold is None:
         return by
     limit: Any = entry.threshold
@@ -123,7 +130,7 @@ def _how(facts: CardFacts) -> str:
     versions = (
         f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__.split('+')[0]}"
     )
-    sampled = facts.entry.decide["by"] != "likelihood"
+    sampled = _reads_traces(facts.entry)
     return (
         f"{ours}\n\nWith {kind} alone (`python script.py DIR clip.mp4{base}`; written with {versions}):\n\n"
         f"```python\n{facts.script}```\n\n"
@@ -139,8 +146,9 @@ def _data(facts: CardFacts) -> str:
     splits = ", ".join(f"{number} {split}" for split, number in counts.items())
     return (
         f"## Data\n\nClips by split: {splits}. SHA-256 of their ids, splits and labels: `{facts.data_sha}`.\n\n"
-        "`clips.json` holds ids of these clips by a hash of their content, so that `from_export` gives them the traces "
-        "that the run gave. It may be deleted."
+        "`clips.json` holds ids of these clips by a hash of their content"
+        + (", so that `from_export` gives them the traces that the run gave" if _reads_traces(facts.entry) else "")
+        + ". It may be deleted."
     )
 
 
@@ -181,7 +189,7 @@ def _limits(facts: CardFacts) -> str:
         )
     elif merged and check["difference"] > 1e-4:
         lines.append("- The difference comes from rounding the merged weights to the precision of the base.")
-    if facts.entry.decide["by"] != "likelihood":
+    if _reads_traces(facts.entry):
         lines.append("- Its traces are texts that a model wrote, and not the cause of its decision.")
     if facts.info.get("note"):
         lines.append(f"- {facts.info['note']}. The script replaces these positions.")

@@ -92,6 +92,25 @@ for trace in traces:
 scores = torch.stack(found).mean(0).log() / info["temperature"]
 print(json.dumps(dict(zip(asked["answers"], scores.softmax(0).tolist()))))
 """
+_CONTINUE = """\
+{activate}inputs, found, tags = show(asked), [], r"<[^<>\\s]+>|<\\s*(?:/\\s*)?(?:think|answer|confidence)\\s*>"
+for trace in traces:
+    block = re.search("<think>(.*?)</think>", trace, re.DOTALL)
+    words = re.sub(tags, "", (block[1] if block else trace).split("<answer>")[0], flags=re.IGNORECASE).strip()
+    begun, scores = f"{words}</think>" if asked["reasoning_start"] else f"{asked['lead']}<think>{words}</think>", []
+    for name in asked["answers"]:
+        told = processor.tokenizer(
+            f"{begun}<answer>{name}</answer>",
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+        first, ids = sum(end <= len(begun) for _, end in told["offset_mapping"]), told["input_ids"]
+        scores.append(score(inputs, ids[first:] + asked["end_of_turn"], ids[:first]))
+    found.append(torch.stack(scores).softmax(0))
+scores = torch.stack(found).mean(0).log() / info["temperature"]
+print(json.dumps(dict(zip(asked["answers"], scores.softmax(0).tolist()))))
+"""
 _VOTE = """\
 answers = [re.search("<answer>(.*?)</answer>", trace, re.DOTALL) for trace in traces]
 names = list(asked["answers"])
@@ -134,7 +153,8 @@ def card_script(info: ExportInfo, kinds: Kinds, vlm: VLM, shows_video: bool) -> 
     if not reviews:
         return "".join([*parts, _VOTE])
     black = "" if shows_video else "frames = 0 * frames\n"
-    return "".join([*parts, _SCORE, black, _REVIEW.replace("{activate}", _activate(kinds, "own"))])
+    review = _CONTINUE if decide["input"] == "video+reasoning" else _REVIEW
+    return "".join([*parts, _SCORE, black, review.replace("{activate}", _activate(kinds, "own"))])
 
 
 def _head(info: ExportInfo, kinds: Kinds, vlm: VLM, writes: bool) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,12 +27,10 @@ from vidreason.answering.exported import (
 from vidreason.answering.loaded import OpenedRun
 from vidreason.answering.recipe import describe_decider, describe_vlm
 from vidreason.config.finished_stage import find_stage
-from vidreason.datamodules.clips.decoded import DecodeError
-from vidreason.datamodules.clips.time_limit import ReadTimeoutError, call_for_files, call_reader
-from vidreason.datamodules.file_hash import content_sha, file_size
 from vidreason.datamodules.types import Clip
 from vidreason.export.card import CardFacts, write_card
 from vidreason.export.check import CLIPS, probe
+from vidreason.export.clips import write_clips
 from vidreason.export.script import Kinds, card_script
 from vidreason.export.weights import copy_adapter_folder, copy_model_folder, write_companions, write_model
 from vidreason.lightning_modules.vlms.generation import Sampling
@@ -49,8 +48,6 @@ from vidreason.run_folder import TASK_FILE
 
 TOLERANCE = 1e-4
 """Largest difference of log-probabilities in fp32, in nats, that is rounding."""
-HASHED_BYTES = 4 * 10**9
-"""Clips of the data set are hashed up to this many bytes, test splits first."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +80,7 @@ def export_run(run: Path, stage: str | None, out: Path, merge: bool, force: bool
     out = Path(os.path.abspath(out))  # "." has no name
     found = find_stage(run, stage)
     opened = OpenedRun.of(found)
-    identity = {
-        "name": run.resolve().name,
-        "stage": opened.module.stage_name,
-        "task_sha": opened.task.sha(),
-    }
+    identity = _identity(run, opened)
     if not found.weights and not merge:
         raise ValueError(f"--run {run}: its model is the base, untrained; give --merge to write the whole model")
     moved = _make_room(out, identity, force)
@@ -106,7 +99,7 @@ def export_run(run: Path, stage: str | None, out: Path, merge: bool, force: bool
                 if folder == draft or not is_adapter_folder(folder):
                     write_companions(opened.module.vlm, frames, sampling, folder)
             opened.task.to_yaml(draft / TASK_FILE)
-            known, left = _write_clips(opened, draft / CLIPS_FILE)
+            known, left = write_clips(opened, draft / CLIPS_FILE)
             policy_sha = adapter_sha(policy) if policy.is_dir() else None
             entry = replace(entry, weights_sha=adapter_sha(draft), policy_sha=policy_sha)
             info["export"] = entry.entry()
@@ -122,6 +115,19 @@ def export_run(run: Path, stage: str | None, out: Path, merge: bool, force: bool
     return Exported(out, merge, difference, known, left)
 
 
+def _identity(run: Path, opened: OpenedRun) -> dict[str, str]:
+    """Returns what tells a run from others, also from one of the same name elsewhere and from a later training."""
+    weights = opened.stage.weights
+    policy = opened.module.adapter_path if describe_decider(opened)["by"] == "review" else None
+    return {
+        "name": run.resolve().name,
+        "stage": opened.module.stage_name,
+        "task_sha": opened.task.sha(),
+        "weights": adapter_sha(weights[-1]) if weights else f"base {opened.module.vlm.base_sha()}",
+        "policy": "" if policy is None else adapter_sha(policy),
+    }
+
+
 def _make_room(out: Path, identity: dict[str, str], force: bool) -> Path | None:
     """Moves a folder away that may not be replaced, if forced; returns where it went.
 
@@ -132,7 +138,7 @@ def _make_room(out: Path, identity: dict[str, str], force: bool) -> Path | None:
         return None
     try:
         own = dict(ExportInfo.read(out).run) == identity
-        why = "an export of another run, stage or task"
+        why = "an export of another run, stage, task or training"
     except ValueError:
         own, why = False, "something else than an export"
     if own:
@@ -235,39 +241,20 @@ def _check_difference(opened: OpenedRun, merge: bool, difference: float, out: Pa
     """Checks that only rounding changes log-probabilities, where the weights are the same numbers in fp32.
 
     Raises:
-        ValueError: If more does.
+        ValueError: If more does, or, in any precision, if one is NaN or infinite.
     """
     vlm = opened.module.vlm
+    if not math.isfinite(difference):
+        raise ValueError(
+            f"--out {out}: log-probabilities of the run or of the written model are not finite, so nothing is written; "
+            "use weights of a stage that trained well, or a wider vlm.dtype"
+        )
     exact = vlm.dtype == "float32" or (vlm.dtype == "auto" and not torch.cuda.is_available())
-    if exact and not (merge and vlm.quantize == "nf4") and not difference <= TOLERANCE:  # NaN is not, either
+    if exact and not (merge and vlm.quantize == "nf4") and difference > TOLERANCE:
         raise ValueError(
             f"--out {out}: log-probabilities of the written model differ by {difference:.2g} from those of the run, "
             "so nothing is written; report this with the config of the run"
         )
-
-
-def _write_clips(opened: OpenedRun, file: Path) -> tuple[int, int]:
-    """Writes the ids of the data set's clips by their content; returns how many were hashed and how many were left."""
-    tests = opened.data.test_split_names if opened.clips else ()
-    fields, timeout = opened.task.metadata_fields, opened.data.frames.timeout
-    try:
-        sizes = list(call_for_files(file_size, [clip.path for clip in opened.clips], timeout)) if opened.clips else []
-    except (ReadTimeoutError, OSError):
-        sizes = [None] * len(opened.clips)
-    hashes, budget = dict[int, str](), HASHED_BYTES
-    for place in sorted(range(len(sizes)), key=lambda place: opened.clips[place].split not in tests):
-        clip, size = opened.clips[place], sizes[place]
-        if size is not None and size <= budget and clip.stretch is None:
-            budget -= size
-            with suppress(DecodeError, OSError):
-                hashes[place] = call_reader(content_sha, clip.path, timeout=timeout)
-    found: dict[str, Any] = {}
-    for place in sorted(hashes):  # of clips with the same content the first one counts, as in the run
-        clip = opened.clips[place]
-        shown = {name: value for name, value in clip.fields.items() if name in fields}
-        found.setdefault(hashes[place], {"id": clip.video_id, "fields": shown})
-    file.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
-    return len(hashes), len(sizes) - len(hashes)
 
 
 def _data_sha(clips: Sequence[Clip]) -> str:

@@ -103,6 +103,7 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
         metavar="[STAGE=]NAME",
         help="how a stage, or every stage, trains: an overlay of configs/strategy (qlora, fsdp, ...) or a file",
     )
+    parser.add_argument("--logger", metavar="NAME", help="where curves go: tensorboard (default), csv, wandb or mlflow")
     parser.add_argument("--seed", type=int, help="seed of every stage (default: the pipeline's, else 0)")
     parser.add_argument(
         "--use",
@@ -127,17 +128,24 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
     for item in options.strategy:
         stage, equals, name = item.rpartition("=")
         spec = spec.with_strategy(name, stage if equals else None)
+    if options.logger is not None:
+        spec = replace(spec, args={**spec.args, "logger": options.logger})
     if options.seed is not None:
         spec = replace(spec, seed=options.seed)
     if options.until is not None:
         spec.stage(options.until)  # checks the name
+    return PipelineCall(spec, options.run_dir, _read_use(options.use, spec), options.until)
+
+
+def _read_use(items: Sequence[str], spec: PipelineSpec) -> dict[str, Path]:
+    """Returns the folders of finished stages by name, from values of ``--use``."""
     use: dict[str, Path] = {}
-    for item in options.use:
+    for item in items:
         stage, equals, folder = item.partition("=")
         if not equals:
             raise ValueError(f"--use {item}: must read STAGE=DIR")
         use[spec.stage(stage).name] = Path(folder)
-    return PipelineCall(spec, options.run_dir, use, options.until)
+    return use
 
 
 def _read_overrides(arguments: Sequence[str], known: Iterable[str]) -> dict[str, object]:

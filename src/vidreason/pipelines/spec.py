@@ -14,6 +14,7 @@ from typing import Literal, cast
 
 import yaml
 
+from vidreason.config.command_files import PIPELINE_CONFIG
 from vidreason.config.moved_keys import PIPELINE_MOVED, explain_moved
 from vidreason.pipelines.config_files import locate_config, strategy_file
 from vidreason.pipelines.fingerprints import read_yaml
@@ -185,7 +186,7 @@ def read_pipeline(config: str) -> PipelineSpec:
         ValueError: If the file is missing or malformed, or names an unknown key, a missing config, or an artefact that
             no earlier stage writes. The message names file and key.
     """
-    path = locate_config(config)
+    path = locate_config(config, PIPELINE_CONFIG)
     top = _mapping(read_yaml(path), f"{path}", _PIPELINE_KEYS)
     rows = top.get("stages")
     if not isinstance(rows, list) or not rows:

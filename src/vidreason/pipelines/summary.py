@@ -80,16 +80,16 @@ def recall_and_f1(predictions: Sequence[Prediction]) -> tuple[float, float]:
 
     Recall is averaged over the classes that occur, F1 over those that occur or are predicted, as in scikit-learn.
     """
-    labels = {p.label for p in predictions}
-    recalls, f1s = [], []
-    for name in labels | {p.pred for p in predictions if p.pred is not None}:
-        hits = sum(p.right and p.label == name for p in predictions)
-        truly = sum(p.label == name for p in predictions)
-        predicted = sum(p.pred == name for p in predictions)
-        f1s.append(2 * hits / (truly + predicted))  # = 2 P R / (P + R), defined even if P or R is not
-        if name in labels:
-            recalls.append(hits / truly)
-    return sum(recalls) / len(recalls), sum(f1s) / len(f1s)
+    import torch  # seconds to import: a pipeline that has nothing to summarise does without
+
+    from vidreason.lightning_modules.decisions.metrics import CountScores
+
+    names = sorted({p.label or "" for p in predictions} | {p.pred for p in predictions if p.pred is not None})
+    counts = torch.zeros(len(names), len(names) + 1, dtype=torch.float64)
+    for p in predictions:
+        counts[names.index(p.label or ""), -1 if p.pred is None else names.index(p.pred)] += 1
+    found = CountScores.of(counts)
+    return float(found.balanced_acc), float(found.macro_f1)
 
 
 def probability_scores(predictions: Sequence[Prediction]) -> tuple[float, float, float] | None:
@@ -97,7 +97,7 @@ def probability_scores(predictions: Sequence[Prediction]) -> tuple[float, float,
 
     They come from the metrics of the test stage, so that the summary says what the logs say.
     """
-    import torch  # seconds to import: a pipeline that has nothing to summarise does without
+    import torch
 
     from vidreason.lightning_modules.decisions.metrics import UNDECIDED, ClassificationMetrics
 

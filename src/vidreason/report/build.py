@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,8 @@ from vidreason.report.methods import Table, cost_table, method_tables, probe_tab
 from vidreason.report.runs import ReportRun, model_name, read_runs
 from vidreason.report.verdict import Gain, Headline, choose_headline, gains, sentence, warnings
 
+LIMIT = 20_000_000
+"""Most bytes of the file."""
 _PACKAGES = ("vidreason", "torch", "transformers", "peft", "lightning", "plotly")
 
 
@@ -73,7 +76,30 @@ def gather(folders: Sequence[Path]) -> Report:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Writes the report as one HTML file that loads nothing else."""
+    """Writes the report as one HTML file that loads nothing else, with fewer clips where it would be above 20 MB.
+
+    Raises:
+        ValueError: If the charts and tables alone are too large.
+    """
+    content, clips = render(report), len(report.gallery.clips)
+    if len(content) > LIMIT:
+        # the clips are what can be left out; the size of the page grows with their number
+        fitting = bisect_right(range(clips), LIMIT, key=lambda kept: len(render(_with_clips(report, kept)))) - 1
+        if fitting < 0:
+            raise ValueError(
+                f"{path}: charts and tables alone are larger than the {LIMIT / 1e6:.0f} MB of a report; give it fewer "
+                "runs, or runs that were evaluated on fewer splits (--splits)"
+            )
+        content = render(_with_clips(report, fitting))
+    write_text(path, content.decode("utf-8"))
+
+
+def _with_clips(report: Report, kept: int) -> Report:
+    return replace(report, gallery=report.gallery.first(kept))
+
+
+def render(report: Report) -> bytes:
+    """Returns the page of a report in UTF-8."""
     page = files("vidreason.report").joinpath("page")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(page.joinpath("report.html").read_text(encoding="utf-8"))
@@ -92,7 +118,7 @@ def write_report(report: Report, path: Path) -> None:
         plotly=Markup(get_plotlyjs()),
     )
     # a model can write half of a surrogate pair, which UTF-8 cannot hold
-    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
+    return text.encode("utf-8", "replace")
 
 
 def _sections(runs: Sequence[ReportRun], comparisons: Sequence[Comparison], headline: Headline) -> list[Section]:

@@ -131,7 +131,7 @@ def reliability(methods: Sequence[tuple[str, Evaluated]]) -> Chart | None:
             if split == CALIBRATION_SPLIT or own.probs is None:
                 continue
             before = _bins_trace(own, "as the model gives it")
-            after = [] if one.temperature is None else [_bins_trace(own.scaled(one.temperature), _scaled_by(one))]
+            after = [] if one.temperature is None else [_bins_trace(one.scaled(split), _scaled_by(one))]
             ideal = go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line=_CHANCE, name="perfect", hoverinfo="skip")
             layout = {"xaxis": percent_axis("confidence"), "yaxis": percent_axis("right"), "legend": BELOW}
             variants.append((f"{name}, {split}", (figure([before, *after, ideal], 430, **layout),)))
@@ -153,9 +153,9 @@ def risk(methods: Sequence[tuple[str, Evaluated]], thresholds: Mapping[str, Thre
         sure = [(n, o) for n, o in methods if split in o.decisions and o.decisions[split].confidence is not None]
         for number, (name, one) in enumerate(sure):
             own, colour = one.decisions[split], COLOURS[number % len(COLOURS)]
-            scaled = own.scaled(one.temperature) if one.temperature is not None else own
-            assert scaled.confidence is not None
-            coverage, error = risk_coverage(scaled.confidence, own.right.astype(np.float64))
+            confidence = one.scaled(split).confidence
+            assert confidence is not None
+            coverage, error = risk_coverage(confidence, own.right.astype(np.float64))
             line = {"color": colour, "shape": "hv"}
             curve = {"x": coverage.tolist(), "y": error.tolist(), "mode": "lines+markers", "line": line}
             shown = True if number < _SHOWN else "legendonly"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vidreason.config.loggers import MAIN
 from vidreason.run_folder import TENSORBOARD_FOLDER
 
 _POINTS = 1000
@@ -24,7 +25,7 @@ _PANELS = (
     ("validation: accuracy", r"val/acc"),
     ("validation: NLL", r"val/(nll(?:_scaled)?)"),
 )
-"""Title of a panel, and the tags of its curves; a group of the expression names the curve."""
+"""Title of a panel, and the names of its values as they are logged; a group of the expression names the curve."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def read_curves(stage: Path) -> list[Panel]:
     tags = [str(tag) for tag in events.Tags()["scalars"]]
     panels = []
     for title, expression in _PANELS:
-        matches = [match for tag in tags if (match := re.fullmatch(expression, tag))]
-        curves = [_curve(events, match[0], match.groups()[0] if match.groups() else title) for match in matches]
+        matches = [(tag, match) for tag in tags if (match := re.fullmatch(expression, tag.removeprefix(MAIN)))]
+        curves = [_curve(events, tag, match.groups()[0] if match.groups() else title) for tag, match in matches]
         panels.append(Panel(title, tuple(curve for curve in curves if len(curve.steps) > 1)))
     return [panel for panel in panels if panel.curves]
 

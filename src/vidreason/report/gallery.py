@@ -6,7 +6,7 @@ import base64
 import io
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from vidreason.config.quiet import quietly
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.split_names import CALIBRATION_SPLIT
 from vidreason.datamodules.types import Clip
-from vidreason.evaluation.decisions import Decisions
 from vidreason.evaluation.plan import EVALUATION_FOLDER
 from vidreason.evaluation.rows import Evaluated
 from vidreason.lightning_modules.decisions.predictions import Prediction, read_predictions
@@ -33,11 +32,13 @@ from vidreason.run_folder import CONFIG_FILE, RunState, artefact_path
 MOST_CLIPS = 200
 WRONG_AND_SURE = 100
 """Clips that are wrong, the surest first; random ones follow."""
-BUDGET = 13_000_000
-"""Most characters of pictures and traces, so that the whole file stays below 20 MB."""
 _SEED = 0
 _QUALITY = 70
 """WebP quality of a film strip."""
+
+_NOT_LOADED = (ArgumentError, ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError)
+_NOT_LOADED += (OSError, RuntimeError)
+"""What the module of a user's class may raise where it is imported elsewhere than in its own project."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,6 @@ class ShownClip:
         totals = [trace.rewards["total"] for trace in self.traces if "total" in trace.rewards]
         return sum(totals) / len(totals) if totals else None
 
-    def __len__(self) -> int:
-        return len(self.picture) + sum(len(trace.text) for trace in self.traces)
-
 
 @dataclass(frozen=True)
 class Gallery:
@@ -91,7 +89,12 @@ class Gallery:
     of: int
     """Clips that the method decided about."""
     note: str
-    """Why clips have no picture, or are left out; empty if nothing is missing."""
+    """Why clips have no picture or no rewards, or are left out; empty if nothing is missing."""
+
+    def first(self, kept: int) -> Gallery:
+        """Returns the gallery with its first clips only, and says so."""
+        gone = f"{len(self.clips) - kept} clips are left out to keep the file small."
+        return replace(self, clips=self.clips[:kept], note=f"{self.note} {gone}".strip())
 
 
 def show_clips(headline: Headline, runs: Sequence[ReportRun]) -> Gallery:
@@ -100,27 +103,22 @@ def show_clips(headline: Headline, runs: Sequence[ReportRun]) -> Gallery:
     known = {(p.split, p.video_id): p for p in _predictions(run, one)}
     other = _decisions_of(headline.reference, runs)
     paths, note = _clips_of(run)
-    rewards = _rewards(run)
-    shown, size = list[ShownClip](), 0
-    places = choose(one)
-    for split, row in places:
+    rewards, unrewarded = _rewards(run)
+    shown = list[ShownClip]()
+    for split, row in choose(one):
         prediction = known[split, one.decisions[split].ids[row]]
-        clip = _shown(one, split, row, prediction, other, paths.get((split, prediction.video_id)), rewards)
-        size += len(clip)
-        if size > BUDGET:
-            note = f"{note} {len(places) - len(shown)} clips are left out to keep the file small.".strip()
-            break
-        shown.append(clip)
+        shown.append(_shown(one, split, row, prediction, other, paths.get((split, prediction.video_id)), rewards))
     if not note and any(not clip.picture for clip in shown):
         note = "Clips without a picture cannot be read."
-    return Gallery(tuple(shown), sum(len(d) for split, d in one.decisions.items() if split != CALIBRATION_SPLIT), note)
+    decided = sum(len(d) for split, d in one.decisions.items() if split != CALIBRATION_SPLIT)
+    return Gallery(tuple(shown), decided, " ".join(filter(None, (note, unrewarded))))
 
 
 def choose(one: Evaluated) -> list[tuple[str, int]]:
     """Returns at most 200 places (split, row): at most 100 wrong ones, the surest first, then others at random."""
     places = [(s, row) for s, d in one.decisions.items() if s != CALIBRATION_SPLIT for row in range(len(d))]
 
-    sure = {split: _scaled(one, split).confidence for split in one.decisions}
+    sure = {split: one.scaled(split).confidence for split in one.decisions}
 
     def confidence(place: tuple[str, int]) -> float:
         found = sure[place[0]]
@@ -152,7 +150,7 @@ def _shown(
     clip: Clip | None,
     rewards: tuple[Sequence[RewardFn], CompletionForm],
 ) -> ShownClip:
-    own, scaled = one.decisions[split], _scaled(one, split)
+    own, scaled = one.decisions[split], one.scaled(split)
     names = own.label_names
     probs = [] if scaled.probs is None else zip(names, scaled.probs[row].tolist(), strict=True)
     pred = int(own.pred[row])
@@ -169,12 +167,6 @@ def _shown(
         picture=picture_url(clip),
         traces=tuple(ShownTrace(t.text, t.answer, _scores(t.text, t.n_tokens, label, names, rewards)) for t in texts),
     )
-
-
-def _scaled(one: Evaluated, split: str) -> Decisions:
-    """Returns the decisions with the temperature of the method, if it has one."""
-    own = one.decisions[split]
-    return own if one.temperature is None or own.probs is None else own.scaled(one.temperature)
 
 
 def _scores(
@@ -227,8 +219,11 @@ def _clips_of(run: ReportRun) -> tuple[dict[tuple[str, str], Clip], str]:
         return {}, f"The clips were not found where the run had them ({error}), so that there are no pictures."
 
 
-def _rewards(run: ReportRun) -> tuple[Sequence[RewardFn], CompletionForm]:
-    """Returns the reward functions and the form of completions of the stage that trained on rewards; none without."""
+def _rewards(run: ReportRun) -> tuple[tuple[Sequence[RewardFn], CompletionForm], str]:
+    """Returns the reward functions and the form of completions of the stage that trained on rewards, none without.
+
+    With them comes why there are none, if the user's own class cannot be loaded here; else an empty text.
+    """
     for stage in run.stages:
         file = Path(stage.folder / CONFIG_FILE)
         content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -238,6 +233,13 @@ def _rewards(run: ReportRun) -> tuple[Sequence[RewardFn], CompletionForm]:
             parser.add_argument("--rewards", type=list[RewardFn])
             parser.add_argument("--completion", type=CompletionForm, default=CompletionForm())
             given = {key: init[key] for key in ("rewards", "completion") if init.get(key) is not None}
-            built = parser.instantiate(parser.parse_object(given))
-            return built.rewards or (), built.completion
-    return (), CompletionForm()
+            try:
+                built = parser.instantiate(parser.parse_object(given))
+            except _NOT_LOADED as error:
+                why = str(error).strip().splitlines() or [repr(error)]
+                listed = ", ".join(str(each.get("class_path")) for each in init["rewards"] or ())
+                return ((), CompletionForm()), (
+                    f"Traces have no rewards: those of stage {stage.name} ({listed}) cannot be loaded here ({why[0]})."
+                )
+            return (built.rewards or (), built.completion), ""
+    return ((), CompletionForm()), ""

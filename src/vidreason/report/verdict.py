@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vidreason.datamodules.split_names import CALIBRATION_SPLIT
-from vidreason.evaluation.decisions import Decisions
-from vidreason.evaluation.intervals import FEWEST_GROUPS, Difference
+from vidreason.evaluation.decisions import Decisions, Floats
+from vidreason.evaluation.intervals import FEWEST_GROUPS, Difference, compare
 from vidreason.evaluation.rows import Evaluated, EvaluationRow
 from vidreason.evaluation.run import Comparison
 from vidreason.pipelines.summary import wilson_interval
@@ -118,7 +119,8 @@ def warnings(headline: Headline, runs: Sequence[ReportRun], comparisons: Sequenc
         *_about_chance(headline.method.decisions),
         *_about_size(own),
         *_about_answers(own),
-        *(text for run in runs for text in _about_probes(run, comparisons)),
+        *_about_probes(headline, runs, comparisons),
+        *_about_seeds(headline, comparisons),
         *_about_training(headline, runs),
         *(f"{run.name}: {note}" for run in runs for note in run.notes if "not better than always" not in note),
     ]
@@ -185,21 +187,66 @@ def _about_training(headline: Headline, runs: Sequence[ReportRun]) -> list[str]:
     ]
 
 
-def _about_probes(run: ReportRun, comparisons: Sequence[Comparison]) -> list[str]:
-    """Says where a method does as well, or is as sure, without the video."""
-    own = {(row.who.method, row.split): row for row in run.rows if row.group is None}
-    changes = {(one.first, one.second, one.split): one.difference.mean for one in comparisons}
+def _about_seeds(headline: Headline, comparisons: Sequence[Comparison]) -> list[str]:
+    """Says where a difference rests on one training run of each method, however many runs one of them has."""
+    pipeline = headline.run.evaluated.pipeline
+    compared = [one for one in comparisons if (one.first, one.second) == (headline.name, headline.reference)]
+    if compared and all(one.difference.seeds > 1 for one in compared):
+        return []
+    return [
+        f"A single training run of {pipeline}: the differences hold for its weights on other clips, not for another "
+        "training run. Run the pipelines with other seeds (--seed), evaluate them, and give all runs to the report."
+    ]
+
+
+def _about_probes(headline: Headline, runs: Sequence[ReportRun], comparisons: Sequence[Comparison]) -> list[str]:
+    """Says where a loss of accuracy or confidence without the video is not shown, or that nothing was probed."""
+    probed = {f"{row.who.pipeline}: {row.who.probe_of}" for run in runs for row in run.rows}
+    if headline.name not in probed:
+        folder, splits = headline.run.folder, dict.fromkeys(row.split for row in headline.run.rows)
+        command = shlex.join(["vidreason", "evaluate", "--run", str(folder), "--splits", *splits, "--probes"])
+        return [f"No probes were run, so that it is not known whether the model looks at the video: {command}"]
     found = []
-    for row in run.rows:
-        whole = own.get((row.who.probe_of or "", row.split))
-        if row.group is not None or whole is None or not row.who.method.endswith(", no video"):
+    for one in comparisons:
+        probe, _, what = one.first.rpartition(", ")
+        if what != "no video" or probe != one.second:
             continue
-        change = changes.get((row.name, whole.name, row.split))
-        if change is not None and change >= 0:
-            found.append(f"{whole.name} does as well without the video on {row.split} ({100 * change:+.1f} points).")
-        if row.confidence is not None and whole.confidence is not None and row.confidence >= whole.confidence:
+        change = one.difference
+        if not (change.shown and change.mean < 0):
             found.append(
-                f"{whole.name} is as sure without the video on {row.split}: mean confidence "
-                f"{percent(row.confidence)} %, with it {percent(whole.confidence)} %."
+                f"{probe} is not shown to lose accuracy without the video on {one.split}: "
+                f"{100 * change.mean:+.1f} points{_sure(change)}; {change.clips} clips could show "
+                f"{100 * change.detectable:.1f}."
+            )
+        surer = _change_of_confidence(one, runs)
+        if surer is not None and not (surer.shown and surer.mean < 0):
+            found.append(
+                f"{probe} is as sure without the video on {one.split}, as far as {surer.clips} clips can tell: mean "
+                f"confidence {100 * surer.mean:+.1f} points{_sure(surer)}."
             )
     return found
+
+
+def _change_of_confidence(probe: Comparison, runs: Sequence[ReportRun]) -> Difference | None:
+    """Returns the change in confidence that a probe brings, over the seeds; None without confidences."""
+    pairs = []
+    for run in runs:
+        named = {f"{run.evaluated.pipeline}: {one.method.name}": one for one in run.evaluated.methods}
+        both = [named[name] for name in (probe.first, probe.second) if name in named]
+        if len(both) == 2 and all(probe.split in one.decisions for one in both):
+            pairs.append([one.scaled(probe.split) for one in both])
+    if not pairs or any(own.confidence is None for pair in pairs for own in pair):
+        return None
+    return compare([pair[0] for pair in pairs], [pair[1] for pair in pairs], _confidence)
+
+
+def _confidence(decisions: Decisions) -> Floats:
+    assert decisions.confidence is not None
+    return decisions.confidence
+
+
+def _sure(difference: Difference) -> str:
+    """Returns how sure a difference is, in brackets: its p-value, or its interval over seeds."""
+    if difference.low is not None and difference.high is not None:
+        return f" ({100 * difference.low:+.1f} to {100 * difference.high:+.1f} over {difference.seeds} seeds)"
+    return "" if difference.p_value is None else f" (p {difference.p_value:.3f})"

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError
 
 from vidreason.lightning_modules.decisions.metrics import UNDECIDED, ClassificationMetrics
+from vidreason.lightning_modules.decisions.pictures import draw_confusion, draw_reliability
 
 NAMES = ("calm", "loud", "riot", "never seen")
 
@@ -113,7 +114,7 @@ def test_confusion_matrix_reset_and_picture() -> None:
     labels, pred = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 1, 1, UNDECIDED, 0])
     metrics.update(torch.full((5, 4), 0.25), labels, pred)
     assert metrics.confusion().tolist() == [[1, 1, 0, 0, 0], [0, 1, 0, 0, 0], [1, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
-    picture = metrics.draw_confusion("val")
+    picture = draw_confusion(metrics.confusion(), NAMES, "val")
     assert picture.dtype == torch.uint8
     assert picture.ndim == 3
     assert picture.shape[0] == 3
@@ -121,7 +122,7 @@ def test_confusion_matrix_reset_and_picture() -> None:
     metrics.reset()
     metrics.update(torch.full((1, 4), 0.25), labels[:1], pred[:1])
     assert int(metrics.confusion().sum()) == 1
-    assert not torch.equal(metrics.draw_confusion("val"), picture)
+    assert not torch.equal(draw_confusion(metrics.confusion(), NAMES, "val"), picture)
     assert metrics.compute()["nll"].item() == pytest.approx(math.log(4))
 
 
@@ -130,7 +131,7 @@ def test_metrics_travel_with_their_module_and_stay_out_of_checkpoints() -> None:
     module.metrics = ClassificationMetrics(NAMES)
     assert not module.state_dict()
     assert sum(1 for _ in module.parameters()) == 0
-    assert str(module.to("meta").metrics.accuracy.device) == "meta"
+    assert str(module.to("meta").metrics.matrix.device) == "meta"
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
@@ -153,3 +154,11 @@ def test_errors() -> None:
             metrics.update(probs, labels, pred)
     with pytest.raises(ValueError, match="two classes"):
         ClassificationMetrics(["only"])
+
+
+def test_reliability_picture_changes_with_the_decisions() -> None:
+    confidence = torch.tensor([0.55, 0.6, 0.9, 1.0])
+    picture = draw_reliability(confidence, torch.tensor([True, False, True, True]), "val")
+    assert picture.dtype == torch.uint8
+    assert picture.shape[0] == 3
+    assert not torch.equal(draw_reliability(confidence, torch.tensor([True, False, False, True]), "val"), picture)

@@ -11,7 +11,7 @@ import vlm_builders as builders
 from families import FAMILIES
 
 from vidreason.datamodules.clips.decoding import FrameOptions
-from vidreason.datamodules.inference_data import InferenceDataModule
+from vidreason.datamodules.inference_data import InferenceDataModule, ReadClip
 from vidreason.datamodules.task import ClassSpec, Task
 from vidreason.datamodules.types import Clip
 from vidreason.datamodules.words import check_words
@@ -119,4 +119,4 @@ def test_clips_to_decide_about_are_checked_too(word: str, where: str) -> None:
     task = replace(TASK, question=f"{word}: who?")
     data = InferenceDataModule(task, encoder("<image>", "<|im_end|>"), FrameOptions(), seed=0, batch_size=2)
     with pytest.raises(ValueError, match=rf"^{where} contains <[^\n]*$"):
-        data.set_clips(CLIPS, {})
+        data.set_clips([ReadClip(clip) for clip in CLIPS])

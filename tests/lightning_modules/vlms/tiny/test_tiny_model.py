@@ -83,6 +83,16 @@ def test_a_frozen_tower_does_not_drift(make_tiny: MakeTiny, frozen: bool) -> Non
     assert [p.requires_grad for p in tower.parameters()] == [not frozen] * len(list(tower.parameters()))
 
 
+@pytest.mark.parametrize("tower", [True, False], ids=["tower frozen", "tower trained"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["projector frozen", "projector trained"])
+def test_a_frozen_projector_is_not_trained(make_tiny: MakeTiny, frozen: bool, tower: bool) -> None:
+    model = make_tiny(freeze_vision=tower, freeze_projector=frozen).build()
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+    visual = set() if tower else {"visual"}
+    projector = set() if tower and frozen else {"projector"}
+    assert trained == {"language_model"} | visual | projector, "freeze_projector counts only behind a frozen tower"
+
+
 def test_features_stand_where_the_placeholders_are(make_tiny: MakeTiny) -> None:
     vlm = make_tiny()
     model = vlm.build().eval()

@@ -1,0 +1,175 @@
+"""Clips a second of ``vidreason classify``: one clip at a time, in batches, and read ahead; and memory of many rows.
+
+    python benchmarks/classify_scale.py --run RUN [RUN ...] [--json FILE] [--clips 48] [--repeats 3] [--rows 1000000]
+
+The runs are finished ones, such as those of ``vidreason demo``. Clips are 10 s of 854 x 480 pixels, H.264. *naive*
+reads a clip when the model waits for it and decides about it alone; *batches* reads eight clips one after the other and
+decides about them together; *ahead* is what the command does: clips are read by helper processes while the model
+decides. Each variant and repeat gets clips of its own content, so that nothing is known from before; variants take
+turns, and figures are medians. What the variants say about the first clip is compared.
+
+``--rows``: a manifest of so many rows, all of which but ten are in the file of results. The command goes on with it in
+a process of its own; its largest resident memory is compared with that for ten rows and an empty file. ``--repeats 0``
+measures nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from decode import VIDEOS, make_video
+from figures import versions, write_json
+
+from vidreason.inference import Decision, VideoClassifier
+
+VARIANTS = {"naive": (1, 0), "batches": (8, 0), "ahead": (8, None)}
+"""Clips per batch and readers by variant."""
+_COMMAND = """
+import resource, sys
+from vidreason.cli.main import main
+status = main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(status)
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one run."""
+
+    run: str
+    answers: str
+    clips_per_s: dict[str, float]
+    """Median clips a second by variant."""
+    model_cpu_s: dict[str, float]
+    """Median CPU-seconds per clip by variant, of this process; those of the helpers that decode are not in it."""
+    ratio: float
+    """Of the clips a second: ``ahead`` over ``naive``."""
+    largest_difference: float
+    """Of a probability of the first clip, between variants."""
+
+
+def copies(video: Path, folder: Path, count: int, mark: str) -> list[Path]:
+    """Writes copies of a video that differ in an empty box at their end, and so in their content."""
+    folder.mkdir(parents=True)
+    content, paths = video.read_bytes(), []
+    for number in range(count):
+        note = f"{mark} {number}".encode()
+        paths.append(folder / f"{number}.mp4")
+        paths[-1].write_bytes(content + (8 + len(note)).to_bytes(4, "big") + b"free" + note)
+    return paths
+
+
+def timed(run: Path, variant: str, clips: Sequence[Path]) -> tuple[float, float, Decision]:
+    """Returns clips a second, CPU-seconds per clip of this process, and the decision about the first clip."""
+    batch_size, readers = VARIANTS[variant]
+    classify = VideoClassifier.from_run(run, batch_size=batch_size, readers=readers)
+    list(classify.decide(clips[:2]))  # starts what has to be started
+    start, used = time.perf_counter(), time.process_time()
+    decisions = list(classify.decide(clips[2:]))
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    assert all(decision.error is None for decision in decisions)
+    return len(decisions) / seconds, used / len(decisions), decisions[0]
+
+
+def measure(run: Path, video: Path, folder: Path, count: int, repeats: int) -> Row:
+    """Measures the variants in turn."""
+    rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    used: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    apart = 0.0
+    for repeat in range(repeats):
+        first: list[Decision] = []
+        for name in VARIANTS:
+            # The noise of traces depends on the path: variants get the same one after the other.
+            place = folder / run.name / str(repeat)
+            clips = copies(video, place, count + 2, f"{name} {repeat}")
+            rate, cpu, decision = timed(run, name, clips)
+            rates[name].append(rate)
+            used[name].append(cpu)
+            first.append(decision)
+            for clip in clips:
+                clip.unlink()
+            place.rmdir()
+        apart = max([apart, *(abs(d.probs[c] - first[0].probs[c]) for d in first[1:] for c in first[0].probs)])
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return Row(
+        run.name,
+        VideoClassifier.from_run(run).answers.partition(" (")[0],
+        medians,
+        {name: statistics.median(values) for name, values in used.items()},
+        medians["ahead"] / medians["naive"],
+        apart,
+    )
+
+
+def peak_mb(run: Path, folder: Path, rows: int) -> tuple[float, float]:
+    """Returns the largest resident memory in MB, and the seconds, of a command that goes on with all but ten rows."""
+    table, out = folder / f"{rows}.csv", folder / f"{rows}.jsonl"
+    names = (f"clips/camera {number % 97}/{number:09d}.mp4" for number in range(rows))
+    with table.open("w") as listed, out.open("w") as done:
+        listed.write("path\n")
+        for number, name in enumerate(names):
+            listed.write(f"{name}\n")
+            if number < rows - 10:
+                done.write(json.dumps({"path": name, "label": None, "error": "not read"}) + "\n")
+    settings = VideoClassifier.from_run(run).settings()
+    out.with_name(f"{out.name}.settings.json").write_text(json.dumps(settings))
+    start = time.perf_counter()
+    command = [sys.executable, "-c", _COMMAND, "classify", str(table), "--run", str(run), "--out", str(out)]
+    done_ = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    assert f"{rows} clips, {min(rows, 10)} of them new" in done_.stdout, done_.stderr[-2000:]
+    return int(done_.stdout.split("peak")[1]) / 1000, seconds
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs="+", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    content: dict[str, Any] = {
+        "date": str(date.today()),
+        "versions": versions(("torch", "transformers", "av")),
+        "machine": {"cpus": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "clips": options.clips,
+        "repeats": options.repeats,
+        "runs": [],
+    }
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        make_video(folder / "video.mp4", VIDEOS["480p"])
+        for run in options.run if options.repeats else ():
+            row = measure(run, folder / "video.mp4", folder, options.clips, options.repeats)
+            print(f"{row.run} ({row.answers}): {row.ratio:.2f} times the clips of the naive way", flush=True)
+            for variant in VARIANTS:
+                used = f"{row.model_cpu_s[variant]:.3f} CPU-s of the model"
+                print(f"  {variant:8} {row.clips_per_s[variant]:6.2f} clips/s, {used}", flush=True)
+            content["runs"].append(asdict(row))
+            write_json(options.json, content)
+        if options.rows:
+            few, _ = peak_mb(options.run[0], folder, 10)
+            many, seconds = peak_mb(options.run[0], folder, options.rows)
+            print(f"{options.rows} rows: {many:.0f} MB (10 rows: {few:.0f} MB) in {seconds:.0f} s")
+            content["memory"] = {"rows": options.rows, "peak_mb": many, "peak_mb_of_10_rows": few, "seconds": seconds}
+            write_json(options.json, content)
+
+
+if __name__ == "__main__":
+    main()

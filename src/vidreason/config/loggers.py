@@ -1,0 +1,141 @@
+"""The logger of a run by name: Lightning's own, and a TensorBoard that shows first what matters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.tensorboard.summary import hparams
+
+from vidreason.run_folder import TENSORBOARD_FOLDER
+
+LoggerName = Literal["tensorboard", "csv", "wandb", "mlflow"]
+_PACKAGES: Mapping[str, tuple[str, ...]] = {"wandb": ("wandb",), "mlflow": ("mlflow", "mlflow_skinny")}
+"""Packages of which a logger needs one."""
+_PROJECT = "vidreason"
+
+MAIN = "main/"
+"""TensorBoard sorts groups by name: this one comes before ``train`` and ``val``."""
+WATCHED = "watch/"
+"""Behind ``val``: times, memory and other things that are looked at when something is wrong."""
+_IN_MAIN = r"train/(reward|rewards/.+/mean|loss)|val/(acc|balanced_acc|nll|nll_scaled|loss)"
+_IN_WATCHED = r"(data|memory|rollout_mismatch|timing_s|vision_cache)/.+|train/(step_time|clips_per_s)"
+_LEFT_OUT = (
+    r"epoch|reward|.+/f1/.+|prefix/.+|val/decode_failures|data/decode_ms|timing_s/(step|reward)|vision_cache/gb|"
+    r"train/(policy_loss|num_tokens)|train/rewards/.+/(std|failures)|train/completions/(min|max)_length|"
+    r"train/clip_ratio/(low|high|dual)_mean|val/.*brier.*"
+)
+_PART = r"train/rewards/.+/mean"
+_MOST_PARTS = 6
+"""Parts of the reward that have a curve."""
+
+
+class RunTensorBoard(TensorBoardLogger):
+    """TensorBoard in ``tb/`` of the run folder, with at most 40 scalars of a fit and none of other commands.
+
+    The scores of a test, which would be single dots, are a table among the texts (``callbacks/result_table.py``).
+
+    Args:
+        save_dir: The run folder.
+        trains: Whether the command is a fit.
+    """
+
+    def __init__(self, save_dir: str | Path, trains: bool) -> None:
+        # without a version the folder is tb/ itself and not tb/version_N, so that a resumed run continues in it
+        super().__init__(save_dir, name=TENSORBOARD_FOLDER, version="", default_hp_metric=False)
+        self.trains = trains
+        self._parts: set[str] = set()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Logs the scalars that are shown, under the names that order them."""
+        shown = {name: value for tag, value in metrics.items() if (name := self._shown(tag)) is not None}
+        if shown:
+            super().log_metrics(shown, step)
+
+    @rank_zero_only
+    def log_outcome(self, settings: Mapping[str, object], metrics: Mapping[str, float]) -> None:
+        """Writes a row of HParams; its metrics are the last points of curves, which are not logged again."""
+        outcome = {name: value for tag, value in metrics.items() if (name := shown_as(tag)) and tag.startswith("val/")}
+        writer = self.experiment._get_file_writer()
+        for summary in hparams(dict(settings), outcome):
+            writer.add_summary(summary)
+
+    def _shown(self, tag: str) -> str | None:
+        if not self.trains:
+            return None
+        if re.fullmatch(_PART, tag):
+            if len(self._parts) >= _MOST_PARTS and tag not in self._parts:
+                return None
+            self._parts.add(tag)
+        return shown_as(tag)
+
+
+def shown_as(tag: str) -> str | None:
+    """Returns the name of a logged value in TensorBoard; None if it has no curve there.
+
+    >>> shown_as("train/reward"), shown_as("train/kl"), shown_as("memory/resident"), shown_as("val/f1/fall")
+    ('main/train/reward', 'train/kl', 'watch/memory/resident', None)
+    """
+    if re.fullmatch(_LEFT_OUT, tag):
+        return None
+    if re.fullmatch(_IN_MAIN, tag):
+        return MAIN + tag
+    return WATCHED + tag if re.fullmatch(_IN_WATCHED, tag) else tag
+
+
+def add_logger_argument(parser: LightningArgumentParser) -> None:
+    """Adds ``--logger``."""
+    parser.add_argument(
+        "--logger",
+        type=LoggerName | None,
+        default=None,
+        help="Where curves go: tensorboard (default), csv, wandb or mlflow. trainer.logger takes any class.",
+    )
+
+
+def check_logger(config: Namespace) -> None:
+    """Checks that the logger that was chosen can be used.
+
+    Raises:
+        ArgumentError: If its package is missing, or ``trainer.logger`` is set as well.
+    """
+    name = config.logger
+    if name is None:
+        return
+    if config.trainer.logger not in (None, True):
+        raise argparse.ArgumentError(
+            None, f"--logger {name}: trainer.logger is set in the configuration, too; leave one of them out"
+        )
+    needed = _PACKAGES.get(name, ())
+    if needed and not any(find_spec(package) for package in needed):
+        raise argparse.ArgumentError(
+            None, f"--logger {name}: the package {needed[0]} is missing: pip install {needed[0]}, or --logger csv"
+        )
+
+
+def build_logger(name: LoggerName | None, run_dir: Path, trains: bool) -> Logger:
+    """Returns Lightning's logger of that name for a run folder.
+
+    Args:
+        name: None is TensorBoard.
+        run_dir: The run folder, whose name the run has in wandb and MLflow.
+        trains: Whether the command is a fit.
+    """
+    title = run_dir.as_posix()
+    if name == "csv":
+        return CSVLogger(run_dir, name="csv")  # version_N for each call: it would remove the curves of an earlier one
+    if name == "wandb":
+        return WandbLogger(name=title, save_dir=run_dir, project=os.environ.get("WANDB_PROJECT", _PROJECT))
+    if name == "mlflow":
+        return MLFlowLogger(experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT), run_name=title)
+    return RunTensorBoard(run_dir, trains)
