@@ -36,8 +36,18 @@ _SEED = 0
 _QUALITY = 70
 """WebP quality of a film strip."""
 
-_NOT_LOADED = (ArgumentError, ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError)
-_NOT_LOADED += (OSError, RuntimeError)
+_NOT_LOADED = (
+    ArgumentError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 """What the module of a user's class may raise where it is imported elsewhere than in its own project."""
 
 
