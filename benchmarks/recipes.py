@@ -26,6 +26,7 @@ from vidreason.datamodules.porch.world import Facts, label_of
 from vidreason.datamodules.traces import TraceStore
 from vidreason.demo.run import DATA
 from vidreason.lightning_modules.decisions.predictions import Prediction, Trace, read_predictions
+from vidreason.pipelines.spec import read_pipeline
 from vidreason.run_folder import RunState, artefact_path
 
 FIRST = "shipped"
@@ -45,6 +46,7 @@ RECIPES: Mapping[str, Mapping[str, object]] = {
     "traces_at_temperature_1": {
         f"{stage}.model.init_args.traces.sampling.temperature": 1.0 for stage in ("traces", "calibration", "test")
     },
+    "calibrator_at_rate_1e-3": {"calibration.model.init_args.optim.optimizer.init_args.lr": 1e-3},
     "calibrator_with_its_own_prompt": {
         "calibration.model.init_args.input": "video+trace",
         "test.model.init_args.input": "video+trace",
@@ -65,8 +67,16 @@ def options(recipe: str, seed: int, folder: Path, until: str) -> list[str]:
     for key, value in [*((f"data.init_args.{name}", v) for name, v in data.items()), *RECIPES[recipe].items()]:
         line += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     if recipe != FIRST:
-        line += ["--use", f"generate={(folder / FIRST).as_posix()}"]
+        line += [f"--use={stage}={(folder / FIRST).as_posix()}" for stage in unchanged_stages(recipe)]
     return line
+
+
+def unchanged_stages(recipe: str) -> list[str]:
+    """Returns the stages before the first one that a recipe changes; they are taken from the shipped recipe's run."""
+    names = [stage.name for stage in read_pipeline(str(Path(__file__).with_suffix(".yaml"))).stages]
+    # A key of a section, such as vlm, changes all stages but the descriptions, which the base writes as it is.
+    changed = [names.index(key.partition(".")[0]) if key.partition(".")[0] in names else 1 for key in RECIPES[recipe]]
+    return names[: min(changed)]
 
 
 def figures_of(run: Path, world: Path) -> dict[str, Any]:

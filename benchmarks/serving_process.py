@@ -36,9 +36,9 @@ class Served:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
-    """What it writes to stderr."""
+    """File with what the service wrote to stderr."""
     temporary: Path
-    """Where it keeps its temporary files."""
+    """Folder in which the service keeps its temporary files."""
 
     def processes(self) -> list[int]:
         """Returns the ids of the service and of its helper processes."""

@@ -44,7 +44,7 @@ class ReadClip:
     """Hash of the file, or of all frames of a clip in memory; empty if it is not known."""
     error: str | None = None
     unanswered: bool = False
-    """Whether the file system did not answer, so that nothing is known about the clip."""
+    """True if the file system of the clip did not answer in time; ``error`` then says nothing about the clip itself."""
 
 
 class InferenceDataModule(VideoDataModule):

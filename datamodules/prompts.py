@@ -22,7 +22,7 @@ from vidreason.rewards.completion import (
 )
 
 ReviewInput = Literal["video+trace", "video+reasoning", "trace", "video"]
-"""What a reviewer reads.
+"""The inputs of a reviewer, which decides about a clip after a policy has written reasoning traces about it.
 
 ``video+trace`` and ``trace`` show the reasoning and its conclusion in the user's turn, as the account of an observer;
 ``trace`` shows a black video. With ``video+reasoning`` the reviewer is asked what the policy was asked, its own turn

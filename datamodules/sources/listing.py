@@ -61,7 +61,7 @@ class Listing:
     total: int | None = 0
     """Number of clips, after ``clips`` was called; None if there are folders, which are listed as they are needed."""
     others: Counter[str] = field(default_factory=Counter)
-    """What is passed over in the folders listed so far: suffixes with the number of files, names."""
+    """Files and folders that are no clips, of the folders listed so far: a suffix or a name, and how often it was met."""
 
     def clips(self) -> Iterator[ListedClip]:
         """Returns the clips in order.
@@ -192,13 +192,15 @@ class Inside:
     """The content of one folder."""
 
     identity: str
-    """The same for all links to the folder."""
+    """Device and inode of the folder as text, so that two links to one folder have the same identity."""
     is_clip: bool
-    """Whether its pictures are a clip: it holds pictures and no video."""
+    """True if the folder itself is a clip, with pictures as its frames: it holds pictures and no video."""
     videos: tuple[str, ...]
+    """Names of the video files."""
     folders: tuple[str, ...]
+    """Names of the folders to list next."""
     others: Mapping[str, int]
-    """What is passed over, in words, with its number."""
+    """Files and folders that are no clips: a suffix or a name, and how often it was met."""
 
 
 def look_into(folder: Path) -> Inside:
