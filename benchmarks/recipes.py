@@ -67,7 +67,8 @@ def options(recipe: str, seed: int, folder: Path, until: str) -> list[str]:
     for key, value in [*((f"data.init_args.{name}", v) for name, v in data.items()), *RECIPES[recipe].items()]:
         line += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     if recipe != FIRST:
-        line += [f"--use={stage}={(folder / FIRST).as_posix()}" for stage in unchanged_stages(recipe)]
+        for stage in unchanged_stages(recipe):
+            line += ["--use", f"{stage}={(folder / FIRST).as_posix()}"]
     return line
 
 

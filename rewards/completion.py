@@ -38,7 +38,8 @@ _TRAILER = re.compile(rf"(?:\s|{'|'.join(map(re.escape, _END_TOKENS))})*")
 
 # Every family has its own special tokens (<|video_pad|>, <image>, <IMG_CONTEXT>, <row_1_col_2>, </s>): all of them are
 # one word in angle brackets, and no list of names would stay complete. The second form catches "< Think >".
-_MARKUP = re.compile(r"<[^<>\s]+>|<\s*(?:/\s*)?(?:think|answer|confidence)\s*>", re.IGNORECASE)
+MARKUP = re.compile(r"<[^<>\s]+>|<\s*(?:/\s*)?(?:think|answer|confidence)\s*>", re.IGNORECASE)
+"""Tags and special tokens."""
 # Stricter than float(), which also takes signs, exponents, nan, inf, underscores and other scripts' digits.
 _DECIMAL = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
 
@@ -130,7 +131,7 @@ def render_reasoning(text: str) -> str:
     """
     reasoning = parse_completion(text).reasoning
     before = (text if reasoning is None else reasoning).partition(ANSWER_OPEN)[0]
-    return f"{THINK_OPEN}{_MARKUP.sub('', before).strip()}{THINK_CLOSE}"
+    return f"{THINK_OPEN}{MARKUP.sub('', before).strip()}{THINK_CLOSE}"
 
 
 def render_completion(
@@ -178,7 +179,7 @@ def render_completion(
 
 def find_markup(text: str) -> str | None:
     """Returns the first tag or special token in a text, or None; a text with one cannot be rendered."""
-    match = _MARKUP.search(text)
+    match = MARKUP.search(text)
     return None if match is None else match.group()
 
 

@@ -61,7 +61,7 @@ class Listing:
     total: int | None = 0
     """Number of clips, after ``clips`` was called; None if there are folders, which are listed as they are needed."""
     others: Counter[str] = field(default_factory=Counter)
-    """Files and folders that are no clips, of the folders listed so far: a suffix or a name, and how often it was met."""
+    """What is no clip in the folders listed so far: a suffix of files or a name, and how often it was met."""
 
     def clips(self) -> Iterator[ListedClip]:
         """Returns the clips in order.

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from vidreason.answering.exported import ExportInfo
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
+from vidreason.rewards.completion import MARKUP
 
 PUBLISHED_POSITIONS = ("qwen2_vl", "qwen2_5_vl")
 """Model types whose positions transformers 5.19 to 5.24 computes otherwise than their weights were trained with."""
@@ -93,7 +94,7 @@ scores = torch.stack(found).mean(0).log() / info["temperature"]
 print(json.dumps(dict(zip(asked["answers"], scores.softmax(0).tolist()))))
 """
 _CONTINUE = """\
-{activate}inputs, found, tags = show(asked), [], r"<[^<>\\s]+>|<\\s*(?:/\\s*)?(?:think|answer|confidence)\\s*>"
+{activate}inputs, found, tags = show(asked), [], r"{tags}"
 for trace in traces:
     block = re.search("<think>(.*?)</think>", trace, re.DOTALL)
     words = re.sub(tags, "", (block[1] if block else trace).split("<answer>")[0], flags=re.IGNORECASE).strip()
@@ -153,7 +154,7 @@ def card_script(info: ExportInfo, kinds: Kinds, vlm: VLM, shows_video: bool) -> 
     if not reviews:
         return "".join([*parts, _VOTE])
     black = "" if shows_video else "frames = 0 * frames\n"
-    review = _CONTINUE if decide["input"] == "video+reasoning" else _REVIEW
+    review = _CONTINUE.replace("{tags}", MARKUP.pattern) if decide["input"] == "video+reasoning" else _REVIEW
     return "".join([*parts, _SCORE, black, review.replace("{activate}", _activate(kinds, "own"))])
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from vidreason.serving.bodies import parse_json
 from vidreason.serving.engine import OwnAnswer
-from vidreason.serving.errors import ApiError, invalid
+from vidreason.serving.errors import ApiError
 from vidreason.serving.limits import ServingOptions
 from vidreason.serving.media import Media, from_data_url, one_clip, read_media
 from vidreason.serving.questions import Question, mean_level, text_of
 from vidreason.serving.requests import (
     About,
+    ModelRequest,
     Settled,
     Wanted,
     Where,
@@ -83,10 +83,9 @@ class ScoreQuestion(_Lenient):
 AnyQuestion = ChoiceQuestion | PredicateQuestion | ScoreQuestion
 
 
-class DecisionRequest(_Lenient):
+class DecisionRequest(_Lenient, ModelRequest):
     """A request about one clip."""
 
-    model: str
     input: str | list[dict[str, Any]]
     questions: Annotated[list[Annotated[AnyQuestion, Field(discriminator="type")]], Field(min_length=1, max_length=400)]
     include_trace: bool = False
@@ -103,11 +102,7 @@ def parse_decisions(
     """
     if "json" not in headers.get("content-type", "json"):
         raise ApiError(415, "the body must be JSON (Content-Type: application/json)", code="unsupported_body")
-    try:
-        request = DecisionRequest.model_validate(parse_json(body, BAD))
-    except ValidationError as error:
-        raise invalid(error, BAD) from error
-    about.check_model(request.model)
+    request = about.read(DecisionRequest, body, BAD)
     words, media = _read_input(request.input)
     questions = tuple(_question(item, ("questions", i)) for i, item in enumerate(request.questions))
     own = tuple(question.is_of(about.task) for question in questions)

@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from vidreason.datamodules.task import Task
 from vidreason.lightning_modules.decisions.threshold import Threshold
+from vidreason.serving.bodies import parse_json
 from vidreason.serving.engine import Answer, Engine, OwnAnswer
-from vidreason.serving.errors import ApiError
+from vidreason.serving.errors import ApiError, invalid
 from vidreason.serving.limits import ServingOptions
 from vidreason.serving.open_questions import Asked, Probabilities
 from vidreason.serving.questions import Question
 
 Where = tuple[str | int, ...]
+
+
+class ModelRequest(BaseModel):
+    """A request that names the model that it is for."""
+
+    model: str
+
+
+R = TypeVar("R", bound=ModelRequest)
 
 
 @dataclass(frozen=True)
@@ -78,15 +90,25 @@ class About:
             threshold=engine.threshold,
         )
 
-    def check_model(self, asked: str) -> None:
-        """Checks the name of the model in a request.
+    def read(self, form: type[R], body: bytes, status: int) -> R:
+        """Returns the JSON of a body as a request to this model.
+
+        Args:
+            form: The form of the endpoint.
+            body: The JSON.
+            status: HTTP status for a body of another form.
 
         Raises:
-            ApiError: If it is another one (404).
+            ApiError: If the body does not fit the form, or names another model (404).
         """
-        if asked != self.name:
-            message = f"there is no model {asked[:200]!r}; this service has {self.name!r}"
+        try:
+            request = form.model_validate(parse_json(body, status))
+        except ValidationError as error:
+            raise invalid(error, status) from error
+        if request.model != self.name:
+            message = f"there is no model {request.model[:200]!r}; this service has {self.name!r}"
             raise ApiError(404, message, ("model",), "model_not_found")
+        return request
 
     def calibration(self, own: bool) -> dict[str, object]:
         """Returns whether probabilities are temperature-scaled, and what the temperature was fitted on."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from vidreason.datamodules.task import Task
-from vidreason.serving.bodies import Part, parse_json, parse_multipart
-from vidreason.serving.errors import ApiError, invalid
+from vidreason.serving.bodies import Part, parse_multipart
+from vidreason.serving.errors import ApiError
 from vidreason.serving.limits import ServingOptions
 from vidreason.serving.media import Media, decode_base64, one_clip, read_media
 from vidreason.serving.questions import Question, above_chance, level_confidence, mean_level
 from vidreason.serving.requests import (
     About,
+    ModelRequest,
     Settled,
     Wanted,
     Where,
@@ -83,10 +84,9 @@ class Asset(_Strict):
 AnyQuestion = ChoiceQuestion | NoulQuestion | ScoreQuestion
 
 
-class SystemOneRequest(_Strict):
+class SystemOneRequest(_Strict, ModelRequest):
     """A request about one clip."""
 
-    model: str
     state: str | dict[str, Any] | list[Any]
     questions: Annotated[
         dict[str, Annotated[AnyQuestion, Field(discriminator="type")]], Field(min_length=1, max_length=64)
@@ -113,11 +113,7 @@ def parse_systemone(
         body = bytes(parts["request"].content)
     elif "json" not in content_type:
         raise ApiError(415, "the body must be JSON or multipart/form-data", code="unsupported_body")
-    try:
-        request = SystemOneRequest.model_validate(parse_json(body, BAD))
-    except ValidationError as error:
-        raise invalid(error, BAD) from error
-    about.check_model(request.model)
+    request = about.read(SystemOneRequest, body, BAD)
     names = sorted(request.assets, key=len, reverse=True)
     if "" in names:
         raise ApiError(BAD, "the placeholder of an asset is empty", ("assets",))
