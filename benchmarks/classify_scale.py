@@ -57,9 +57,9 @@ class Row:
     model_cpu_s: dict[str, float]
     """Median CPU-seconds per clip by variant, of this process; those of the helpers that decode are not in it."""
     ratio: float
-    """Of the clips a second: ``ahead`` over ``naive``."""
+    """Ratio of the clips a second: ``ahead`` over ``naive``."""
     largest_difference: float
-    """Of a probability of the first clip, between variants."""
+    """Largest difference between the variants in a probability of the first clip."""
 
 
 def copies(video: Path, folder: Path, count: int, mark: str) -> list[Path]:
@@ -86,7 +86,7 @@ def timed(run: Path, variant: str, clips: Sequence[Path]) -> tuple[float, float,
 
 
 def measure(run: Path, video: Path, folder: Path, count: int, repeats: int) -> Row:
-    """Measures the variants in turn."""
+    """Measures each variant once per repeat, one after the other."""
     rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
     used: dict[str, list[float]] = {name: [] for name in VARIANTS}
     apart = 0.0

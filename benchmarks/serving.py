@@ -52,9 +52,9 @@ class Round(NamedTuple):
     clips_per_s: float
     cpu_s_per_clip: float
     latencies: list[float]
-    """Seconds of each clip."""
+    """Seconds that each clip took."""
     probs: dict[str, dict[str, float]]
-    """By name of the file."""
+    """Class probabilities by name of the clip's file."""
 
 
 class NaiveLoop:

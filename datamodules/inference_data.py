@@ -91,7 +91,7 @@ class InferenceDataModule(VideoDataModule):
         self._clips = {INFERENCE_SPLIT: tuple(self.samples(INFERENCE_SPLIT))}
 
     def set_clips(self, clips: Iterable[ReadClip]) -> None:
-        """Replaces the clips; of several with the same id the last one is kept."""
+        """Replaces the clips, whose ids have to differ: of clips with one id only the last would be kept."""
         self._given = {read.clip.video_id: read for read in clips}
         self.setup("test")
 
@@ -127,7 +127,7 @@ class InferenceDataModule(VideoDataModule):
         return ReadClip(clip, take_frames(frames, fps, self.frames), _digest(frames, fps))
 
     def hold(self, clip: Clip, video: DecodedVideo) -> ReadClip:
-        """Takes the frames that were taken from a clip by somebody else."""
+        """Returns a clip with frames that have been taken from it already."""
         return ReadClip(clip, video, _digest(video.frames, video.timing))
 
     def dataset(self, clips: Sequence[Clip], view: ClipView, train: bool) -> ClipDataset:

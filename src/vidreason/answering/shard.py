@@ -16,7 +16,7 @@ class Shard:
     """One of several disjoint parts, which together are the whole, whatever is added to the list in the meantime."""
 
     number: int
-    """From 1."""
+    """Number of this part, counted from 1."""
     of: int
 
     @classmethod

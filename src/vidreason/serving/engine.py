@@ -35,10 +35,10 @@ class Job:
     """One clip and what is asked about it."""
 
     clip: Clip
-    """Its id goes by its content."""
+    """The clip; its id is derived from its content, so that two uploads of one file have the same noise."""
     video: DecodedVideo
     own: bool
-    """Whether the question of the run is asked."""
+    """True if the request asks the question that the run was trained on."""
     others: Asked
     samples: int | None = None
     """Traces for the question of the run; None is the number of the run."""
@@ -51,7 +51,7 @@ class OwnAnswer:
     probs: Mapping[str, float]
     """Probability of every class; of sampled answers their shares, smoothed."""
     chosen: str | None
-    """None if no sampled answer could be parsed."""
+    """Name of the chosen class; None if no sampled answer could be parsed."""
     reason: str | None
     """Why there is no decision: ``below_threshold`` or ``no_answer``; None if there is one."""
     threshold: Threshold | None
@@ -70,7 +70,7 @@ class Answer:
     together: int
     """Number of requests that went through the model together."""
     seconds: float
-    """Wall time of these."""
+    """Wall time in seconds of all requests that went through the model together."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Refused:
 
     why: str
     by_request: bool
-    """Whether the words of the request are the reason."""
+    """True if the words of the request are the reason, so that the client can change them."""
 
 
 class Engine:
@@ -104,7 +104,7 @@ class Engine:
             if generator is None
             else generator.options.samples
         )
-        """Traces per clip of the run; 0 if it decides without."""
+        """Traces per clip of the run; 0 if the model decides without traces."""
         self.by_answers = isinstance(decider, AnswerDecider)
         """Whether probabilities are shares of sampled answers."""
         self._answering, self._fabric = loaded.answering, loaded.fabric

@@ -25,7 +25,7 @@ class Question:
     names: tuple[str, ...]
     """[C] the answers as the model writes them."""
     definitions: tuple[str, ...] = ()
-    """[C] what they mean; empty without."""
+    """[C] definitions of the answers; empty if the question gives none."""
 
     def __post_init__(self) -> None:
         self.task()

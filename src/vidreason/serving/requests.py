@@ -36,7 +36,7 @@ class Wanted:
 
     questions: tuple[Question, ...]
     own: tuple[bool, ...]
-    """Which of them are the question of the run."""
+    """[Q] True for a question that the run was trained on."""
     words: str = ""
     """Words beside the clip; the question of the run is asked without them, as it was in training."""
     samples: int | None = None
@@ -63,15 +63,15 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class About:
-    """What clients are told about the model."""
+    """The description of the model that clients get."""
 
     name: str
     description: str
     released: float
-    """Time of its weights, in seconds since 1970."""
+    """Time at which the weights were written, in seconds since 1970."""
     task: Task
     samples: int
-    """Traces per clip; 0 if it decides without."""
+    """Traces per clip; 0 if the model decides without traces."""
     by_answers: bool
     temperature: float | None
     threshold: Threshold | None

@@ -62,7 +62,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Address:
-    """Where the service listens.
+    """The address and the token of the service.
 
     Args:
         host: Name or address.

@@ -42,7 +42,7 @@ class _Strict(BaseModel):
 
 
 class NoulCriteria(_Strict):
-    """What yes and no mean."""
+    """Definitions of the two answers of a ``noul`` question."""
 
     true: Content | None = None
     false: Content | None = None
