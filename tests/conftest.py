@@ -1,12 +1,13 @@
 """Fixtures that every test may use: clips made on the fly, and the folder of real ones."""
 
+import gc
 import os
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: sums in one order, whatever the machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the hub; it retries for minutes without a network
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -54,6 +55,17 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports without the garbage collector, which would visit a million objects of torch and transformers again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

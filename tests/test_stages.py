@@ -163,19 +163,19 @@ def test_a_resumed_run_goes_on_with_the_next_clip(make_vlm, make_data, make_trai
             seen.append((self.current_epoch, *batch.video_ids))
             return super().training_step(batch, batch_idx)
 
-    def fit(folder, epochs, stop_at=-1, **kwargs):
+    def fit(folder, epochs, workers, stop_at=-1, **kwargs):
         module = Watched(make_vlm(), optim=ADAMW)
         module.stop_at = stop_at
         trainer = make_trainer(folder, max_epochs=epochs, callbacks=kwargs.pop("callbacks", []))
         trainer.fit(module, make_data(module.vlm, num_workers=workers), **kwargs)
 
-    fit("whole", 3)
+    fit("whole", 3, workers=0)
     whole, saving = list(seen), ModelCheckpoint(save_last=True, save_top_k=0, **options)
     seen.clear()
     with contextlib.suppress(SystemExit):
-        fit("cut", 1 if steps == 2 else 3, stop_at=steps, callbacks=[saving])
+        fit("cut", 1 if steps == 2 else 3, workers, stop_at=steps, callbacks=[saving])
     assert seen == whole[:steps]
-    fit("resumed", 3, ckpt_path=saving.last_model_path, weights_only=True)
+    fit("resumed", 3, workers, ckpt_path=saving.last_model_path, weights_only=True)
     assert seen == whole
     assert len(set(whole)) == 6
 

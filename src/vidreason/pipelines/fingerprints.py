@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from vidreason.config.command_files import parse_yaml
 from vidreason.config.files import find_config, shipped_folder
 from vidreason.config.fit_folder import WITHOUT_EFFECT
 from vidreason.datamodules.file_hash import content_sha
@@ -118,7 +119,7 @@ def read_yaml(path: Path) -> object:
         ValueError: If it is not valid YAML; the message names file and line.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(explain_yaml_error(path, error)) from error
 
