@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vidreason.config.loggers import WATCHED
+
 TIMED = ("timing_s/", "data/", "train/step_time", "train/clips_per_s", "vision_cache/", "memory/", "hp_metric")
 """Prefixes of tags whose values depend on the machine or on the memory of a process."""
 
@@ -34,7 +36,8 @@ def loss_trace(run: Path) -> dict[tuple[str, int], set[float]]:
         place = file.parent.relative_to(run).as_posix()
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                if value.metadata.plugin_data.plugin_name != "scalars" or value.tag.startswith(TIMED):
+                timed = value.tag.removeprefix(WATCHED).startswith(TIMED)
+                if value.metadata.plugin_data.plugin_name != "scalars" or timed:
                     continue
                 values[f"{place}/{value.tag}", event.step].add(float(make_ndarray(value.tensor).item()))
     return values

@@ -28,6 +28,7 @@ def a_run(folder: Path) -> Path:
         for step in range(3):
             writer.add_scalar("train/loss", 0.1 * step, step)
             writer.add_scalar("timing_s/step", torch.rand(()).item(), step)
+            writer.add_scalar("watch/train/step_time", torch.rand(()).item(), step)
     lines = [{"vidreason_traces": 1}, *({"video_id": f"c{i}", "sample": 0, "text": "a"} for i in range(3))]
     (folder / "traces.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     save_file({"w": torch.arange(3.0)}, folder / "adapter_model.safetensors")
