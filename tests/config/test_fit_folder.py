@@ -60,6 +60,8 @@ def test_the_same_configuration_starts_is_resumed_or_has_nothing_to_do(used, cap
     assert (f"resuming from {LAST}" in said) == (used == "unfinished fit")
     assert ("nothing to do" in said) == (used == "finished fit")
     assert (content() == before) == (used == "finished fit")
+    # A test with this configuration decides with the weights that it names, not with a checkpoint.
+    assert yaml.safe_load(Path("runs/x", CONFIG_FILE).read_text())["ckpt_path"] is None
 
 
 @EVERY

@@ -189,6 +189,10 @@ def test_a_test_leaves_the_record_of_training(project):
     assert main(["test", "--config", "configs/stage.yaml"]) == 0
     assert Path("runs/stage/command.txt").read_text().startswith("vidreason fit")
     assert Path("runs/stage/command_test.txt").read_text().startswith("vidreason test")
+    last = "runs/stage/checkpoints/last.ckpt"
+    assert main(["test", "--config", "configs/stage.yaml", "--ckpt_path", last]) == 0
+    assert Path("runs/stage/command_test.txt").read_text().endswith(f"--ckpt_path {last}\n")
+    assert yaml.safe_load(Path("runs/stage/config_test.yaml").read_text())["ckpt_path"] == str(Path(last).absolute())
     assert Path("runs/stage/config.yaml").read_text() == before
 
 

@@ -137,6 +137,7 @@ def test_every_stage_decides_in_every_way_that_it_can(finished: Path, data: Clip
     assert [call["data.init_args.test_splits"] for call in tests.calls[:2]] == ['["cal", "test"]'] * 2
     base, cold = tests.calls[0], tests.calls[1]
     assert base["model.init_args.adapter_path"] == "null"
+    assert {call["ckpt_path"] for call in tests.calls} == {"null"}, "a checkpoint would replace the weights"
     assert cold["model.init_args.adapter_path"] == str(finished / "stages/01_cold/adapter")
     assert cold["seed_everything"] == "7"
     # The traces are written once, and one of them or all of them are read again.

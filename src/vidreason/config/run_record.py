@@ -83,8 +83,11 @@ class RunRecord(SaveConfigCallback):
             command, config = (path.with_name(named_after(path.name, name)) for path in (command, config))
         if name == "fit":
             (folder / FINISHED_FILE).unlink(missing_ok=True)
-        write_text(command, from_the_start(self.command_line) + "\n")
-        text = yaml.safe_dump(self.saved(), sort_keys=False, allow_unicode=True)
+        content, line = self.saved(), self.command_line
+        if name == "fit":  # a test with the config of a resumed fit would load this checkpoint over its weights
+            content, line = content | {"ckpt_path": None}, from_the_start(line)
+        write_text(command, line + "\n")
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_text(config, text)
         self._log_text(trainer, text)
         data: object = trainer.datamodule  # type: ignore[attr-defined]

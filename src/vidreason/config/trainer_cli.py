@@ -260,7 +260,7 @@ class VideoCLI(LightningCLI):
         if isinstance(self.model, VLMModule):
             say(f"strategy: {describe(self.trainer, self.model, trains=subcommand == 'fit')}")
             weights = getattr(self.model, "calibrator_path", None) or self.model.adapter_path
-            say(f"weights: {describe_weights(weights)}")
+            say(f"weights: {describe_weights(weights) if subcommand == 'fit' or not checkpoint else checkpoint}")
         try:
             with handle_signals(), explain_out_of_memory(self.model, self.argv):
                 super()._run_subcommand(subcommand)

@@ -169,7 +169,8 @@ class _Tests:
         """Adds a test stage and its method, with probes behind it if ``probed``; returns the folder of the stage."""
         test = re.sub(r"[^a-z0-9]+", "_", label)
         splits = self.splits if probe_of is None else [s for s in self.splits if s != CALIBRATION_SPLIT]
-        settings = {**_weights(stage), **args, "data.init_args.test_splits": splits}
+        # a stage that was resumed by an older version names its checkpoint, which would replace the weights
+        settings = {"ckpt_path": None, **_weights(stage), **args, "data.init_args.test_splits": splits}
         self.tests.append(StageSpec(test, "test", str((stage.folder / CONFIG_FILE).resolve()), settings, {}))
         calibrator = stage.weights[-1] if mode == "calibrated" else None
         self.methods.append(Method(label, mode, test, samples, calibrator, probe_of))
