@@ -182,7 +182,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     right.set_xticks(range(len(levels)), [level.removeprefix("test_") for level in levels])
     right.set_xlabel(f"level of openness ({labels[-1]} labelled training clips)")
     first.set_ylim(0, 100)
-    first.legend()
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
