@@ -43,6 +43,17 @@ RECIPES: Mapping[str, Mapping[str, object]] = {
     "no_swapped_traces": {f"{_COLD}.targets.swapped": 0},
     "projector_trained": {"vlm.init_args.freeze_projector": False},
     "grpo_80_steps": {"grpo.trainer.max_steps": 80},
+    "grpo_at_rate_1e-4": {
+        "grpo.trainer.max_steps": 120,
+        "grpo.trainer.val_check_interval": 40,
+        "grpo.model.init_args.optim.optimizer.init_args.lr": 1e-4,
+    },
+    "grpo_at_rate_1e-4_with_kl": {
+        "grpo.trainer.max_steps": 80,
+        "grpo.trainer.val_check_interval": 20,
+        "grpo.model.init_args.optim.optimizer.init_args.lr": 1e-4,
+        "grpo.model.init_args.loss.kl_coef": 0.1,
+    },
     "traces_at_temperature_1": {
         f"{stage}.model.init_args.traces.sampling.temperature": 1.0 for stage in ("traces", "calibration", "test")
     },
