@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import served_model as world
+import torch
 
 from vidreason.answering.deciding import ClipDecider
 from vidreason.answering.loaded import LoadedModel
@@ -67,12 +68,10 @@ def test_the_question_of_the_run_has_the_answer_of_the_classifier(loaded: Loaded
     assert found.own.chosen == decision.label
 
 
-def test_other_questions_are_answered_by_the_base_alone(loaded: LoadedModel, small_base: Path, clip_folder: Path):
+def likelihoods(loaded: LoadedModel, base: TinyVLM, asked: Job) -> list[list[float]]:
     """The same words in a closed prompt, decided by a model that never had an adapter."""
-    base = TinyVLM(path=str(small_base))
-    asked = job(clip_folder, 1, own=False, asked=Asked((NIGHT, WEATHER)))
-    found = Engine(loaded, 8).answer([asked])[0].others
-    for question, probs in zip((NIGHT, WEATHER), found, strict=True):
+    found = []
+    for question in asked.others.questions:
         definitions = question.definitions or ("",) * len(question.names)
         classes = tuple(ClassSpec(*pair) for pair in zip(question.names, definitions, strict=True))
         task = Task("other", question.instructions, classes)
@@ -80,7 +79,40 @@ def test_other_questions_are_answered_by_the_base_alone(loaded: LoadedModel, sma
         decider = ClipDecider(replace(loaded, answering=answering, task=task), 1)
         (decided,) = decider.decide([decider.data.hold(asked.clip, asked.video)])
         assert not isinstance(decided, str)
-        assert probs == pytest.approx(decided.decisions.probs[0].tolist(), abs=1e-5)
+        found.append(decided.decisions.probs[0].tolist())
+    return found
+
+
+def test_other_questions_are_answered_by_the_base_alone(loaded: LoadedModel, small_base: Path, clip_folder: Path):
+    asked = job(clip_folder, 1, own=False, asked=Asked((NIGHT, WEATHER)))
+    found = Engine(loaded, 8).answer([asked])[0].others
+    for probs, wanted in zip(found, likelihoods(loaded, TinyVLM(path=str(small_base)), asked), strict=True):
+        assert probs == pytest.approx(wanted, abs=1e-5)
+
+
+def test_after_full_fine_tuning_other_questions_are_answered_by_the_base(
+    loaded: LoadedModel, small_base: Path, clip_folder: Path
+):
+    vlm = TinyVLM(path=str(small_base))
+    model = vlm.build().eval()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    answering = Answering(vlm, model, LikelihoodDecider(world.TASK))
+    tuned = replace(loaded, answering=answering, base=lambda: TinyVLM(path=str(small_base), vision_cache=None))
+    asked = job(clip_folder, 1, asked=Asked((NIGHT, WEATHER)))
+    found, itself = (Engine(one, 8).answer([asked])[0] for one in (tuned, replace(tuned, base=None)))
+    wanted = likelihoods(loaded, TinyVLM(path=str(small_base)), asked)
+    for probs, tuned_probs, expected in zip(found.others, itself.others, wanted, strict=True):
+        assert probs == pytest.approx(expected, abs=1e-5)
+        assert max(abs(a - b) for a, b in zip(tuned_probs, expected, strict=True)) > 1e-3
+    assert found.own.probs == itself.own.probs  # the run's own question is answered by its weights
+
+    missing = replace(tuned, base=lambda: TinyVLM(path=str(small_base / "nowhere")))
+    with pytest.raises(ValueError, match=r"nowhere.*--own-question-only"):
+        Engine(missing, 8)
+    assert Engine(missing, 8, other_questions=False).answer([job(clip_folder, 1)])[0].own.probs == found.own.probs
 
 
 def test_words_of_a_request_and_the_adapter_change_open_answers(loaded: LoadedModel, clip_folder: Path):

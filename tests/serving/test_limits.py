@@ -1,6 +1,7 @@
 """Limits of bodies, memory, time and callers, and the end of the service."""
 
 import asyncio
+import base64
 import gzip
 import io
 import json
@@ -262,6 +263,16 @@ def test_requests_go_through_the_model_together_and_a_stop_loses_none(slow: Slow
     assert same[0]["probabilities"] == pytest.approx(same[1]["probabilities"], abs=1e-5)
     assert same[0]["traces"] == same[1]["traces"]
     assert replies[4].body["timing"]["requests_together"] == 5
+
+
+def test_other_questions_can_be_refused(loaded: LoadedModel, clips: list[bytes]):
+    asset = {"type": "video", "data_base64": base64.b64encode(clips[0]).decode()}
+    asked = {"model": world.NAME, "state": "v", "assets": {"v": asset}, "questions": {"n": {"type": "noul"}}}
+    with world.running(make(Engine(loaded, 8, other_questions=False))) as port:
+        refused = world.call(port, "/v1/systemone", asked)
+        assert world.call(port, "/v1/classify", clips[0]).status == 200
+    assert refused.status == 422
+    assert "question of its run only: 'How light is it?'" in refused.body["detail"][0]["msg"]
 
 
 def test_a_clip_that_cannot_be_read_names_no_file(port: int, clips: list[bytes], loaded: LoadedModel):

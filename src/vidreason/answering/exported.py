@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from vidreason.datamodules.file_hash import content_sha
 from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip
 from vidreason.lightning_modules.decisions.threshold import Threshold
+from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
 from vidreason.lightning_modules.vlms.loading.weight_folders import (
     INFO_FILE,
@@ -45,6 +47,8 @@ from vidreason.run_folder import TASK_FILE
 EXPORT_VERSION = 1
 CLIPS_FILE = "clips.json"
 POLICY_FOLDER = "policy"
+BASE_WEIGHTS = "base "
+"""How the entry ``run.weights`` begins if the base itself decides; its hash follows."""
 EMBEDDED = "embedded"
 """Name of the base that comes with the package."""
 _AGAIN = "export the run again, or copy the folder again"
@@ -187,7 +191,30 @@ def load_export(folder: Path, base: str | None = None) -> LoadedModel:
         fabric=fabric,
         weights_sha=info.weights_sha,
         precision=info.precision,
+        base=partial(_replaced_base, folder, info, base) if _is_replaced(folder, info) else None,
     )
+
+
+def _is_replaced(folder: Path, info: ExportInfo) -> bool:
+    """Returns whether no model of an export holds the base."""
+    if info.run["weights"].startswith(BASE_WEIGHTS):
+        return False
+    policy = folder / POLICY_FOLDER
+    return not is_adapter_folder(folder) or (info.policy_sha is not None and not is_adapter_folder(policy))
+
+
+def _replaced_base(folder: Path, info: ExportInfo, base: str | None) -> VLM:
+    """Returns the family of the base that the weights of an export have replaced.
+
+    Raises:
+        ValueError: If it is not there, or another one.
+    """
+    path = base or _find_base(folder, info)
+    vlm = build_vlm(info.vlm, path, None, cached=False)
+    # A calibrator's entry is the hash of the weights that it was trained on.
+    if info.decide["by"] != "review" and _base_sha(folder) not in (None, vlm.base_sha()):
+        raise ValueError(f"{folder}: was trained on another base than {path}; give its own: base=FOLDER")
+    return vlm
 
 
 def _load_models(folder: Path, info: ExportInfo, task: Task, base: str | None, device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -24,6 +26,7 @@ from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.decisions.deciders import ReviewDecider
 from vidreason.lightning_modules.decisions.threshold import THRESHOLD_FILE, Threshold
 from vidreason.lightning_modules.fit.optimizer_step import check_precision
+from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.weight_folders import adapter_sha
 from vidreason.lightning_modules.weights.answering import Answering
 from vidreason.lightning_modules.weights.lineage import check_task, describe_weights
@@ -47,6 +50,22 @@ class LoadedModel:
     weights_sha: str
     """SHA-256 of the weights that decide; empty if the base does."""
     precision: str
+    base: Callable[[], VLM] | None = None
+    """Returns the family of the base if other weights have replaced it (full fine-tuning, a merged adapter); None if
+    the model that decides holds it, with the adapter off."""
+
+    def with_base(self) -> LoadedModel:
+        """Returns the model that knows nothing of the task: the base, loaded if other weights have replaced it.
+
+        Raises:
+            ValueError: If the base is not there any more.
+        """
+        if self.base is None:
+            return self
+        vlm = self.base()
+        with torch.inference_mode(), quietly(), random_state_restored():
+            model = vlm.build().to(self.fabric.device).eval()
+        return replace(self, answering=replace(self.answering, vlm=vlm, model=model, generator=None, policy=None))
 
 
 @dataclass(frozen=True)
@@ -102,7 +121,16 @@ class OpenedRun:
             fabric=fabric,
             weights_sha=adapter_sha(self.stage.weights[-1]) if self.stage.weights else "",
             precision=self.precision,
+            base=partial(without_adapter, module.vlm) if module.start.full else None,
         )
+
+
+def without_adapter(vlm: VLM) -> VLM:
+    """Returns a copy of a family for its base alone; its embeddings of clips are not cached."""
+    base = copy(vlm)
+    base.lora, base.vision_cache_options = None, None
+    base.__dict__.pop("vision_cache", None)
+    return base
 
 
 def one_device(accelerator: str, precision: str) -> L.Fabric:

@@ -39,6 +39,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="clips that are answered together")
     parser.add_argument("--waiting", type=int, default=64, metavar="N", help="requests in the service at most")
     parser.add_argument("--deadline", type=float, default=120.0, metavar="S", help="seconds until a request gets 503")
+    parser.add_argument(
+        "--own-question-only",
+        action="store_true",
+        help="refuse other questions; for them, fully fine-tuned or merged weights need their base in memory, too",
+    )
     options = parser.parse_options(argv)
     if options.stage is not None and options.run is None:
         parser.error("--stage belongs to --run; an exported folder has one model")
@@ -53,5 +58,6 @@ def main(argv: Sequence[str]) -> int:
 
     address = Address(options.host, options.port, options.token_file)
     limits = ServingOptions(batch_size=options.batch_size, waiting=options.waiting, deadline_s=options.deadline)
-    serve(Source(options.run, options.stage, options.export, options.name), address, limits)
+    source = Source(options.run, options.stage, options.export, options.name, not options.own_question_only)
+    serve(source, address, limits)
     return exit_codes.OK

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vidreason.answering.exported import (
+    BASE_WEIGHTS,
     CLIPS_FILE,
     EMBEDDED,
     EXPORT_VERSION,
@@ -123,7 +124,7 @@ def _identity(run: Path, opened: OpenedRun) -> dict[str, str]:
         "name": run.resolve().name,
         "stage": opened.module.stage_name,
         "task_sha": opened.task.sha(),
-        "weights": adapter_sha(weights[-1]) if weights else f"base {opened.module.vlm.base_sha()}",
+        "weights": adapter_sha(weights[-1]) if weights else f"{BASE_WEIGHTS}{opened.module.vlm.base_sha()}",
         "policy": "" if policy is None else adapter_sha(policy),
     }
 

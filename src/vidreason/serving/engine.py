@@ -88,9 +88,14 @@ class Engine:
     Args:
         loaded: The model.
         batch_size: Clips that go through the model together.
+        other_questions: Whether other questions than that of the run are answered, by the base. If other weights have
+            replaced it, it is loaded beside them.
+
+    Raises:
+        ValueError: If the base is needed and cannot be loaded.
     """
 
-    def __init__(self, loaded: LoadedModel, batch_size: int) -> None:
+    def __init__(self, loaded: LoadedModel, batch_size: int, other_questions: bool = True) -> None:
         self.task: Task = loaded.task
         self.threshold, self.answers = loaded.threshold, loaded.answers
         self.find_known, self.frames = loaded.find_known, loaded.frames
@@ -109,11 +114,14 @@ class Engine:
         """Whether probabilities are shares of sampled answers."""
         self._answering, self._fabric = loaded.answering, loaded.fabric
         self._decider = ClipDecider(loaded, batch_size)
+        self.other_questions = other_questions
+        base = _base_of(loaded) if other_questions else loaded
+        self._base, self._base_decider = base.answering, ClipDecider(base, batch_size)
         self._bound_memory()
 
     def _bound_memory(self) -> None:
         """Makes memory independent of the number of clips that were asked about, and of the answers of a request."""
-        asked = [(self._answering.vlm, self._answering.model)]
+        asked = [(self._answering.vlm, self._answering.model), (self._base.vlm, self._base.model)]
         if self._answering.generator is not None:
             asked.append((self._answering.generator.vlm, self._answering.writer))
         for vlm, model in asked:
@@ -177,14 +185,14 @@ class Engine:
         if not group:
             return {}
         asked = {name: job.others for name, job in group.items()}
-        data = self._decider.data
+        data = self._base_decider.data
         clips = [data.hold(replace(job.clip, video_id=name), job.video) for name, job in group.items()]
-        vlm, size = self._answering.vlm, self._answering.clips_per_forward
+        vlm, size = self._base.vlm, self._base.clips_per_forward
         found: dict[int, tuple[tuple[Probabilities, ...], int]] = {}
         with torch.inference_mode(), self._fabric.autocast(), quietly():
-            for batch in self._decider.batches(clips, OpenQuestionsView(self.task, asked)):
+            for batch in self._base_decider.batches(clips, OpenQuestionsView(self.task, asked)):
                 for part in split_clips(vlm, batch, size):
-                    probs = answer_open_questions(vlm, self._answering.model, part, asked)
+                    probs = answer_open_questions(vlm, self._base.model, part, asked)
                     tokens = input_tokens(part)
                     found |= {int(name): (probs[name], tokens[name]) for name in part.video_ids}
         return found
@@ -202,3 +210,11 @@ class Engine:
             reason = "below_threshold"
         name = self.task.label_names[chosen] if chosen >= 0 else None
         return OwnAnswer(probs, name, reason, threshold, decisions.traces[row])
+
+
+def _base_of(loaded: LoadedModel) -> LoadedModel:
+    try:
+        return loaded.with_base()
+    except ValueError as error:
+        why = "needed for other questions than that of the run; --own-question-only refuses these"
+        raise ValueError(f"{error} (the base is {why})") from error

@@ -69,11 +69,9 @@ def answer_open_questions(
 ) -> dict[str, tuple[Probabilities, ...]]:
     """Returns for each clip the probabilities of the answers of its questions, by video id.
 
-    The adapter is off; after full fine-tuning, the weights of the run answer.
-
     Args:
         vlm: The model family.
-        model: The model.
+        model: The base, or a model that holds it with adapters, which are off.
         batch: Clips, encoded with an ``OpenQuestionsView``.
         asked: Questions by video id.
     """

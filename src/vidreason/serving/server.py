@@ -30,12 +30,14 @@ class Source:
         stage: Stage of the run; None is the one that it tested last.
         export: Exported folder, or None.
         name: Name of the model for clients; None is that of the folder.
+        other_questions: Whether the base answers other questions than that of the run.
     """
 
     run: Path | None = None
     stage: str | None = None
     export: Path | None = None
     name: str | None = None
+    other_questions: bool = True
 
     @property
     def folder(self) -> Path:
@@ -87,7 +89,7 @@ def open_service(source: Source, options: ServingOptions) -> Service:
     Raises:
         ValueError: If the model cannot be loaded.
     """
-    engine = Engine(source.load(), options.batch_size)
+    engine = Engine(source.load(), options.batch_size, source.other_questions)
     folder = source.folder.resolve()
     return Service(engine, About.of(engine, source.name or folder.name, folder.stat().st_mtime), options)
 

@@ -147,6 +147,9 @@ class Service:
 
     def _store(self, body: bytes, headers: Mapping[str, str], parse: Parse, stack: ExitStack) -> tuple[Wanted, Path]:
         wanted, media = parse(body, headers)
+        if wanted.others.questions and not self.engine.other_questions:
+            asked = f"this service answers the question of its run only: {self.engine.task.question!r} with its classes"
+            raise ApiError(422, asked, code="other_question")
         return wanted, stack.enter_context(self.uploads.file(media))
 
     def _read(self, path: Path) -> tuple[Clip, DecodedVideo]:
