@@ -203,7 +203,7 @@ def main() -> None:
     parts: dict[str, Callable[[Served], dict[str, object]]] = {
         "throughput": lambda served: throughput(served, options.run, clips, options.rounds),
         "soak": lambda served: soak(served, clips, options.requests),
-        "fuzz": lambda served: fuzz(served, options.run.name, clips, options.mutations, options.seed),
+        "fuzz": lambda served: fuzz(served, options.run.resolve().name, clips, options.mutations, options.seed),
         "stop": lambda served: stop(served, clips),
     }
     results: dict[str, object] = {}

@@ -17,10 +17,11 @@ from typing import ClassVar
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from vidreason.datamodules.clips.collating import BatchCollator
-from vidreason.datamodules.clips.dataset import ClipDataset, LoadedClip
+from vidreason.datamodules.clips.dataset import ClipDataset, LoadedClip, clips_with_target
 from vidreason.datamodules.clips.decoding import FrameOptions
 from vidreason.datamodules.clips.samplers import (
     BalancedSampler,
@@ -29,6 +30,7 @@ from vidreason.datamodules.clips.samplers import (
     SeededDistributedSampler,
 )
 from vidreason.datamodules.clips.workers import worker_options
+from vidreason.datamodules.folds import HELD_OUT, FoldOptions
 from vidreason.datamodules.known import KnowsVideos
 from vidreason.datamodules.leaks import find_leaks
 from vidreason.datamodules.prompts import ClipView
@@ -38,7 +40,6 @@ from vidreason.datamodules.splits import (
     check_disjoint,
     check_labels,
     complete_splits,
-    first_five,
     write_splits,
 )
 from vidreason.datamodules.task import Task
@@ -70,6 +71,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         prefetch_batches: Batches that each worker loads ahead; they wait in shared memory (``/dev/shm``).
         pin_memory: Whether batches are loaded to page-locked memory, which a GPU reads without the CPU; null does so if
             the trainer uses a GPU.
+        fold: The part of train that the stage gets, for cross-fitting; by default all of it.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         split_seed: int = 0,
         prefetch_batches: int = 2,
         pin_memory: bool | None = None,
+        fold: FoldOptions = FoldOptions(),
     ) -> None:
         super().__init__()
         if prefetch_batches < 1:
@@ -102,11 +105,13 @@ class VideoDataModule(L.LightningDataModule, ABC):
         self.split_seed = split_seed
         self.prefetch_batches = prefetch_batches
         self.pin_memory = pin_memory
+        self.fold = fold
         self.balance_classes = False
         self.view: ClipView | None = None
         self._eval_view: ClipView | None = None
         self._clips: dict[str, tuple[Clip, ...]] | None = None
         self._made: tuple[str, ...] = ()
+        self._held_out: tuple[Clip, ...] = ()
 
     provides_target_texts: ClassVar[bool] = False
     """True if batches bring prompts and target texts of their own, so that no view is used (pretraining)."""
@@ -143,12 +148,15 @@ class VideoDataModule(L.LightningDataModule, ABC):
             check_words(self.task, (clip for clips in self._clips.values() for clip in clips), self.encoder)
             for leak in find_leaks(self._clips.get("train", ()), self.task.metadata_fields):
                 _LOG.warning("%s; leave it out of the task's metadata_fields unless it is known in use, too", leak)
-            sizes = ", ".join(f"{name} {len(clips)}" for name, clips in self._clips.items())
-            _LOG.info("clips: %s", sizes)
-        if self._made and self.trainer is not None and self.trainer.is_global_zero:
+            if self.fold.of:
+                self._clips["train"], self._held_out = self.fold.divide(self._clips.get("train", ()), self.split_seed)
+            _LOG.info("clips: %s", ", ".join(f"{name} {len(clips)}" for name, clips in self._clips.items()))
+        if (self._made or self._held_out) and self.trainer is not None and self.trainer.is_global_zero:
             path = Path(self.trainer.default_root_dir) / SPLITS_FILE
-            write_splits(path, self._clips)
-            _LOG.info("%s made by seed %d, written to %s", ", ".join(self._made), self.split_seed, path)
+            write_splits(path, {**self._clips, HELD_OUT: self._held_out})
+            told = [f"{', '.join(self._made)} made"] if self._made else []
+            told += [f"{self.fold} ({len(self._held_out)} clips)"] if self._held_out else []
+            rank_zero_info(f"{'; '.join(told)}, by seed {self.split_seed}, written to {path}")
 
     def clips(self, split: str) -> tuple[Clip, ...]:
         """Returns the clips of a split, including splits that ``setup`` made.
@@ -233,19 +241,7 @@ class VideoDataModule(L.LightningDataModule, ABC):
         """
         clips = self._of((split,))
         if train:
-            kept = tuple(clip for clip in clips if view.keep(clip))
-            if len(kept) < len(clips):
-                left_out = [clip.video_id for clip in clips if not view.keep(clip)]
-                _LOG.warning(
-                    "%s: %d of %d clips have no target and are left out: %s",
-                    split,
-                    len(left_out),
-                    len(clips),
-                    first_five(left_out),
-                )
-            if not kept:
-                raise ValueError(f"no clip of split {split!r} has a target to train on")
-            clips = kept
+            clips = clips_with_target(split, clips, view)
             if self.frames.cache is not None and self.frames.jittered_in_training:
                 _LOG.info("frames of training are not cached: frames.sampling 'segment' draws others in each epoch")
         return self._loader(clips, view, batch_size, train)

@@ -46,7 +46,7 @@ def make_splits(clips: Sequence[Clip], fractions: Mapping[str, float], seed: int
         )
     groups: dict[str, list[Clip]] = defaultdict(list)
     for clip in clips:
-        groups[_group_key(clip)].append(clip)
+        groups[group_key(clip)].append(clip)
     if len(groups) < len(shares):
         raise ValueError(
             f"{len(clips)} clips in {len(groups)} groups cannot fill {', '.join(shares)}: a group is never divided; "
@@ -54,7 +54,7 @@ def make_splits(clips: Sequence[Clip], fractions: Mapping[str, float], seed: int
         )
     split_of = _deal(groups, shares, seed)
     return {
-        split: tuple(replace(clip, split=split) for clip in clips if split_of[_group_key(clip)] == split)
+        split: tuple(replace(clip, split=split) for clip in clips if split_of[group_key(clip)] == split)
         for split in shares
     }
 
@@ -76,7 +76,7 @@ def complete_splits(
     splits = {name: tuple(clips) for name, clips in given.items() if clips}
     train = splits.get("train", ())
     missing = tuple(name for name in ("val", "cal") if name not in splits) if train else ()
-    if missing and len({_group_key(clip) for clip in train}) <= len(missing):
+    if missing and len({group_key(clip) for clip in train}) <= len(missing):
         _LOG.warning("train has too few groups to take %s from it; the data have none", " and ".join(missing))
         missing = ()
     if missing:
@@ -152,7 +152,8 @@ def first_five(rows: Sequence[str]) -> str:
     return "; ".join(rows[:5]) + more
 
 
-def _group_key(clip: Clip) -> str:
+def group_key(clip: Clip) -> str:
+    """Returns the key of a clip's group, which is its own if it has none; of any two groups the keys differ."""
     return f"group {clip.group}" if clip.group else f"clip {clip.video_id}"
 
 

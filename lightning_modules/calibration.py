@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from vidreason.datamodules.base import VideoDataModule
 from vidreason.datamodules.prompts import ClipView, ReviewInput, ReviewView
 from vidreason.datamodules.task import Task
-from vidreason.datamodules.traces import TraceRecord, TraceStore
+from vidreason.datamodules.traces import TraceRecord
 from vidreason.datamodules.types import VideoBatch
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.decisions.closed_set import closed_set
@@ -48,6 +48,7 @@ from vidreason.lightning_modules.fit.ranks import mean_over_ranks
 from vidreason.lightning_modules.functional.losses import weighted_text_loss
 from vidreason.lightning_modules.functional.reductions import count_or_one, label_log_probabilities
 from vidreason.lightning_modules.traces.generation import TraceGenerator, TraceOptions
+from vidreason.lightning_modules.traces.policy_traces import cross_fitted_traces, policy_traces
 from vidreason.lightning_modules.traces.run_texts import write_run_traces
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.vlms.loading.adapters import LoRAOptions
@@ -72,6 +73,8 @@ class CalibrationModule(VLMModule):
         calibrator_path: The ``adapter/`` of a calibrator to test or to continue training. It contains the path of its
             policy, so that ``adapter_path`` may be null.
         traces_file: Trace file of the policy; missing traces (all, if null) are sampled to the run folder.
+        fold_traces: Trace files that replace the policy's traces of train, each written about a fold of train by a
+            policy that has not trained on it (cross-fitting).
         input: What the calibrator reads. With ``video+trace``, an account and its conclusion in the prompt; with
             ``video+reasoning``, the reasoning as its own, which it ends with its own answer, so that it starts from
             what the policy would answer. ``trace`` (a black video) and ``video`` (no trace) are ablations.
@@ -91,6 +94,7 @@ class CalibrationModule(VLMModule):
         vlm: VLM,
         calibrator_path: str | None = None,
         traces_file: str | None = None,
+        fold_traces: list[str] | None = None,
         input: ReviewInput = "video+trace",
         objective: Literal["tokens", "classes"] = "tokens",
         lora: LoRAOptions = LoRAOptions(),
@@ -106,6 +110,7 @@ class CalibrationModule(VLMModule):
             )
         self.calibrator_path = calibrator_path
         self.traces_file = traces_file
+        self.fold_traces = fold_traces or []
         self.input = input
         self.objective = objective
         self.reviewer = ReviewerPair(vlm, lora)
@@ -211,14 +216,12 @@ class CalibrationModule(VLMModule):
         Raises:
             ValueError: If the file belongs to another policy, task, prompt or sampling.
         """
-        generator = self.trace_generator(self.data.task, "reason")
-        samples, found = self.traces.samples, dict[str, tuple[TraceRecord, ...]]()
-        if self.traces_file is not None:
-            store = TraceStore.open(Path(self.traces_file))
-            store.check(generator.header, allow_external=False)
-            store.check_sampling(generator.header)
-            stored = {name: group[:samples] for name, group in store.by_video(kept_only=False).items()}
-            found = {name: group for name, group in stored.items() if len(group) == samples}
+        generator, samples = self.trace_generator(self.data.task, "reason"), self.traces.samples
+        found = policy_traces(self.traces_file, generator.header, samples)
+        if self.fold_traces and "train" in splits:
+            splits = [split for split in splits if split != "train"]  # The policy knows these clips and writes none.
+            train = {clip.video_id for clip in self.data.clips("train")}
+            found = cross_fitted_traces(found, self.fold_traces, generator.header, samples, train)
         lacking = [s for s in splits if any(clip.video_id not in found for clip in self.data.clips(s))]
         if not lacking:
             return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,8 +23,10 @@ from vidreason.datamodules.clips.reading import content_of, read_frames
 from vidreason.datamodules.clips.time_limit import ReadStoppedError, ReadTimeoutError
 from vidreason.datamodules.known import KnowsVideos, not_decoded
 from vidreason.datamodules.prompts import ClipView
+from vidreason.datamodules.splits import first_five
 from vidreason.datamodules.types import Clip, Example, FailedClip, KnownVideo, VideoSample
 
+_LOG = logging.getLogger(__name__)
 _MOST_TIMEOUTS = 2
 
 
@@ -174,3 +177,24 @@ class ClipDataset(Dataset[LoadedClip]):
         """Returns a generator that depends on seed, epoch and clip only, not on workers or resuming."""
         digest = hashlib.blake2b(f"{self.seed}/{epoch}/{clip.video_id}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def clips_with_target(split: str, clips: Sequence[Clip], view: ClipView) -> tuple[Clip, ...]:
+    """Returns the clips that have a target in a view; the others are left out with a warning.
+
+    Raises:
+        ValueError: If no clip has one.
+    """
+    kept = tuple(clip for clip in clips if view.keep(clip))
+    if len(kept) < len(clips):
+        left_out = first_five([clip.video_id for clip in clips if not view.keep(clip)])
+        _LOG.warning(
+            "%s: %d of %d clips have no target and are left out: %s",
+            split,
+            len(clips) - len(kept),
+            len(clips),
+            left_out,
+        )
+    if not kept:
+        raise ValueError(f"no clip of split {split!r} has a target to train on")
+    return kept

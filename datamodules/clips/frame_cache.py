@@ -144,7 +144,7 @@ def from_jpeg(encoded: Sequence[bytes]) -> Tensor:
     """Decodes frames to [T, 3, H, W]."""
     frames: list[Pixels] = []
     for content in encoded:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
             frames.append(np.asarray(image.convert("RGB")))
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
 

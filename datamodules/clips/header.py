@@ -12,11 +12,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from vidreason.datamodules.clips.decoded import NOMINAL_FPS, DecodeError, fit_size
 from vidreason.datamodules.clips.decoding import FrameOptions, frame_chooser
-from vidreason.datamodules.clips.pictures import is_picture_folder, picture_names
+from vidreason.datamodules.clips.pictures import is_picture_folder, open_picture, picture_names
 from vidreason.datamodules.clips.pyav_packets import open_video, video_stream
 from vidreason.datamodules.clips.time_limit import ReadTimeoutError, call_for_files
 
@@ -121,7 +119,7 @@ def _zip_header(path: Path) -> ClipHeader:
         names = picture_names(archive.namelist())
         if not names:
             raise ValueError(f"{path}: no picture")
-        with Image.open(BytesIO(archive.read(names[0]))) as picture:
+        with open_picture(BytesIO(archive.read(names[0]))) as picture:
             return ClipHeader(len(names), NOMINAL_FPS, picture.width, picture.height)
 
 
@@ -129,5 +127,5 @@ def _folder_header(path: Path) -> ClipHeader | None:
     if not is_picture_folder(path):
         return None
     names = picture_names([entry.name for entry in path.iterdir()])
-    with Image.open(path / names[0]) as picture:
+    with open_picture(path / names[0]) as picture:
         return ClipHeader(len(names), NOMINAL_FPS, picture.width, picture.height)

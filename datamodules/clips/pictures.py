@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageSequence
@@ -26,6 +27,7 @@ from vidreason.datamodules.clips.decoded import (
 from vidreason.datamodules.clips.sampling import FrameChooser, choose_by_time
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"})
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow opens EPS, too, by running Ghostscript
 _PICTURE_ERRORS = (OSError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error, ValueError)
 _MAX_ARCHIVE_BYTES = 2 * 10**9
 _MAX_EXPANSION = 100
@@ -39,6 +41,15 @@ class _Pictures:
     names: tuple[str, ...]
     """Names of the pictures, in natural order (``2.png`` before ``10.png``)."""
     read: Callable[[str], bytes]
+
+
+def open_picture(file: Path | IO[bytes]) -> Image.Image:
+    """Opens a picture of a common format by its content: JPEG, PNG, WebP, GIF, BMP, TIFF or PPM.
+
+    Raises:
+        OSError: If it is of no such format, whatever its name says.
+    """
+    return Image.open(file, formats=_FORMATS)
 
 
 def read_pictures(path: Path, choose: FrameChooser, max_pixels: int | None) -> DecodedFrames:
@@ -69,7 +80,7 @@ def read_animation(path: Path, choose: FrameChooser, max_pixels: int | None) -> 
         DecodeError: If it is no animated picture.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             size = image.size
             check_frame_size(*size)
             total = int(getattr(image, "n_frames", 1))
@@ -149,7 +160,7 @@ def _read(source: _Pictures, choose: FrameChooser, max_pixels: int | None) -> De
             partial = total < len(source.names)
             return DecodedFrames(pixels, NOMINAL_FPS, total, indices, total, "pictures", partial, size=first)
         names = tuple(name for name in names if name not in bad)
-    raise DecodeError(f"no readable picture among {len(source.names)}")
+    raise DecodeError(f"no readable picture among {len(source.names)}; store the pictures as JPEG or PNG")
 
 
 def _picture(source: _Pictures, name: str) -> Pixels | None:
@@ -160,7 +171,7 @@ def _picture(source: _Pictures, name: str) -> Pixels | None:
     """
     try:
         content = source.read(name)
-        with Image.open(io.BytesIO(content)) as image:
+        with open_picture(io.BytesIO(content)) as image:
             check_frame_size(*image.size)
             return np.asarray(image.convert("RGB"))
     except (DecodeError, Image.DecompressionBombError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.datamodules.types import Clip
 from vidreason.evaluation import leaks
 from vidreason.evaluation import run as evaluation
-from vidreason.evaluation.plan import MODES, SwappedTraces
+from vidreason.evaluation.plan import MODES, SwappedTraces, plan_evaluation
 from vidreason.evaluation.run import EvaluatedRun, EvaluateOptions, compare_methods, evaluate_run, rows_of_run
 from vidreason.evaluation.table import render_evaluation
 from vidreason.pipelines.commands import Commands
@@ -147,6 +148,22 @@ def test_every_stage_decides_in_every_way_that_it_can(finished: Path, data: Clip
     tests.calls.clear()
     assert [one.method.name for one in evaluate_run(finished, ALL, tests.commands, "again").methods] == names
     assert tests.calls == []
+
+
+def test_policies_that_left_out_a_fold_have_no_rows(finished: Path) -> None:
+    def methods() -> list[str]:
+        return [method.name for method in plan_evaluation(finished, ["test"], ("answer", "calibrated"), 3).methods]
+
+    before, state = methods(), json.loads((finished / "state.json").read_text())
+    folder = finished / "stages" / "03_cold_fold1"
+    shutil.copytree(finished / "stages" / "01_cold", folder)
+    state["stages"]["cold_fold1"] = state["stages"]["cold"] | {"folder": "stages/03_cold_fold1"}
+    (finished / "state.json").write_text(json.dumps(state))
+    assert sorted(methods()) == sorted([*before, "cold_fold1 answer"])
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["data"] = {"init_args": {"fold": {"of": 2, "leave_out": 1, "only": None}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert methods() == before
 
 
 def test_what_has_finished_is_evaluated_though_the_pipeline_has_not(

@@ -13,6 +13,7 @@ from stage_world import adamw, run_dir
 from vidreason.callbacks.adapter_checkpoint import AdapterCheckpoint
 from vidreason.callbacks.prediction_writer import PredictionWriter
 from vidreason.datamodules.prompts import ReasonView
+from vidreason.datamodules.traces import TraceStore
 from vidreason.lightning_modules.calibration import CalibrationModule
 from vidreason.lightning_modules.fit.optimizer_step import StepResult
 from vidreason.lightning_modules.fit.resume import ResumeFit
@@ -139,6 +140,30 @@ def test_every_split_gets_its_traces_and_given_ones_are_not_sampled_again(make_v
     more = replace(OWN, samples=3)
     third = ready(make(make_vlm(), adapter_path=start, traces_file=str(path), traces=more), folder="more")
     assert {len(group) for group in third._policy_traces.values()} == {3}, "too few are completed"
+
+
+def test_traces_of_train_come_from_policies_that_have_not_seen_it(make_vlm, ready, policy):
+    start = policy()
+    first = ready(make(make_vlm(), adapter_path=start))
+    path, train = run_dir(first) / "traces.jsonl", [clip.video_id for clip in first.data.clips("train")]
+    store = TraceStore.open(path)
+    folds = []
+    for number, ids in enumerate((train[::2], train[1::2][:-1])):
+        other = TraceStore.create(path.with_name(f"{number}"), replace(store.header, adapter_sha=f"{number}" * 64))
+        other.append(replace(r, text=f"fold {number}") for r in store.records() if r.video_id in ids)
+        folds.append(str(other.path))
+    crossed = ready(make(make_vlm(), adapter_path=start, traces_file=str(path), fold_traces=folds), folder="crossed")
+    found = {name: {record.text for record in group} for name, group in crossed._policy_traces.items()}
+    assert all(found[name] == {"fold 0"} for name in train[::2])
+    assert all(found[name] == {"fold 1"} for name in train[1::2][:-1])
+    assert train[1::2][-1] not in found, "what no fold has is not written by the policy, which knows it"
+    assert not (run_dir(crossed) / "traces.jsonl").exists()
+    for split in ("val", "cal"):
+        names = [clip.video_id for clip in first.data.clips(split)]
+        assert all(crossed._policy_traces[name] == first._policy_traces[name] for name in names)
+    for files, message in (([str(path)], "own policy, which has trained on these"), (folds * 2, "an earlier file has")):
+        with pytest.raises(ValueError, match=message):
+            ready(make(make_vlm(), adapter_path=start, traces_file=str(path), fold_traces=files), folder="own")
 
 
 def test_a_calibrator_trained_on_in_its_own_folder_keeps_its_policy(make_vlm, make_data, make_trainer, policy):

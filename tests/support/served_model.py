@@ -27,10 +27,10 @@ from vidreason.lightning_modules.vlms.tiny.vlm import TinyVLM
 from vidreason.lightning_modules.weights.answering import Answering
 from vidreason.lightning_modules.weights.reviewer import ReviewerPair
 from vidreason.serving.app import make_app
+from vidreason.serving.draining import DrainingServer
 from vidreason.serving.engine import Engine
 from vidreason.serving.limits import ServingOptions
 from vidreason.serving.requests import About
-from vidreason.serving.server import DrainingServer
 from vidreason.serving.service import Service
 
 TASK = Task("light", "How light is it?", (ClassSpec("dark"), ClassSpec("bright", "light, very"), ClassSpec("grey")))

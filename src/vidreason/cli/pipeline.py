@@ -39,6 +39,7 @@ def list_pipelines() -> str:
         lines.append(f"  {PREFIX}/pipelines/{path.name}")
         lines.append(f"    what:   {spec.description}")
         lines.append(f"    stages: {', '.join(stage.name for stage in spec.stages)}")
+        lines += [f"    folds:  {spec.folds}, for cross-fitted traces of train"] if spec.folds else []
         lines.append(f"    needs:  {spec.needs}")
     usage = f"run one with\n  vidreason pipeline --config {PREFIX}/pipelines/deepintuit.yaml --run_dir runs/x"
     more = (

@@ -21,7 +21,7 @@ from vidreason.run_folder import COMMAND_FILE, CONFIG_FILE, FINISHED_FILE, TASK_
 
 _FILE_SUFFIXES = (".yaml", ".yml", ".csv", ".tsv", ".json", ".jsonl")
 _SECTION_FILES = ("data", "vlm", "model", "trainer")
-_OF_ONE_RUN = ("adapter_path", "calibrator_path", "traces_file", "data_dir", "default_root_dir")
+_OF_ONE_RUN = ("adapter_path", "calibrator_path", "traces_file", "fold_traces", "data_dir", "default_root_dir")
 """Settings with the paths of one run."""
 _PATH_KEYS = ("path", "folder", "root", "manifest", "task", "adapter_path", "calibrator_path", "traces_file")
 

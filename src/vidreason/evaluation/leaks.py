@@ -22,8 +22,8 @@ from vidreason.run_folder import CONFIG_FILE, SPLITS_FILE, RunState
 
 USED_SPLITS = ("train", "val", "cal")
 """Splits that weights, checkpoints, temperatures and thresholds come from; no option names another one."""
-_TAKEN = ("adapter_path", "calibrator_path", "traces_file")
-"""Settings of a stage that name what another one wrote."""
+_TAKEN = ("adapter_path", "calibrator_path", "traces_file", "fold_traces")
+"""Settings of a stage that name what others wrote."""
 _NOT_TRAINED_ON = ("test_splits", "predict_splits", "eval_batch_size", "num_workers")
 """Settings of data in which stages may differ that train on the same clips."""
 
@@ -87,7 +87,9 @@ def _lineage(stages: Sequence[Path]) -> dict[Path, Mapping[str, Any]]:
             continue
         found[folder] = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         init = found[folder].get("model", {}).get("init_args") or {}
-        waiting += [Path(path).resolve().parent for key in _TAKEN if (path := init.get(key)) is not None]
+        taken = [path for key in _TAKEN if (path := init.get(key)) is not None]
+        paths = [path for one in taken for path in (one if isinstance(one, list) else [one])]
+        waiting += [Path(path).resolve().parent for path in paths]
     return found
 
 

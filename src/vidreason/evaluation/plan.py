@@ -16,7 +16,8 @@ import yaml
 
 from vidreason.config.finished_stage import FinishedStage, find_stage
 from vidreason.datamodules.split_names import CALIBRATION_SPLIT
-from vidreason.pipelines.spec import PipelineSpec, StageSpec
+from vidreason.pipelines.spec import PipelineSpec
+from vidreason.pipelines.stage import StageSpec
 from vidreason.run_folder import (
     CONFIG_FILE,
     PIPELINE_FILE,
@@ -243,7 +244,8 @@ def finished_stages(run: Path) -> tuple[str, int, list[tuple[str, FinishedStage]
         return run.resolve().name, int(seed or 0), [(name, stage)]
 
     def finished(command: str) -> list[str]:
-        return [name for name, record in state.stages.items() if _has_model(record, command)]
+        names = [name for name, record in state.stages.items() if _has_model(record, command)]
+        return [name for name in names if not _trains_on_part(run / state.stages[name].folder)]
 
     names = finished("fit") or finished("test")
     if not names:
@@ -259,6 +261,13 @@ def _fitted_at_test(run: Path) -> list[tuple[str, FinishedStage]]:
     names = [] if state is None else [name for name, record in state.stages.items() if _has_model(record, "test")]
     found = [(name, find_stage(run, name)) for name in names]
     return [(name, stage) for name, stage in found if _PENALTIES in _init_args(stage.folder)]
+
+
+def _trains_on_part(folder: Path) -> bool:
+    """Returns whether a stage left out a fold of train: its weights only write traces for cross-fitting."""
+    content = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    init = (content.get("data") or {}).get("init_args") or {}
+    return bool((init.get("fold") or {}).get("of"))
 
 
 def _has_model(record: StageRecord, command: str) -> bool:

@@ -37,6 +37,7 @@ def render_evaluation(rows: Sequence[EvaluationRow], comparisons: Sequence[Compa
     interval = "other training runs (Student t over seeds)" if seeds else "other clips (bootstrap over groups)"
     parts.append(
         f"95 %: for {interval}; '-' where there are too few. sure: mean confidence.\n"
+        "likelihood: the direct decision, without a trace; with a fitted temperature it has the ECE under 'scaled'.\n"
         "scaled: ECE with the temperature fitted on cal. ideal: mean ECE of a perfectly calibrated model with these\n"
         "confidences. <=10 %: largest share of these clips with at most 10 % errors. A single answer has none of these."
     )

@@ -17,6 +17,7 @@ from vidreason.config.options import CommandParser
 from vidreason.config.vlm_shorthand import expand, is_shorthand
 from vidreason.pipelines.commands import Commands, trainer_commands
 from vidreason.pipelines.config_files import locate_config
+from vidreason.pipelines.cross_fitting import cross_fitted
 from vidreason.pipelines.runner import PipelineRun
 from vidreason.pipelines.spec import PipelineSpec, read_pipeline
 from vidreason.spelling import did_you_mean
@@ -112,6 +113,13 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
         metavar="STAGE=DIR",
         help="take a finished stage from another run (its run folder or stage folder) instead of running it",
     )
+    parser.add_argument(
+        "--folds",
+        type=int,
+        metavar="K",
+        help="traces of train by K further policies, each trained without one fold of train and writing about it; 0 is "
+        "off (default: the pipeline's, else 0)",
+    )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
     options, rest = parser.parse_known_args(list(argv))
     overrides = _read_overrides(rest, vars(options))
@@ -132,6 +140,9 @@ def read_call(argv: Sequence[str]) -> PipelineCall:
         spec = replace(spec, args={**spec.args, "logger": options.logger})
     if options.seed is not None:
         spec = replace(spec, seed=options.seed)
+    if options.folds is not None:
+        spec = replace(spec, folds=options.folds)
+    spec = cross_fitted(spec)
     if options.until is not None:
         spec.stage(options.until)  # checks the name
     return PipelineCall(spec, options.run_dir, _read_use(options.use, spec), options.until)

@@ -156,9 +156,14 @@ def check_stage(built: Builds, argv: list[str]) -> str | None:
     from omegaconf.errors import OmegaConfBaseException
 
     from vidreason.config.errors import explain_call
+    from vidreason.datamodules.base import VideoDataModule
 
     try:
-        built(argv)
+        data = built(argv).datamodule
+        if isinstance(data, VideoDataModule) and data.fold.of:
+            data.prepare_data()
+            with quietly(logging.WARNING):
+                data.clips("train")  # the clips may not fill the folds
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
         return explain_call(str(error), argv)
     except MisconfigurationException as error:

@@ -17,7 +17,8 @@ from vidreason.pipelines.fingerprints import (
     fingerprint_settings,
     named_values,
 )
-from vidreason.pipelines.spec import PipelineSpec, Reference, StageSpec
+from vidreason.pipelines.spec import PipelineSpec
+from vidreason.pipelines.stage import Reference, StageSpec
 from vidreason.pipelines.state import changed_inputs
 from vidreason.run_folder import ARTEFACT_FILES, CHECKPOINTS_FOLDER, LAST_CHECKPOINT, RunState, artefact_path
 
@@ -50,6 +51,7 @@ class StageInputs:
         argv += ["--config", stage.strategy] if stage.strategy is not None else []
         found = {key: self._resolve(references) for key, references in stage.inputs.items()}
         settings |= {key: artefact[1].as_posix() for key, artefact in found.items() if artefact is not None}
+        settings |= {key: [self._one(ref)[1].as_posix() for ref in refs] for key, refs in stage.lists.items()}
         checkpoint = folder / CHECKPOINTS_FOLDER / LAST_CHECKPOINT
         if stage.command == "fit" and checkpoint.is_file():
             settings["ckpt_path"] = checkpoint.as_posix()
@@ -91,7 +93,16 @@ class StageInputs:
             found = self._resolve(references)
             told = "none" if found is None else f"{found[0]} {fingerprint_artefact(found[1])}"
             inputs[f"{_ARTEFACT} {key}"] = told
+        for key, refs in stage.lists.items():
+            told = ", ".join(f"{ref} {fingerprint_artefact(path)}" for ref, path in map(self._one, refs))
+            inputs[f"{_ARTEFACT} {key}"] = told
         return inputs
+
+    def _one(self, reference: Reference) -> tuple[Reference, Path]:
+        """Returns an artefact of a stage that is never skipped, and its present or future path."""
+        found = self._resolve((reference,))
+        assert found is not None
+        return found
 
     def _resolve(self, references: tuple[Reference | None, ...]) -> tuple[Reference, Path] | None:
         """Returns the first alternative whose stage was not skipped, and the present or future path of its artefact.

@@ -16,7 +16,8 @@ from vidreason.datamodules.atomic_files import write_text
 from vidreason.pipelines.commands import Commands
 from vidreason.pipelines.fingerprints import fingerprint_artefact
 from vidreason.pipelines.inputs import StageInputs
-from vidreason.pipelines.spec import PipelineSpec, StageSpec
+from vidreason.pipelines.spec import PipelineSpec
+from vidreason.pipelines.stage import StageSpec
 from vidreason.pipelines.state import changed_inputs, find_taken_stage, save_state, stage_notes, text_faults
 from vidreason.pipelines.summary import write_summary
 from vidreason.run_folder import COMMAND_FILE, PIPELINE_FILE, RunState, StageRecord, artefact_path

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import cast
 
 import yaml
 
@@ -18,67 +18,18 @@ from vidreason.config.command_files import PIPELINE_CONFIG
 from vidreason.config.moved_keys import PIPELINE_MOVED, explain_moved
 from vidreason.pipelines.config_files import locate_config, strategy_file
 from vidreason.pipelines.fingerprints import read_yaml
-from vidreason.run_folder import STAGES_FOLDER, Artefact
+from vidreason.pipelines.stage import ARTEFACT_OF, Command, Condition, Reference, StageSpec
+from vidreason.run_folder import STAGES_FOLDER
 from vidreason.spelling import did_you_mean
 
-Command = Literal["fit", "predict", "test"]
-
-ARTEFACT_OF: Mapping[str, Artefact] = {"fit": "adapter", "predict": "traces", "test": "predictions"}
 SECTIONS = ("data", "vlm", "model", "trainer", "checkpoint", "optimizer", "lr_scheduler", "seed_everything")
 
-_STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_unparsed", "when")
-_PIPELINE_KEYS = ("name", "description", "needs", "data", "vlm", "strategy", "seed", "args", "stages")
+_STAGE_KEYS = ("name", "command", "config", "strategy", "args", "inputs", "on_unparsed", "when", "cross_fit")
+_PIPELINE_KEYS = ("name", "description", "needs", "data", "vlm", "strategy", "seed", "folds", "args", "stages")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _REFERENCE = re.compile(r"\{([^{}]+)\}")
 _CONDITION = re.compile(r"(not )?(\w+)\.language")
 _NONE = "none"
-
-
-@dataclass(frozen=True)
-class Reference:
-    """An artefact of an earlier stage."""
-
-    stage: str
-    artefact: Artefact
-
-    def __str__(self) -> str:
-        return f"{self.stage}.{self.artefact}"
-
-
-@dataclass(frozen=True)
-class Condition:
-    """Whether the texts of an earlier stage are language, which that stage judges itself."""
-
-    stage: str
-    language: bool
-
-    def __str__(self) -> str:
-        return f"{'' if self.language else 'not '}{self.stage}.language"
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """One stage: an ordinary command and its inputs from earlier stages."""
-
-    name: str
-    command: Command
-    config: str
-    args: Mapping[str, object]
-    """Dotted settings that override the config (``trainer.max_steps: 5``)."""
-    inputs: Mapping[str, tuple[Reference | None, ...]]
-    """Dotted setting to the artefacts that may fill it, of which the first that exists is used; None, as the last,
-    leaves the setting out."""
-    on_unparsed: Literal["stop", "skip"] = "stop"
-    """What to do if the stage stops because no completion could be parsed."""
-    strategy: str | None = None
-    """A file that is overlaid on the config, such as ``configs/strategy/qlora.yaml``."""
-    when: Condition | None = None
-    """The condition under which the stage runs; None is always."""
-
-    @property
-    def artefact(self) -> Artefact:
-        """The artefact that the stage writes."""
-        return ARTEFACT_OF[self.command]
 
 
 @dataclass(frozen=True)
@@ -99,6 +50,14 @@ class PipelineSpec:
     seed: int = 0
     args: Mapping[str, object] = field(default_factory=dict)
     """Dotted settings of every stage."""
+    folds: int = 0
+    """Number of folds of train for cross-fitted traces (``cross_fitting.py``); 0 is none."""
+    as_written: PipelineSpec | None = None
+    """The pipeline without the stages that ``folds`` has added; None if none were added."""
+
+    def __post_init__(self) -> None:
+        if self.folds < 0 or self.folds == 1:
+            raise ValueError(f"{self.source}: folds must be at least 2, or 0 for none, got {self.folds}")
 
     def stage(self, name: str) -> StageSpec:
         """Returns the stage called ``name`` or ``NN_name``.
@@ -158,6 +117,8 @@ class PipelineSpec:
 
     def as_yaml(self) -> str:
         """Returns the pipeline as the text of a pipeline file that can be run."""
+        if self.as_written is not None:
+            return self.as_written.as_yaml()
         stages: list[dict[str, object]] = []
         for stage in self.stages:
             row: dict[str, object] = {"name": stage.name, "command": stage.command, "config": stage.config}
@@ -173,9 +134,11 @@ class PipelineSpec:
                 row["on_unparsed"] = stage.on_unparsed
             if stage.when is not None:
                 row["when"] = str(stage.when)
+            if not stage.cross_fit:
+                row["cross_fit"] = False
             stages.append(row)
         top: dict[str, object] = {"name": self.name, "description": self.description, "seed": self.seed}
-        top |= {key: value for key in ("needs", "data", "vlm", "args") if (value := getattr(self, key))}
+        top |= {key: value for key in ("needs", "data", "vlm", "folds", "args") if (value := getattr(self, key))}
         return yaml.safe_dump({**top, "stages": stages}, sort_keys=False, width=120)
 
 
@@ -194,9 +157,10 @@ def read_pipeline(config: str) -> PipelineSpec:
     stages: list[StageSpec] = []
     for number, row in enumerate(rows, 1):
         stages.append(_read_stage(row, f"{path}: stages[{number}]", stages, top.get("strategy")))
-    seed = top.get("seed", 0)
-    if not isinstance(seed, int):
-        raise ValueError(f"{path}: key 'seed' must be a whole number, got {seed!r}")
+    seed, folds = top.get("seed", 0), top.get("folds", 0)
+    for key, value in (("seed", seed), ("folds", folds)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{path}: key {key!r} must be a whole number, got {value!r}")
     return PipelineSpec(
         name=str(top.get("name", path.stem)),
         description=str(top.get("description", "")),
@@ -205,8 +169,9 @@ def read_pipeline(config: str) -> PipelineSpec:
         needs=str(top.get("needs", "")),
         data=cast("str | None", top.get("data")),
         vlm=cast("str | None", top.get("vlm")),
-        seed=seed,
+        seed=cast("int", seed),
         args=_settings(top.get("args"), f"{path}: key 'args'"),
+        folds=cast("int", folds),
     )
 
 
@@ -226,6 +191,9 @@ def _read_stage(row: object, where: str, before: Sequence[StageSpec], strategy: 
     policy = stage.get("on_unparsed", "stop")
     if policy not in ("stop", "skip"):
         raise ValueError(f"{where}: key 'on_unparsed' must be stop or skip, got {policy!r}")
+    cross_fit = stage.get("cross_fit", True)
+    if not isinstance(cross_fit, bool):
+        raise ValueError(f"{where}: key 'cross_fit' must be true or false, got {cross_fit!r}")
     try:
         locate_config(config)
     except ValueError as error:
@@ -241,7 +209,7 @@ def _read_stage(row: object, where: str, before: Sequence[StageSpec], strategy: 
         overlay = None if strategy is None else strategy_file(str(strategy))
     except ValueError as error:
         raise ValueError(f"{where}: key 'strategy': {error}") from error
-    return StageSpec(name, cast(Command, command), config, args, inputs, policy, overlay, when)
+    return StageSpec(name, cast(Command, command), config, args, inputs, policy, overlay, when, cross_fit)
 
 
 def _read_condition(value: object, where: str, before: Sequence[StageSpec]) -> Condition | None:

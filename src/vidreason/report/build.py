@@ -184,7 +184,7 @@ _METHODS = (
     "clips and this model (bootstrap over groups), the p-value is of a sign-flip test over groups. Several seeds: for "
     "other training runs (Student t). Could show: the smallest true difference that is found with probability 0.8. "
     "Sure: mean confidence. At 10 % error: largest share of these clips with at most 10 % errors. Tokens and seconds "
-    "are for a clip."
+    "are for a clip. Likelihood: the direct decision, without a trace; ECE scaled: with a temperature fitted on cal."
 )
 _STAGES = "Every stage decides about the same clips, from the untrained base on."
 _PROBES = "The same model decides again with something taken away; its temperature stays."

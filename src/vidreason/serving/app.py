@@ -21,6 +21,7 @@ import vidreason
 from vidreason.serving.bodies import discard
 from vidreason.serving.classify_api import answer_classify, parse_classify
 from vidreason.serving.decisions_api import DecisionRequest, answer_decisions, parse_decisions
+from vidreason.serving.draining import LastAnswers
 from vidreason.serving.errors import ApiError, json_response, response_of
 from vidreason.serving.guard import Guard
 from vidreason.serving.page import make_page
@@ -61,6 +62,7 @@ def make_app(service: Service, loopback: bool = True, token: str | None = None) 
         redirect_slashes=False,
     )
     app.add_middleware(Guard, loopback=loopback, token=token, max_body=service.options.max_body)
+    app.add_middleware(LastAnswers, service=service)  # outermost
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_crash)
     _add_information(app, service, token is not None)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 
@@ -16,14 +13,12 @@ from vidreason.answering.exported import load_export
 from vidreason.answering.loaded import LoadedModel, OpenedRun
 from vidreason.config.finished_stage import find_stage
 from vidreason.serving.app import make_app
+from vidreason.serving.draining import DrainingServer
 from vidreason.serving.engine import Engine
 from vidreason.serving.guard import is_loopback, read_token
 from vidreason.serving.limits import ServingOptions
 from vidreason.serving.requests import About
 from vidreason.serving.service import Service
-
-_LOG = logging.getLogger(__name__)
-_LOOK_S = 0.05  # between looks whether all requests are answered
 
 
 @dataclass(frozen=True)
@@ -118,33 +113,3 @@ def serve(source: Source, address: Address, options: ServingOptions) -> None:
         print(f"answers: {service.engine.answers}", file=sys.stderr)
         print(f"serving {service.about.name} at http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
         DrainingServer(config, service).run([listener])
-
-
-class DrainingServer(uvicorn.Server):
-    """A server that answers what it has accepted after a signal, and other requests with 503 until then.
-
-    Args:
-        config: Configuration of the server.
-        service: The service.
-    """
-
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self.service = service
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins to stop; a second signal ends the server at once."""
-        if self.service.stopping:
-            self.should_exit = self.force_exit = True
-        self.service.stopping = True
-
-    async def main_loop(self) -> None:
-        """Serves until a signal has come and every accepted request is answered."""
-        ending = asyncio.create_task(self._end_when_drained())
-        await super().main_loop()
-        await ending
-
-    async def _end_when_drained(self) -> None:
-        while not self.should_exit and not (self.service.stopping and not self.service.active):
-            await asyncio.sleep(_LOOK_S)
-        self.should_exit = True

@@ -3,10 +3,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from vidreason.datamodules.clips.decoded import DecodeError
 from vidreason.datamodules.clips.decoding import FrameOptions
+from vidreason.datamodules.clips.header import header_of
 from vidreason.datamodules.clips.reading import read_frames
 
 
@@ -52,6 +53,27 @@ def test_a_bad_picture_is_passed_over(tmp_path):
     video = read_frames(archive(tmp_path / "clip.zip", entries), FrameOptions(num_frames=4))
     assert values(video) == [0, 2, 3, 4]
     assert video.partial
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "SGI"])
+def test_rare_formats_are_not_opened_whatever_their_name(tmp_path, monkeypatch, kind):
+    """Pillow would show EPS by starting Ghostscript."""
+    started = []
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *given: started.append(given) or Image.new("RGB", (9, 9)).im
+    )
+    content, options = picture(7, kind=kind), FrameOptions(timeout=None)
+    path = archive(tmp_path / "clip.zip", [("0.png", content)])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "0.jpg").write_bytes(content)
+    for clip in (path, folder):
+        with pytest.raises(DecodeError, match="no readable picture among 1; store the pictures as JPEG or PNG"):
+            read_frames(clip, options)
+        assert header_of(clip) is None
+    mixed = archive(tmp_path / "mixed.zip", [("0.png", content), ("1.png", picture(50))])
+    assert values(read_frames(mixed, FrameOptions(num_frames=1, timeout=None))) == [50]
+    assert started == []
 
 
 @pytest.mark.parametrize("content", [b"PK\x05\x06" + bytes(18), b"no zip"])
