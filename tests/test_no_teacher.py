@@ -137,6 +137,7 @@ def test_targets_are_labels_and_the_bases_own_texts(world, taught, tmp_path):
     assert not list((tmp_path / "runs").rglob("facts.jsonl")), "no stage asked for the facts"
 
 
+@pytest.mark.slow
 def test_the_teacher_is_an_option_of_its_own(world, taught, tmp_path):
     data, rows = world
     assert "teacher" not in METHODS

@@ -150,6 +150,7 @@ def test_fsdp_names_the_parameters_of_another_dtype(small_base):
         shard(model, mesh=None)
 
 
+@pytest.mark.slow
 def test_4_bits_in_bfloat16_are_sharded_with_their_adapter(small):
     """The storage is bfloat16 then, as it is on GPUs, and the adapter float32."""
     short = ["--vlm.init_args.dtype", "bfloat16", "--trainer.max_steps", "2", "--trainer.limit_val_batches=0"]

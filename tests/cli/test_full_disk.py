@@ -68,7 +68,7 @@ def files() -> set[str]:
         ([*FIT], "last.ckpt", "runs/sft_label/checkpoints/last.ckpt"),
         ([*FIT, *LORA], "vidreason.json", "runs/sft_label/adapter"),
         pytest.param([*FIT], "vidreason.json", "runs/sft_label/weights", marks=pytest.mark.slow),
-        ([*FIT], "command.txt", "runs/sft_label/command.txt"),
+        pytest.param([*FIT], "command.txt", "runs/sft_label/command.txt", marks=pytest.mark.slow),
     ],
     ids=["traces", "predictions", "checkpoint", "adapter", "weights", "record"],
 )

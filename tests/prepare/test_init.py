@@ -280,12 +280,17 @@ def test_wrong_options(here, capsys, options, message):
     assert not Path("task").exists()
 
 
-def test_the_real_actions_are_read(here, test_data, capsys):
+@pytest.mark.slow
+def test_the_folders_of_real_actions_are_read(here, test_data, capsys):
     clips = test_data / "real_clips"
     assert main(["init", str(clips / "weizmann_silhouettes"), "--out", "task", "--workers", "1"]) == 0
     out = capsys.readouterr().out
     assert "_robustness_walk" in out
     assert len(rows("task/manifest.csv")) == 93
+
+
+def test_the_manifest_of_real_actions_is_read(here, test_data):
+    clips = test_data / "real_clips"
     argv = ["init", str(clips / "manifest.csv"), "--out", "task2", "--workers", "1"]
     assert main([*argv, "--where", "subset=weizmann_silhouettes"]) == 0
     sizes = Counter(row["split"] for row in rows("task2/manifest.csv"))

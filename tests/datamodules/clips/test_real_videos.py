@@ -18,7 +18,7 @@ def odd_files(folder):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("reader", ["auto", "pyav"])
+@pytest.mark.parametrize("reader", ["auto", pytest.param("pyav", marks=pytest.mark.slow)])
 def test_odd_files_decode_or_say_why(test_data, reader):
     wrong = []
     for row in odd_files(test_data):
