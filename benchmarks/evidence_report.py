@@ -67,7 +67,7 @@ class FoundRun:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Where a reasoning stage loses its answers, as shares of the clips."""
+    """Shares of the clips that show at which step a reasoning stage loses its answers."""
 
     facts_right: float
     """All eight facts stated as they are."""

@@ -55,7 +55,7 @@ class Task:
     question: str
     classes: tuple[ClassSpec, ...]
     ordinal: bool = False
-    """Whether the order of the classes is a scale."""
+    """True if the order of the classes is a scale."""
     metadata_fields: tuple[str, ...] = ()
     """The only metadata columns that may enter a prompt."""
     prompts: Mapping[str, str] = field(default_factory=dict)

@@ -117,7 +117,7 @@ class Prompt:
 
     text: str
     open: bool = False
-    """Whether the user's turn stays open, so that context texts can continue it (in calibration, one per trace)."""
+    """True if the user's turn stays open, so that context texts can continue it (in calibration, one per trace)."""
 
 
 @dataclass(frozen=True)

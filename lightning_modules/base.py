@@ -72,13 +72,13 @@ class VLMModule(L.LightningModule):
     stage: ClassVar[str]
     """Name of the stage; a subclass without it is named after its class."""
     supports_masked_samples: ClassVar[bool] = False
-    """Whether ``training_step`` leaves out clips that ``sample_mask`` excludes; needed to skip unreadable clips."""
+    """True if ``training_step`` leaves out clips that ``sample_mask`` excludes; needed to skip unreadable clips."""
     trained_adapter: ClassVar[str] = POLICY
     """Name in memory of the trained adapter."""
     also_saved_adapter: ClassVar[str | None] = None
     """Name of an adapter that checkpoints store although it is not trained."""
     scales_probabilities: ClassVar[bool] = False
-    """Whether decisions have probabilities from before and after temperature scaling."""
+    """True if decisions have probabilities from before and after temperature scaling."""
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ class LoadedClip:
     valid: bool = True
     """False for a clip that only gives this rank as many clips as the others have."""
     failed: FailedClip | None = None
-    """Why the clip could not be read."""
+    """The reason why the clip could not be read."""
 
 
 class ClipDataset(Dataset[LoadedClip]):

@@ -67,7 +67,7 @@ class FrameCache:
         self.max_gb = max_gb
         self.counts = CacheCounts()
         self.stopped = ""
-        """Why nothing more is written; empty while entries are written."""
+        """The reason why nothing more is written; empty while entries are written."""
 
     def read(self, key: str) -> DecodedVideo | None:
         """Returns the entry of a key, or None if there is none; a damaged one is removed with a warning."""

@@ -41,7 +41,7 @@ class Survey:
     fps: float
     """Frames per second in the header."""
     oddity: str
-    """Why decord may return other frames than PyAV; empty if it does not."""
+    """The reason why decord may return other frames than PyAV; empty if it does not."""
 
 
 def survey(path: Path, stretch: Stretch | None = None) -> Survey:

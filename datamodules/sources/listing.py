@@ -61,7 +61,8 @@ class Listing:
     total: int | None = 0
     """Number of clips, after ``clips`` was called; None if there are folders, which are listed as they are needed."""
     others: Counter[str] = field(default_factory=Counter)
-    """What is no clip in the folders listed so far: a suffix of files or a name, and how often it was met."""
+    """Counts of entries that are no clips in the folders listed so far, by file suffix (``.txt``) or by name and
+    reason (``a.fifo (not a regular file)``)."""
 
     def clips(self) -> Iterator[ListedClip]:
         """Returns the clips in order.
@@ -200,7 +201,7 @@ class Inside:
     folders: tuple[str, ...]
     """Names of the folders to list next."""
     others: Mapping[str, int]
-    """Files and folders that are no clips: a suffix or a name, and how often it was met."""
+    """Counts of the files and folders that are no clips, as in ``Listing.others``."""
 
 
 def look_into(folder: Path) -> Inside:

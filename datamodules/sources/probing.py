@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Why a clip cannot be used."""
+    """The reason why a clip cannot be used."""
 
     reason: str
 

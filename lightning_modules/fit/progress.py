@@ -27,7 +27,7 @@ class FitProgress:
     accumulated: int
     """Batches per optimizer step (``accumulate_grad_batches``)."""
     validation_due: bool
-    """Whether the validation after the last batch was interrupted and has to run again."""
+    """True if the validation after the last batch was interrupted and has to run again."""
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> FitProgress:

@@ -40,7 +40,7 @@ class ClipEncoder:
     """Text of the tokens that end an assistant's turn. A family sets it if the chat template of its models does not
     write them; None takes them from the template."""
     note: str | None = None
-    """What another program has to know to run the trained weights; written to their ``vidreason.json``."""
+    """Settings that another program needs to run the trained weights; written to their ``vidreason.json``."""
 
     def __init__(
         self, path: str, max_pixels: int | None = None, chat_template_kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""What decides about clips, without the stage that it was taken from: weights, decider and writer of traces."""
+"""The parts of a stage that decide about clips, usable without the stage: weights, decider and writer of traces."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class StartingWeights:
     sha: str
     """SHA-256 of the weights; empty for the base."""
     full: bool
-    """Whether the folder holds all weights of a model and not an adapter."""
+    """True if the folder holds all weights of a model and not an adapter."""
 
     @classmethod
     def read(cls, path: str | None) -> StartingWeights:

@@ -36,7 +36,7 @@ class Lineage:
     global_step: int
     """Number of optimizer steps."""
     inputs: dict[str, object] = field(default_factory=dict)
-    """What the weights were asked and shown, see ``model_inputs.py``."""
+    """Prompts and video settings that the weights were trained with, see ``model_inputs.py``."""
     extra: dict[str, object] = field(default_factory=dict)
     """Further entries of a stage at the top level of the file, for example a temperature."""
 

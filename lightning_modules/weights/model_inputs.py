@@ -1,4 +1,4 @@
-"""What a model was asked and shown: what another program needs beside the weights to get the same probabilities."""
+"""Records prompts and video settings of a model, which another program needs to get the same probabilities."""
 
 from __future__ import annotations
 

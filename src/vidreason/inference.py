@@ -54,10 +54,10 @@ class Decision:
     error: str | None = None
     """The reason why the clip could not be read; None if it was read."""
     abstained: bool = False
-    """Whether the confidence is below the threshold of ``vidreason threshold``; ``label`` is None then, and ``probs``
-    are given all the same."""
+    """True if the confidence is below the threshold of ``vidreason threshold``; ``label`` is None then, but ``probs`` is
+    given."""
     unanswered: bool = False
-    """Whether the file system of the clip did not answer, so that ``error`` says nothing about the clip itself."""
+    """True if the file system of the clip did not answer in time; the clip itself may be sound."""
 
 
 class VideoClassifier:

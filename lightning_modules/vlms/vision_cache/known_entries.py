@@ -1,4 +1,4 @@
-"""What a prompt needs of a video, as named tensors of a cache entry."""
+"""Stores the facts of a video that its prompt is made from as named tensors of a cache entry."""
 
 from __future__ import annotations
 

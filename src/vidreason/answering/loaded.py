@@ -41,7 +41,7 @@ class LoadedModel:
     find_known: Callable[[Path], Clip | None]
     """Returns the clip of the run's data set with the content of a file; the noise of its traces goes by its id."""
     answers: str
-    """Which stage answers, and where its weights are."""
+    """The stage that answers and the folder of its weights, as one line."""
     threshold: Threshold | None
     fabric: L.Fabric
     weights_sha: str

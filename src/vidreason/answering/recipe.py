@@ -1,4 +1,4 @@
-"""How an exported model is built again: the entry ``export`` of its ``vidreason.json``.
+"""The recipe by which an exported model is built again: the entry ``export`` of its ``vidreason.json``.
 
 It describes the model family and the decider by their options and names no class: the family follows from the
 ``model_type`` of the base, the decider from ``decide.by``. Both sides are here, so that they stay each other's inverse.

@@ -1,4 +1,8 @@
-"""What decisions depend on, by name, so that decisions of two models or settings are never mixed in one file."""
+"""Lists the weights and settings that decisions depend on.
+
+They are stored beside a file of results, so that a second call with another model or setting is refused and decisions
+of two models never stand in one file.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+from vidreason.answering.export_form import VLM_OPTIONS
 from vidreason.answering.loaded import LoadedModel
 
 _OF_THE_MACHINE = ("cache", "cache_gb", "timeout")
-_VLM_OPTIONS = ("max_pixels", "chat_template_kwargs", "quantize", "dtype", "attn_implementation")
+_EXACT = ("route", "completion_chunk", "text_memory_gb")
+"""Options of a family that change how probabilities are computed, and not their values."""
 
 
 def settings_of(loaded: LoadedModel, traces: int | None) -> dict[str, object]:
@@ -31,7 +37,7 @@ def settings_of(loaded: LoadedModel, traces: int | None) -> dict[str, object]:
         "task": {"name": loaded.task.name, "sha": loaded.task.sha()},
         "decide": {"by": type(decider).__name__, **_options(decider, leave=("task", "traces"))},
         "frames": _options(loaded.frames, leave=_OF_THE_MACHINE),
-        "vlm": {name: getattr(vlm, name) for name in _VLM_OPTIONS},
+        "vlm": {name: getattr(vlm, name) for name in VLM_OPTIONS if name not in _EXACT},
         "precision": loaded.precision,
         "threshold": None if threshold is None else threshold.confidence,
     }

@@ -1,4 +1,4 @@
-"""What a ``fit`` does in a run folder that an earlier fit has used: start, resume, nothing, or stop.
+"""The decision of a ``fit`` in a run folder that an earlier fit has used: start, resume, do nothing, or stop.
 
 =================  ==================  =====================================================
 the folder holds   same configuration  another configuration
@@ -50,7 +50,7 @@ _MOST_NAMED = 5
 
 @dataclass(frozen=True)
 class Beginning:
-    """How a fit begins."""
+    """The way in which a fit begins, and the checkpoint that it resumes from."""
 
     action: Literal["start", "resume", "nothing"]
     checkpoint: Path | None = None

@@ -1,4 +1,4 @@
-"""How ``vidreason fit`` begins and ends: from the content of its run folder and the checkpoint to resume."""
+"""The beginning and the end of ``vidreason fit``: from the content of its run folder and the checkpoint to resume."""
 
 from __future__ import annotations
 

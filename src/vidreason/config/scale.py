@@ -78,7 +78,7 @@ class StageSections:
     """The stage's part of a profile; None takes no profile."""
     file: str
     full: bool
-    """Whether all weights are trained (``vlm.lora`` is null)."""
+    """True if all weights are trained (``vlm.lora`` is null)."""
     classes: Mapping[str, str]
     """Section to its ``class_path``."""
 

@@ -37,7 +37,7 @@ class Who:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a decision takes."""
+    """The mean cost of one decision."""
 
     tokens_per_clip: float | None
     """Sampled tokens."""

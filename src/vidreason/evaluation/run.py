@@ -62,7 +62,7 @@ class EvaluateOptions:
     samples: int
     """Completions per clip of a vote."""
     probes: bool
-    """Whether stages also decide without video, with shuffled frames and with another clip's traces."""
+    """True if stages also decide without video, with shuffled frames and with another clip's traces."""
 
 
 @dataclass(frozen=True)

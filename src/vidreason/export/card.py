@@ -30,7 +30,7 @@ _ABSOLUTE = re.compile(r"(?<![\w.])/(?:[^\s/'\"\]]+/)+")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card tells."""
+    """The content of a model card."""
 
     run: Path
     stage_folder: Path
@@ -44,7 +44,7 @@ class CardFacts:
     """Hash of ids, splits and labels of the data set; None if it is gone."""
     script: str | None
     four_bit: bool
-    """Whether the run held its base in 4 bits."""
+    """True if the run held its base in 4 bits."""
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:

@@ -122,7 +122,7 @@ print(json.dumps({"traces": traces, "probs": dict(zip(names, (counts / counts.su
 
 
 class Kinds(NamedTuple):
-    """What lies in an exported folder: ``adapter`` or ``model``, and the same of its policy."""
+    """The kinds of weights in an exported folder: ``adapter`` or ``model``, and the same of its policy."""
 
     own: str
     policy: str | None

@@ -25,7 +25,7 @@ from vidreason.lightning_modules.vlms.loading.weight_folders import CONFIG_FILE,
 from vidreason.lightning_modules.vlms.text import chat
 
 _TASK_TYPE = "CAUSAL_LM"
-"""What PEFT calls models that generate; without it, PeftModel and vLLM have to guess."""
+"""The ``task_type`` of PEFT for models that generate; without it, PeftModel and vLLM have to guess."""
 
 
 def copy_adapter_folder(source: Path, target: Path, base: str | None) -> None:

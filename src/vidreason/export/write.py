@@ -52,7 +52,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The result of an export, as the command line prints it."""
 
     folder: Path
     merged: bool

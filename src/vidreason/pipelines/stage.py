@@ -26,7 +26,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Condition:
-    """Whether the texts of an earlier stage are language, which that stage judges itself."""
+    """A condition on the texts that an earlier stage wrote, which that stage judges to be language or not.
+
+    It holds if the judgement equals ``language``; False asks for texts that are no language.
+    """
 
     stage: str
     language: bool
@@ -48,7 +51,7 @@ class StageSpec:
     """Dotted setting to the artefacts that may fill it, of which the first that exists is used; None, as the last,
     leaves the setting out."""
     on_unparsed: Literal["stop", "skip"] = "stop"
-    """What to do if the stage stops because no completion could be parsed."""
+    """``stop`` ends the pipeline if no completion of this stage could be parsed; ``skip`` goes on without the stage."""
     strategy: str | None = None
     """A file that is overlaid on the config, such as ``configs/strategy/qlora.yaml``."""
     when: Condition | None = None

@@ -20,7 +20,7 @@ _MOST_LINES = 20
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What was done to a cache."""
+    """The result of filling a cache."""
 
     folder: Path
     clips: int
@@ -33,7 +33,7 @@ class CacheReport:
     gb: float
     max_gb: float
     stopped: str
-    """Why not all clips are stored; empty if they are."""
+    """The reason why not all clips are stored; empty if they are."""
     left_out: bool = False
     """True if the training split was left out."""
 

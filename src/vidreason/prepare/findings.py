@@ -1,4 +1,4 @@
-"""What is wrong with a set of clips as a whole: balance, overlap of splits, copies, telling metadata, dull clips."""
+"""Finds faults of a set of clips as a whole: balance, overlap of splits, copies, telling metadata, dull clips."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class FrameLimits:
     pixels: int
     """Pixels of a frame."""
     embedded: bool
-    """Whether the model is the embedded base, whose limit of frames others do not share."""
+    """True if the model is the embedded base, whose limit of frames others do not share."""
 
 
 def limits_of(vlm: str | None) -> FrameLimits:

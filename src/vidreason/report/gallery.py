@@ -48,7 +48,8 @@ _NOT_LOADED = (
     TypeError,
     ValueError,
 )
-"""What the module of a user's class may raise where it is imported elsewhere than in its own project."""
+"""Exceptions of importing or building a user's reward class. The report may be made on another machine than the run,
+where the class's module or its packages are missing; rewards are left out then."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ShownClip:
 
     @property
     def right(self) -> bool:
-        """Whether the decision is the label."""
+        """True if the decision is the label."""
         return self.decision == self.label
 
     @property
@@ -99,7 +100,7 @@ class Gallery:
     of: int
     """Clips that the method decided about."""
     note: str
-    """Why clips have no picture or no rewards, or are left out; empty if nothing is missing."""
+    """The reasons why clips have no picture or no rewards, or are left out; empty if nothing is missing."""
 
     def first(self, kept: int) -> Gallery:
         """Returns the gallery with its first clips only, and says so."""

@@ -1,4 +1,4 @@
-"""What a report reads of an evaluated run: scores, decisions, thresholds, the task and the stages."""
+"""Reads what a report shows of an evaluated run: scores, decisions, thresholds, the task and the stages."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ReportRun:
     task: Task
     train_clips: int | None
     notes: tuple[str, ...]
-    """What the run's own summary remarks on its result."""
+    """Remarks on the result in the run's own ``summary.json``."""
 
     @property
     def name(self) -> str:

@@ -27,7 +27,7 @@ class Headline:
     run: ReportRun
     method: Evaluated
     reasons: bool
-    """Whether it decides from traces; otherwise the report has no method that reasons."""
+    """True if the method decides from traces; otherwise the report has no method that reasons."""
     reference: str | None
     """``pipeline: method``; None if there is nothing to compare it with."""
 

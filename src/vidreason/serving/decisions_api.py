@@ -48,7 +48,7 @@ class Choice(_Lenient):
 
 
 class ChoiceQuestion(_Lenient):
-    """Which of the choices fits?"""
+    """A question for one of several choices."""
 
     type: Literal["choice"]
     name: str | None = None
@@ -57,7 +57,7 @@ class ChoiceQuestion(_Lenient):
 
 
 class PredicateQuestion(_Lenient):
-    """Is the statement true?"""
+    """A question whether a statement is true."""
 
     type: Literal["predicate"]
     name: str | None = None
@@ -72,7 +72,7 @@ class Level(_Lenient):
 
 
 class ScoreQuestion(_Lenient):
-    """Which level is it?"""
+    """A question for a level of a scale."""
 
     type: Literal["score"]
     name: str | None = None

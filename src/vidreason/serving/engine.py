@@ -53,7 +53,7 @@ class OwnAnswer:
     chosen: str | None
     """Name of the chosen class; None if no sampled answer could be parsed."""
     reason: str | None
-    """Why there is no decision: ``below_threshold`` or ``no_answer``; None if there is one."""
+    """The reason why there is no decision: ``below_threshold`` or ``no_answer``; None if there is one."""
     threshold: Threshold | None
     """The threshold that was applied; None if the run has none, or none for this number of traces."""
     traces: tuple[Trace, ...]
@@ -106,7 +106,7 @@ class Engine:
         )
         """Traces per clip of the run; 0 if the model decides without traces."""
         self.by_answers = isinstance(decider, AnswerDecider)
-        """Whether probabilities are shares of sampled answers."""
+        """True if probabilities are shares of sampled answers."""
         self._answering, self._fabric = loaded.answering, loaded.fabric
         self._decider = ClipDecider(loaded, batch_size)
         self._bound_memory()

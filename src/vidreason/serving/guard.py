@@ -1,4 +1,4 @@
-"""Who may call the service: the address that a request names, the page that it comes from, and its token.
+"""Checks who calls the service: the address that a request names, the page that it comes from, and its token.
 
 A page of another site can send requests to a loopback address, and can have its own name resolve to it (DNS
 rebinding). The first has the header ``Origin`` of that site, the second has its name in ``Host``.

@@ -1,4 +1,4 @@
-"""What a request asks, in the service's own terms, and the checks that all endpoints share."""
+"""Reads requests into one form for all endpoints, with the checks that they share."""
 
 from __future__ import annotations
 

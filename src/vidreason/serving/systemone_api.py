@@ -49,7 +49,7 @@ class NoulCriteria(_Strict):
 
 
 class NoulQuestion(_Strict):
-    """Yes or no?"""
+    """A question that is answered by yes or no."""
 
     type: Literal["noul"]
     instructions: Content | None = None
@@ -57,7 +57,7 @@ class NoulQuestion(_Strict):
 
 
 class ChoiceQuestion(_Strict):
-    """Which of the options fits?"""
+    """A question for one of several options."""
 
     type: Literal["choice"]
     instructions: Content | None = None
@@ -65,7 +65,7 @@ class ChoiceQuestion(_Strict):
 
 
 class ScoreQuestion(_Strict):
-    """Which level is it?"""
+    """A question for a level of a scale."""
 
     type: Literal["score"]
     instructions: Content | None = None

@@ -54,7 +54,7 @@ ROWS = {"fan": FAN, "tree": TREE}
 
 
 class Case(NamedTuple):
-    """How texts are scored; ``str`` is the id of the test."""
+    """A way of scoring texts; ``str`` is the id of the test."""
 
     trained: str
     route: str
@@ -94,7 +94,7 @@ def frame_count(vlm: VLM, example: Example) -> int:
 
 
 class FamilyContract:
-    """What a model family promises; a subclass names the family and a small checkpoint.
+    """The tests that every model family passes; a subclass names the family and a small checkpoint.
 
     ::
 

@@ -1,4 +1,4 @@
-"""What transformers itself computes: the inputs of a conversation, log-probs of texts, greedy completions.
+"""Computes references for tests with transformers alone: inputs of a conversation, log-probs, greedy completions.
 
 Letters: P tokens of a prompt, N texts, L tokens of the longest text.
 """
