@@ -54,7 +54,7 @@ class Decision:
     error: str | None = None
     """The reason why the clip could not be read; None if it was read."""
     abstained: bool = False
-    """True if the confidence is below the threshold of ``vidreason threshold``; ``label`` is None then, but ``probs`` is
+    """True if the confidence is below the threshold of ``vidreason threshold``. Then ``label`` is None; ``probs`` is
     given."""
     unanswered: bool = False
     """True if the file system of the clip did not answer in time; the clip itself may be sound."""
