@@ -303,6 +303,14 @@ def test_what_cannot_be_asked(home: Path, run: str, stage: str | None, message: 
         find_stage(home / run, stage)
 
 
+def test_a_run_that_tested_a_checkpoint_has_no_weights_to_ask(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "runs/x/stages/02_test", tmp_path / "tested")
+    config = tmp_path / "tested/config.yaml"
+    config.write_text(config.read_text().replace("ckpt_path: null", "ckpt_path: runs/y/checkpoints/last.ckpt"))
+    with pytest.raises(ValueError, match="tested the checkpoint runs/y/checkpoints/last.ckpt; give the run folder"):
+        find_stage(tmp_path / "tested")
+
+
 def test_an_export_gives_what_the_run_gave(
     home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_base: Path
 ) -> None:

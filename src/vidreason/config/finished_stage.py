@@ -43,15 +43,20 @@ def find_stage(run: Path, name: str | None = None) -> FinishedStage:
         name: Stage of the pipeline; None selects its last finished test, else its last finished training.
 
     Raises:
-        ValueError: If there is no such run or stage, or it has not finished; the message lists what exists.
+        ValueError: If there is no such run or stage, or it has not finished (the message lists what exists), or it
+            tested a checkpoint, which is no folder of weights.
     """
     folder = find_stage_folder(run, name)
     config_file = folder / CONFIG_FILE
-    model = yaml.safe_load(config_file.read_text(encoding="utf-8"))["model"]["init_args"]
+    config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    model = config["model"]["init_args"]
+    if was_tested(folder) and (checkpoint := config.get("ckpt_path")) is not None:
+        raise ValueError(f"{folder}: tested the checkpoint {checkpoint}; give the run folder of the fit that wrote it")
     given = {key: model.get(key) for key in _WEIGHT_KEYS}
     # a test evaluates the weights that its config names; a training starts from those and writes its own
     weights = given if was_tested(folder) else _own_weights(folder, "calibrator_path" in model)
-    options, used = ["--config", str(config_file)], list[str]()
+    # a checkpoint in the config would be loaded over the weights
+    options, used = ["--config", str(config_file), "--ckpt_path", "null"], list[str]()
     for key in _WEIGHT_KEYS:
         if key in model:
             path = weights.get(key)

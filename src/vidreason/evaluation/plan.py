@@ -170,8 +170,7 @@ class _Tests:
         """Adds a test stage and its method, with probes behind it if ``probed``; returns the folder of the stage."""
         test = re.sub(r"[^a-z0-9]+", "_", label)
         splits = self.splits if probe_of is None else [s for s in self.splits if s != CALIBRATION_SPLIT]
-        # a stage that was resumed by an older version names its checkpoint, which would replace the weights
-        settings = {"ckpt_path": None, **_weights(stage), **args, "data.init_args.test_splits": splits}
+        settings = {**_weights(stage), **args, "data.init_args.test_splits": splits}
         self.tests.append(StageSpec(test, "test", str((stage.folder / CONFIG_FILE).resolve()), settings, {}))
         calibrator = stage.weights[-1] if mode == "calibrated" else None
         self.methods.append(Method(label, mode, test, samples, calibrator, probe_of))
@@ -224,7 +223,7 @@ def _base(stages: Sequence[tuple[str, FinishedStage]]) -> FinishedStage:
     """Returns the untrained base, in the setting of the first stage that is not a calibrator."""
     for _, stage in stages:
         if "calibrator_path" not in _init_args(stage.folder):
-            return FinishedStage(stage.folder, ("--config", "", f"--{_MODEL}.adapter_path", "null"))
+            return FinishedStage(stage.folder, (*stage.options[:4], f"--{_MODEL}.adapter_path", "null"))
     raise ValueError(f"{stages[0][1].folder}: a calibrator alone cannot be evaluated; give the run of its pipeline")
 
 
