@@ -12,6 +12,7 @@ import vlm_builders
 from covering import sample
 
 from vidreason.cli.main import main
+from vidreason.testing.contract import TRAINED, FamilyContract, pairwise_cases
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "extending.md"
@@ -97,4 +98,7 @@ def test_the_family_passes_the_tests_of_the_shipped_ones(project):
     command = [sys.executable, "-m", program, *arguments, "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
+    functions = [name for name in dir(FamilyContract) if name.startswith("test_")]
+    cases = pairwise_cases(FamilyContract.routes)
+    assert len(cases) >= len(TRAINED) * len(FamilyContract.routes)
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) == len(functions) - 1 + len(cases)

@@ -10,13 +10,12 @@ import pytest
 
 from vidreason.datamodules.porch.data import PorchDataModule
 from vidreason.datamodules.porch.texts import RULES
-from vidreason.datamodules.prompts import render_review
 from vidreason.datamodules.traces import TraceStore
 from vidreason.demo.run import METHODS
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.pipelines.call import run_pipeline
 from vidreason.pipelines.spec import read_pipeline
-from vidreason.rewards.completion import render_completion
+from vidreason.rewards.completion import render_completion, render_reasoning
 
 SMALL = {"train_clips": 8, "val_clips": 2, "cal_clips": 2, "test_clips": 2, "levels": [0]}
 EVERYWHERE = {
@@ -124,7 +123,7 @@ def test_targets_are_labels_and_the_bases_own_texts(world, taught, tmp_path):
         "sft_rationale": lambda name: set(described[name]),
         "sft_trace": lambda name: {render_completion(text, labels[name]) for text in described[name]} | swapped(name),
         "grpo": lambda name: set(),
-        "calibration": lambda name: {labels[name], *map(render_review, reasoned[name])},
+        "calibration": lambda name: {f"<answer>{labels[name]}</answer>", *map(render_reasoning, reasoned[name])},
     }
     for stages in seen.values():
         for stage, targets in stages.items():

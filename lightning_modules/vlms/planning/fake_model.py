@@ -88,16 +88,21 @@ class FakeModel:
     def _cut_towers(self, vlm: VLM) -> None:
         """Removes blocks of frozen towers: their activations are freed one after another, so that few blocks tell all.
 
-        Blocks whose features go to the decoder (DeepStack) stay.
+        Blocks whose features go to the decoder (DeepStack) stay, and as many as a family counts back from the last one.
         """
-        taps = getattr(getattr(unwrap(self.model).config, "vision_config", None), "deepstack_visual_indexes", None)
-        most = 1 + max(taps or [1])
+        config = unwrap(self.model).config
+        taps = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
+        taken = getattr(config, "vision_feature_layer", None)  # an index, or several, into the states between blocks
+        counted = [abs(index) for index in ([taken] if isinstance(taken, int) else taken or [])]
+        most = max(1 + max(taps or [1]), *counted, 0)
         for name in vlm.vision_modules:
             tower = unwrap(self.model).get_submodule(name)
             for module in list(tower.modules()):
                 for key, child in list(module.named_children()):
                     if isinstance(child, nn.ModuleList) and len(child) > most:
                         setattr(module, key, child[:most])
+                        if getattr(getattr(module, "config", None), "num_hidden_layers", None) == len(child):
+                            module.config.num_hidden_layers = most
 
     def _materialise(self) -> None:
         """Replaces tensors of device meta by fake ones of device cpu; tied weights stay tied."""
@@ -138,7 +143,9 @@ class FakeModel:
                 stack.callback(setattr, text, "layer_types", self._kinds)
                 text.layer_types = self._kinds[:layers]
             self._decoder.layers = self._all_layers[:layers]
-            text.num_hidden_layers = layers
+            # Gemma 4 embeds a token once for all layers, and takes their number from its configuration.
+            if not getattr(text, "hidden_size_per_layer_input", None):
+                text.num_hidden_layers = layers
             stack.enter_context(devices_known())
             yield self.model
 

@@ -219,7 +219,9 @@ class MemoryEstimate:
             live = LiveBytes([*self.fake.known(), *tensors], self.fake.vocabulary)
             with self.fake.depth(depth) as model, self._precision(), live:
                 found.append(run(model, live))
-        steps = (self.fake.layers - first) / max(second - first, 1)
+        if second == self.fake.layers:
+            return found[-1]
+        steps = (self.fake.layers - first) / (second - first)
         names = [field.name for field in fields(Usage)]
 
         def value(low: Usage, high: Usage, name: str) -> float:
