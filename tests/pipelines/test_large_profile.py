@@ -65,7 +65,7 @@ def test_a_pipeline_of_a_checkpoint_runs_with_the_large_profile(capfd, tmp_path,
         assert f"settings: {name}, part {part} (docs/budgets.md)" in said.err
         saved = yaml.safe_load((Path("run") / spec.folder(stage.name) / "config.yaml").read_text())
         flat = dict(leaves(saved))
-        changed = {**STAGES[stage.name], "trainer.limit_val_batches": 1}
+        changed = {**stage.args, **STAGES[stage.name], "trainer.limit_val_batches": 1}
         checked = 0
         for section, settings in read_profile(DEFAULT, part, strategy == "full").items():
             for key, value in leaves(settings):

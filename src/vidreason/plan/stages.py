@@ -265,17 +265,16 @@ def largest_that_fits(total: Callable[[int], float], most: int, limit: float) ->
     >>> largest_that_fits(lambda n: 10 + 3 * n, 16, 25), largest_that_fits(lambda n: 10 + 3 * n, 16, 12)
     (5, 0)
     """
-    if total(most) <= limit:
-        return most
-    if most == 1 or total(1) > limit:
+    if total(1) > limit:
         return 0
-    low, high = 1, most
-    while high - low > 1:
-        slope = (total(high) - total(low)) / (high - low)
-        guess = low + int((limit - total(low)) / max(slope, 1e-9))
-        guess = min(max(guess, low + 1), high - 1)
-        low, high = (guess, high) if total(guess) <= limit else (low, guess)
-    return low
+    fitting, too_many, each = 1, most + 1, math.inf
+    while too_many - fitting > 1:  # from below, since many clips take long to plan
+        guess = fitting + max(int((limit - total(fitting)) / each), 1)
+        guess = max(guess, (fitting + too_many) // 2) if too_many <= most else min(guess, 4 * fitting)
+        guess = min(guess, too_many - 1)
+        each = max((total(guess) - total(fitting)) / (guess - fitting), 1e-9)
+        fitting, too_many = (guess, too_many) if total(guess) <= limit else (fitting, guess)
+    return fitting
 
 
 def _statistics(counted: Sequence[PromptTokens], tokens: PromptTokens, longest: Clip, behind: int) -> TokenStatistics:
