@@ -39,6 +39,20 @@ def test_the_largest_number_is_the_last_that_fits(limit: float) -> None:
     assert largest_that_fits(lambda n: 10.0 + 3 * n, 16, limit) == max(fits, default=0)
 
 
+@pytest.mark.parametrize("limit", range(30, 400, 17))
+@pytest.mark.parametrize("tower", [0, 60, 200])
+def test_the_largest_number_is_found_behind_the_vision_tower_with_few_plans(limit: int, tower: int) -> None:
+    asked: list[int] = []
+
+    def total(clips: int) -> float:
+        asked.append(clips)
+        return max(20 + tower, 20 + 7 * clips, 9 * clips - 40)
+
+    fits = [n for n in range(1, 33) if max(20 + tower, 20 + 7 * n, 9 * n - 40) <= limit]
+    assert largest_that_fits(total, 32, limit) == max(fits, default=0)
+    assert len(set(asked)) <= 6
+
+
 def test_a_pipeline_is_planned_stage_by_stage() -> None:
     lines = planned_commands((), "configs/pipelines/deepintuit.yaml", "fit", ["--grpo.trainer.max_steps", "7"])
     assert list(lines) == ["generate", "sft_cold_start", "grpo", "traces", "calibration", "test"]

@@ -258,7 +258,7 @@ def largest_that_fits(total: Callable[[int], float], most: int, limit: float) ->
     """Returns the largest number from 0 to ``most`` whose total is within a limit.
 
     Args:
-        total: Bytes of a number of clips; almost linear, and growing.
+        total: Bytes of a number of clips: convex, as the largest of sums that grow with the clips.
         most: Largest number of interest.
         limit: Largest total.
 
@@ -267,13 +267,19 @@ def largest_that_fits(total: Callable[[int], float], most: int, limit: float) ->
     """
     if total(1) > limit:
         return 0
-    fitting, too_many, each = 1, most + 1, math.inf
-    while too_many - fitting > 1:  # from below, since many clips take long to plan
-        guess = fitting + max(int((limit - total(fitting)) / each), 1)
-        guess = max(guess, (fitting + too_many) // 2) if too_many <= most else min(guess, 4 * fitting)
-        guess = min(guess, too_many - 1)
-        each = max((total(guess) - total(fitting)) / (guess - fitting), 1e-9)
-        fitting, too_many = (guess, too_many) if total(guess) <= limit else (fitting, guess)
+    fitting, too_many, each = 1, most + 1, 0.0
+    # From below, since many clips take long to plan. A clip more never takes less than the clips before it.
+    while too_many - fitting > 1 and total(fitting) + each <= limit:
+        if too_many <= most:
+            chord = (total(too_many) - total(fitting)) / (too_many - fitting)
+            guess = max(fitting + int((limit - total(fitting)) / chord), (fitting + too_many) // 2)
+        else:
+            guess = min(fitting + int((limit - total(fitting)) / each) if each else 2, 8 * fitting)
+        guess = min(max(guess, fitting + 1), too_many - 1)
+        if total(guess) > limit:
+            too_many = guess
+        else:
+            each, fitting = max((total(guess) - total(fitting)) / (guess - fitting), 1e-9), guess
     return fitting
 
 
