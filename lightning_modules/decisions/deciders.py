@@ -94,8 +94,8 @@ class AnswerDecider:
 
     @property
     def gives_probabilities(self) -> bool:
-        """False for a single answer: how often the model would give it is not known."""
-        return self.samples > 1
+        """False for a single answer or greedy ones: how often the model would give them is not known."""
+        return self.samples > 1 and self.sampling.temperature > 0
 
     @property
     def view(self) -> ClipView:
@@ -107,7 +107,7 @@ class AnswerDecider:
         sampled = generate_completions(
             vlm, model, batch.prompts, batch.clips, self.samples, self.sampling, self.seed, form=self.form
         )
-        return decide_by_answers(sampled.completions, self.task.label_names)
+        return decide_by_answers(sampled.completions, self.task.label_names, self.gives_probabilities)
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,15 @@ def decide_by_probs(
     )
 
 
-def decide_by_answers(groups: Sequence[Sequence[Completion]], label_names: Sequence[str]) -> BatchDecisions:
+def decide_by_answers(
+    groups: Sequence[Sequence[Completion]], label_names: Sequence[str], has_probs: bool
+) -> BatchDecisions:
     """Chooses the most frequent of the K sampled answers of every clip.
 
     Args:
         groups: [B][K] completions.
         label_names: C class names.
+        has_probs: Whether the shares of the answers are probabilities.
     """
     votes = [vote([match_label(c.parsed.answer, label_names) for c in group], label_names) for group in groups]
     return BatchDecisions(
@@ -194,7 +197,7 @@ def decide_by_answers(groups: Sequence[Sequence[Completion]], label_names: Seque
         pred=torch.tensor([v.chosen for v in votes]),
         answers=tuple(group[0].parsed.answer for group in groups),
         traces=tuple(tuple(Trace(c.text, c.parsed.answer, c.n_tokens) for c in group) for group in groups),
-        has_probs=min(map(len, groups), default=0) > 1,
+        has_probs=has_probs,
     )
 
 

@@ -69,7 +69,7 @@ class BatchDecisions:
     unscaled: Tensor | None = None
     """[B, C] fp32 before temperature scaling; None if ``probs`` are not scaled."""
     has_probs: bool = True
-    """False for single sampled answers: how often the model would give them is not known."""
+    """False for single or greedy answers: how often the model would give them is not known."""
 
     def probabilities(self, row: int, label_names: Sequence[str]) -> dict[str, float]:
         """Returns class to probability of clip ``row`` of the batch; empty if there is none."""
@@ -87,6 +87,7 @@ class BatchDecisions:
             answers=tuple(answer for part in parts for answer in part.answers),
             traces=tuple(traces for part in parts for traces in part.traces),
             unscaled=torch.cat(unscaled) if unscaled else None,
+            has_probs=all(part.has_probs for part in parts),
         )
 
     def prediction(self, row: int, clip: Clip, split: str, label_names: Sequence[str]) -> Prediction:

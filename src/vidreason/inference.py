@@ -46,7 +46,7 @@ class Decision:
     """None if the clip could not be read, no answer could be parsed, or the classifier abstained."""
     probs: Mapping[str, float]
     """Probability of every class, in the task's order: of a calibration stage temperature-scaled, of several sampled
-    answers their shares. Empty if the clip could not be read, or the stage samples a single answer."""
+    answers their shares. Empty if the clip could not be read, or the stage gives a single answer or greedy ones."""
     traces: tuple[str, ...]
     """The completions that the decision is based on; empty if the model decides without reasoning."""
     seconds: float

@@ -1,15 +1,19 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vidreason.datamodules.task import Task
 from vidreason.datamodules.types import Clip, FailedClip, TextBatch, VideoBatch
+from vidreason.lightning_modules.decisions import deciders
 from vidreason.lightning_modules.decisions.closed_set import closed_set
-from vidreason.lightning_modules.decisions.deciders import decide_by_answers, decide_by_probs, vote
+from vidreason.lightning_modules.decisions.deciders import AnswerDecider, decide_by_probs, vote
 from vidreason.lightning_modules.decisions.evaluation import SplitMetrics
-from vidreason.lightning_modules.decisions.predictions import failed_prediction
+from vidreason.lightning_modules.decisions.predictions import BatchDecisions, failed_prediction
 from vidreason.lightning_modules.vlms.completions import Completion
-from vidreason.rewards.completion import parse_completion
+from vidreason.lightning_modules.vlms.generation import Sampling
+from vidreason.rewards.completion import CompletionForm, parse_completion
 
 
 def texts(loss_mask: list[list[bool]], owner: list[int]) -> TextBatch:
@@ -78,20 +82,25 @@ def test_unreadable_and_unlabelled_clips(tmp_path):
     assert (line.pred, line.failed, line.unparsed, line.probs) == (None, True, False, {"a": 0.5, "b": 0.5})
 
 
-def test_a_single_sampled_answer_has_no_probability(tmp_path):
-    """The model gave it once; how often it would is not known."""
+@pytest.mark.parametrize(("samples", "temperature", "known"), [(1, 1.0, False), (3, 0.0, False), (3, 1.0, True)])
+def test_only_several_drawn_answers_have_probabilities(tmp_path, monkeypatch, samples, temperature, known):
+    """How often the model would give a single or a greedy answer is not known."""
     names = ("a", "b")
     text = "<think>x</think><answer>a</answer>"
     said = Completion(text, parse_completion(text), torch.zeros(1), torch.zeros(1), "stop")
     clip = Clip(tmp_path, "a", "v", "test")
-    one, three = (decide_by_answers([[said] * samples], names) for samples in (1, 3))
-    assert one.prediction(0, clip, "test", names).pred == "a"
-    assert one.prediction(0, clip, "test", names).probs == {}
-    assert three.prediction(0, clip, "test", names).probs["a"] == pytest.approx(3.01 / 3.02)
     batch = VideoBatch(None, torch.tensor([0]), torch.ones(1, dtype=torch.bool), (clip,), ())
-    for decisions, known in ((one, False), (three, True)):
-        metrics = SplitMetrics(names, probabilities=known)
-        metrics.update(batch, decisions)
-        values = metrics.compute("test")
-        assert float(values["test/acc"]) == 1
-        assert ({"test/nll", "test/brier", "test/ece"} <= values.keys()) == known
+    task = Task.from_labels("t", names)
+    decider = AnswerDecider(task, samples, Sampling(temperature=temperature), 0, CompletionForm())
+    sampled = SimpleNamespace(completions=[[said] * samples])
+    monkeypatch.setattr(deciders, "generate_completions", lambda *args, **options: sampled)
+    asked = SimpleNamespace(prompts=None, clips=(clip,))
+    decisions = BatchDecisions.joined([decider.decide(None, None, asked)])
+    line = decisions.prediction(0, clip, "test", names)
+    assert line.pred == "a"
+    assert line.probs == (pytest.approx({"a": 3.01 / 3.02, "b": 0.01 / 3.02}) if known else {})
+    metrics = SplitMetrics(names, probabilities=decider.gives_probabilities)
+    metrics.update(batch, decisions)
+    values = metrics.compute("test")
+    assert float(values["test/acc"]) == 1
+    assert ({"test/nll", "test/brier", "test/ece"} <= values.keys()) == known
