@@ -223,7 +223,9 @@ def rewind(container: InputContainer) -> None:
 
 def seconds(pts: int | None, time_base: Fraction | None) -> float:
     """Returns a time stamp in seconds; NaN if there is none."""
-    return float(pts * time_base) if pts is not None and time_base is not None else float("nan")
+    if pts is None or time_base is None:
+        return float("nan")
+    return pts * time_base.numerator / time_base.denominator  # as exact as the product with a Fraction, and faster
 
 
 def within(times: Sequence[float], origin: float, stretch: Stretch | None, path: Path) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 
 from vidreason.datamodules.clips.decoded import (
     DecodedFrames,
@@ -234,11 +235,12 @@ class _Shrink:
     def __init__(self, max_pixels: int | None) -> None:
         self.max_pixels = max_pixels
         self.size: tuple[int, int] | None = None
+        self._convert = VideoReformatter()  # that of each frame would set up its conversion anew
 
     def __call__(self, frame: VideoFrame) -> _Frame:
         check_frame_size(frame.width, frame.height)
         turns = round(frame.rotation / 90) % 4
-        upright = np.rot90(frame.to_ndarray(format="rgb24"), k=turns)  # by the display matrix
+        upright = np.rot90(self._convert.reformat(frame, format="rgb24").to_ndarray(), k=turns)  # by the display matrix
         pixels: Pixels = upright.astype(np.uint8, copy=False)
         self.size = self.size or fit_size(pixels.shape[0], pixels.shape[1], self.max_pixels)
         return _Frame(resize(pixels, self.size), (pixels.shape[1], pixels.shape[0]))
