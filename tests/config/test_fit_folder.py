@@ -50,6 +50,20 @@ def used(project, request):
 EVERY = pytest.mark.parametrize("used", ["nothing", "unfinished fit", "finished fit"], indirect=True)
 
 
+def test_a_folder_that_the_fit_has_made_is_no_other_configuration(project, capsys):
+    options = ["--data.init_args.task", "made/here", "--vlm.init_args.vision_cache.folder", "kept"]
+    assert main([*FIT, *options]) == 0
+    saved = yaml.safe_load(Path("runs/x/config.yaml").read_text())
+    assert saved["vlm"]["init_args"]["vision_cache"]["folder"] == str(project / "kept"), "asked from any folder"
+    Path("made/here").mkdir(parents=True)
+    Path("kept").mkdir()
+    assert main([*FIT, *options]) == 0
+    assert main([*FIT, *options[:2], "--vlm.init_args.vision_cache.folder", "elsewhere"]) == 0
+    assert capsys.readouterr().err.count("nothing to do") == 2
+    assert main([*FIT, *options[2:]]) == 2, "without the option, the folder that it named is missed"
+    assert "data.init_args.task is null, was" in capsys.readouterr().err
+
+
 @EVERY
 def test_the_same_configuration_starts_is_resumed_or_has_nothing_to_do(used, capsys):
     before = content()

@@ -31,6 +31,13 @@ def test_model_and_data_share_one_vlm(project):
     assert cli.model.net is None
 
 
+@pytest.mark.parametrize("form", [["{}", "null"], ["{}=null"]])
+def test_null_is_none_at_any_depth(project, form):
+    options = [part.format("--vlm.init_args.vision_cache.folder") for part in form]
+    cache = built("--vlm.init_args.vision_cache", "{folder: kept, max_gb: 3}", *options).model.vlm.vision_cache_options
+    assert (cache.folder, cache.max_gb) == (None, 3)
+
+
 @pytest.fixture
 def sections(project, module):
     """A section of the same class as the stage file's, one of its subclass, and an overlay."""

@@ -39,12 +39,16 @@ _PLACES = ("run_dir", "ckpt_path", "config", "trainer.default_root_dir")
 WITHOUT_EFFECT = (
     ".frames.cache",
     ".frames.cache_gb",
+    ".vision_cache.folder",
+    ".vision_cache.max_gb",
+    ".vision_cache.memory_gb",
     ".init_args.num_workers",
     ".init_args.prefetch_batches",
     ".init_args.pin_memory",
     "logger",
 )
-"""Ends of keys that change where frames are kept, how fast they come and where curves go, but not what is computed."""
+"""Ends of keys that change where frames and embeddings are kept, how fast they come and where curves go, but not what
+is computed."""
 _MOST_NAMED = 5
 
 
@@ -138,8 +142,15 @@ def _differences(file: Path, config: Mapping[str, Any]) -> dict[str, str]:
     before = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
     now = dict(_flat(config))
     keys = [key for key in sorted({*before, *now} - {*_PLACES}) if not key.endswith(WITHOUT_EFFECT)]
-    keys = [key for key in keys if before.get(key) != now.get(key)]
+    keys = [key for key in keys if not _same(before.get(key), now.get(key))]
     return {key: f"{key} is {_shown(now.get(key))}, was {_shown(before.get(key))}" for key in keys}
+
+
+def _same(before: object, now: object) -> bool:
+    """Returns whether two values are equal; what was saved as a name may be a folder since, and is absolute then."""
+    if isinstance(before, str) and isinstance(now, str):
+        return now in (before, str(Path(before).absolute()))
+    return before == now
 
 
 def _shown(value: object) -> str:

@@ -25,6 +25,9 @@ _OF_ONE_RUN = ("adapter_path", "calibrator_path", "traces_file", "fold_traces", 
 """Settings with the paths of one run."""
 _PATH_KEYS = ("path", "folder", "root", "manifest", "task", "adapter_path", "calibrator_path", "traces_file")
 
+_MADE_FOLDERS = (".vision_cache.folder", ".frames.cache", ".data_dir")
+"""Ends of the keys of folders that a run makes."""
+
 
 class RunRecord(SaveConfigCallback):
     """Writes ``config.yaml``, ``command.txt`` and ``task.yaml`` into the run folder when a run starts.
@@ -118,20 +121,26 @@ def saved_config(parser: LightningArgumentParser, config: Namespace) -> dict[str
     """Returns a parsed configuration as plain values, with absolute paths, so that it can be used from any folder."""
     # parsing has validated the values; a second time takes as long as the rest of this function
     content: dict[str, Any] = parse_yaml(parser.dump(config, skip_unset=False, skip_validation=True))
-    return {key: value if key == "run_dir" else _absolute(value) for key, value in content.items()}
+    return {key: value if key == "run_dir" else _absolute(value, key) for key, value in content.items()}
 
 
-def _absolute(value: Any, key: str = "") -> Any:
-    """Returns a value with the names of files and folders that exist made absolute, at any depth."""
+def _absolute(value: Any, key: str) -> Any:
+    """Returns a value with the names of files and folders that exist or will be made absolute, at any depth.
+
+    Args:
+        value: The value.
+        key: Its dotted key.
+    """
     if isinstance(value, dict):
-        return {name: _absolute(item, name) for name, item in value.items()}
+        return {name: _absolute(item, f"{key}.{name}") for name, item in value.items()}
     if isinstance(value, list):
         return [_absolute(item, key) for item in value]
     if not isinstance(value, str) or not value:
         return value
     # A word such as "train" is the name of a split, also where the current folder has a folder of that name.
-    may_be_path = "/" in value or value.endswith(_FILE_SUFFIXES) or key in _PATH_KEYS
-    return str(Path(value).absolute()) if may_be_path and Path(value).exists() else value
+    may_be_path = "/" in value or value.endswith(_FILE_SUFFIXES) or key.rpartition(".")[2] in _PATH_KEYS
+    is_path = key.endswith(_MADE_FOLDERS) if not Path(value).exists() else may_be_path
+    return str(Path(value).absolute()) if is_path and not value.startswith("~") else value
 
 
 def given_settings(command_line: str, config: Namespace) -> dict[str, str | int | float | bool]:

@@ -1,8 +1,9 @@
-"""The parser of command lines and YAML files: no abbreviations, and sections that are replaced as a whole."""
+"""The parser of command lines and YAML files: no abbreviations, sections replaced as a whole, null at any depth."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import Namespace
@@ -26,6 +27,17 @@ class StrictParser(LightningArgumentParser):
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
         self._left_out: tuple[str, ...] = ()
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parses options.
+
+        jsonargparse has read the value of ``--data.init_args.frames.cache null`` when it hands the option on to the
+        parser of the class, as ``--frames.cache=None``, which would be a text.
+        """
+        if args is not None and len(args) == 1 and args[0].endswith("=None"):
+            args = [args[0].removesuffix("None") + "null"]
+        parsed: Namespace = super().parse_args(args, *rest, **kwargs)
+        return parsed
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
         """Parses a YAML file; those sections of the stage file that the command line replaces are left out."""
