@@ -38,6 +38,11 @@ def test_null_is_none_at_any_depth(project, form):
     assert (cache.folder, cache.max_gb) == (None, 3)
 
 
+def test_ctrl_c_while_the_workers_start_ends_in_order(project, capsys):
+    assert main([*FIT, "--data.init_args.broken", "stopped"]) == 130
+    assert "again with: vidreason fit" in capsys.readouterr().err
+
+
 @pytest.fixture
 def sections(project, module):
     """A section of the same class as the stage file's, one of its subclass, and an overlay."""

@@ -40,9 +40,16 @@ class Numbers(L.LightningDataModule):
 
     def train_dataloader(self):
         rows = Broken() if self.broken else torch.ones(8, 4)
-        return torch.utils.data.DataLoader(rows, batch_size=self.batch_size, num_workers=self.num_workers)
+        loader = StoppedAtStart if self.broken == "stopped" else torch.utils.data.DataLoader
+        return loader(rows, batch_size=self.batch_size, num_workers=self.num_workers)
 
     test_dataloader = train_dataloader
+
+
+class StoppedAtStart(torch.utils.data.DataLoader):
+    def __iter__(self):
+        os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C while workers are started
+        return super().__iter__()
 
 
 class OtherNumbers(Numbers):

@@ -274,6 +274,12 @@ class VideoCLI(LightningCLI):
         except (StopRequested, TooManyUnreadableError):
             say(how_to_resume(self.trainer, self.subcommand, self.command_line))
             raise
+        except RuntimeError as error:
+            # Lightning's teardown fails if the signal came while the workers of a DataLoader were started
+            if not isinstance(error.__context__, StopRequested):
+                raise
+            say(how_to_resume(self.trainer, self.subcommand, self.command_line))
+            raise error.__context__ from None
 
     @cached_property
     def saved(self) -> dict[str, Any]:
