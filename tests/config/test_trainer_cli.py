@@ -1,6 +1,7 @@
 import json
 import signal
 import sys
+from argparse import ArgumentError
 from pathlib import Path
 from unittest.mock import patch
 
@@ -9,6 +10,7 @@ import yaml
 
 from vidreason.cli.main import main
 from vidreason.config import files
+from vidreason.config.built_stage import build_stage
 from vidreason.config.trainer_cli import build
 
 FIT = ["fit", "--config", "configs/stage.yaml"]
@@ -352,3 +354,19 @@ def test_trainer_refusals_are_one_line(project, capsys):
 def test_bugs_of_libraries_keep_their_traceback(project, module):
     with pytest.raises(json.JSONDecodeError):
         main([*FIT, "--model", f"{module}.LibraryBug"])
+
+
+def test_a_stage_without_a_trainer_needs_no_callbacks_or_loggers(project):
+    """A run of another version is loaded for decisions, whatever options the watchers of its training had."""
+    path, stage = Path("configs/stage.yaml"), yaml.safe_load(Path("configs/stage.yaml").read_text())
+    watcher = {"class_path": "vidreason.callbacks.throughput.Throughput", "init_args": {"gone": 1}}
+    stage["trainer"] = {"callbacks": [watcher], "gone": 1, "precision": "bf16-true", "accelerator": "cpu"}
+    path.write_text(yaml.safe_dump({**stage, "logger": "gone", "checkpoint": {"gone": 1}}))
+    sys.path.append(str(Path.cwd()))
+    found = build_stage("fit", ["--config", str(path)])
+    assert (found.model.vlm.path, found.accelerator, found.precision) == ("here", "cpu", "bf16-true")
+    assert main(["fit", "--config", str(path)]) == 2
+    stage["model"]["init_args"]["gone"] = 1
+    path.write_text(yaml.safe_dump(stage))
+    with pytest.raises(ArgumentError, match="gone"):
+        build_stage("fit", ["--config", str(path)])

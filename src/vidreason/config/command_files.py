@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,17 +207,26 @@ def given_batch_size(argv: Sequence[str]) -> str | None:
     return None
 
 
-def without_sections(content: str, sections: Sequence[str]) -> str:
-    """Returns the text of a YAML file without some top-level keys; text that is not a mapping is returned unchanged."""
-    if not sections:
+def without_sections(content: str, sections: Sequence[str], trainer_keys: Collection[str] | None = None) -> str:
+    """Returns the text of a YAML file without some of its keys; text that is not a mapping is returned unchanged.
+
+    Args:
+        content: The text.
+        sections: Top-level keys that are left out.
+        trainer_keys: The keys of the section ``trainer`` that stay; None keeps them all.
+    """
+    if not sections and trainer_keys is None:
         return content
     try:
-        loaded = yaml.safe_load(content)
+        loaded = parse_yaml(content)
     except yaml.YAMLError:
         return content  # the parser reports it, with file and line
-    if not isinstance(loaded, dict) or not set(sections) & set(loaded):
+    if not isinstance(loaded, dict):
         return content
-    return yaml.safe_dump({key: value for key, value in loaded.items() if key not in sections}, sort_keys=False)
+    kept = {key: value for key, value in loaded.items() if key not in sections}
+    if trainer_keys is not None and isinstance(trainer := kept.get("trainer"), dict):
+        kept["trainer"] = {key: value for key, value in trainer.items() if key in trainer_keys}
+    return content if kept == loaded else yaml.safe_dump(kept, sort_keys=False)
 
 
 def _section_of(value: str) -> str:

@@ -19,14 +19,16 @@ class StrictParser(LightningArgumentParser):
         stage_file: The file from which ``replaced`` is left out.
         replaced: Sections that the command line gives as a whole. jsonargparse would merge them into those of the stage
             file, so that a setting missing in the user's section would come from the stage file.
+        trainer_keys: Keys of the stage file's section ``trainer`` that are read; None reads all.
     """
 
     stage_file: str | None = None
     replaced: tuple[str, ...] = ()
+    trainer_keys: tuple[str, ...] | None = None
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
-        self._left_out: tuple[str, ...] = ()
+        self._in_stage_file = False
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parses options.
@@ -40,15 +42,17 @@ class StrictParser(LightningArgumentParser):
         return parsed
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
-        """Parses a YAML file; those sections of the stage file that the command line replaces are left out."""
-        self._left_out = self.replaced if str(path) == self.stage_file else ()
+        """Parses a YAML file; of the stage file, only what ``replaced`` and ``trainer_keys`` leave."""
+        self._in_stage_file = str(path) == self.stage_file
         try:
             parsed: Namespace = super().parse_path(path, *args, **kwargs)
             return parsed
         finally:
-            self._left_out = ()
+            self._in_stage_file = False
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
         """Parses the text of a YAML file; ``parse_path`` calls it."""
-        parsed: Namespace = super().parse_string(without_sections(content, self._left_out), *args, **kwargs)
+        if self._in_stage_file:
+            content = without_sections(content, self.replaced, self.trainer_keys)
+        parsed: Namespace = super().parse_string(content, *args, **kwargs)
         return parsed

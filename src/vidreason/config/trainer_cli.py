@@ -61,6 +61,10 @@ from vidreason.signals import StopRequested, check_stop, handle_signals
 set_parsing_settings(subclasses_enabled=[PolicyLoss])
 
 _SCRATCH_VARIABLE = "VIDREASON_SCRATCH"
+_WITHOUT_TRAINER = ("accelerator", "precision")
+"""Keys of ``trainer`` that count where none is built; another version may have other options of the callbacks."""
+_OF_THE_TRAINER = ("checkpoint", "logger")
+"""Sections about the trainer beside it."""
 
 
 class VideoCLI(LightningCLI):
@@ -70,7 +74,7 @@ class VideoCLI(LightningCLI):
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         argv: The options after the command.
         execute: Whether to run the command; False only builds data, model and trainer, without loading weights.
-        with_trainer: Whether to build a trainer.
+        with_trainer: Whether to build a trainer; if not, its callbacks and loggers are not read from the stage file.
 
     Attributes:
         run_dir: The run folder, also ``trainer.default_root_dir``.
@@ -120,6 +124,9 @@ class VideoCLI(LightningCLI):
         parser = super().init_parser(**kwargs)
         assert isinstance(parser, StrictParser)
         parser.stage_file, parser.replaced = self.files.stage_file, self.files.replaced
+        if not self.with_trainer:
+            parser.replaced += _OF_THE_TRAINER
+            parser.trainer_keys = _WITHOUT_TRAINER
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
