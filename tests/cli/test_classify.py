@@ -6,6 +6,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,6 +219,19 @@ def test_a_file_of_results_holds_what_the_classifier_says(
     said = capsys.readouterr().err
     assert "e.jsonl: holds decisions of other settings: weights was " in said
     assert "LikelihoodDecider" in said
+
+
+@pytest.mark.slow
+def test_the_processes_of_torchrun_decide_about_each_clip_once(home: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "vidreason"]
+    ask = ["classify", "clips", "--run", "runs/label", "--out", str(tmp_path / "r.jsonl")]
+    done = subprocess.run([*command, *ask], cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parts = [(tmp_path / f"r-{number}-of-2.jsonl").read_text().splitlines() for number in (1, 2)]
+    rows = [json.loads(line) for line in sum(parts, [])]
+    assert sorted(row["path"] for row in rows) == sorted(f"clips/{number}.mp4" for number in range(11))
+    assert all(row["error"] is None for row in rows)
+    assert min(map(len, parts)) > 0
 
 
 def test_below_the_threshold_of_its_weights_the_classifier_abstains(

@@ -2,15 +2,20 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import parse_args
 
 from vidreason.cli import classify
 from vidreason.cli.main import main
 from vidreason.inference import Decision
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 class Decider:
@@ -132,3 +137,16 @@ def test_options_that_do_not_fit_are_named(decider: Decider, capsys: pytest.Capt
     assert "not allowed with argument --run" in capsys.readouterr().err
     assert main(["classify", "t.csv"]) == 2
     assert "one of the arguments --run --export is required" in capsys.readouterr().err
+
+
+def test_torchrun_takes_its_command_lines_in_the_documentation() -> None:
+    """It completes options: without the double dash it takes ``--run`` for one of its own."""
+    found = []
+    for page in sorted(DOCS.glob("*.md")):
+        lines = page.read_text().replace("\\\n", " ").splitlines()
+        found += [shlex.split(re.sub(r"\$\w+", "0", line)) for line in lines if line.strip().startswith("torchrun ")]
+    told = [parse_args(words[1:]) for words in found]
+    assert {(args.training_script, args.training_script_args[0]) for args in told} == {
+        ("vidreason", "classify"),
+        ("vidreason", "fit"),
+    }
