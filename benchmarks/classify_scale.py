@@ -1,12 +1,14 @@
-"""Clips a second of ``vidreason classify``: one clip at a time, in batches, and read ahead; and memory of many rows.
+"""Clips a second of ``vidreason classify`` against a naive loop, and the memory of many rows.
 
     python benchmarks/classify_scale.py --run RUN [RUN ...] [--json FILE] [--clips 48] [--repeats 3] [--rows 1000000]
 
 The runs are finished ones, such as those of ``vidreason demo``. Clips are 10 s of 854 x 480 pixels, H.264. *naive*
-reads a clip when the model waits for it and decides about it alone; *batches* reads eight clips one after the other and
-decides about them together; *ahead* is what the command does: clips are read by helper processes while the model
-decides. Each variant and repeat gets clips of its own content, so that nothing is known from before; variants take
-turns, and figures are medians. What the variants say about the first clip is compared.
+reads a clip when the model waits for it, and encodes it again for every trace and every class name; *alone* decides
+about the clip behind one prefill; *batches* reads eight clips one after the other and decides about them together;
+*ahead* is what the command does: clips are read by helper processes while the model decides. Each variant and repeat
+gets clips of its own content, so that nothing is known from before; variants take turns, and figures are medians. What
+the variants say about the first clip is compared. The helper processes have sessions of their own: a machine that is
+kept free for a session by its scheduler (Linux: autogroup) is not free for them.
 
 ``--rows``: a manifest of so many rows, all of which but ten are in the file of results. The command goes on with it in
 a process of its own; its largest resident memory is compared with that for ten rows and an empty file. ``--repeats 0``
@@ -22,9 +24,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from operator import truediv
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,11 +35,17 @@ from typing import Any
 import torch
 from decode import VIDEOS, make_video
 from figures import versions, write_json
+from marked_clips import with_mark
+from naive_loop import NaiveLoop
 
-from vidreason.inference import Decision, VideoClassifier
+from vidreason.answering.loaded import OpenedRun
+from vidreason.config.finished_stage import find_stage
+from vidreason.inference import VideoClassifier
 
-VARIANTS = {"naive": (1, 0), "batches": (8, 0), "ahead": (8, None)}
+NAIVE = "naive"
+COMMANDS = {"alone": (1, 0), "batches": (8, 0), "ahead": (8, None)}
 """Clips per batch and readers by variant."""
+VARIANTS = (NAIVE, *COMMANDS)
 _COMMAND = """
 import resource, sys
 from vidreason.cli.main import main
@@ -56,33 +65,45 @@ class Row:
     """Median clips a second by variant."""
     model_cpu_s: dict[str, float]
     """Median CPU-seconds per clip by variant, of this process; those of the helpers that decode are not in it."""
-    ratio: float
-    """Ratio of the clips a second: ``ahead`` over ``naive``."""
+    ratio: dict[str, float]
+    """Clips a second to those of ``naive`` by variant: the median over repeats."""
     largest_difference: float
     """Largest difference between the variants in a probability of the first clip."""
 
 
 def copies(video: Path, folder: Path, count: int, mark: str) -> list[Path]:
-    """Writes copies of a video that differ in an empty box at their end, and so in their content."""
+    """Writes copies of a video with content of their own."""
     folder.mkdir(parents=True)
-    content, paths = video.read_bytes(), []
-    for number in range(count):
-        note = f"{mark} {number}".encode()
-        paths.append(folder / f"{number}.mp4")
-        paths[-1].write_bytes(content + (8 + len(note)).to_bytes(4, "big") + b"free" + note)
+    content, paths = video.read_bytes(), [folder / f"{number}.mp4" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.write_bytes(with_mark(content, f"{mark} {number}"))
     return paths
 
 
-def timed(run: Path, variant: str, clips: Sequence[Path]) -> tuple[float, float, Decision]:
-    """Returns clips a second, CPU-seconds per clip of this process, and the decision about the first clip."""
-    batch_size, readers = VARIANTS[variant]
+def decider_of(run: Path, variant: str) -> Callable[[Sequence[Path]], list[Mapping[str, float]]]:
+    """Returns the function of a variant that returns the probabilities of clips."""
+    if variant == NAIVE:
+        loop = NaiveLoop(OpenedRun.of(find_stage(run)).load())
+        return lambda clips: [loop.decide(clip, str(clip)) for clip in clips]
+    batch_size, readers = COMMANDS[variant]
     classify = VideoClassifier.from_run(run, batch_size=batch_size, readers=readers)
-    list(classify.decide(clips[:2]))  # starts what has to be started
+
+    def decide(clips: Sequence[Path]) -> list[Mapping[str, float]]:
+        decisions = list(classify.decide(clips))
+        assert all(decision.error is None for decision in decisions)
+        return [decision.probs for decision in decisions]
+
+    return decide
+
+
+def timed(run: Path, variant: str, clips: Sequence[Path]) -> tuple[float, float, Mapping[str, float]]:
+    """Returns clips a second, CPU-seconds per clip of this process, and the probabilities of the first clip."""
+    decide = decider_of(run, variant)
+    decide(clips[:2])  # starts what has to be started
     start, used = time.perf_counter(), time.process_time()
-    decisions = list(classify.decide(clips[2:]))
+    probs = decide(clips[2:])
     seconds, used = time.perf_counter() - start, time.process_time() - used
-    assert all(decision.error is None for decision in decisions)
-    return len(decisions) / seconds, used / len(decisions), decisions[0]
+    return len(probs) / seconds, used / len(probs), probs[0]
 
 
 def measure(run: Path, video: Path, folder: Path, count: int, repeats: int) -> Row:
@@ -91,26 +112,26 @@ def measure(run: Path, video: Path, folder: Path, count: int, repeats: int) -> R
     used: dict[str, list[float]] = {name: [] for name in VARIANTS}
     apart = 0.0
     for repeat in range(repeats):
-        first: list[Decision] = []
+        first: list[Mapping[str, float]] = []
         for name in VARIANTS:
             # The noise of traces depends on the path: variants get the same one after the other.
             place = folder / run.name / str(repeat)
             clips = copies(video, place, count + 2, f"{name} {repeat}")
-            rate, cpu, decision = timed(run, name, clips)
+            rate, cpu, probs = timed(run, name, clips)
             rates[name].append(rate)
             used[name].append(cpu)
-            first.append(decision)
+            first.append(probs)
             for clip in clips:
                 clip.unlink()
             place.rmdir()
-        apart = max([apart, *(abs(d.probs[c] - first[0].probs[c]) for d in first[1:] for c in first[0].probs)])
+        apart = max([apart, *(abs(probs[c] - first[0][c]) for probs in first[1:] for c in first[0])])
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return Row(
         run.name,
         VideoClassifier.from_run(run).answers.partition(" (")[0],
         medians,
         {name: statistics.median(values) for name, values in used.items()},
-        medians["ahead"] / medians["naive"],
+        {name: statistics.median(map(truediv, values, rates[NAIVE])) for name, values in rates.items()},
         apart,
     )
 
@@ -157,10 +178,11 @@ def main() -> None:
         make_video(folder / "video.mp4", VIDEOS["480p"])
         for run in options.run if options.repeats else ():
             row = measure(run, folder / "video.mp4", folder, options.clips, options.repeats)
-            print(f"{row.run} ({row.answers}): {row.ratio:.2f} times the clips of the naive way", flush=True)
+            print(f"{row.run} ({row.answers}); probabilities differ by {row.largest_difference:.1e}", flush=True)
             for variant in VARIANTS:
                 used = f"{row.model_cpu_s[variant]:.3f} CPU-s of the model"
-                print(f"  {variant:8} {row.clips_per_s[variant]:6.2f} clips/s, {used}", flush=True)
+                rate, ratio = row.clips_per_s[variant], row.ratio[variant]
+                print(f"  {variant:8} {rate:6.2f} clips/s, {ratio:.2f} times the naive way, {used}", flush=True)
             content["runs"].append(asdict(row))
             write_json(options.json, content)
         if options.rows:

@@ -3,8 +3,9 @@
     python benchmarks/serving.py --run runs/demo/deepintuit --clips runs/demo/porch [--parts throughput,soak,fuzz,stop]
 
 The naive loop takes one clip at a time and encodes it again for every trace, and for every class name behind every
-trace; it gives the same probabilities, which the benchmark checks. Rounds of the loop and of 1, 4 and 16 clients take
-turns, on the same clips. CPU-seconds of the service are those of its process and of the processes that decode.
+trace. Rounds of the loop and of 1, 4 and 16 clients take turns, each on copies of the clips with content of their own,
+so that nothing is known from before. Each round of the loop has the content of one of the others, whose probabilities
+are compared with its own. CPU-seconds of the service are those of its process and of the processes that decode.
 """
 
 from __future__ import annotations
@@ -15,35 +16,29 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import torch
 from figures import versions, write_json
+from marked_clips import with_mark
+from naive_loop import NaiveLoop
 from serving_load import fuzz, soak, stop
 from serving_process import Served, post, start
 
-from vidreason.answering.loaded import LoadedModel, OpenedRun
+from vidreason.answering.loaded import OpenedRun
 from vidreason.config.finished_stage import find_stage
-from vidreason.config.quiet import quietly
-from vidreason.datamodules.clips.reading import read_frames
-from vidreason.datamodules.prompts import ReviewView
-from vidreason.datamodules.types import Clip, Example, Text, VideoSample
-from vidreason.lightning_modules.decisions.deciders import ReviewDecider
-from vidreason.lightning_modules.functional.calibration import apply_temperature
-from vidreason.lightning_modules.functional.reductions import (
-    average_over_traces,
-    label_log_probabilities,
-    sequence_logprobs,
-)
-from vidreason.lightning_modules.vlms.completions import completion_seed
+from vidreason.datamodules.file_hash import content_sha
 
 TRACES = 4
 CLIENTS = (1, 4, 16)
 SAME = 1e-4  # largest difference of probabilities
+Clips = Mapping[str, bytes]
+"""Contents of clips by name."""
 
 
 class Round(NamedTuple):
@@ -57,62 +52,34 @@ class Round(NamedTuple):
     """Class probabilities by name of the clip's file."""
 
 
-class NaiveLoop:
-    """Decides about one clip at a time, with a prefill for each trace and each class name behind each trace.
+class NaiveRounds:
+    """Rounds of the naive loop on clips as the service names them: by their content.
 
     Args:
-        loaded: A run that ends with a calibrator.
+        run: The run.
+        folder: Folder for the clips of a round.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        answering = loaded.answering
-        assert isinstance(answering.decider, ReviewDecider), "the run has no calibrator"
-        assert answering.generator is not None, "the calibrator reads no traces"
-        self.loaded, self.decider, self.generator = loaded, answering.decider, answering.generator
-        answering.vlm.vision_cache_options = None
-        answering.vlm.__dict__.pop("vision_cache", None)
+    def __init__(self, run: Path, folder: Path) -> None:
+        self.loop, self.folder = NaiveLoop(OpenedRun.of(find_stage(run)).load()), folder
+        assert self.loop.generator is not None, "the run reads no traces"
+        assert self.loop.generator.options.samples == TRACES, f"the run has not {TRACES} traces"
 
-    def decide(self, path: Path) -> dict[str, float]:
-        """Returns the probabilities of a clip."""
-        loaded, answering = self.loaded, self.loaded.answering
-        video = read_frames(path, loaded.frames)
-        clip = loaded.find_known(path) or Clip(path, None, path.name)
-        sample = VideoSample(clip.video_id, video.frames, None, video.timing, clip)
-        with torch.inference_mode(), loaded.fabric.autocast(), quietly():
-            texts = [self._trace(sample, clip, k) for k in range(TRACES)]
-            view = ReviewView(loaded.task, {clip.video_id: tuple(texts)}, "all", self.decider.input)
-            prompt, rows = view.prompt(clip), list[torch.Tensor]()
-            for text in (text for text in view.texts(clip) if text.role == "context"):
-                scores = []
-                for name in loaded.task.label_names:
-                    encoded = answering.vlm.encode([Example(sample, prompt, (text, Text(name, parent=0)))])
-                    found = answering.vlm.score(answering.model, encoded.prompts, encoded.texts)
-                    scores.append(sequence_logprobs(found.logprobs, encoded.texts.loss_mask)[1])
-                rows.append(label_log_probabilities(torch.stack(scores)))
-            logprobs = average_over_traces(torch.stack(rows), torch.zeros(len(rows), dtype=torch.int64), 1)
-        probs = apply_temperature(logprobs, self.decider.temperature)[0]
-        return dict(zip(loaded.task.label_names, probs.tolist(), strict=True))
-
-    def _trace(self, sample: VideoSample, clip: Clip, k: int) -> str:
-        vlm, generator = self.loaded.answering.vlm, self.generator
-        encoded = vlm.encode([Example(sample, generator.view.prompt(clip))])
-        seeds = [[completion_seed(generator.seed, 0, clip.video_id, k)]]
-        model = self.loaded.answering.writer
-        with generator.adapter_context(model):
-            return vlm.generate(model, encoded.prompts, 1, generator.options.sampling, seeds).texts[0]
-
-    def round(self, clips: Sequence[Path]) -> Round:
+    def round(self, clips: Clips) -> Round:
         """Decides about all clips."""
-        return _timed(clips, time.process_time, lambda: [self._one(path) for path in clips])
+        paths = {name: self.folder / f"{number}.mp4" for number, name in enumerate(clips)}
+        for name, path in paths.items():
+            path.write_bytes(clips[name])
+        return _timed(clips, time.process_time, lambda: [self._one(name, path) for name, path in paths.items()])
 
-    def _one(self, path: Path) -> tuple[float, str, dict[str, float]]:
+    def _one(self, name: str, path: Path) -> tuple[float, str, dict[str, float]]:
         start = time.perf_counter()
-        probs = self.decide(path)
-        return time.perf_counter() - start, path.name, probs
+        probs = self.loop.decide(path, f"sha256 {content_sha(path)}")
+        return time.perf_counter() - start, name, probs
 
 
 def _timed(
-    clips: Sequence[Path], cpu: Callable[[], float], run: Callable[[], Sequence[tuple[float, str, dict[str, float]]]]
+    clips: Clips, cpu: Callable[[], float], run: Callable[[], Sequence[tuple[float, str, dict[str, float]]]]
 ) -> Round:
     before, start = cpu(), time.perf_counter()
     found = run()
@@ -121,21 +88,21 @@ def _timed(
     return Round(len(clips) / wall, used / len(clips), [seconds for seconds, _, _ in found], probs)
 
 
-def serve_round(served: Served, clips: Sequence[Path], clients: int) -> Round:
+def serve_round(served: Served, clips: Clips, clients: int) -> Round:
     """Sends all clips to the service, from several clients at once."""
-    waiting, lock = iter(clips), threading.Lock()
+    waiting, lock = iter(clips.items()), threading.Lock()
 
     def client(_: int) -> list[tuple[float, str, dict[str, float]]]:
         found = []
         while True:
             with lock:
-                path = next(waiting, None)
-            if path is None:
+                item = next(waiting, None)
+            if item is None:
                 return found
             start = time.perf_counter()
-            reply = post(served.port, f"/v1/classify?samples={TRACES}", path.read_bytes())
+            reply = post(served.port, f"/v1/classify?samples={TRACES}", item[1])
             assert reply.status == 200, reply
-            found.append((time.perf_counter() - start, path.name, json.loads(reply.body)["probabilities"]))
+            found.append((time.perf_counter() - start, item[0], json.loads(reply.body)["probabilities"]))
 
     def run() -> list[tuple[float, str, dict[str, float]]]:
         with ThreadPoolExecutor(clients) as threads:
@@ -144,21 +111,25 @@ def serve_round(served: Served, clips: Sequence[Path], clients: int) -> Round:
     return _timed(clips, served.cpu_s, run)
 
 
-def throughput(served: Served, run: Path, clips: Sequence[Path], rounds: int) -> dict[str, object]:
+def throughput(served: Served, run: Path, paths: Sequence[Path], rounds: int) -> dict[str, object]:
     """Compares the service with the naive loop; returns ratios and medians over rounds."""
-    loop = NaiveLoop(OpenedRun.of(find_stage(run)).load())
+    contents = {path.name: path.read_bytes() for path in paths}
+
+    def marked(mark: str) -> Clips:
+        return {name: with_mark(content, f"{mark} {name}") for name, content in contents.items()}
+
     taken: dict[str, list[Round]] = {"naive": [], **{f"{n} clients": [] for n in CLIENTS}}
-    serve_round(served, clips[:2], 2)  # loads kernels and decoders
-    loop.round(clips[:1])
-    for _ in range(rounds):
-        taken["naive"].append(loop.round(clips))
-        for clients in CLIENTS:
-            taken[f"{clients} clients"].append(serve_round(served, clips, clients))
-    naive = taken["naive"][0].probs
-    for name, found in taken.items():
-        for one in found:
-            worst = max(abs(one.probs[c][k] - p) for c, probs in naive.items() for k, p in probs.items())
-            assert worst < SAME, f"{name} gives other probabilities than the loop, by {worst}"
+    with TemporaryDirectory() as folder:
+        naive = NaiveRounds(run, Path(folder))
+        first = dict(islice(marked("first").items(), 2))
+        serve_round(served, first, 2)  # loads kernels and decoders
+        naive.round(first)
+        for number in range(rounds):
+            compared = CLIENTS[number % len(CLIENTS)]
+            taken["naive"].append(naive.round(marked(f"{number} {compared}")))
+            for clients in CLIENTS:
+                taken[f"{clients} clients"].append(serve_round(served, marked(f"{number} {clients}"), clients))
+            _check_same(taken["naive"][-1], taken[f"{compared} clients"][-1])
     rows = {name: _row(found) for name, found in taken.items()}
     slow = rows["naive"]
     ratios = {
@@ -171,7 +142,12 @@ def throughput(served: Served, run: Path, clips: Sequence[Path], rounds: int) ->
         for name, found in taken.items()
         if name != "naive"
     }
-    return {"clips": len(clips), "rounds": rounds, "traces": TRACES, "ratio_to_naive": ratios, "rows": rows}
+    return {"clips": len(paths), "rounds": rounds, "traces": TRACES, "ratio_to_naive": ratios, "rows": rows}
+
+
+def _check_same(naive: Round, served: Round) -> None:
+    worst = max(abs(served.probs[c][k] - p) for c, probs in naive.probs.items() for k, p in probs.items())
+    assert worst < SAME, f"the service gives other probabilities than the loop, by {worst}"
 
 
 def _row(rounds: Sequence[Round]) -> dict[str, float]:
