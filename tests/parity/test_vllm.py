@@ -4,7 +4,6 @@
 """
 
 import os
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
@@ -15,6 +14,7 @@ import pytest
 import torch
 import transformers
 import vlm_builders as builders
+from asking_vllm import NEEDS_VLLM, ask_vllm
 from figures import write_json
 from torch import Tensor
 from vllm_families import FAMILIES, SIZES, Clip, Family
@@ -27,16 +27,7 @@ from vidreason.lightning_modules.vlms.prefix.layout import unwrap
 from vidreason.lightning_modules.vlms.qwen import QwenVL
 from vidreason.lightning_modules.vlms.text import chat
 
-PYTHON = os.environ.get("VIDREASON_VLLM_PYTHON")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        PYTHON is None,
-        reason="VIDREASON_VLLM_PYTHON is not set: it names the Python of an environment with vLLM, which "
-        "tests/parity/make_environment.sh makes",
-    ),
-]
-WORKER = Path(__file__).with_name("vllm_worker.py")
+pytestmark = NEEDS_VLLM
 TOLERANCE = 1e-4
 RANK = 8
 
@@ -87,19 +78,6 @@ def image_prompt(vlm: VLM, ids: list[int]) -> list[int]:
     image, *others = vlm.tokenizer.convert_tokens_to_ids(tokens)
     runs = groupby(ids, {image, *others}.__contains__)
     return [i for visual, run in runs for i in ([image] if visual else run)]
-
-
-def ask_vllm(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs the worker on a job."""
-    assert PYTHON is not None
-    folder.mkdir()
-    torch.save(job, folder / "requests.pt")
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run([PYTHON, str(WORKER), str(folder)], env=environment, capture_output=True, text=True)
-    (folder / "log.txt").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, f"vLLM failed:\n{(done.stdout + done.stderr)[-6000:]}"
-    answers: dict[str, Any] = torch.load(folder / "answers.pt")
-    return answers
 
 
 class Compared:

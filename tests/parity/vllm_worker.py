@@ -38,6 +38,7 @@ def main(folder: Path) -> None:
     # Options only where they are needed: not every family accepts them.
     options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": job["rank"]} if adapters else {}
     options |= {"enable_mm_embeds": True} if embedded else {}
+    options |= {"mm_processor_kwargs": job["processor"]} if job.get("processor") else {}
     engine = vllm.LLM(
         model=job["model"],
         dtype=job["dtype"],
