@@ -18,6 +18,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import quote
 
+from marked_clips import with_mark
 from serving_process import Reply, Served, post
 
 PATHS = ("/v1/decisions", "/v1/systemone", "/v1/classify")
@@ -35,7 +36,7 @@ _CANARY = "canary-7f3a"
 
 
 def soak(served: Served, clips: Sequence[Path], requests: int) -> dict[str, object]:
-    """Sends many requests, of which a tenth is decided, and watches memory and descriptors."""
+    """Sends many requests, of which a tenth is decided, each about another clip, and watches memory and descriptors."""
     contents = [path.read_bytes() for path in clips]
     statuses: Counter[int] = Counter()
     seen: list[dict[str, float]] = []
@@ -43,7 +44,8 @@ def soak(served: Served, clips: Sequence[Path], requests: int) -> dict[str, obje
 
         def one(number: int) -> int:
             if number % 10 == 0:
-                return post(served.port, "/v1/classify?samples=2", contents[number // 10 % len(contents)]).status
+                clip = with_mark(contents[number // 10 % len(contents)], str(number))
+                return post(served.port, "/v1/classify?samples=2", clip).status
             path = PATHS[number % 3]
             wrong = (b"{}", b"", b"\x00" * 1000, contents[0][:300], b"[" * 2000)[number % 5]
             return post(served.port, path, wrong, headers={"Content-Type": TYPES[number % 3]}).status

@@ -92,7 +92,10 @@ class InferenceDataModule(VideoDataModule):
 
     def set_clips(self, clips: Iterable[ReadClip]) -> None:
         """Replaces the clips, whose ids have to differ: of clips with one id only the last would be kept."""
-        self._given = {read.clip.video_id: read for read in clips}
+        given = {read.clip.video_id: read for read in clips}
+        # In place: whoever still holds a dataset of earlier clips does not hold their frames.
+        self._given.clear()
+        self._given.update(given)
         self.setup("test")
 
     def read(self, clip: Clip) -> ReadClip:

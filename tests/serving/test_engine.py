@@ -1,10 +1,13 @@
 """The model of the service: together or alone, its answers are those of the deciders."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import served_model as world
+from torch import Tensor
 
 from vidreason.answering.deciding import ClipDecider
 from vidreason.answering.loaded import LoadedModel
@@ -56,6 +59,18 @@ def test_answers_do_not_depend_on_the_other_requests(loaded: LoadedModel, clip_f
     assert [one.together for one in together if isinstance(one, Answer)] == [5] * 5
     assert len(alone[3].own.traces) == 3
     assert alone[0].own.traces == alone[4].own.traces
+
+
+def test_the_frames_of_a_clip_are_released(loaded: LoadedModel, clip_folder: Path):
+    """The vision cache knows the clip when the calibrator asks for it, and may not hold more than its embeddings."""
+    engine, frames = Engine(loaded, 8), list[ref[Tensor]]()
+    for number in range(3):
+        asked = job(clip_folder, number)
+        frames.append(ref(asked.video.frames))
+        engine.answer([asked])
+        del asked
+    gc.collect()
+    assert [one() is None for one in frames] == [True, True, False], "those of the last clip are there until the next"
 
 
 def test_the_question_of_the_run_has_the_answer_of_the_classifier(loaded: LoadedModel, clip_folder: Path):

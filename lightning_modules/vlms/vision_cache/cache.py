@@ -50,6 +50,8 @@ FORMAT = 2
 """Version of the files; part of the key."""
 FEATURES = ("get_video_features", "get_image_features")
 AUTOCAST = ("off", "torch.bfloat16", "torch.float16")
+MOST_READS = 4096
+"""Known videos that may be between a loader and the model."""
 NAIVE = "route 'naive' encodes the video once for every text"
 
 
@@ -112,7 +114,8 @@ class VisionCache:
         self._said: set[str] = set()
         self._contexts: list[str] = []  # A video is known if there is an entry for it in one of them.
         self._expected: Callable[[], nn.Module | None] | None = None
-        self._reads: dict[str, Callable[[], VideoSample]] = {}  # By ``VideoSample.identity``: decodes a known video.
+        # By ``VideoSample.identity``: decodes a known video. Only the latest, which a loader may be ahead with.
+        self._reads: OrderedDict[str, Callable[[], VideoSample]] = OrderedDict()
         self._hits = self._lookups = 0
 
     def expect(self, model: nn.Module) -> None:
@@ -139,6 +142,9 @@ class VisionCache:
                 if key in self._memory:
                     self._memory.move_to_end(key)  # it has to stay until its batch is used
                 self._reads[video] = read
+                self._reads.move_to_end(video)
+                if len(self._reads) > MOST_READS:
+                    self._reads.popitem(last=False)
                 return known
         return None
 

@@ -147,6 +147,17 @@ def test_a_known_video_has_the_same_values_to_the_bit(make_vlm: MakeVLM, family:
     assert not world.vlm.knows_videos, "every clip would be decoded again"
 
 
+def test_of_many_known_videos_the_latest_can_be_decoded_again(
+    make_vlm: MakeVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decodes a video holds its data set: a command about a million clips may not keep all of them."""
+    monkeypatch.setattr("vidreason.lightning_modules.vlms.vision_cache.cache.MOST_READS", 1)
+    world = World(make_vlm, "qwen")
+    world.values(world.prompts())
+    assert world.prompts().without_pixels == (True, True)
+    assert list(world.vlm.vision_cache._reads) == ["video 1"]
+
+
 def test_another_chat_template_does_not_take_the_tokens_of_this_one(make_vlm: MakeVLM, tmp_path: Path) -> None:
     options = VisionCacheOptions(folder=str(tmp_path))
     world = World(make_vlm, "qwen", vision_cache=options)
