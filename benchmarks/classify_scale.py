@@ -10,9 +10,9 @@ gets clips of its own content, so that nothing is known from before; variants ta
 the variants say about the first clip is compared. The helper processes have sessions of their own: a machine that is
 kept free for a session by its scheduler (Linux: autogroup) is not free for them.
 
-``--rows``: a manifest of so many rows, all of which but ten are in the file of results. The command goes on with it in
-a process of its own; its largest resident memory is compared with that for ten rows and an empty file. ``--repeats 0``
-measures nothing else.
+Memory is the largest resident one of the command in a process of its own, with the first run. ``--rows``: a manifest
+of so many rows, all of which but ten are in the file of results, against ten rows and an empty file. ``--decided``: so
+many clips of content of their own that are decided, against a tenth of them. ``--repeats 0`` measures nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from datetime import date
 from operator import truediv
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from decode import VIDEOS, make_video
@@ -136,8 +136,16 @@ def measure(run: Path, video: Path, folder: Path, count: int, repeats: int) -> R
     )
 
 
-def peak_mb(run: Path, folder: Path, rows: int) -> tuple[float, float]:
-    """Returns the largest resident memory in MB, and the seconds, of a command that goes on with all but ten rows."""
+class Peak(NamedTuple):
+    """The memory of a command in a process of its own."""
+
+    mb: float
+    """Largest resident memory in MB."""
+    seconds: float
+
+
+def peak_of_rows(run: Path, folder: Path, rows: int) -> Peak:
+    """Returns the memory of a command that goes on with all but ten rows of a manifest."""
     table, out = folder / f"{rows}.csv", folder / f"{rows}.jsonl"
     names = (f"clips/camera {number % 97}/{number:09d}.mp4" for number in range(rows))
     with table.open("w") as listed, out.open("w") as done:
@@ -146,14 +154,26 @@ def peak_mb(run: Path, folder: Path, rows: int) -> tuple[float, float]:
             listed.write(f"{name}\n")
             if number < rows - 10:
                 done.write(json.dumps({"path": name, "label": None, "error": "not read"}) + "\n")
-    settings = VideoClassifier.from_run(run).settings()
+    settings = VideoClassifier.from_run(run).settings() | {"root": None}
     out.with_name(f"{out.name}.settings.json").write_text(json.dumps(settings))
+    return _peak(run, table, out, f"{rows} clips, {min(rows, 10)} of them new")
+
+
+def peak_of_clips(run: Path, video: Path, folder: Path, count: int) -> Peak:
+    """Returns the memory of a command that decides about so many clips."""
+    copies(video, folder / f"{count} clips", count, "decided")
+    return _peak(
+        run, folder / f"{count} clips", folder / f"{count}.jsonl", f"{count} clips, {count} of them new, 0 not"
+    )
+
+
+def _peak(run: Path, asked: Path, out: Path, told: str) -> Peak:
     start = time.perf_counter()
-    command = [sys.executable, "-c", _COMMAND, "classify", str(table), "--run", str(run), "--out", str(out)]
-    done_ = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-c", _COMMAND, "classify", str(asked), "--run", str(run), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    assert f"{rows} clips, {min(rows, 10)} of them new" in done_.stdout, done_.stderr[-2000:]
-    return int(done_.stdout.split("peak")[1]) / 1000, seconds
+    assert told in done.stdout, done.stderr[-2000:]
+    return Peak(int(done.stdout.split("peak")[1]) * 1024 / 1e6, seconds)
 
 
 def main() -> None:
@@ -163,6 +183,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=0)
+    parser.add_argument("--decided", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     content: dict[str, Any] = {
@@ -186,10 +207,15 @@ def main() -> None:
             content["runs"].append(asdict(row))
             write_json(options.json, content)
         if options.rows:
-            few, _ = peak_mb(options.run[0], folder, 10)
-            many, seconds = peak_mb(options.run[0], folder, options.rows)
-            print(f"{options.rows} rows: {many:.0f} MB (10 rows: {few:.0f} MB) in {seconds:.0f} s")
-            content["memory"] = {"rows": options.rows, "peak_mb": many, "peak_mb_of_10_rows": few, "seconds": seconds}
+            few, many = (peak_of_rows(options.run[0], folder, rows) for rows in (10, options.rows))
+            print(f"{options.rows} rows: {many.mb:.0f} MB (10 rows: {few.mb:.0f} MB) in {many.seconds:.0f} s")
+            content["rows"] = {"rows": options.rows, **many._asdict(), "mb_of_10_rows": few.mb}
+            write_json(options.json, content)
+        if options.decided:
+            video, less = folder / "video.mp4", options.decided // 10
+            few, many = (peak_of_clips(options.run[0], video, folder, count) for count in (less, options.decided))
+            print(f"{options.decided} clips: {many.mb:.0f} MB ({less} clips: {few.mb:.0f} MB) in {many.seconds:.0f} s")
+            content["decided"] = {"clips": options.decided, **many._asdict(), "mb_of_a_tenth": few.mb}
             write_json(options.json, content)
 
 

@@ -48,7 +48,8 @@ def test_what_is_something_else_is_refused_and_stays_as_it_is(tmp_path: Path) ->
         "traces.samples was 4, is 8": {**SETTINGS, "traces.samples": 8},
         'task.name was "falls", is "gait"': {**SETTINGS, "task.name": "gait"},
         'weights was "aaaaaaaaaaaaaaa…aaa"': {**SETTINGS, "weights": "b" * 64},
-        'frames.probe was null, is "black"': {**SETTINGS, "frames.probe": "black"},
+        'frames.probe was absent, is "black"': {**SETTINGS, "frames.probe": "black"},
+        "threshold was null, is absent": {name: value for name, value in SETTINGS.items() if name != "threshold"},
     }
     for message, settings in others.items():
         with pytest.raises(ValueError, match="holds decisions of other settings: ") as refused:

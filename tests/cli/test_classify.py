@@ -276,6 +276,7 @@ def test_a_threshold_needs_clips_and_evaluation_decides_with_every_stage(
     assert "zero_shot likelihood" in capsys.readouterr().out
     rows = json.loads((tmp_path / "label/evaluation/evaluation.json").read_text())["rows"]
     assert [(row["who"]["method"], row["clips"]) for row in rows] == [
+        ("majority", 3),
         ("zero_shot likelihood", 3),
         ("fit likelihood", 3),
     ]

@@ -123,11 +123,13 @@ def _check_settings(path: Path, settings: Mapping[str, object], empty: bool) -> 
     missing = object()
     names = [n for n in {**before, **settings} if before.get(n, missing) != settings.get(n, missing)]
     if names:
-        told = [f"{name} was {_short(before.get(name))}, is {_short(settings.get(name))}" for name in names[:3]]
+        told = [f"{name} was {_short(before, name)}, is {_short(settings, name)}" for name in names[:3]]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(f"--out {path}: holds decisions of other settings: {'; '.join(told)}{more}; {_OTHER}")
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+def _short(settings: Mapping[str, object], name: str) -> str:
+    if name not in settings:
+        return "absent"
+    text = json.dumps(settings[name], ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:16]}…{text[-4:]}"

@@ -131,11 +131,16 @@ def _how(facts: CardFacts) -> str:
         f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__.split('+')[0]}"
     )
     sampled = _reads_traces(facts.entry)
+    others = (
+        "\n\nA program that takes the processor of the base for an adapter, such as vLLM (`mm_processor_kwargs`), "
+        "needs the arguments `inputs.processor` of `vidreason.json`."
+    )
     return (
         f"{ours}\n\nWith {kind} alone (`python script.py DIR clip.mp4{base}`; written with {versions}):\n\n"
         f"```python\n{facts.script}```\n\n"
         "It takes clips with a constant frame rate that need no rotation; vidreason also takes others."
         + (" The noise of a trace depends on the path of the clip as it is given." if sampled else "")
+        + (others if "adapter" in facts.kinds else "")
     )
 
 
