@@ -30,6 +30,11 @@ class StrictParser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
         self._in_stage_file = False
 
+    def leave_out_trainer(self) -> None:
+        """Reads of the stage file only what counts where no trainer is built; callbacks change between versions."""
+        self.replaced += ("checkpoint", "logger")
+        self.trainer_keys = ("accelerator", "precision")
+
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parses options.
 

@@ -61,10 +61,6 @@ from vidreason.signals import StopRequested, check_stop, handle_signals
 set_parsing_settings(subclasses_enabled=[PolicyLoss])
 
 _SCRATCH_VARIABLE = "VIDREASON_SCRATCH"
-_WITHOUT_TRAINER = ("accelerator", "precision")
-"""Keys of ``trainer`` that count where none is built; another version may have other options of the callbacks."""
-_OF_THE_TRAINER = ("checkpoint", "logger")
-"""Sections about the trainer beside it."""
 
 
 class VideoCLI(LightningCLI):
@@ -125,8 +121,7 @@ class VideoCLI(LightningCLI):
         assert isinstance(parser, StrictParser)
         parser.stage_file, parser.replaced = self.files.stage_file, self.files.replaced
         if not self.with_trainer:
-            parser.replaced += _OF_THE_TRAINER
-            parser.trainer_keys = _WITHOUT_TRAINER
+            parser.leave_out_trainer()
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
