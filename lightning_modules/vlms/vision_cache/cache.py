@@ -50,8 +50,7 @@ FORMAT = 2
 """Version of the files; part of the key."""
 FEATURES = ("get_video_features", "get_image_features")
 AUTOCAST = ("off", "torch.bfloat16", "torch.float16")
-MOST_READS = 4096
-"""Known videos that may be between a loader and the model."""
+MOST_READS = 4096  # known videos that may be between a loader and the model
 NAIVE = "route 'naive' encodes the video once for every text"
 
 
@@ -114,8 +113,7 @@ class VisionCache:
         self._said: set[str] = set()
         self._contexts: list[str] = []  # A video is known if there is an entry for it in one of them.
         self._expected: Callable[[], nn.Module | None] | None = None
-        # By ``VideoSample.identity``: decodes a known video. Only the latest, which a loader may be ahead with.
-        self._reads: OrderedDict[str, Callable[[], VideoSample]] = OrderedDict()
+        self._reads = OrderedDict[str, Callable[[], VideoSample]]()  # By identity: decodes a known video; the latest.
         self._hits = self._lookups = 0
 
     def expect(self, model: nn.Module) -> None:
