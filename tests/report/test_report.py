@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import yaml
 from evaluated_run import CLIPS, LABELS, QUESTION, RIGHT, TRACE, clip_name, write_run
 from torch.utils.tensorboard import SummaryWriter
 
@@ -87,6 +88,37 @@ def test_the_first_sentence_has_the_paired_difference_and_its_interval(report: R
     assert "A single training run of deepintuit: the differences hold for its weights" in told
     assert "cold wrote no language about these clips" in told
     assert "chance" not in told
+
+
+def test_of_several_calibrators_the_sentence_is_about_the_one_that_the_run_answers_with(tmp_path: Path) -> None:
+    names = ("cold", "calibration_trace", "calibration", "calibration_cross_fitted")
+    run = write_run(tmp_path / "x", pipeline="ablation", trainings=names)
+    assert gather([run]).headline.name == "ablation: calibration_cross_fitted 2 traces"  # the last training
+    folder = run / "stages" / "05_test"
+    folder.mkdir()
+    init = {"calibrator_path": str(run / "stages" / "03_calibration" / "adapter")}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": init}}))
+    (folder / "command.txt").write_text("vidreason test")
+    shutil.copy(run / "stages" / "01_cold" / "task.yaml", folder)
+    state = json.loads((run / "state.json").read_text())
+    state["stages"]["test"] = state["stages"]["cold"] | {"folder": "stages/05_test", "command": ["test"]}
+    (run / "state.json").write_text(json.dumps(state))
+    assert gather([run]).headline.name == "ablation: calibration 2 traces"
+
+
+def test_a_run_that_has_not_finished_has_a_report_of_what_was_evaluated(run: Path) -> None:
+    open_ = ("cold", "fit"), ("calibration", "fit"), ("later", "fit"), ("last", "test")
+    stages = "".join(f"- name: {name}\n  command: {command}\n" for name, command in open_)
+    (run / "pipeline.yaml").write_text(f"seed: 0\nstages:\n{stages}")
+    told = gather([run]).warnings
+    assert "deepintuit, seed 0: training has not finished (later), and what had finished was evaluated" in told
+
+
+def test_label_sft_of_the_baselines_is_what_others_are_compared_with(finished: Path, tmp_path: Path) -> None:
+    baselines = write_run(tmp_path / "b", RIGHT, "baselines", trainings=("sft_label",))
+    alone, both = gather([baselines]), gather([finished, baselines])
+    assert alone.headline.reference == "baselines: zero_shot likelihood"
+    assert both.sentence.startswith("Reasoning (deepintuit: calibration 2 traces) is better than label SFT")
 
 
 def test_a_method_at_chance_says_so_and_is_not_called_better(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,17 +31,24 @@ def clip_name(split: str, number: int) -> str:
     return f'{split}"><script>{number}</script>'
 
 
-def write_run(run: Path, right: Mapping[str, int] = RIGHT, pipeline: str = "deepintuit", seed: int = 0) -> Path:
-    """Writes the folder of a finished and evaluated pipeline."""
+def write_run(
+    run: Path,
+    right: Mapping[str, int] = RIGHT,
+    pipeline: str = "deepintuit",
+    seed: int = 0,
+    trainings: Sequence[str] = ("cold", "calibration"),
+) -> Path:
+    """Writes the folder of a finished and evaluated pipeline, which ends with its trainings."""
     stages = {}
-    for number, name in enumerate(("cold", "calibration"), 1):
+    for number, name in enumerate(trainings, 1):
         folder = run / "stages" / f"{number:02d}_{name}"
         (folder / "adapter").mkdir(parents=True)
-        info = {"stage": name, "temperature": 2.0, "parent_sha": "0" * 64}
+        calibrates = name.startswith("calibration")
+        info = {"stage": "calibration" if calibrates else name, "temperature": 2.0, "parent_sha": "0" * 64}
         (folder / "adapter" / "vidreason.json").write_text(json.dumps(info))
         init: dict[str, object] = {"adapter_path": None, "decide": {"by": "answer"}}
         init["rewards"] = [{"class_path": "vidreason.rewards.accuracy.AccuracyReward", "init_args": {"weight": 2.0}}]
-        if name == "calibration":
+        if calibrates:
             init = {"adapter_path": None, "calibrator_path": None, "traces": {"samples": 2}}
         (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": init}}))
         (folder / "finished.json").write_text("{}")

@@ -42,6 +42,8 @@ from vidreason.run_folder import CONFIG_FILE, artefact_path, open_stages
 EVALUATION_FILE = "evaluation.json"
 THRESHOLD_FOLDER = "threshold"
 MAJORITY = "majority"
+LABEL_SFT = ("label_sft: sft_label likelihood", "baselines: sft_label likelihood")
+"""Label SFT by the pipelines that are about it; ``deepintuit`` has a stage of that name that replaces its others."""
 
 
 class EvaluationStoppedError(Exception):
@@ -197,8 +199,8 @@ def compare_methods(runs: Sequence[EvaluatedRun], against: str | None) -> list[C
 
     Args:
         runs: Evaluated runs; those of one pipeline with different seeds count as repetitions.
-        against: ``pipeline: method``, or a method that only one pipeline has; None takes label SFT if there is one,
-            else the untrained base.
+        against: ``pipeline: method``, or a method that only one pipeline has; None takes label SFT if there is one
+            and another pipeline to compare it with, else the untrained base.
 
     Raises:
         ValueError: If there is no such method.
@@ -271,5 +273,6 @@ def _reference(names: Sequence[str], against: str | None) -> str:
             what = "several pipelines have it" if matches else "no such method"
             raise ValueError(f"--against {against!r}: {what}; there are {'; '.join(names)}")
         return matches[0]
-    preferred = [name for name in names if name == "label_sft: sft_label likelihood"]
+    several = len({name.partition(": ")[0] for name in names}) > 1
+    preferred = [name for name in LABEL_SFT if name in names and several]
     return next(iter(preferred or [name for name in names if name.endswith(": zero_shot likelihood")]), names[0])

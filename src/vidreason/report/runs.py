@@ -12,7 +12,7 @@ import yaml
 
 from vidreason.config.finished_stage import find_stage, threshold_folder
 from vidreason.datamodules.task import Task
-from vidreason.evaluation.plan import EVALUATION_FOLDER, MODES, Method, plan_evaluation
+from vidreason.evaluation.plan import EVALUATION_FOLDER, MODES, Method, finished_stages, plan_evaluation
 from vidreason.evaluation.rows import Evaluated, EvaluationRow
 from vidreason.evaluation.run import EVALUATION_FILE, EvaluatedRun
 from vidreason.lightning_modules.decisions.threshold import Threshold
@@ -21,10 +21,12 @@ from vidreason.report.rows import read_evaluation
 from vidreason.run_folder import (
     COMMAND_FILE,
     CONFIG_FILE,
+    PIPELINE_FILE,
     SUMMARY_FILE,
     RunState,
     StageRecord,
     artefact_path,
+    open_stages,
     was_tested,
 )
 
@@ -52,12 +54,14 @@ class ReportRun:
     evaluated: EvaluatedRun
     """The methods whose decisions are there."""
     stages: tuple[ReportStage, ...]
+    answers_with: str
+    """Name of the stage whose weights the run answers with (``vidreason classify``); empty if it is none of its own."""
     thresholds: dict[str, Threshold]
     """By name of the method that a threshold belongs to."""
     task: Task
     train_clips: int | None
     notes: tuple[str, ...]
-    """Remarks on the result in the run's own ``summary.json``."""
+    """Remarks on the result in the run's own ``summary.json``, and what has not finished."""
 
     @property
     def name(self) -> str:
@@ -104,7 +108,8 @@ def read_run(folder: Path) -> ReportRun:
         ValueError: If there is no such run, or it was not evaluated; the message has the command.
     """
     try:
-        stage = find_stage(folder)
+        # what has finished can be evaluated, and shown
+        stage = finished_stages(folder)[2][-1][1] if open_stages(folder) else find_stage(folder)
     except ValueError as error:
         raise ValueError(str(error).removeprefix("--run ")) from error
     path = folder / EVALUATION_FOLDER / EVALUATION_FILE
@@ -114,18 +119,30 @@ def read_run(folder: Path) -> ReportRun:
     first = file.rows[0]
     methods = _methods(folder, file.rows)
     decided = _decided(folder, methods, file.label_names)
-    summary = folder / SUMMARY_FILE
-    notes = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else []
+    stages, answering = _stages(folder, state), threshold_folder(stage).resolve()
     return ReportRun(
         folder=folder,
         rows=file.rows,
         evaluated=EvaluatedRun(folder, first.who.pipeline, first.who.seed, tuple(decided), file.label_names),
-        stages=tuple(_stages(folder, state)),
+        stages=tuple(stages),
+        answers_with=next((one.name for one in stages if one.folder.resolve() == answering), ""),
         thresholds=_thresholds(folder, methods, state),
         task=Task.from_yaml(stage.task_file),
         train_clips=state.train_clips if state else None,
-        notes=tuple(dict.fromkeys(part for row in notes for part in row.get("note", "").split("; ") if part)),
+        notes=_notes(folder),
     )
+
+
+def _notes(folder: Path) -> tuple[str, ...]:
+    """Returns the remarks of the run's summary, and which trainings the run still lacks."""
+    summary, pipeline = folder / SUMMARY_FILE, folder / PIPELINE_FILE
+    rows = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else []
+    found = [part for row in rows for part in row.get("note", "").split("; ") if part]
+    stages = yaml.safe_load(pipeline.read_text(encoding="utf-8"))["stages"] if pipeline.is_file() else []
+    trainings = [stage["name"] for stage in stages if stage.get("command") == "fit"]
+    if missing := [name for name in open_stages(folder) if name in trainings]:
+        found.append(f"training has not finished ({', '.join(missing)}), and what had finished was evaluated")
+    return tuple(dict.fromkeys(found))
 
 
 def _methods(folder: Path, rows: Sequence[EvaluationRow]) -> list[Method]:

@@ -12,7 +12,7 @@ from vidreason.datamodules.split_names import CALIBRATION_SPLIT
 from vidreason.evaluation.decisions import Decisions, Floats
 from vidreason.evaluation.intervals import FEWEST_GROUPS, Difference, compare
 from vidreason.evaluation.rows import Evaluated, EvaluationRow
-from vidreason.evaluation.run import Comparison
+from vidreason.evaluation.run import LABEL_SFT, Comparison
 from vidreason.pipelines.summary import wilson_interval
 from vidreason.pipelines.table import percent
 from vidreason.report.runs import ReportRun
@@ -56,7 +56,8 @@ class Gain:
 def choose_headline(runs: Sequence[ReportRun], comparisons: Sequence[Comparison]) -> Headline:
     """Chooses the method that the report is about by what it is, never by how well it does on the test clips.
 
-    A calibrator over the most traces comes first, then a vote, then an answer; without any, the last method.
+    A calibrator comes first, then a vote, then an answer; without any, a likelihood. Of several calibrators, or votes,
+    it is that of the stage that the run answers with (the one that its last test tests), over the most traces.
 
     Raises:
         ValueError: If no run has the decisions of a method.
@@ -66,10 +67,14 @@ def choose_headline(runs: Sequence[ReportRun], comparisons: Sequence[Comparison]
         raise ValueError(f"{runs[0].folder}: its evaluation has no decisions left; run vidreason evaluate again")
     ranks = {"likelihood": 0, "answer": 1, "vote": 2, "calibrated": 3}
 
-    def rank(place: int) -> tuple[int, int, int]:
+    compared = {one.first for one in comparisons}
+
+    def rank(place: int) -> tuple[int, bool, int, bool, int, int]:
         run, one = candidates[place]
-        # of several pipelines the first, of the stages of one the last
-        return ranks[one.method.mode], -_order(runs, run), one.method.samples * len(candidates) + place
+        comparable = f"{run.evaluated.pipeline}: {one.method.name}" in compared
+        answers = one.method.name.startswith(f"{run.answers_with} ")
+        # of several pipelines the first, of equal stages of one the last
+        return ranks[one.method.mode], comparable, -_order(runs, run), answers, one.method.samples, place
 
     run, one = candidates[max(range(len(candidates)), key=rank)]
     name = f"{run.evaluated.pipeline}: {one.method.name}"
@@ -94,12 +99,11 @@ def sentence(headline: Headline, found: Sequence[Gain]) -> str:
     what = f"Reasoning ({headline.name})" if headline.reasons else headline.name
     if headline.reference is None or not found:
         return f"{what} has nothing to be compared with here."
-    pipeline, _, method = headline.reference.partition(": ")
-    other = {"zero_shot likelihood": "the untrained base", "sft_label likelihood": "label SFT"}.get(
-        method, headline.reference
-    )
-    if other == "label SFT" and pipeline != "label_sft":
-        other = headline.reference
+    other = headline.reference
+    if other in LABEL_SFT:
+        other = "label SFT"
+    elif other.endswith(": zero_shot likelihood"):
+        other = "the untrained base"
     better, worse = sum(gain.better for gain in found), sum(gain.worse for gain in found)
     if better == len(found):
         verb = "is better than"
