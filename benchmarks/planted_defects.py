@@ -110,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def keep(what: str, report: dict[str, object]) -> None:
         found[what] = report
         packages = ("vidreason", "torch", "lightning", "transformers")
-        top = {"date": date.today().isoformat(), "versions": versions(packages), "split": SPLIT}
+        command = " ".join(["benchmarks/planted_defects.py", *(sys.argv[1:] if argv is None else argv)])
+        top = {"command": command, "date": date.today().isoformat(), "versions": versions(packages), "split": SPLIT}
         write_json(options.json, top | found)
         print(json.dumps({what: report}, indent=1), flush=True)
 

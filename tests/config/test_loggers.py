@@ -1,10 +1,17 @@
-"""Which logged values have a curve in TensorBoard: at most 40, whatever a stage of GRPO is set to."""
+"""Loggers by name: at most 40 curves in TensorBoard, whatever a stage of GRPO is set to; runs of wandb and MLflow."""
 
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import Mock
 
+import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from vidreason.config.loggers import RunTensorBoard
+from vidreason.config import loggers
+from vidreason.config.loggers import RunTensorBoard, build_logger, end_wandb, open_loggers
 from vidreason.lightning_modules.decisions.metrics import ClassificationMetrics
 from vidreason.lightning_modules.functional.losses import PolicyLossOutput
 from vidreason.lightning_modules.rl.metrics import (
@@ -48,3 +55,34 @@ def test_the_logger_of_a_pipeline_is_that_of_its_stages_and_runs_none_again() ->
     call = read_call(["--config", "configs/pipelines/zero_shot.yaml", "--run_dir", "x", "--logger", "csv"])
     assert call.spec.args == {"logger": "csv"}
     assert fingerprint_settings({"logger": "csv"}) == {}
+
+
+def test_mlflow_has_the_place_that_it_would_choose_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow, built = ModuleType("mlflow"), Mock()
+    mlflow.get_tracking_uri = lambda: "sqlite:///mlflow.db"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "mlflow.exceptions", Mock(MlflowException=OSError))
+    monkeypatch.setattr(loggers, "MLFlowLogger", built)
+    build_logger("mlflow", tmp_path / "x", trains=True)
+    assert built.call_args.kwargs["tracking_uri"] == "sqlite:///mlflow.db"
+    assert built.call_args.kwargs["run_name"] == (tmp_path / "x").as_posix()
+
+
+def test_a_run_of_wandb_ends_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    end_wandb([CSVLogger(tmp_path)], failed=False)
+    assert not wandb.finish.called
+    end_wandb([WandbLogger.__new__(WandbLogger)], failed=True)
+    wandb.finish.assert_called_once_with(exit_code=1)
+
+
+def test_a_refusal_of_wandb_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class RefusalError(Exception):
+        pass
+
+    monkeypatch.setitem(sys.modules, "wandb.errors", Mock(Error=RefusalError))
+    monkeypatch.setattr(WandbLogger, "experiment", property(Mock(side_effect=RefusalError("No API key\nconfigured."))))
+    line = "--logger wandb: No API key configured.; WANDB_MODE=offline needs no account"
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        open_loggers([WandbLogger.__new__(WandbLogger)])

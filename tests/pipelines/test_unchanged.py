@@ -166,3 +166,17 @@ def test_what_a_data_module_lists_and_names_counts(project: Path, monkeypatch: p
     assert changed_inputs(other, prints(Other())) == ["Other.fingerprint()", "Other.samples()"]
     (unproven,) = changed_inputs(prints(object()), prints(object()))
     assert "neither samples() nor fingerprint()" in unproven
+
+
+def test_packages_elsewhere_are_installed_and_folders_are_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below, nested = tmp_path / "system" / "dist-packages", tmp_path / "mine_outer" / "mine_inner"
+    for folder in (below, nested):
+        folder.mkdir(parents=True)
+        monkeypatch.syspath_prepend(folder if folder == below else tmp_path)
+    (below / "their_package.py").write_text("class Reward: ...\n")
+    (nested / "mine_part.py").write_text("import their_package\n")
+    (tmp_path / "mine_reward2.py").write_text("import mine_outer.mine_inner.mine_part\n")
+    assert code_prints("their_package.Reward") == {}
+    assert code_prints("mine_reward2.Reward").keys() == {"code mine_reward2", "code mine_outer.mine_inner.mine_part"}

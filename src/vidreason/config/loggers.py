@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,8 @@ from torch.utils.tensorboard.summary import hparams
 from vidreason.run_folder import TENSORBOARD_FOLDER
 
 LoggerName = Literal["tensorboard", "csv", "wandb", "mlflow"]
-_PACKAGES: Mapping[str, tuple[str, ...]] = {"wandb": ("wandb",), "mlflow": ("mlflow", "mlflow_skinny")}
-"""Packages of which a logger needs one."""
+_PACKAGES = ("wandb", "mlflow")
+"""Loggers that need the package of their name."""
 _PROJECT = "vidreason"
 
 MAIN = "main/"
@@ -116,11 +117,49 @@ def check_logger(config: Namespace) -> None:
         raise argparse.ArgumentError(
             None, f"--logger {name}: trainer.logger is set in the configuration, too; leave one of them out"
         )
-    needed = _PACKAGES.get(name, ())
-    if needed and not any(find_spec(package) for package in needed):
+    if name in _PACKAGES and find_spec(name) is None:
         raise argparse.ArgumentError(
-            None, f"--logger {name}: the package {needed[0]} is missing: pip install {needed[0]}, or --logger csv"
+            None, f"--logger {name}: the package {name} is missing: pip install {name}, or --logger csv"
         )
+
+
+def open_loggers(loggers: Sequence[Logger]) -> None:
+    """Begins the runs that a command has in wandb and MLflow, before it reads a clip.
+
+    Raises:
+        ValueError: If there is no account, or the server refuses or does not answer.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger | MLFlowLogger):
+            with _explained("wandb" if isinstance(logger, WandbLogger) else "mlflow"):
+                _ = logger.experiment
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what wandb or MLflow raises into an error of one line."""
+    if name == "wandb":
+        from wandb.errors import Error as Refusal
+    else:
+        from mlflow.exceptions import MlflowException as Refusal
+    try:
+        yield
+    except Refusal as error:
+        hint = "; WANDB_MODE=offline needs no account" * (name == "wandb")
+        raise ValueError(f"--logger {name}: {' '.join(str(error).split())}{hint}") from error
+
+
+def end_wandb(loggers: Sequence[Logger], failed: bool) -> None:
+    """Ends the run that a command has in wandb; without, the next stage of a pipeline would be logged into it.
+
+    Args:
+        loggers: The loggers of the command.
+        failed: Whether the command ended with an exception.
+    """
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        import wandb  # not always there
+
+        wandb.finish(exit_code=int(failed))
 
 
 def build_logger(name: LoggerName | None, run_dir: Path, trains: bool) -> Logger:
@@ -137,5 +176,10 @@ def build_logger(name: LoggerName | None, run_dir: Path, trains: bool) -> Logger
     if name == "wandb":
         return WandbLogger(name=title, save_dir=run_dir, project=os.environ.get("WANDB_PROJECT", _PROJECT))
     if name == "mlflow":
-        return MLFlowLogger(experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT), run_name=title)
+        import mlflow  # not always there
+
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        with _explained("mlflow"):
+            # Lightning's own default is a folder of files, which MLflow refuses by now
+            return MLFlowLogger(experiment_name=experiment, run_name=title, tracking_uri=mlflow.get_tracking_uri())
     return RunTensorBoard(run_dir, trains)

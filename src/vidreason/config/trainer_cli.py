@@ -38,7 +38,7 @@ from vidreason.config.fit_start import (
     prepare_fit,
     say_which_batch_size_counts,
 )
-from vidreason.config.loggers import add_logger_argument, build_logger, check_logger
+from vidreason.config.loggers import add_logger_argument, build_logger, check_logger, end_wandb, open_loggers
 from vidreason.config.machine import check_devices, check_machines, describe, say
 from vidreason.config.out_of_memory import explain_out_of_memory
 from vidreason.config.run_record import RunRecord, saved_config
@@ -216,7 +216,9 @@ class VideoCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_dir)
         if config.logger is None or config.logger is True:
             name = self.config_init[self.subcommand].logger
-            kwargs["logger"] = build_logger(name, self.run_dir, trains=self.subcommand == "fit")
+            # some loggers open their store when they are built, which a check has no use for
+            trains = self.subcommand == "fit"
+            kwargs["logger"] = build_logger(name, self.run_dir, trains) if self.execute else False
         listed = [config.callbacks] if isinstance(config.callbacks, L.Callback) else list(config.callbacks or [])
         checkpoints = [callback for callback in listed if isinstance(callback, ModelCheckpoint)]
         if self.subcommand == "fit" and not checkpoints and config.enable_checkpointing is not False:
@@ -247,6 +249,7 @@ class VideoCLI(LightningCLI):
                 if fit is not None and fit.runs:
                     end_fit(self, self.run_dir, fit)
         finally:
+            end_wandb(self.trainer.loggers, failed=sys.exc_info()[0] is not None)
             if self._scratch is not None:
                 del os.environ[_SCRATCH_VARIABLE]
                 shutil.rmtree(self._scratch, ignore_errors=True)
@@ -263,6 +266,7 @@ class VideoCLI(LightningCLI):
             say(f"strategy: {describe(self.trainer, self.model, trains=subcommand == 'fit')}")
             weights = getattr(self.model, "calibrator_path", None) or self.model.adapter_path
             say(f"weights: {describe_weights(weights) if subcommand == 'fit' or not checkpoint else checkpoint}")
+        open_loggers(self.trainer.loggers)
         try:
             with handle_signals(), explain_out_of_memory(self.model, self.argv):
                 super()._run_subcommand(subcommand)

@@ -130,15 +130,21 @@ def _specs(name: str) -> Iterator[ModuleSpec]:
     places: list[str] | None = None
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
-        spec = PathFinder.find_spec(".".join(parts[:depth]), places)
+        # by its last part: a folder without __init__.py would look for its parent among the modules that are imported
+        spec = PathFinder.find_spec(parts[depth - 1], places)
         if spec is None or (depth == 1 and spec.name in ("vidreason", *sys.stdlib_module_names)):
             return
+        spec.name = ".".join(parts[:depth])
         yield spec
         if spec.submodule_search_locations is None:
             return
         places = list(spec.submodule_search_locations)
 
 
+_LIBRARIES = {"site-packages", "dist-packages"}
+"""Also those of the user, and of the system below a virtual environment, are installed packages."""
+
+
 def _installed(file: Path) -> bool:
     libraries = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return not libraries.isdisjoint(file.parents)
+    return not libraries.isdisjoint(file.parents) or not _LIBRARIES.isdisjoint(file.parts)
