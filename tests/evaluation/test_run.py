@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,15 @@ from vidreason.datamodules.types import Clip
 from vidreason.evaluation import leaks
 from vidreason.evaluation import run as evaluation
 from vidreason.evaluation.plan import MODES, SwappedTraces, plan_evaluation
-from vidreason.evaluation.run import EvaluatedRun, EvaluateOptions, compare_methods, evaluate_run, rows_of_run
+from vidreason.evaluation.run import (
+    EvaluatedRun,
+    EvaluateOptions,
+    check_distinct,
+    check_together,
+    compare_methods,
+    evaluate_run,
+    rows_of_run,
+)
 from vidreason.evaluation.table import render_evaluation
 from vidreason.pipelines.commands import Commands
 
@@ -277,6 +286,21 @@ def test_methods_are_compared_over_seeds(finished: Path, data: Clips) -> None:
     text = render_evaluation(rows_of_run(found, False), compare_methods([found], None))
     assert "calibration 2 traces, another clip's traces" in text
     assert "deepintuit: zero_shot likelihood" in text
+
+
+def test_one_run_is_no_two_seeds_and_another_label_is_another_clip(finished: Path, data: Clips, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    with pytest.raises(ValueError, match="other: is deepintuit with seed 7, like .*; leave one of them out"):
+        check_distinct([finished, other])
+    (other / "pipeline.yaml").write_text("seed: 8\nstages: []\n")
+    check_distinct([finished, other])
+    found = evaluate_run(finished, EvaluateOptions(None, ("answer",), 3, False), FakeTests().commands, "again")
+    again = replace(found, seed=8)
+    check_together([found, again])
+    method = again.methods[0]
+    turned = {split: replace(own, labels=1 - own.labels) for split, own in method.decisions.items()}
+    with pytest.raises(ValueError, match="clip .* of cal has another label than in the other runs"):
+        check_together([found, replace(again, methods=(replace(method, decisions=turned),))])
 
 
 def test_a_row_for_each_group_of_five_clips(finished: Path, data: Clips) -> None:

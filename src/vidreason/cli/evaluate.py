@@ -58,6 +58,8 @@ def main(argv: Sequence[str]) -> int:
         EVALUATION_FILE,
         EvaluateOptions,
         EvaluationStoppedError,
+        check_distinct,
+        check_together,
         command_line,
         compare_methods,
         evaluate_run,
@@ -74,11 +76,12 @@ def main(argv: Sequence[str]) -> int:
     if options.samples < 2:
         raise ValueError(f"--samples {options.samples}: a vote needs at least 2 completions")
     chosen = EvaluateOptions(
-        splits=tuple(options.splits) if options.splits else None,
+        splits=tuple(dict.fromkeys(options.splits)) if options.splits else None,
         modes=tuple(mode for mode in MODES if mode in (options.modes or MODES)),
         samples=options.samples,
         probes=options.probes,
     )
+    check_distinct(options.run)
     again, commands, runs, rows = command_line("evaluate", argv), trainer_commands(), [], []
     try:
         for folder in options.run:
@@ -89,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
             rows += own
     except EvaluationStoppedError as stop:
         return stop.status
+    check_together(runs)
     comparisons = compare_methods(runs, options.against)
     print(printable(render_evaluation(rows, comparisons)))
     written = [folder / EVALUATION_FOLDER / EVALUATION_FILE for folder in options.run]

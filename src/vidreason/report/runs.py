@@ -14,7 +14,7 @@ from vidreason.config.finished_stage import find_stage, threshold_folder
 from vidreason.datamodules.task import Task
 from vidreason.evaluation.plan import EVALUATION_FOLDER, MODES, Method, finished_stages, plan_evaluation
 from vidreason.evaluation.rows import Evaluated, EvaluationRow
-from vidreason.evaluation.run import EVALUATION_FILE, EvaluatedRun
+from vidreason.evaluation.run import EVALUATION_FILE, EvaluatedRun, check_together
 from vidreason.lightning_modules.decisions.threshold import Threshold
 from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE
 from vidreason.report.rows import read_evaluation
@@ -77,27 +77,10 @@ def read_runs(folders: Sequence[Path]) -> list[ReportRun]:
     """Reads evaluated runs.
 
     Raises:
-        ValueError: If a run was not evaluated, or the runs do not belong together: their classes differ, a run is given
-            twice, or a clip has another label in another run.
+        ValueError: If a run was not evaluated, or the runs do not belong together (``check_together``).
     """
     runs = [read_run(folder) for folder in folders]
-    first, seen = runs[0], dict[tuple[str, int], Path]()
-    labels: dict[tuple[str, str], int] = {}
-    for run in runs:
-        if run.evaluated.label_names != first.evaluated.label_names:
-            raise ValueError(f"{run.folder}: has other classes than {first.folder}; give each task a report of its own")
-        key = (run.evaluated.pipeline, run.evaluated.seed)
-        if key in seen:
-            raise ValueError(f"{run.folder}: is {key[0]} with seed {key[1]}, like {seen[key]}; leave one of them out")
-        seen[key] = run.folder
-        for one in run.evaluated.methods:
-            for split, decisions in one.decisions.items():
-                for name, label in zip(decisions.ids, decisions.labels.tolist(), strict=True):
-                    if labels.setdefault((split, name), label) != label:
-                        raise ValueError(
-                            f"{run.folder}: clip {name} of {split} has another label than in the other runs, so that "
-                            "it is another clip; give each set of clips a report of its own"
-                        )
+    check_together([run.evaluated for run in runs])
     return runs
 
 
