@@ -108,13 +108,10 @@ def scores(d: Decided) -> dict[str, float | None]:
             given = d.probs[:, 1] if binary else d.probs / d.probs.sum(1, keepdims=True)
             found["auroc"] = metrics.roc_auc_score(d.truth, given, multi_class="ovr")
     if d.confidence is not None:
-        covered, errors = [], []
-        for level in sorted(set(d.confidence), reverse=True):
-            own = d.confidence >= level
-            covered.append(float(own.mean()))
-            errors.append(float(1 - right[own].mean()))
+        accepted = [d.confidence >= level for level in set(d.confidence)]
         for percent in (5, 10):
-            kept = [share for share, error in zip(covered, errors, strict=True) if error <= percent / 100]
+            # in whole numbers: 1 - 19 / 20 is more than 0.05
+            kept = [float(own.mean()) for own in accepted if 100 * (~right[own]).sum() <= percent * own.sum()]
             found[f"coverage_at_{percent}"] = max(kept, default=0.0)
         found["confidence"] = float(d.confidence.mean())
         found["aurc"] = area_under_risk_coverage(d.confidence, right)

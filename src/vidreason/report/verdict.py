@@ -144,7 +144,7 @@ def _gain(split: str, difference: Difference, groups: int) -> Gain:
     d, seeds = difference, difference.low is not None
     half = d.margin if seeds or groups >= FEWEST_GROUPS else None
     p = 1.0 if d.p_value is None else d.p_value
-    sure = f"95 %, {d.seeds} seeds" if seeds else f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
+    sure = f"95 %, {d.seeds} seeds" if seeds else _p(p)
     better, worse = d.shown and d.mean > 0, d.shown and d.mean < 0
     points = f"{100 * d.mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
     return Gain(split, f"{points} points", sure, f"{100 * d.detectable:.1f}", d.clips, better, worse)
@@ -253,4 +253,8 @@ def _sure(difference: Difference) -> str:
     """Returns how sure a difference is, in brackets: its p-value, or its interval over seeds."""
     if difference.low is not None and difference.high is not None:
         return f" ({100 * difference.low:+.1f} to {100 * difference.high:+.1f} over {difference.seeds} seeds)"
-    return "" if difference.p_value is None else f" (p {difference.p_value:.3f})"
+    return "" if difference.p_value is None else f" ({_p(difference.p_value)})"
+
+
+def _p(value: float) -> str:
+    return f"p {value:.3f}" if value >= 0.001 else "p < 0.001"
