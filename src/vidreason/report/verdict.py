@@ -67,14 +67,11 @@ def choose_headline(runs: Sequence[ReportRun], comparisons: Sequence[Comparison]
         raise ValueError(f"{runs[0].folder}: its evaluation has no decisions left; run vidreason evaluate again")
     ranks = {"likelihood": 0, "answer": 1, "vote": 2, "calibrated": 3}
 
-    compared = {one.first for one in comparisons}
-
-    def rank(place: int) -> tuple[int, bool, int, bool, int, int]:
+    def rank(place: int) -> tuple[int, int, bool, int, int]:
         run, one = candidates[place]
-        comparable = f"{run.evaluated.pipeline}: {one.method.name}" in compared
         answers = one.method.name.startswith(f"{run.answers_with} ")
         # of several pipelines the first, of equal stages of one the last
-        return ranks[one.method.mode], comparable, -_order(runs, run), answers, one.method.samples, place
+        return ranks[one.method.mode], -_order(runs, run), answers, one.method.samples, place
 
     run, one = candidates[max(range(len(candidates)), key=rank)]
     name = f"{run.evaluated.pipeline}: {one.method.name}"
