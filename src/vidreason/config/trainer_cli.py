@@ -217,8 +217,7 @@ class VideoCLI(LightningCLI):
         if config.logger is None or config.logger is True:
             name = self.config_init[self.subcommand].logger
             # some loggers open their store when they are built, which a check has no use for
-            trains = self.subcommand == "fit"
-            kwargs["logger"] = build_logger(name, self.run_dir, trains) if self.execute else False
+            kwargs["logger"] = self.execute and build_logger(name, self.run_dir, trains=self.subcommand == "fit")
         listed = [config.callbacks] if isinstance(config.callbacks, L.Callback) else list(config.callbacks or [])
         checkpoints = [callback for callback in listed if isinstance(callback, ModelCheckpoint)]
         if self.subcommand == "fit" and not checkpoints and config.enable_checkpointing is not False:
