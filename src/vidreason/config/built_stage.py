@@ -22,6 +22,6 @@ class BuiltStage(NamedTuple):
 
 def build_stage(command: str, argv: Sequence[str]) -> BuiltStage:
     """Builds the stage and data that a command would use, without a Trainer and without weights."""
-    cli = VideoCLI(command, argv, execute=False, with_trainer=False)
+    cli = VideoCLI(command, argv, execute=False, with_trainer=False, reads_trainer=False)
     trainer: Namespace = cli.config[command].trainer
     return BuiltStage(cli.model, cli.datamodule, trainer.accelerator, trainer.precision or "32-true")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ from vidreason.config.run_record import from_the_start
 from vidreason.lightning_internals import batches_done
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.fit.resume import check_checkpoint_file
+from vidreason.lightning_modules.fit.skip_unreadable import TooManyUnreadableError
 from vidreason.run_folder import LAST_CHECKPOINT
+from vidreason.signals import StopRequested
 
 CKPT_KEYWORDS = ("last", "best", "hpc", "registry")
 """Values of ``Trainer(ckpt_path=...)`` that are not paths."""
@@ -106,6 +109,27 @@ def end_fit(cli: LightningCLI, run_dir: Path, fit: PreparedFit) -> None:
         say(f"nothing to do: the checkpoint has all {fit.batches} batches; raise trainer.max_epochs or max_steps")
     if trainer.is_global_zero:
         mark_finished(run_dir, trainer.global_step, trainer.current_epoch)
+
+
+@contextmanager
+def telling_how_to_go_on(message: Callable[[], str]) -> Iterator[None]:
+    """Prints a message if the block is stopped by a signal or by unreadable clips, and raises what stopped it.
+
+    Args:
+        message: Returns the message.
+    """
+    try:
+        yield
+    except (StopRequested, TooManyUnreadableError):
+        say(message())
+        raise
+    except (SystemExit, RuntimeError) as error:
+        # Lightning calls exit(1) after a KeyboardInterrupt, and its teardown fails if workers were being started.
+        stop = error.__context__
+        if not isinstance(stop, KeyboardInterrupt if isinstance(error, SystemExit) else StopRequested):
+            raise
+        say(message())
+        raise KeyboardInterrupt from None
 
 
 def how_to_resume(trainer: L.Trainer, command: str | None, command_line: str) -> str:

@@ -37,6 +37,7 @@ from vidreason.config.fit_start import (
     how_to_resume,
     prepare_fit,
     say_which_batch_size_counts,
+    telling_how_to_go_on,
 )
 from vidreason.config.loggers import add_logger_argument, build_logger, check_logger, end_wandb, open_loggers
 from vidreason.config.machine import check_devices, check_machines, describe, say
@@ -48,14 +49,13 @@ from vidreason.lightning_internals import forward_sigterm
 from vidreason.lightning_modules.base import VLMModule
 from vidreason.lightning_modules.fit.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from vidreason.lightning_modules.fit.run_checkpoint import CheckpointOptions, RunCheckpoint
-from vidreason.lightning_modules.fit.skip_unreadable import TooManyUnreadableError
 from vidreason.lightning_modules.fit.stopping import StopOnSignal
 from vidreason.lightning_modules.rl.objective import PolicyLoss
 from vidreason.lightning_modules.vlms.base import VLM
 from vidreason.lightning_modules.weights.lineage import describe_weights
 from vidreason.run_folder import CHECKPOINTS_FOLDER
 from vidreason.run_lock import lock_run_folder
-from vidreason.signals import StopRequested, check_stop, handle_signals
+from vidreason.signals import check_stop, handle_signals
 
 # A user's loss is a subclass named by class_path; by default jsonargparse accepts no subclasses of a dataclass.
 set_parsing_settings(subclasses_enabled=[PolicyLoss])
@@ -70,7 +70,8 @@ class VideoCLI(LightningCLI):
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         argv: The options after the command.
         execute: Whether to run the command; False only builds data, model and trainer, without loading weights.
-        with_trainer: Whether to build a trainer; if not, its callbacks and loggers are not read from the stage file.
+        with_trainer: Whether to build a trainer.
+        reads_trainer: Whether the stage file's trainer is read; False reads only its accelerator and precision.
 
     Attributes:
         run_dir: The run folder, also ``trainer.default_root_dir``.
@@ -79,11 +80,17 @@ class VideoCLI(LightningCLI):
     run_dir: Path
     _scratch: str | None = None
 
-    def __init__(self, command: str, argv: Sequence[str], execute: bool = True, with_trainer: bool = True) -> None:
-        self.command = command
+    def __init__(
+        self,
+        command: str,
+        argv: Sequence[str],
+        execute: bool = True,
+        with_trainer: bool = True,
+        reads_trainer: bool = True,
+    ) -> None:
+        self.command, self.execute = command, execute
         self.command_line = shlex.join(["vidreason", command, *argv])
-        self.execute = execute
-        self.with_trainer = with_trainer
+        self.with_trainer, self.reads_trainer = with_trainer, reads_trainer
         self.argv, self.files = argv, order_files(argv)
         config_files(argv)  # a mistake in a YAML file is found before the parser meets it
         self.profile, profile = find_profile(self.files)
@@ -120,7 +127,7 @@ class VideoCLI(LightningCLI):
         parser = super().init_parser(**kwargs)
         assert isinstance(parser, StrictParser)
         parser.stage_file, parser.replaced = self.files.stage_file, self.files.replaced
-        if not self.with_trainer:
+        if not self.reads_trainer:
             parser.leave_out_trainer()
         return parser
 
@@ -266,25 +273,10 @@ class VideoCLI(LightningCLI):
             weights = getattr(self.model, "calibrator_path", None) or self.model.adapter_path
             say(f"weights: {describe_weights(weights) if subcommand == 'fit' or not checkpoint else checkpoint}")
         open_loggers(self.trainer.loggers)
-        try:
-            with handle_signals(), explain_out_of_memory(self.model, self.argv):
-                super()._run_subcommand(subcommand)
-                check_stop()  # a signal at the very end of a fit: the next stage of a pipeline must not begin
-        except SystemExit as stop:
-            # Lightning shuts down in order, then calls exit(1) in its `except KeyboardInterrupt`
-            if isinstance(stop.__context__, KeyboardInterrupt):
-                say(how_to_resume(self.trainer, self.subcommand, self.command_line))
-                raise KeyboardInterrupt from None
-            raise
-        except (StopRequested, TooManyUnreadableError):
-            say(how_to_resume(self.trainer, self.subcommand, self.command_line))
-            raise
-        except RuntimeError as error:
-            # Lightning's teardown fails if the signal came while the workers of a DataLoader were started
-            if not isinstance(error.__context__, StopRequested):
-                raise
-            say(how_to_resume(self.trainer, self.subcommand, self.command_line))
-            raise error.__context__ from None
+        going_on = telling_how_to_go_on(lambda: how_to_resume(self.trainer, self.subcommand, self.command_line))
+        with going_on, handle_signals(), explain_out_of_memory(self.model, self.argv):
+            super()._run_subcommand(subcommand)
+            check_stop()  # a signal at the very end of a fit: the next stage of a pipeline must not begin
 
     @cached_property
     def saved(self) -> dict[str, Any]:
