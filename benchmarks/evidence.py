@@ -135,6 +135,9 @@ def main() -> int:
     parser.add_argument("--run_dir", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--report", action="store_true", help="run nothing, report what has finished")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--earlier", type=Path, nargs="+", default=[], help="JSON files of other runs to report as well"
+    )
     parser.add_argument("--figure", type=Path, help="PNG of accuracy against labels and against level")
     options = parser.parse_args()
     works = [
@@ -149,12 +152,14 @@ def main() -> int:
         jobs = [Job(work.name, work.options(*sizes), work.folder / "log.txt") for work in works]
         status = max(run_jobs(jobs, options.jobs, run_job).values())
     found = found_runs(works)
-    if not found:
+    if not found and not options.earlier:
         print("no run has finished", file=sys.stderr)
         return status or 1
     content = {"date": date.today().isoformat(), "versions": versions(PACKAGES), "camera": options.camera}
-    content |= {"labelled_clips": {"train": options.labels, "val": VAL, "cal": CAL}}
-    content |= {"command": " ".join(["benchmarks/evidence.py", *sys.argv[1:]]), **report(found)}
+    content |= {"command": " ".join(["benchmarks/evidence.py", *sys.argv[1:]])}
+    content |= report(found, [json.loads(path.read_text(encoding="utf-8")) for path in options.earlier])
+    labels = sorted({row["labels"] for row in content["rows"]})
+    content |= {"labelled_clips": {"train": labels, "val": VAL, "cal": CAL}}
     write_json(options.json, content)
     if options.figure is not None:
         draw(content, options.figure)

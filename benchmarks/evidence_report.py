@@ -78,8 +78,16 @@ class Diagnosis:
     """Right answers among the clips whose facts are all right; None without such clips."""
 
 
-def report(found: Sequence[FoundRun]) -> dict[str, Any]:
-    """Returns the content of the JSON file, and prints its tables."""
+def report(found: Sequence[FoundRun], earlier: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Returns the content of the JSON file, and prints its tables.
+
+    Args:
+        found: The runs.
+        earlier: Contents of JSON files about other pipelines or numbers of labelled clips, which go into the new one.
+
+    Raises:
+        ValueError: If two of them are about the same runs, whose means would have to be computed again.
+    """
     rows, decided = [], defaultdict[Key, dict[int, tuple[Evaluated, Decisions]]](dict)
     for one in found:
         for method in one.run.methods:
@@ -94,11 +102,17 @@ def report(found: Sequence[FoundRun]) -> dict[str, Any]:
         "seconds": {f"{one.run.pipeline} {one.labels} seed {one.run.seed}": round(one.seconds, 1) for one in found},
         "rows": rows,
     }
+    for one in earlier:
+        if both := content["seconds"].keys() & one["seconds"].keys():
+            raise ValueError(f"{sorted(both)[0]} has results in two places")
+        content |= {key: [*content[key], *one[key]] for key in ("means", "differences", "rows")}
+        content["seconds"] |= one["seconds"]
+        content["of"] = [*content.get("of", []), {key: one[key] for key in ("date", "versions", "command")}]
     for row in content["means"]:
         print(_line(row))
     for row in content["differences"]:
         print(difference_line(row))
-    for number in sorted({one.labels for one in found}):
+    for number in sorted({row["labels"] for row in content["rows"]}):
         print(accuracy_table(content, number))
     return content
 

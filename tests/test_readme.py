@@ -101,26 +101,34 @@ def test_the_tables_figures_are_those_of_the_committed_result():
     section = README.read_text(encoding="utf-8").partition("<!-- demo:begin -->")[2].partition("<!-- demo:end -->")[0]
     (name,) = re.findall(r"`(benchmarks/results/\S+_evidence\.json)`", section)
     content = json.loads((README.parent / name).read_text(encoding="utf-8"))
-    header, *lines = section.partition("```\n")[2].partition("```")[0].strip().splitlines()
-    labels, levels = int(header.split()[0]), header.split()[3:]
-    assert levels == sorted({row["split"].removeprefix("test_") for row in content["rows"]})
-    for line in lines:
-        title, *cells = re.split(r"\s{2,}", line.strip())
-        for level, cell in zip(levels, cells, strict=True):
-            accs = [row["acc"] for row in content["rows"] if _is(row, LINES[title], labels, f"test_{level}")]
-            assert len(accs) == len({row["seed"] for row in content["rows"]})
-            mean, half = np.mean(accs), stats.t.ppf(0.975, len(accs) - 1) * stats.sem(accs)
-            assert cell == f"{100 * mean:.1f} ({100 * (mean - half):.0f}-{100 * (mean + half):.0f})", (title, level)
-    told = re.findall(r"(?m)^- (.+?) against (.+?): (\S+) points \((\S+) to (\S+)\)", section)
+    tables = re.findall(r"(?m)^```\n(\d+ labelled clips .*?)^```", section, flags=re.DOTALL)
+    assert len(tables) == len({row["labels"] for row in content["rows"]})
+    for table in tables:
+        header, *lines = table.strip().splitlines()
+        labels, levels = int(header.split()[0]), header.split()[3:]
+        assert levels == sorted({row["split"].removeprefix("test_") for row in content["rows"]})
+        for line in lines:
+            title, *cells = re.split(r"\s{2,}", line.strip())
+            for level, cell in zip(levels, cells, strict=True):
+                accs = [row["acc"] for row in content["rows"] if _is(row, LINES[title], labels, f"test_{level}")]
+                assert len(accs) == len({row["seed"] for row in content["rows"]})
+                mean, half = np.mean(accs), stats.t.ppf(0.975, len(accs) - 1) * stats.sem(accs)
+                assert cell == f"{100 * mean:.1f} ({100 * (mean - half):.0f}-{100 * (mean + half):.0f})", (title, level)
+    told = re.findall(r"(?m)^- (.+?) against (.+?): (.+)$", section)
     assert told
-    for first, second, *figures in told:
-        rights = {
-            key: {row["seed"]: row["acc"] for row in content["rows"] if _is(row, LINES[key], labels, "test_L1")}
-            for key in (first, second)
-        }
-        each = [rights[first][seed] - rights[second][seed] for seed in sorted(rights[first])]
-        mean, half = np.mean(each), stats.t.ppf(0.975, len(each) - 1) * stats.sem(each)
-        assert figures == [f"{100 * value:+.1f}" for value in (mean, mean - half, mean + half)], first
+    for first, second, differences in told:
+        figures = re.findall(r"(\S+) points \((\S+) to (\S+)\) with (\d+)", differences)
+        assert len(figures) == len(tables)
+        for *shown, labels in figures:
+            rights = {
+                key: {
+                    row["seed"]: row["acc"] for row in content["rows"] if _is(row, LINES[key], int(labels), "test_L1")
+                }
+                for key in (first, second)
+            }
+            each = [rights[first][seed] - rights[second][seed] for seed in sorted(rights[first])]
+            mean, half = np.mean(each), stats.t.ppf(0.975, len(each) - 1) * stats.sem(each)
+            assert shown == [f"{100 * value:+.1f}" for value in (mean, mean - half, mean + half)], first
 
 
 def _is(row, key, labels, split):

@@ -1,6 +1,7 @@
 """The evidence script: its settings, the diagnosis of traces, and the report against hand-made figures."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,16 @@ def test_differences_are_paired_by_seed_and_nothing_is_pooled_but_the_calibratio
     assert calibrated.endswith(cell)
     draw(content, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_results_of_several_files_are_reported_together() -> None:
+    files = []
+    for labels in (128, 256):
+        runs = [replace(run_of("label_sft", "sft_label likelihood", [1, seed], seed), labels=labels) for seed in (0, 1)]
+        files.append({"date": "d", "versions": {}, "command": f"--labels {labels}", **report(runs)})
+    together = report([], files)
+    assert [row["labels"] for row in together["means"]] == [128, 256]
+    assert [one["command"] for one in together["of"]] == ["--labels 128", "--labels 256"]
+    assert together["rows"] == files[0]["rows"] + files[1]["rows"]
+    with pytest.raises(ValueError, match="label_sft 128 seed 0 has results in two places"):
+        report([], [files[0], files[0]])
