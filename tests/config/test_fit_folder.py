@@ -15,6 +15,7 @@ import yaml
 
 from vidreason.cli.main import main
 from vidreason.config.fit_folder import begin_fit, mark_finished
+from vidreason.config.trainer_cli import build
 from vidreason.run_folder import COMMAND_FILE, CONFIG_FILE
 from vidreason.run_lock import lock_run_folder
 
@@ -62,6 +63,14 @@ def test_a_folder_that_the_fit_has_made_is_no_other_configuration(project, capsy
     assert capsys.readouterr().err.count("nothing to do") == 2
     assert main([*FIT, *options[2:]]) == 2, "without the option, the folder that it named is missed"
     assert "data.init_args.task is null, was" in capsys.readouterr().err
+
+
+def test_a_folder_that_a_run_makes_is_absolute_before_and_after_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        config = build("fit", ["--config", "configs/sft_label.yaml", "--data.init_args.data_dir", "bare"]).saved
+        assert config["data"]["init_args"]["data_dir"] == str(tmp_path / "bare")
+        Path("bare").mkdir(exist_ok=True)
 
 
 @EVERY

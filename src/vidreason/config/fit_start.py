@@ -128,6 +128,8 @@ def telling_how_to_go_on(message: Callable[[], str]) -> Iterator[None]:
         stop = error.__context__
         if not isinstance(stop, KeyboardInterrupt if isinstance(error, SystemExit) else StopRequested):
             raise
+        if isinstance(error, RuntimeError):
+            say(f"after the signal: {error}")
         say(message())
         raise KeyboardInterrupt from None
 

@@ -139,7 +139,7 @@ def _absolute(value: Any, key: str) -> Any:
         return value
     # A word such as "train" is the name of a split, also where the current folder has a folder of that name.
     may_be_path = "/" in value or value.endswith(_FILE_SUFFIXES) or key.rpartition(".")[2] in _PATH_KEYS
-    is_path = key.endswith(_MADE_FOLDERS) if not Path(value).exists() else may_be_path
+    is_path = key.endswith(_MADE_FOLDERS) or (may_be_path and Path(value).exists())
     return str(Path(value).absolute()) if is_path and not value.startswith("~") else value
 
 
