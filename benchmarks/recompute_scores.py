@@ -36,7 +36,7 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Decided:
-    """What one method decided about the N clips of a split."""
+    """Decisions of one method about the N clips of a split."""
 
     ids: tuple[str, ...]
     groups: NDArray[np.int64]

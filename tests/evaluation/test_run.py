@@ -13,6 +13,7 @@ import yaml
 from pipeline_world import options
 
 from vidreason.datamodules.base import VideoDataModule
+from vidreason.datamodules.task import Task
 from vidreason.datamodules.traces import TraceHeader, TraceRecord, TraceStore
 from vidreason.datamodules.types import Clip
 from vidreason.evaluation import leaks
@@ -21,13 +22,12 @@ from vidreason.evaluation.plan import MODES, SwappedTraces, plan_evaluation
 from vidreason.evaluation.run import (
     EvaluatedRun,
     EvaluateOptions,
-    check_distinct,
-    check_together,
     compare_methods,
     evaluate_run,
     rows_of_run,
 )
 from vidreason.evaluation.table import render_evaluation
+from vidreason.evaluation.together import check_distinct, check_together
 from vidreason.pipelines.commands import Commands
 
 LABELS = ("fall", "walk")
@@ -80,6 +80,7 @@ def finished(tmp_path: Path) -> Path:
             (folder / "adapter" / "vidreason.json").write_text(json.dumps(info))
         (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": init}}))
         (folder / "finished.json").write_text("{}")
+        Task.from_labels("t", ("x", "y")).to_yaml(folder / "task.yaml")
         record = {"status": "finished", "folder": f"stages/{number:02d}_{name}", "inputs": {}, "command": ["fit"]}
         stages[name] = record
     state = {"vidreason_state": 1, "pipeline": "deepintuit", "train_clips": 24, "stages": stages}
@@ -294,6 +295,11 @@ def test_one_run_is_no_two_seeds_and_another_label_is_another_clip(finished: Pat
         check_distinct([finished, other])
     (other / "pipeline.yaml").write_text("seed: 8\nstages: []\n")
     check_distinct([finished, other])
+    third = Path(shutil.copytree(other, tmp_path / "third"))
+    (third / "pipeline.yaml").write_text("seed: 9\nstages: []\n")
+    Task.from_labels("t", ("x", "z")).to_yaml(third / "stages" / "02_calibration" / "task.yaml")
+    with pytest.raises(ValueError, match="third: has other classes than .*; look at each task by itself"):
+        check_distinct([finished, third])
     found = evaluate_run(finished, EvaluateOptions(None, ("answer",), 3, False), FakeTests().commands, "again")
     again = replace(found, seed=8)
     check_together([found, again])

@@ -58,8 +58,6 @@ def main(argv: Sequence[str]) -> int:
         EVALUATION_FILE,
         EvaluateOptions,
         EvaluationStoppedError,
-        check_distinct,
-        check_together,
         command_line,
         compare_methods,
         evaluate_run,
@@ -67,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         write_evaluation,
     )
     from vidreason.evaluation.table import render_evaluation
+    from vidreason.evaluation.together import check_distinct, check_together
     from vidreason.pipelines.commands import trainer_commands
     from vidreason.spelling import did_you_mean, printable
 

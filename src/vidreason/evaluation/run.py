@@ -189,45 +189,6 @@ def threshold_of_run(run: Path, name: str | None, error: float, commands: Comman
     return found
 
 
-def check_distinct(folders: Sequence[Path]) -> None:
-    """Checks, before anything is decided, that no run and no other run with its pipeline and seed is given twice.
-
-    Raises:
-        ValueError: If one is, or has not finished a training.
-    """
-    seen = dict[tuple[str, int], Path]()
-    for folder in folders:
-        _check_new(finished_stages(folder)[:2], folder, seen)
-
-
-def check_together(runs: Sequence[EvaluatedRun]) -> None:
-    """Checks that runs can be compared.
-
-    Raises:
-        ValueError: If their classes differ, a run is given twice, or a clip has another label in another run.
-    """
-    first, seen = runs[0], dict[tuple[str, int], Path]()
-    labels: dict[tuple[str, str], int] = {}
-    for run in runs:
-        if run.label_names != first.label_names:
-            raise ValueError(f"{run.folder}: has other classes than {first.folder}; look at each task by itself")
-        _check_new((run.pipeline, run.seed), run.folder, seen)
-        for one in run.methods:
-            for split, decisions in one.decisions.items():
-                for name, label in zip(decisions.ids, decisions.labels.tolist(), strict=True):
-                    if labels.setdefault((split, name), label) != label:
-                        raise ValueError(
-                            f"{run.folder}: clip {name} of {split} has another label than in the other runs, so that "
-                            "it is another clip; look at each set of clips by itself"
-                        )
-
-
-def _check_new(key: tuple[str, int], folder: Path, seen: dict[tuple[str, int], Path]) -> None:
-    if key in seen:
-        raise ValueError(f"{folder}: is {key[0]} with seed {key[1]}, like {seen[key]}; leave one of them out")
-    seen[key] = folder
-
-
 def rows_of_run(found: EvaluatedRun, by_group: bool) -> list[EvaluationRow]:
     """Returns the rows of all methods of a run."""
     return [row for one in found.methods for row in rows_of(one, found.folder, found.pipeline, found.seed, by_group)]

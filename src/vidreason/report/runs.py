@@ -14,7 +14,8 @@ from vidreason.config.finished_stage import find_stage, threshold_folder
 from vidreason.datamodules.task import Task
 from vidreason.evaluation.plan import EVALUATION_FOLDER, MODES, Method, finished_stages, plan_evaluation
 from vidreason.evaluation.rows import Evaluated, EvaluationRow
-from vidreason.evaluation.run import EVALUATION_FILE, EvaluatedRun, check_together
+from vidreason.evaluation.run import EVALUATION_FILE, EvaluatedRun
+from vidreason.evaluation.together import check_together
 from vidreason.lightning_modules.decisions.threshold import Threshold
 from vidreason.lightning_modules.vlms.loading.weight_folders import INFO_FILE
 from vidreason.report.rows import read_evaluation

@@ -46,7 +46,7 @@ def without_pixels(example: Example, known: KnownVideo | None) -> Example:
 
 @pytest.mark.parametrize("family", fast_first(list(FAMILIES)))
 def test_the_prompt_is_the_same_to_the_bit(make_vlm: MakeVLM, family: str) -> None:
-    """What another prompt about a video left behind makes the prompt that the processor would make."""
+    """A prompt made from the entry that another prompt stored for its video equals the processor's prompt."""
     vlm = make_vlm(family)
     closed = tuple(prompt for prompt in PROMPTS if not prompt.open)
     first, others = examples_of((PROMPTS[0],) * 2), examples_of(closed)
@@ -150,7 +150,7 @@ def test_a_known_video_has_the_same_values_to_the_bit(make_vlm: MakeVLM, family:
 def test_of_many_known_videos_the_latest_can_be_decoded_again(
     make_vlm: MakeVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What decodes a video holds its data set: a command about a million clips may not keep all of them."""
+    """The function that decodes a known video again holds its data set, so that only the latest functions are kept."""
     monkeypatch.setattr("vidreason.lightning_modules.vlms.vision_cache.cache.MOST_READS", 1)
     world = World(make_vlm, "qwen")
     world.values(world.prompts())
