@@ -175,7 +175,7 @@ def test_a_stage_has_one_base_of_ours():
 
 
 def test_constructors_are_narrow():
-    """What a class hands on to its base is the base's."""
+    """Arguments that a class hands on to its base count as the base's."""
     classes = {node.name: node for path in SOURCES for node in nodes(path) if isinstance(node, ast.ClassDef)}
     for name, node in classes.items():
         bases = [classes[base] for base in map(ast.unparse, node.bases) if base in classes]

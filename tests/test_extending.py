@@ -59,7 +59,7 @@ FEWER = [
     *("--data.init_args.train_clips=4", "--data.init_args.val_clips=2", "--data.init_args.cal_clips=2"),
     *("--data.init_args.test_clips=2", "--model.init_args.batch_size=4", "--model.init_args.rollouts.group_size=4"),
 ]
-"""What the commands of GRPO take here; ``test_all_run_from_the_installed_command`` runs them without it"""
+"""The options of the commands of GRPO here; ``test_all_run_from_the_installed_command`` runs them without it"""
 
 
 @pytest.mark.parametrize("part", sample(PARTS, *(part for part in PARTS if part != "A reward")))

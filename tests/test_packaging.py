@@ -1,4 +1,4 @@
-"""What a wheel holds, and that a project with its own ``datamodules/`` can build on it."""
+"""Tests what a wheel holds, and that a project with its own ``datamodules/`` can build on it."""
 
 import ast
 import configparser

@@ -1,4 +1,4 @@
-"""What a newcomer copies out of README.md."""
+"""Runs what a newcomer copies out of README.md."""
 
 import json
 import re
@@ -132,5 +132,5 @@ def test_the_tables_figures_are_those_of_the_committed_result():
 
 
 def _is(row, key, labels, split):
-    """Whether a row is that of a method, given as pipeline and method."""
+    """Returns whether a row is that of a method, given as pipeline and method."""
     return (f"{row['pipeline']}: {row['method']}", row["labels"], row["split"]) == (key, labels, split)

@@ -39,7 +39,7 @@ class Cut(BaseException):
 
 
 class Logbook:
-    """What a stage did, in order; something happens at one entry."""
+    """The record of a stage's actions, in order; something happens at one entry."""
 
     def __init__(self, at=None, what=None):
         self.entries, self.at, self.what = [], at, what

@@ -17,7 +17,7 @@ STRATEGIES = ("ddp", "fsdp")
 
 @pytest.fixture(scope="module")
 def found(small_base, clip_folder, tmp_path_factory):
-    """What two ranks did; one process stops before them and goes on after them."""
+    """The record of two ranks; one process stops before them and goes on after them."""
     out = tmp_path_factory.mktemp("ranks")
     one = {}
     for strategy in STRATEGIES:

@@ -1,4 +1,4 @@
-"""What docs/security.md says cannot run code, tried."""
+"""Tries to run code by all that docs/security.md says cannot."""
 
 import os
 import pickle

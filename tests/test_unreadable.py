@@ -47,7 +47,7 @@ def learnt_alike(lost, fewer):
 
 
 def both(run):
-    """What is learnt with a clip that cannot be read, and where it was never there."""
+    """Returns what is learnt with a clip that cannot be read, and where it was never there."""
     with pytest.warns(UserWarning, match=r"train_4\.mp4: gone"):
         lost = run(clips_of=partial(world.LostClips, lost=LOST))
     return lost, run(clips_of=partial(world.FewerClips, gone=LOST))
@@ -160,7 +160,7 @@ def module_view(data):
 
 @pytest.mark.parametrize("lost", [LOST, pytest.param((), marks=pytest.mark.slow)])
 def test_a_cache_never_takes_black_frames_for_the_clip(make_vlm, make_trainer, clip_folder, tmp_path, lost):
-    """What one fit has kept of a clip that it could not read does not change the next fit, which can."""
+    """A clip that one fit could not read counts in the next fit, which can read it."""
     weights = {}
     for name, folder in (("cached", str(tmp_path / "cache")), ("plain", None)):
         for now in (lost, ()):

@@ -58,12 +58,12 @@ class Cell:
 
     @property
     def quantised(self) -> bool:
-        """Whether the base is held in 4 bits."""
+        """True if the base is held in 4 bits."""
         return self.strategy.endswith("qlora")
 
     @property
     def adapter(self) -> bool:
-        """Whether an adapter is trained."""
+        """True if an adapter is trained."""
         return self.strategy in ("lora", "qlora", "fsdp_qlora") or self.stage == "calibration"
 
     def check(self, run_dir: Path, said: str) -> None:

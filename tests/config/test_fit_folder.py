@@ -1,4 +1,4 @@
-"""What a fit does in a folder that an earlier one has used: the table of docs/resume.md, cell by cell."""
+"""Tests a fit in a folder that an earlier one has used: the table of docs/resume.md, cell by cell."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""What a run says about its strategy, and where it refuses to wait for machines that nobody named."""
+"""Tests the line about a run's strategy, and the refusal to wait for machines that nobody named."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What in the metadata tells the label, against counts by hand."""
+"""Tests which metadata tells the label, against counts by hand."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which methods a run is evaluated with, what they are compared with, and what is refused."""
+"""Tests the methods of an evaluation, their comparisons, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every stage has: decisions, written texts, checkpoints, its name, and the options that it refuses."""
+"""Tests what every stage has: decisions, written texts, checkpoints, its name, and the options that it refuses."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the real commands say of a stage before it runs."""
+"""Tests what the real commands say of a stage before it runs."""
 
 import pytest
 

@@ -139,7 +139,7 @@ class Other(Own):
 
 
 class FakeBuild:
-    """What a command would use."""
+    """The inputs that a command would use."""
 
     def __init__(self, datamodule: object) -> None:
         self.datamodule, self.model = datamodule, object()

@@ -1,4 +1,4 @@
-"""What a report gathers, says first and chooses, and that texts of users and models stay texts."""
+"""Tests what a report gathers, says first and chooses, and that texts of users and models stay texts."""
 
 from __future__ import annotations
 

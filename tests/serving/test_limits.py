@@ -31,7 +31,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate
 
 
 def read(chunks: list[bytes], options: ServingOptions = SMALL, budget: Budget | None = None, **headers: str) -> bytes:
-    """What ``read_body`` makes of a body that arrives in chunks."""
+    """Returns what ``read_body`` makes of a body that arrives in chunks."""
     waiting = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
     messages = iter([*waiting, {"type": "http.request", "body": b"", "more_body": False}])
 

@@ -24,7 +24,7 @@ CLIENTS = 16
 
 @dataclass
 class Seen:
-    """What the server and the clients saw; a connection is named by the address of its client."""
+    """The observations of server and clients; a connection is named by the address of its client."""
 
     accepted: set[str] = field(default_factory=set)
     outcomes: dict[str, str] = field(default_factory=dict)

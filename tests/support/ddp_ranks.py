@@ -109,7 +109,7 @@ class Watched(GRPOModule):
             self.seen[group.clip.video_id] = [r.completion.text for r in group.rollouts]
 
     def kills(self, group: RolloutGroup) -> bool:
-        """Whether all completions of a group get the same reward."""
+        """Returns whether all completions of a group get the same reward."""
         return self.global_rank == self.dead_rank or group.clip.video_id in self.dead_clips
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

@@ -36,7 +36,7 @@ class MixUpError(RuntimeError):
 
 @dataclass
 class Counts:
-    """What happened in a block of ``pretending``, by place in the code for syncs and transfers."""
+    """Counts of what happened in a block of ``pretending``, by place in the code for syncs and transfers."""
 
     kernels: int = 0
     """Operations on the device that compute or copy; the attention counts as one."""
@@ -47,7 +47,7 @@ class Counts:
 
 
 class _State:
-    """Whether a block is entered, and its counts; a backward pass runs in threads that have no modes."""
+    """The state of a block (entered or not) and its counts; a backward pass runs in threads that have no modes."""
 
     active = False
     counts = Counts()
@@ -120,7 +120,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """What does not reach the dispatcher, or reaches it in pieces."""
+    """Operations that do not reach the dispatcher, or reach it in pieces."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -53,7 +53,7 @@ def strategy_of(name: str) -> Strategy:
 
 
 def vlm_options(name: str) -> dict[str, Any]:
-    """What the overlay of that name says of the model."""
+    """Returns what the overlay of that name says of the model."""
     return {"quantize": "nf4"} if name.endswith("qlora") else {}
 
 

@@ -80,7 +80,7 @@ class OneVal(world.GreyClips):  # type: ignore[misc, name-defined]
 
 
 SECOND = ("train_0", "train_4", "train_5")
-"""What the second of two ranks is given in the first epoch"""
+"""The batches that the second of two ranks is given in the first epoch"""
 ALL = tuple(f"train_{i}" for i in range(grpo.CLIPS))
 
 

@@ -94,7 +94,7 @@ class Family(NamedTuple):
     """Returns the embeddings of a video as the multimodal data of vLLM; None if it takes pixels only."""
     dtype: str = "float32"
     adapter: bool = True
-    """Whether vLLM takes LoRA adapters of this family."""
+    """True if vLLM takes LoRA adapters of this family."""
     clips: tuple[Clip, ...] = CLIPS
 
 

@@ -1,4 +1,4 @@
-"""What the embedded base is pretrained on: wide looks, nothing that is reserved, and the frames' own answers."""
+"""Tests what the embedded base is pretrained on: wide looks, nothing that is reserved, and the frames' own answers."""
 
 import hashlib
 

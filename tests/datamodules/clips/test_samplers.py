@@ -1,4 +1,4 @@
-"""Which clip comes next: by seed and epoch, shared between ranks, classes balanced."""
+"""Tests the order of clips: by seed and epoch, shared between ranks, classes balanced."""
 
 import pytest
 import torch

@@ -84,7 +84,7 @@ def test_unreadable_and_unlabelled_clips(tmp_path):
 
 @pytest.mark.parametrize(("samples", "temperature", "known"), [(1, 1.0, False), (3, 0.0, False), (3, 1.0, True)])
 def test_only_several_drawn_answers_have_probabilities(tmp_path, monkeypatch, samples, temperature, known):
-    """How often the model would give a single or a greedy answer is not known."""
+    """A single or a greedy answer has none: its frequency under the model is not known."""
     names = ("a", "b")
     text = "<think>x</think><answer>a</answer>"
     said = Completion(text, parse_completion(text), torch.zeros(1), torch.zeros(1), "stop")

@@ -1,4 +1,4 @@
-"""What Lightning's loops are told, from hand-made counters."""
+"""Tests the progress that Lightning's loops are told, with hand-made counters."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a checkpoint has to say before a fit is resumed from it, and that no stage loses the callback that asks."""
+"""Tests what a checkpoint must hold to be resumed from, and that no stage loses the callback that asks."""
 
 import math
 import pickle

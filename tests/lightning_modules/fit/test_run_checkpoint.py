@@ -1,4 +1,4 @@
-"""When checkpoints are written, what they hold, and what a crash at any moment of writing leaves."""
+"""Tests when checkpoints are written, what they hold, and what a crash at any moment of writing leaves."""
 
 import contextlib
 import errno

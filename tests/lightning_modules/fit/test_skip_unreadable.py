@@ -31,7 +31,7 @@ ALL = tuple(f"train_{i}" for i in range(6))
 
 
 def from_yaml(max_fraction: float) -> Callback:
-    """What a YAML file names under ``trainer.callbacks``."""
+    """The callbacks that a YAML file names under ``trainer.callbacks``."""
     parser = ArgumentParser()
     parser.add_argument("--callback", type=Callback)
     named = {"class_path": f"{SkipUnreadable.__module__}.SkipUnreadable", "init_args": {"max_fraction": max_fraction}}

@@ -1,4 +1,4 @@
-"""What several ranks do with a signal that comes to one of them."""
+"""Tests several ranks of which one receives a signal."""
 
 import signal
 

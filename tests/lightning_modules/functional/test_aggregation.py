@@ -1,4 +1,4 @@
-"""How terms add up: each variant against its paper's formula in a slow loop, and whatever the micro-batches are."""
+"""Tests how terms add up: each variant against its paper's formula in a slow loop, with any micro-batches."""
 
 import math
 from typing import Any

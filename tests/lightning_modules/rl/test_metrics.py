@@ -1,4 +1,4 @@
-"""What GRPO logs about what was sampled, and about the time of a step."""
+"""Tests what GRPO logs about rollouts and about the time of a step."""
 
 import math
 import statistics

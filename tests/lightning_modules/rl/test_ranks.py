@@ -11,7 +11,7 @@ NOT_SUMMED = {"train/num_tokens"}
 
 @pytest.fixture(scope="module")
 def two_ranks(small_base, clip_folder, tmp_path_factory):
-    """What both ranks saw in every case; a hang fails after a time limit."""
+    """The results of both ranks in every case; a hang fails after a time limit."""
     out = tmp_path_factory.mktemp("ranks")
     ddp.processes.launch(ddp.__file__, small_base, clip_folder, out, limit_s=LIMIT_S)
     return [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]

@@ -1,4 +1,4 @@
-"""How rollouts are sampled: the form of a completion, rewards that fail, groups that are sampled again."""
+"""Tests how rollouts are sampled: the form of a completion, rewards that fail, groups that are sampled again."""
 
 import logging
 from dataclasses import replace
@@ -127,7 +127,7 @@ def test_a_mode_reaches_prompt_grammar_and_reward(make_vlm, ready, mode):
 
 
 def made_by(sampled, text):
-    """What the sampler returns, with other words."""
+    """The result of the sampler, with other words."""
     t, n = sampled.texts, len(sampled.texts)
     return Generated(t.ids, t.mask, sampled.logprobs, ("stop",) * n, t.owner, (text,) * n)
 

@@ -1,4 +1,4 @@
-"""Whether texts are language about their clips: against a slow loop, and for bases that see and that do not."""
+"""Tests the verdict on texts as language about clips, against a slow loop and with bases that see and that do not."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the routes cost: FLOPs, forwards, vision calls, and the tensors they hold."""
+"""Tests the cost of the routes: FLOPs, forwards, vision calls, and the tensors they hold."""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence

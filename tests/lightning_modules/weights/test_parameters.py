@@ -1,4 +1,4 @@
-"""Which modules train, and which stay as they are."""
+"""Tests which modules train, and which stay as they are."""
 
 import torch
 

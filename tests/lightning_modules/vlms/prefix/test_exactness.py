@@ -1,4 +1,4 @@
-"""What is left between routes is rounding: in float64 it vanishes, and in bfloat16 no route is worse than naive.
+"""Differences between routes are rounding: in float64 they vanish, and in bfloat16 no route is worse than naive.
 
 ``test_contract.py`` has fp32, where two orders of the same sums differ by up to 1e-5 in ill-conditioned decoders.
 """

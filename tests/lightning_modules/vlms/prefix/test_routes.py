@@ -1,4 +1,4 @@
-"""Which route is taken, what each refuses, and that the packed attention leaves everything else as it was."""
+"""Tests which route is taken, what each refuses, and that the packed attention leaves everything else as it was."""
 
 import logging
 import re

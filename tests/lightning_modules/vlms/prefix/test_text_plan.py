@@ -1,4 +1,4 @@
-"""What has to be run of a tree of texts."""
+"""Tests which texts of a tree have to be run."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Where embeddings are not cached, since they change, and what the key of one depends on."""
+"""Tests where embeddings are not cached, since they change, and what the key of one depends on."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ MakeVLM = Callable[..., VLM]
 
 @pytest.fixture
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is said about the cache."""
+    """The lines that are logged about the cache."""
     said: list[str] = []
     monkeypatch.setattr(vision_cache, "rank_zero_info", said.append)
     return said
