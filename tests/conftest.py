@@ -77,7 +77,7 @@ def no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def ctrl_c_as_in_a_terminal() -> None:
-    """Processes that a script starts in the background ignore SIGINT; tests send it to themselves and their processes."""
+    """Background processes of a script ignore SIGINT; tests send it to themselves and their processes."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
